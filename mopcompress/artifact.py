@@ -1,0 +1,88 @@
+"""Output folders appear whole or not at all, and know what is in them.
+
+A folder is built beside its target and renamed into place; `manifest.json`, with the SHA-256 of every file, is written
+last. A folder without a manifest is not finished.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mopcompress.errors import DataError, OutputError, StorageError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `target` when the block ends without an error; on an error nothing stays.
+
+    `facts` may still be changed inside the block: they are written to the manifest when it ends.
+    Raises `OutputError` when `target` exists or cannot be created, `StorageError` when writing fails.
+    """
+    if target.exists():
+        raise OutputError(f"output {target} exists already; remove it or name another --output-dir")
+    scratch = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir()
+    except OSError as error:
+        raise OutputError(f"output {target} cannot be created: {error.strerror}; name another --output-dir") from error
+    try:
+        yield scratch
+        files = {path.relative_to(scratch).as_posix(): path for path in sorted(scratch.rglob("*")) if path.is_file()}
+        manifest = {**facts, "files": {name: sha256(path) for name, path in files.items()}}
+        write_whole(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        scratch.rename(target)
+    except OSError as error:
+        raise StorageError(f"writing {target} failed: {error}; free some space and run again") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder; None when there is none. Raises `DataError` when it is not JSON."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); make the folder again") from error
+
+
+def verify(folder: Path) -> None:
+    """Compare every file of a finished folder with its hash. Raises `DataError` at the first difference."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DataError(f"{folder} has no {MANIFEST}: it is not a finished mopcompress folder; make it again")
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != expected:
+            raise DataError(f"{path} is missing or differs from its hash in {MANIFEST}; make the folder again")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """A short hash of JSON-able settings, equal for equal settings whatever their order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""Perplexity and exact match of a model, with or without prompts, over the same scored tokens.
+
+Exact match needs no generation: greedy decoding gives exactly the reference tokens (the end of turn included) if and
+only if every reference token is the most likely one after those before it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mopcompress.errors import NumericalError
+from mopcompress.models.attention import Prefix, attending_to
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.results import DocumentScores, TaskScore
+from mopcompress.scoring import score_response
+from mopcompress.states import CachedStates, batches_by_length
+
+
+class Prompts(Protocol):
+    """Anything that gives a prefix for what the gate reads."""
+
+    def frozen(self, model: LanguageModel) -> Callable[[Float[Tensor, "batch hidden"]], Prefix]:
+        """Run the prompts through the upper blocks once; only the gate is left to compute an example."""
+        ...
+
+
+def evaluate(
+    model: LanguageModel,
+    states: CachedStates,
+    prompts: Prompts | None = None,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> DocumentScores:
+    """Score every document's response. `progress` is told how many documents are done.
+
+    Raises `NumericalError` when a document's likelihood is not a number.
+    """
+    documents = states.documents
+    nats, exact = [0.0] * len(documents), [False] * len(documents)
+    done = 0
+    with torch.inference_mode():
+        prefix_for = prompts.frozen(model) if prompts else None
+        for rows in batches_by_length(documents, batch_size, generator=None):
+            batch = states.batch(rows)
+            with attending_to(prefix_for(batch.summary)) if prefix_for else nullcontext():
+                left = model.resume(batch.hidden, states.layer)
+            scores = score_response(model, left, batch)
+            sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, batch.example.cpu(), scores.nats.double().cpu())
+            misses = torch.zeros(len(rows)).index_add_(0, batch.example.cpu(), (~scores.greedy).float().cpu())
+            for row, total, missed in zip(rows, sums.tolist(), misses.tolist(), strict=True):
+                if not math.isfinite(total):
+                    raise NumericalError(f"document {row} ({documents[row].task}): its loss is {total}; the model is broken")
+                nats[row], exact[row] = total, missed == 0
+            progress(done := done + len(rows))
+    return DocumentScores(
+        tasks=[document.task for document in documents],
+        nats=nats,
+        scored_tokens=[len(document.tokens) - document.context_tokens for document in documents],
+        exact=exact,
+    )
+
+
+def task_scores(scores: DocumentScores) -> dict[str, TaskScore]:
+    """Per task, in alphabetical order."""
+    return {task: _score(scores, [name == task for name in scores.tasks]) for task in sorted(set(scores.tasks))}
+
+
+def micro(scores: DocumentScores) -> TaskScore:
+    """Over all documents: perplexity is exp of mean nats over all scored tokens."""
+    return _score(scores, [True] * len(scores.tasks))
+
+
+def macro_perplexity(scores: DocumentScores) -> float:
+    """exp of the mean over tasks of each task's mean nats a token: every task counts the same."""
+    return math.exp(math.fsum(math.log(task.perplexity) for task in task_scores(scores).values()) / len(set(scores.tasks)))
+
+
+def _score(scores: DocumentScores, chosen: Sequence[bool]) -> TaskScore:
+    rows = [row for row, take in enumerate(chosen) if take]
+    tokens = sum(scores.scored_tokens[row] for row in rows)
+    return TaskScore(
+        documents=len(rows),
+        scored_tokens=tokens,
+        perplexity=math.exp(math.fsum(scores.nats[row] for row in rows) / tokens),
+        exact_match=sum(scores.exact[row] for row in rows) / len(rows),
+    )

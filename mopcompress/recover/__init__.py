@@ -1,0 +1,1 @@
+"""Recovery: prompts and gates trained on a frozen compressed model."""

@@ -1,0 +1,55 @@
+"""Mixture of Prompts (Dun et al., AAAI 2025, arXiv 2310.02842): gated groups of soft prompts injected mid-network.
+
+The prompts of an expert are hidden states at the injection layer that flow on through all layers above it. Experts do
+not see each other or the text (ours), so their keys and values do not depend on the input: one run of the prompt stream
+serves a whole batch, and after training they are constants. A single group without a gate is plain prompt tuning.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mopcompress.models.attention import Prefix, recording
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.gate import Gate
+
+
+class MixtureOfPrompts(nn.Module):
+    """`experts` groups of prompts at `layer`, and the gate that weighs them; no gate means every group counts fully."""
+
+    def __init__(self, start: Float[Tensor, "experts prompts hidden"], layer: int, gate: Gate | None) -> None:
+        super().__init__()
+        self.prompts = nn.Parameter(start.clone())
+        self.layer = layer
+        self.gate = gate
+
+    @property
+    def trained_parameters(self) -> int:
+        """All that training changes: the prompts and the gate."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def prefix(self, model: LanguageModel, summary: Float[Tensor, "batch hidden"]) -> Prefix:
+        """Keys, values and log gate for a batch, with gradients to prompts and gate."""
+        return Prefix(*self._keys_and_values(model), self.log_gate(summary))
+
+    def frozen(self, model: LanguageModel) -> Callable[[Float[Tensor, "batch hidden"]], Prefix]:
+        """Compile the prompts to constants; what is left an example is the gate."""
+        keys, values = self._keys_and_values(model)
+        return lambda summary: Prefix(keys, values, self.log_gate(summary))
+
+    def log_gate(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch prompts"]:
+        """The gate's log weight of each prompt: equal within an expert, 0 for a plain prompt."""
+        experts, prompts, _ = self.prompts.shape
+        if self.gate is None:
+            return summary.new_zeros(len(summary), experts * prompts)
+        return self.gate(summary).repeat_interleave(prompts, dim=1)
+
+    def _keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        # experts stand where examples stand in a batch: causal inside an expert, blind to the others
+        with recording() as seen:
+            model.resume(self.prompts, self.layer)
+        keys = {layer: key.transpose(0, 1).flatten(1, 2) for layer, (key, _) in seen.items()}
+        values = {layer: value.transpose(0, 1).flatten(1, 2) for layer, (_, value) in seen.items()}
+        return keys, values

@@ -1,0 +1,127 @@
+"""Rows: the contract between running and reporting. Plain data, JSON lines, no torch.
+
+Units stand in the names. What was requested (`ratio`, `bits`) and what was counted (`sparsity`) are separate fields.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mopcompress.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """Scores of one task's test documents."""
+
+    documents: int
+    scored_tokens: int
+    perplexity: float
+    exact_match: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentScores:
+    """One entry a test document, in the order of the test split: what paired intervals are made of."""
+
+    tasks: Sequence[str]
+    nats: Sequence[float]  # summed over the document's scored tokens
+    scored_tokens: Sequence[int]
+    exact: Sequence[bool]  # greedy decoding gives exactly the reference response
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReading:
+    """What the gate did on the test split."""
+
+    tasks: Sequence[str]
+    weights: Sequence[Sequence[float]]  # [task][expert], mean over documents; 1 = as in a plain prompt
+    accuracy: float | None  # share of documents whose strongest expert is their task's; None without a one-to-one map
+    entropy_nats: float  # mean over documents; log(experts) when the gate has no preference
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One cell of the grid ratio x method x arm x seed."""
+
+    ratio: float | None  # share of weights asked to be removed; 0 for dense; None when quantised
+    bits: int | None  # bits asked for; None when pruned or dense
+    method: str  # dense, magnitude, wanda, sparsegpt, gptq
+    arm: str  # none, single, mop
+    seed: int
+    data: str
+    perplexity: float  # exp of mean nats over all scored tokens (micro)
+    perplexity_macro: float  # exp of the mean over tasks of each task's mean nats a token
+    exact_match: float  # share of documents
+    documents: int
+    scored_tokens: int
+    sparsity: float  # zeros / weights over the compressed linears, counted afterwards
+    weights: int  # weights in the compressed linears
+    model_bytes: int  # safetensors on disk
+    adapter_bytes: int
+    trained_parameters: int  # the gate included
+    train_steps: int
+    train_seconds: float
+    compress_seconds: float
+    evaluate_seconds: float
+    fallbacks: int  # matrices that needed more damping than asked for
+    peak_bytes: int  # peak resident memory of the process so far
+    per_task: dict[str, TaskScore]
+    gate: GateReading | None
+    documents_file: str  # path of the DocumentScores, relative to the run folder
+
+    @property
+    def setting(self) -> str:
+        """The compression of this row as a reader names it: `dense`, `sparsegpt 50%`, `gptq 3-bit`."""
+        if self.method == "dense":
+            return "dense"
+        return f"{self.method} {self.bits}-bit" if self.bits else f"{self.method} {100 * (self.ratio or 0):g}%"
+
+    @property
+    def cell(self) -> tuple[str, str, int]:
+        """What makes the row unique in its run."""
+        return (self.setting, self.arm, self.seed)
+
+
+def append_row(row: BenchRow, path: Path) -> None:
+    """Append one JSON line; it is on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(row), allow_nan=True) + "\n")
+        file.flush()
+
+
+def read_rows(path: Path) -> list[BenchRow]:
+    """Read the finished cells of a run; an unfinished last line (a killed run) is dropped.
+
+    Raises `DataError` when another line is not a row.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise DataError(f"{path}: line {number} is not a bench row ({error}); remove that line") from error
+    return rows
+
+
+def _row(fields: dict) -> BenchRow:  # type: ignore[type-arg]
+    fields["per_task"] = {task: TaskScore(**score) for task, score in fields["per_task"].items()}
+    fields["gate"] = fields["gate"] and GateReading(**fields["gate"])
+    return BenchRow(**fields)
+
+
+def write_documents(scores: DocumentScores, path: Path) -> None:
+    """Write one test split's scores as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(scores)), encoding="utf-8")
+
+
+def read_documents(path: Path) -> DocumentScores:
+    """Read what `write_documents` wrote."""
+    return DocumentScores(**json.loads(path.read_text(encoding="utf-8")))

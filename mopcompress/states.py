@@ -1,0 +1,117 @@
+"""Hidden states half-way up, computed once a document.
+
+The blocks below the prompts are frozen and never see a prompt, so their output is the same for every step, arm and seed
+on one compressed model: about a third of the depth is paid for once. The gate reads the same states.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mopcompress.data.encoding import Encoded
+from mopcompress.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded documents at the prompts' layer, with what is to be predicted from them."""
+
+    hidden: Float[Tensor, "batch time hidden"]
+    summary: Float[Tensor, "batch hidden"]  # what the gate reads: the mean over instruction tokens alone
+    example: Int[Tensor, " scored"]  # which document of the batch each scored token belongs to
+    position: Int[Tensor, " scored"]  # the position that predicts it: one before its own
+    target: Int[Tensor, " scored"]  # the response token itself
+
+
+class CachedStates:
+    """The states of all documents that enter block `layer`, memory-mapped so that they need not fit in memory."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        documents: Sequence[Encoded],
+        layer: int,
+        *,
+        batch_size: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Run the blocks below `layer` on every document; `progress` is told how many are done."""
+        self.layer, self.documents, self.device = layer, tuple(documents), model.device
+        lengths = torch.tensor([len(document.tokens) for document in documents])
+        self._ends = lengths.cumsum(0)
+        self._hidden = _on_disk(int(lengths.sum()), model.hidden_size)
+        self.summaries = torch.empty(len(documents), model.hidden_size, device=model.device)
+        order = lengths.argsort(stable=True).tolist()
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            with torch.inference_mode():
+                hidden = model.enter(_padded([documents[row].tokens for row in rows], model.device), layer)
+            for row, states in zip(rows, hidden, strict=True):
+                document = documents[row]
+                self._of(row).copy_(states[: len(document.tokens)])
+                self.summaries[row] = states[: document.context_tokens].mean(0)
+            progress(start + len(rows))
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Gather some documents."""
+        documents = [self.documents[row] for row in rows]
+        longest = max(len(document.tokens) for document in documents)
+        hidden = torch.zeros(len(rows), longest, self._hidden.shape[1])
+        example, position, target = [], [], []
+        for index, (row, document) in enumerate(zip(rows, documents, strict=True)):
+            hidden[index, : len(document.tokens)] = self._of(row)
+            scored = range(document.context_tokens, len(document.tokens))
+            example += [index] * len(scored)
+            position += [time - 1 for time in scored]
+            target += document.tokens[document.context_tokens :]
+        indices = torch.tensor([example, position, target], device=self.device)
+        return Batch(hidden.to(self.device), self.summaries[list(rows)], *indices)
+
+    def some_states(self, rows: Sequence[int], count: int, generator: torch.Generator) -> Float[Tensor, "count hidden"]:
+        """States at `count` random instruction positions; never the first, which attention uses as a sink."""
+        picked = []
+        for _ in range(count):
+            row = rows[int(torch.randint(len(rows), (), generator=generator))]
+            time = int(torch.randint(1, max(2, self.documents[row].context_tokens), (), generator=generator))
+            picked.append(self._of(row)[time])
+        return torch.stack(picked).to(self.device)
+
+    def _of(self, row: int) -> Float[Tensor, "time hidden"]:
+        return self._hidden[int(self._ends[row]) - len(self.documents[row].tokens) : int(self._ends[row])]
+
+
+def batches_by_length(
+    documents: Sequence[Encoded], batch_size: int, *, generator: torch.Generator | None
+) -> list[list[int]]:
+    """Rows in batches of similar length, so that little is padding.
+
+    With a generator: shuffled, sorted by length only inside every eight batches, and the batches shuffled again, so
+    that an epoch is still nearly a random order. Without one: sorted throughout.
+    """
+    if generator is None:
+        rows = sorted(range(len(documents)), key=lambda row: len(documents[row].tokens))
+        return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    rows = torch.randperm(len(documents), generator=generator).tolist()
+    pool = 8 * batch_size
+    batches = []
+    for start in range(0, len(rows), pool):
+        near = sorted(rows[start : start + pool], key=lambda row: len(documents[row].tokens))
+        batches += [near[first : first + batch_size] for first in range(0, len(near), batch_size)]
+    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "batch time"]:
+    longest = max(map(len, sequences))
+    return torch.tensor([[*sequence, *([0] * (longest - len(sequence)))] for sequence in sequences], device=device)
+
+
+def _on_disk(rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+    with tempfile.TemporaryDirectory() as folder:
+        # the mapping outlives the file's name: nothing is left behind, whatever happens
+        flat = torch.from_file(str(Path(folder) / "states"), shared=True, size=rows * columns, dtype=torch.float32)
+    return flat.view(rows, columns)
