@@ -1,0 +1,202 @@
+"""Rows out of files, folders and the hub, each with the place it came from."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from mopcompress.errors import DataError, InputNotFoundError, UnavailableError
+
+SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The columns of one row, and where it stands: `train.jsonl: line 3`."""
+
+    where: str
+    fields: Mapping[str, object]
+
+
+def read_splits(data: str) -> dict[str, list[Row]]:
+    """Rows by split: `train`, `validation` and `test` as far as they are there, or a single split of any name.
+
+    Raises `DataError`, `InputNotFoundError` or `UnavailableError`.
+    """
+    path = local_path(data)
+    if path is None:
+        return _named(data, hub_splits(data))
+    if path.is_dir():
+        return {split: read_rows(file) for split, file in _folder(path).items()}
+    return {"all": read_rows(path)}
+
+
+def local_path(source: str) -> Path | None:
+    """The file or folder `source` names, or None when it can only be a hub id.
+
+    Raises `InputNotFoundError` when nothing is there and the name can only be meant as a path.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in (*TABLE_SUFFIXES, ".txt")
+    if not is_path:
+        return None
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = get_close_matches(path.name, names, n=1)
+    hint = f"did you mean '{folder / near[0]}'?" if near else "check the path"
+    raise InputNotFoundError(f"{source}: no such file or folder; {hint}")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a .jsonl, .json, .csv or .parquet file, at least one. Raises `DataError` naming the line."""
+    readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: cannot read '{path.suffix}' files as rows; use one of {', '.join(TABLE_SUFFIXES)}")
+    rows = readers[path.suffix](path)
+    if not rows:
+        raise DataError(f"{path}: the file holds no rows; give one with at least one row")
+    return rows
+
+
+def read_utf8(path: Path) -> str:
+    """The whole text, a byte-order mark removed and line ends as they are. Raises `DataError` naming the line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputNotFoundError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}: line {line} is not UTF-8 (byte {content[error.start]:#04x}); save it as UTF-8"
+        ) from error
+
+
+def hub_splits(source: str) -> dict[str, Sequence[Mapping[str, object]]]:
+    """All splits of a hub data set, under the hub's names; `id:configuration` chooses a configuration.
+
+    Raises `UnavailableError` when it cannot be had.
+    """
+    import datasets  # a second to import: only those who ask the hub pay
+
+    name, _, configuration = source.partition(":")
+    try:
+        return dict(datasets.load_dataset(name, configuration or None))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnavailableError(
+            f"{source}: no such file or folder here, and the hub does not give it as a data set ({reason}); "
+            "check the name and the network, or download it and give its path"
+        ) from error
+
+
+def _named(source: str, splits: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[str, list[Row]]:
+    """Hub splits under our names, with rows that know where they are."""
+    known = {SPLIT_NAMES[split]: split for split in splits if split in SPLIT_NAMES}
+    if len(splits) == 1:
+        known = {split: split for split in splits}
+    elif "train" not in known:
+        raise DataError(
+            f"{source}: no split is called train; the splits are {', '.join(splits) or 'none'}; "
+            "download the one you want and give its path"
+        )
+    rows = {
+        ours: [Row(f"{source}: {theirs} row {number}", row) for number, row in enumerate(splits[theirs], start=1)]
+        for ours, theirs in known.items()
+    }
+    for ours, found in rows.items():
+        if not found:
+            raise DataError(f"{source}: split {known[ours]} holds no rows; give data with at least one row a split")
+    return rows
+
+
+def _folder(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        split = SPLIT_NAMES.get(path.stem)
+        if split is None or path.suffix not in TABLE_SUFFIXES:
+            continue
+        if split in files:
+            raise DataError(f"{folder}: {files[split].name} and {path.name} are both the {split} split; keep one")
+        files[split] = path
+    if not files or (len(files) > 1 and "train" not in files):
+        found = ", ".join(path.name for path in files.values()) or "none of them"
+        raise DataError(
+            f"{folder}: needs files called train, validation and test ({' '.join(TABLE_SUFFIXES)}), found {found}; "
+            "add or rename them, or name one file"
+        )
+    return files
+
+
+def _object(where: str, value: object) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}, not an object with columns; mend or remove it")
+    return Row(where, value)
+
+
+def _read_lines(path: Path) -> list[Row]:
+    rows = []
+    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON ({error}); mend or remove it") from error
+        rows.append(_object(where, value))
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    """A list of objects; many files called .json hold one object a line instead, and are read as such."""
+    text = read_utf8(path)
+    if not text.lstrip().startswith("["):
+        return _read_lines(path)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error}); mend it") from error
+    return [_object(f"{path}: row {number}", value) for number, value in enumerate(values, start=1)]
+
+
+def _read_csv(path: Path) -> list[Row]:
+    reader = csv.reader(io.StringIO(read_utf8(path), newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(reader, [])
+        doubled = sorted({column for column in header if header.count(column) > 1})
+        if doubled:
+            raise DataError(f"{path}: line 1 names the column '{doubled[0]}' twice; rename one")
+        last = reader.line_num
+        for cells in reader:
+            where, last = f"{path}: line {last + 1}", reader.line_num
+            if cells and len(cells) != len(header):
+                raise DataError(
+                    f"{where} has {len(cells)} cells, the header has {len(header)}; quote commas, or mend it"
+                )
+            if cells:
+                rows.append(Row(where, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); mend it") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow  # type: ignore[import-untyped]  # half a second to import
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not a whole Parquet file ({reason}); write it again") from error
+    return [Row(f"{path}: row {number}", value) for number, value in enumerate(values, start=1)]

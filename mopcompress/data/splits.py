@@ -1,0 +1,126 @@
+"""Examples and their splits: dividing, thinning and hashing by content, never by position or a global stream."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import chain, combinations, zip_longest
+
+from mopcompress.errors import DataError
+
+PASSAGE_CHARACTERS = 200  # an input this long is a text of its own: questions about it stay in one split
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: what is asked (`instruction`, and perhaps an `input`) and what is answered."""
+
+    task: str
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set, ready. `composed` is empty except in the built-in skills."""
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    composed: tuple[Example, ...] = ()
+    sha256: str = field(kw_only=True)
+
+
+def assemble(
+    name: str,
+    *,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    test: Sequence[Example],
+    composed: Sequence[Example] = (),
+) -> Splits:
+    """Put the splits together with the SHA-256 of their content (rows in order; the name does not count)."""
+    parts = {"train": tuple(train), "validation": tuple(validation), "test": tuple(test), "composed": tuple(composed)}
+    canonical = json.dumps([[astuple(row) for row in part] for part in parts.values()], separators=(",", ":"))
+    return Splits(name=name, sha256=hashlib.sha256(canonical.encode()).hexdigest(), **parts)
+
+
+def content_key(seed: int, *parts: str) -> bytes:
+    """Keyed hash of `parts`: a shuffle that depends on nothing but the seed and the content."""
+    return hashlib.blake2b(json.dumps(parts).encode(), key=str(seed).encode(), digest_size=16).digest()
+
+
+def subset(examples: Sequence[Example], count: int | None, *, seed: int) -> tuple[Example, ...]:
+    """`count` examples, balanced over tasks: round robin over seeded shuffles, one a task.
+
+    A larger count extends a smaller one. `None` keeps all, in their own order.
+    """
+    if count is None:
+        return tuple(examples)
+    by_task: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        by_task[example.task].append(example)
+    shuffled = [
+        sorted(rows, key=lambda row: content_key(seed, "subset", *astuple(row))) for _, rows in sorted(by_task.items())
+    ]
+    turns = chain.from_iterable(zip_longest(*shuffled))
+    return tuple(example for example in turns if example is not None)[:count]
+
+
+def complete(name: str, given: Mapping[str, Sequence[Example]], *, seed: int) -> Splits:
+    """Splits from what was given: all three, `train` and one other, or a single split under any name.
+
+    A single split is divided 80/10/10; a held-out split that is missing is a tenth of `train`.
+    Raises `DataError` when a prompt stands in two splits, or when there are too few prompts to divide.
+    """
+    parts = dict(given)
+    if len(parts) == 1:
+        (only,) = parts.values()
+        parts = dict(zip(("train", "validation", "test"), divide(only, (8, 1, 1), seed=seed, name=name), strict=True))
+    for held_out in {"validation", "test"} - parts.keys():
+        parts["train"], parts[held_out] = divide(parts["train"], (9, 1), seed=seed, name=name)
+    _check_disjoint(name, parts)
+    return assemble(name, train=parts["train"], validation=parts["validation"], test=parts["test"])
+
+
+def divide(examples: Sequence[Example], shares: Sequence[int], *, seed: int, name: str) -> list[tuple[Example, ...]]:
+    """Divide by a keyed hash of the content into tuples in the proportion of `shares`, the order of rows kept.
+
+    Rows with one prompt, or one long input, stay together; every part but the first has `round(share)` such groups, at
+    least one. Raises `DataError` when there are fewer groups than parts.
+    """
+    keys = [_group_key(example, seed) for example in examples]
+    order = sorted(set(keys))
+    if len(order) < len(shares):
+        raise DataError(
+            f"{name}: {len(order)} distinct prompt(s) cannot be divided into {len(shares)} splits; "
+            "give more rows, or a folder with train, validation and test files"
+        )
+    part_of: dict[bytes, int] = {}
+    for part, share in reversed(list(enumerate(shares))):
+        size = max(1, round(share / sum(shares) * len(order))) if part else len(order)
+        part_of |= {key: part for key in order[len(part_of) :][:size]}
+    return [
+        tuple(example for example, key in zip(examples, keys, strict=True) if part_of[key] == part)
+        for part in range(len(shares))
+    ]
+
+
+def _group_key(example: Example, seed: int) -> bytes:
+    if len(example.input) >= PASSAGE_CHARACTERS:
+        return content_key(seed, "split", example.input)
+    return content_key(seed, "split", example.instruction, example.input)
+
+
+def _check_disjoint(name: str, parts: Mapping[str, Sequence[Example]]) -> None:
+    for (first, rows), (second, others) in combinations(parts.items(), 2):
+        prompts = {(row.instruction, row.input) for row in rows}
+        shared = [number for number, row in enumerate(others, start=1) if (row.instruction, row.input) in prompts]
+        if shared:
+            raise DataError(
+                f"{name}: {len(shared)} of {len(others)} prompts of {second} also stand in {first} "
+                f"(the first is row {shared[0]} of {second}); remove them, or give one file to be divided"
+            )
