@@ -1,0 +1,28 @@
+"""Recipes: what to do, as checked data. Nothing here loads torch."""
+
+from mopcompress.recipe.gptq import GPTQModifier
+from mopcompress.recipe.grammar import Group, Recipe, Stage, dump_recipe, load_recipe, resolved
+from mopcompress.recipe.modifiers import (
+    ConstantPruningModifier,
+    MagnitudePruningModifier,
+    PromptRecoveryModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
+from mopcompress.recipe.run import RunSpec
+
+__all__ = [
+    "ConstantPruningModifier",
+    "GPTQModifier",
+    "Group",
+    "MagnitudePruningModifier",
+    "PromptRecoveryModifier",
+    "Recipe",
+    "RunSpec",
+    "SparseGPTModifier",
+    "Stage",
+    "WandaPruningModifier",
+    "dump_recipe",
+    "load_recipe",
+    "resolved",
+]

@@ -1,0 +1,99 @@
+"""Faults in a recipe or in flags, in the user's words: where, what, found which value, nearest right name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+LONGEST_VALUE = 60  # characters of a wrong value that are shown
+
+
+class Absent:
+    """Stands for the value of a fault that is not about a value."""
+
+
+ABSENT = Absent()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong at one place."""
+
+    path: tuple[str | int, ...]
+    message: str
+    found: object = ABSENT
+    hint: str | None = None  # ready to print: quoted when it is a name
+
+    def in_recipe(self, file: str) -> str:
+        """`file: stage.group.Modifier.key: message, found VALUE; did you mean 'x'?`"""
+        place = f"{printable(file)}: {dotted(self.path)}" if self.path else printable(file)
+        return f"{place}: {self._complaint()}"
+
+    def in_flags(self) -> str:
+        """`--flag: VALUE is not ...; did you mean x?`"""
+        flag = "--" + str(self.path[0]).replace("_", "-")
+        if self.message.startswith("not ") and self.found is not ABSENT:
+            return f"{flag}: {value(self.found)} is {self.message}{self._question()}"
+        return f"{flag}: {self._complaint()}"
+
+    def _complaint(self) -> str:
+        found = "" if self.found is ABSENT else f", found {value(self.found)}"
+        return f"{self.message}{found}{self._question()}"
+
+    def _question(self) -> str:
+        return f"; did you mean {self.hint}?" if self.hint else ""
+
+
+def printable(text: str) -> str:
+    """The text itself, or its escaped form when it would break the line."""
+    return text if text.isprintable() else ascii(text)
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """`stage.group.Modifier.targets[0]`."""
+    words = ""
+    for part in path:
+        words += f"[{part}]" if isinstance(part, int) else f".{printable(part[:LONGEST_VALUE])}"
+    return words.removeprefix(".")
+
+
+def value(found: object) -> str:
+    """A wrong value in one short line."""
+    text = ascii(found) if isinstance(found, str) and not found.isprintable() else repr(found)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+
+
+def nearest(word: object, names: Iterable[str]) -> str | None:
+    """The known name most like `word`, quoted; None when nothing is near."""
+    near = get_close_matches(str(word)[:LONGEST_VALUE], list(names), n=1, cutoff=0.6)
+    return repr(near[0]) if near else None
+
+
+def faults_of(error: ValidationError, model: type[BaseModel], path: tuple[str | int, ...] = ()) -> list[Fault]:
+    """Every fault pydantic saw, each at the path the user typed."""
+    return [_fault(details, model, path) for details in error.errors(include_url=False)]
+
+
+def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int, ...]) -> Fault:
+    place = path + tuple(details["loc"])
+    if details["type"] == "extra_forbidden":
+        return Fault(place, "no such field", hint=nearest(place[-1], _field_names(model)))
+    if details["type"] == "missing":
+        return Fault(place, "required, but missing")
+    context = details.get("ctx", {})
+    hint = context.get("hint")
+    if details["type"] == "literal_error":
+        hint = nearest(
+            details["input"], [name.strip("'") for name in context["expected"].replace(" or ", ", ").split(", ")]
+        )
+    message = details["msg"][0].lower() + details["msg"][1:]
+    return Fault(place, message, details["input"], hint)
+
+
+def _field_names(model: type[BaseModel]) -> list[str]:
+    names = [name for name, field in model.model_fields.items() if not field.exclude]
+    for part in getattr(model, "parts", ()):
+        names += _field_names(part)
+    return names

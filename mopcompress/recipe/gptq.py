@@ -1,0 +1,176 @@
+"""`GPTQModifier`: llm-compressor's `scheme` presets and `config_groups`, resolved to bits, group size and symmetry."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from mopcompress.recipe.faults import nearest
+from mopcompress.recipe.fields import Layers, Spec, Switch, Targets, Unsupported, fault
+from mopcompress.recipe.modifiers import BlockSize, Damping, changed
+
+GROUPED = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+SCHEMES = {
+    "W2A16": {"num_bits": 2, **GROUPED},
+    "W3A16": {"num_bits": 3, **GROUPED},
+    "W4A16": {"num_bits": 4, **GROUPED},
+    "W8A16": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+}
+
+
+def _min_max_only(name: Any) -> Any:
+    if name not in {None, "minmax", "memoryless_minmax"}:
+        raise fault("not supported yet: scales come from minimum and maximum; leave it out")
+    return None
+
+
+def _same_order(order: str | None) -> str | None:
+    return "static" if order == "weight" else order  # two upstream names of one thing
+
+
+class WeightQuantization(Spec):
+    """How weights are rounded: llm-compressor's QuantizationArgs, as far as GPTQ on weights alone goes."""
+
+    num_bits: Annotated[int, Field(ge=2, le=8)]
+    type: Literal["int"] = "int"
+    symmetric: bool = True
+    strategy: Literal["group", "channel"]
+    group_size: Annotated[int, Field(ge=-1, le=65536)] | None = Field(None, validate_default=True)
+    dynamic: Annotated[Literal[False] | None, Field(exclude=True), AfterValidator(lambda given: None)] = None
+    observer: Annotated[None, BeforeValidator(_min_max_only), Field(exclude=True)] = None
+    block_structure: Unsupported = None
+    scale_dtype: Unsupported = None
+    zp_dtype: Unsupported = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strategy_from_group_size(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("strategy") is None and isinstance(fields.get("group_size"), int):
+            return fields | {"strategy": "channel" if fields["group_size"] == -1 else "group"}
+        return fields
+
+    @field_validator("group_size")
+    @classmethod
+    def _fits_the_strategy(cls, size: int | None, info: ValidationInfo) -> int | None:
+        strategy = info.data.get("strategy")
+        if strategy == "group" and (size is None or size < 2):
+            raise fault("strategy: group needs a group_size of 2 or more, such as 64 or 128")
+        if strategy == "channel" and size not in {None, -1}:
+            raise fault("strategy: channel has one scale a row: leave group_size out, or write strategy: group")
+        return None if size == -1 else size
+
+
+class QuantizationGroup(Spec):
+    """One entry of `config_groups`."""
+
+    targets: Targets = ("Linear",)
+    weights: WeightQuantization
+    input_activations: Unsupported = None
+    output_activations: Unsupported = None
+    format: Unsupported = None
+
+
+class GPTQModifier(Spec):
+    """Round weights column by column, refitting the others (arXiv 2210.17323). Zeros of a pruned layer stay zero."""
+
+    method: ClassVar[str] = "gptq"
+    parts: ClassVar[tuple[type[Spec], ...]] = (QuantizationGroup, WeightQuantization)  # for nearest-name hints
+
+    config_groups: dict[str, QuantizationGroup] = Field(default_factory=dict)  # never empty: see `_spell_out`
+    ignore: Targets = ()
+    block_size: BlockSize = 128
+    dampening_frac: Damping = 0.01
+    actorder: Annotated[Literal["static", "weight"] | None, AfterValidator(_same_order)] = "static"
+    scheme: Unsupported = None
+    sequential_update: Switch = None
+    sequential_targets: Layers = None
+    offload_hessians: Switch = None
+    kv_cache_scheme: Unsupported = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_way_to_say_it(cls, fields: Any) -> Any:
+        return _lift_actorder(_spell_out(dict(fields))) if isinstance(fields, dict) else fields
+
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _known_scheme(cls, scheme: Any) -> Any:
+        if scheme is not None:
+            raise fault(f"not one of {', '.join(SCHEMES)} (others need config_groups)", nearest(scheme, SCHEMES))
+        return scheme
+
+    @field_validator("config_groups")
+    @classmethod
+    def _one_group(cls, groups: dict[str, QuantizationGroup]) -> dict[str, QuantizationGroup]:
+        if len(groups) != 1:
+            raise fault(f"exactly one group is supported, found {len(groups)}; write one stage for each")
+        return groups
+
+    @property
+    def _group(self) -> QuantizationGroup:
+        return next(iter(self.config_groups.values()))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The layers to quantise."""
+        return self._group.targets
+
+    @property
+    def bits(self) -> int:
+        """Bits of one weight."""
+        return self._group.weights.num_bits
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights of a row that share one scale; None: the whole row."""
+        return self._group.weights.group_size
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid has its zero in the middle."""
+        return self._group.weights.symmetric
+
+    def with_bits(self, bits: int, group_size: int | None) -> "GPTQModifier":
+        """The same settings at another precision; raises `RecipeError` for impossible ones."""
+        precision = {
+            "num_bits": bits,
+            "group_size": group_size,
+            "strategy": "channel" if group_size is None else "group",
+        }
+        group = self._group.model_dump()
+        group["weights"] |= precision
+        return changed(self, config_groups={"group_0": group})
+
+
+def _spell_out(fields: dict[str, Any]) -> dict[str, Any]:
+    """`scheme` and `targets` -> `config_groups`; what is wrong stays, and its field says so."""
+    scheme = fields.get("scheme")
+    weights = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
+    if weights:
+        if fields.get("config_groups"):
+            raise fault("scheme and config_groups are both given; keep one")
+        del fields["scheme"]
+        fields["config_groups"] = {"group_0": {"weights": weights, "targets": fields.pop("targets", ["Linear"])}}
+    elif "targets" in fields and isinstance(fields.get("config_groups"), dict):
+        targets = fields.pop("targets")
+        for group in fields["config_groups"].values():
+            if isinstance(group, dict) and group.get("targets", targets) not in (targets, [targets]):
+                raise fault("targets differ from those in config_groups; keep the latter")
+    elif scheme is None and fields.get("config_groups") is None:
+        raise fault("say how: scheme: W4A16, or config_groups with weights")
+    return fields
+
+
+def _lift_actorder(fields: dict[str, Any]) -> dict[str, Any]:
+    """`weights.actorder` (the older place) -> the modifier's `actorder`."""
+    groups = fields.get("config_groups")
+    if not isinstance(groups, dict):
+        return fields
+    lifted = {}
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and "actorder" in weights:
+            if fields.setdefault("actorder", weights["actorder"]) != weights["actorder"]:
+                raise fault("actorder differs from the one in config_groups; keep one")
+            group = group | {"weights": {key: value for key, value in weights.items() if key != "actorder"}}
+        lifted[name] = group
+    return fields | {"config_groups": lifted}

@@ -1,0 +1,231 @@
+"""A recipe: stages of modifier groups, in the grammar of SparseML and llm-compressor, and our `run:`.
+
+sparsity_stage:                   # any <name>_stage
+  run_type: oneshot               # or train
+  sparsity_modifiers:             # any <name>_modifiers; a stage may have several groups
+    SparseGPTModifier:            # in order
+      sparsity: 0.5
+run:
+  ratios: [0.5, 0.85, 0.95]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from mopcompress.errors import RecipeError
+from mopcompress.recipe.faults import Fault, faults_of, nearest
+from mopcompress.recipe.fields import Spec
+from mopcompress.recipe.gptq import GPTQModifier
+from mopcompress.recipe.modifiers import (
+    ConstantPruningModifier,
+    MagnitudePruningModifier,
+    PromptRecoveryModifier,
+    SparseGPTModifier,
+    WandaPruningModifier,
+)
+from mopcompress.recipe.reading import PlainDumper, read_document
+from mopcompress.recipe.run import RunSpec, check_flags
+
+MODIFIERS: dict[str, type[Spec]] = {
+    kind.__name__: kind
+    for kind in (
+        SparseGPTModifier,
+        WandaPruningModifier,
+        MagnitudePruningModifier,
+        ConstantPruningModifier,
+        GPTQModifier,
+        PromptRecoveryModifier,
+    )
+}
+FOREIGN = ("args", "metadata", "version")  # of other tools, at the top: they say nothing about what to do
+RUN_TYPES = ("oneshot", "train")
+NO_FLAGS: Mapping[str, object] = MappingProxyType({})
+
+Kind = TypeVar("Kind", bound=Spec)
+Pruning = SparseGPTModifier | WandaPruningModifier | MagnitudePruningModifier
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modifiers that stand under one `<name>_modifiers`, in order."""
+
+    name: str
+    modifiers: tuple[Spec, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One `<name>_stage`."""
+
+    name: str
+    run_type: Literal["oneshot", "train"]
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe."""
+
+    stages: tuple[Stage, ...]
+    run: RunSpec
+
+    def modifiers(self, *kinds: type[Kind]) -> tuple[Kind, ...]:
+        """The modifiers of these kinds, in the order of the recipe; `Spec` is every kind."""
+        everything = [one for stage in self.stages for group in stage.groups for one in group.modifiers]
+        return tuple(one for one in everything if isinstance(one, kinds))
+
+    def modifier_for(self, method: str) -> Pruning | GPTQModifier:
+        """The recipe's first modifier of this method, else one with the defaults (half the weights, or 4 bits)."""
+        own = [one for one in self.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+        return next((one for one in own if one.method == method), DEFAULTS[method])
+
+    @property
+    def recovery(self) -> PromptRecoveryModifier:
+        """The recipe's first prompt recovery, else the default one."""
+        return next(iter(self.modifiers(PromptRecoveryModifier)), PromptRecoveryModifier())
+
+
+DEFAULTS: dict[str, Pruning | GPTQModifier] = {
+    "sparsegpt": SparseGPTModifier(sparsity=0.5),
+    "wanda": WandaPruningModifier(sparsity=0.5),
+    "magnitude": MagnitudePruningModifier(final_sparsity=0.5),
+    "gptq": GPTQModifier.model_validate({"scheme": "W4A16"}).with_bits(4, 64),
+}
+DEFAULT_STAGES = (
+    Stage("sparsity_stage", "oneshot", (Group("sparsity_modifiers", (DEFAULTS["sparsegpt"],)),)),
+    Stage("recovery_stage", "train", (Group("recovery_modifiers", (PromptRecoveryModifier(),)),)),
+)
+
+
+def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
+    """Read and check a whole recipe; `flags` (fields of `RunSpec`, None = not given) win over its `run:`.
+
+    A grid that neither `run:` nor the flags give is what the recipe's own modifiers say. Raises `InputNotFoundError`,
+    `RecipeError` or `UsageError`, the last two with all faults, one line each.
+    """
+    if path is None:
+        return Recipe(DEFAULT_STAGES, RunSpec.model_validate(check_flags(flags)))
+    faults: list[Fault] = []
+    stages, run = [], {}
+    for name, content in read_document(path).items():
+        if name == "run":
+            run = _checked_run(content, faults)
+        elif name.endswith("_stage"):
+            stages.append(_stage(name, content, faults))
+        elif name not in FOREIGN:
+            faults.append(_stranger(name, content))
+    if faults:
+        raise RecipeError("\n".join(found.in_recipe(str(path)) for found in faults))
+    recipe = Recipe(tuple(stages), RunSpec())
+    return Recipe(recipe.stages, RunSpec.model_validate(_own_grid(recipe) | run | check_flags(flags)))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of plain scalars, maps and lists that `yaml.safe_load` reads, and `load_recipe` reads to an equal recipe."""
+    return yaml.dump(resolved(recipe), Dumper=PlainDumper, sort_keys=False)
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every default written out, as data that JSON can hold."""
+    stages: dict[str, Any] = {}
+    for stage in recipe.stages:
+        groups = {
+            group.name: {type(one).__name__: one.model_dump(mode="json") for one in group.modifiers}
+            for group in stage.groups
+        }
+        stages[stage.name] = {"run_type": stage.run_type, **groups}
+    return stages | {"run": recipe.run.model_dump(mode="json")}
+
+
+def _own_grid(recipe: Recipe) -> dict[str, Any]:
+    """Methods, ratios, bits and group size that the stages name; nothing when they do not compress."""
+    pruning = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
+    rounding = recipe.modifiers(GPTQModifier)
+    if not pruning and not rounding:
+        return {}
+    grid: dict[str, Any] = {
+        "methods": tuple(dict.fromkeys(one.method for one in pruning)),
+        "ratios": tuple(dict.fromkeys(one.sparsity for one in pruning)),
+        "bits": tuple(dict.fromkeys(one.bits for one in rounding)),
+    }
+    return grid | ({"group_size": rounding[0].group_size} if rounding else {})
+
+
+def _checked_run(content: Any, faults: list[Fault]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        faults.append(Fault(("run",), "not a map of settings", content))
+        return {}
+    try:
+        RunSpec.model_validate(content)
+    except ValidationError as error:
+        faults += faults_of(error, RunSpec, ("run",))
+    return content
+
+
+def _stage(name: str, content: Any, faults: list[Fault]) -> Stage:
+    if not isinstance(content, dict):
+        faults.append(Fault((name,), "not a map with groups of modifiers", content))
+        return Stage(name, "oneshot", ())
+    groups = []
+    for key, inside in content.items():
+        if key == "modifiers" or key.endswith("_modifiers"):
+            groups.append(_group(name, key, inside, faults))
+        elif key in MODIFIERS:
+            faults.append(Fault((name, key), "modifiers stand in a group; indent it under sparsity_modifiers:"))
+        elif key not in {"run_type", "args"}:
+            faults.append(Fault((name, key), "no such field", hint=nearest(key, ("run_type", "modifiers"))))
+    trains = any(isinstance(one, PromptRecoveryModifier) for group in groups for one in group.modifiers)
+    run_type = content.get("run_type") or ("train" if trains else "oneshot")
+    if run_type not in RUN_TYPES:
+        faults.append(Fault((name, "run_type"), "not oneshot or train", run_type, nearest(run_type, RUN_TYPES)))
+    if not groups:
+        faults.append(Fault((name,), "no modifiers; write <name>_modifiers: with at least one"))
+    for group in groups:
+        for one in group.modifiers:
+            faults += _misplaced(one, run_type, (name, group.name, type(one).__name__))
+    return Stage(name, "train" if run_type == "train" else "oneshot", tuple(groups))
+
+
+def _misplaced(modifier: Spec, run_type: object, path: tuple[str, ...]) -> list[Fault]:
+    if run_type == "train" and isinstance(modifier, Pruning | GPTQModifier):
+        return [Fault(path, "compresses at once, never while training; put it in a stage with run_type: oneshot")]
+    if run_type == "oneshot" and isinstance(modifier, PromptRecoveryModifier):
+        return [Fault(path, "trains; put it in a stage with run_type: train")]
+    return []
+
+
+def _group(stage: str, name: str, content: Any, faults: list[Fault]) -> Group:
+    if not isinstance(content, dict) or not content:
+        faults.append(Fault((stage, name), "not a map of modifiers", content))
+        return Group(name, ())
+    modifiers = []
+    for word, fields in content.items():
+        kind = MODIFIERS.get(word)
+        if kind is None:
+            known = ", ".join(MODIFIERS)
+            faults.append(Fault((stage, name, word), f"no such modifier here ({known})", hint=nearest(word, MODIFIERS)))
+            continue
+        try:
+            modifiers.append(kind.model_validate({} if fields is None else fields))
+        except ValidationError as error:
+            faults += faults_of(error, kind, (stage, name, word))
+    return Group(name, tuple(modifiers))
+
+
+def _stranger(name: str, content: Any) -> Fault:
+    if isinstance(content, list) and name.endswith("modifiers"):
+        return Fault(
+            (name,),
+            "a list of modifiers is the form of SparseML before 1.6; write <name>_stage: with <name>_modifiers:",
+        )
+    if name.endswith("modifiers") or name in MODIFIERS:
+        return Fault((name,), "stands outside a stage; indent it under <name>_stage:")
+    return Fault(
+        (name,), "neither run: nor a <name>_stage:", hint=nearest(name, ("run", f"{name.removesuffix('s')}_stage"))
+    )

@@ -1,0 +1,181 @@
+"""The modifiers a recipe may name, with the fields and defaults of llm-compressor 0.14 (SparseML's older names too).
+
+`dampening_frac` is the share of the Gram matrix's mean diagonal that is added to its diagonal. Fields of kind Switch,
+Layers, Time, Schedule or Unsupported are there for recipes of other tools only (see `fields`).
+"""
+
+import math
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from mopcompress.errors import RecipeError
+from mopcompress.recipe.faults import faults_of
+from mopcompress.recipe.fields import (
+    Layers,
+    Schedule,
+    Share,
+    Spec,
+    Structure,
+    Switch,
+    Targets,
+    Time,
+    Unsupported,
+    fault,
+    parse_structure,
+)
+
+AnyModifier = TypeVar("AnyModifier", bound=Spec)
+AnyPruning = TypeVar("AnyPruning", bound="PruningModifier")
+
+BlockSize = Annotated[int, Field(ge=1, le=65536)]
+Damping = Annotated[float, Field(gt=0, le=10, validation_alias=AliasChoices("dampening_frac", "percdamp"))]
+
+
+def changed(modifier: AnyModifier, **changes: object) -> AnyModifier:
+    """A checked copy; raises `RecipeError` when a recipe with these values would be refused too."""
+    kind = type(modifier)
+    try:
+        return kind.model_validate(modifier.model_dump() | changes)
+    except ValidationError as error:
+        raise RecipeError("\n".join(fault.in_recipe(kind.__name__) for fault in faults_of(error, kind))) from error
+
+
+class PruningModifier(Spec):
+    """What the three pruning modifiers have in common."""
+
+    method: ClassVar[str]
+    share_field: ClassVar[str] = "sparsity"
+
+    mask_structure: Structure = "0:0"
+    targets: Targets = ("Linear",)
+
+    @field_validator("sparsity", mode="before", check_fields=False)
+    @classmethod
+    def _one_for_all(cls, sparsity: Any) -> Any:
+        if isinstance(sparsity, list):
+            raise fault("a list with one sparsity a target is not supported yet; write one stage for each sparsity")
+        return sparsity
+
+    @field_validator("sparsity", "final_sparsity", check_fields=False)
+    @classmethod
+    def _agrees_with_the_structure(cls, sparsity: float, info: ValidationInfo) -> float:
+        pattern = parse_structure(info.data.get("mask_structure", ""))
+        if pattern and not math.isclose(sparsity, pattern[0] / pattern[1], abs_tol=0.01):  # 1:3 may be written 0.33
+            removed = pattern[0] / pattern[1]
+            raise fault(f"mask_structure {pattern[0]}:{pattern[1]} removes a share of {removed:g}", f"{removed:g}")
+        return sparsity
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """`(n, m)`: n zeros in every m weights of a row; None when any weight may go."""
+        return parse_structure(self.mask_structure)
+
+    def with_sparsity(self: AnyPruning, ratio: float) -> AnyPruning:
+        """The same settings at another share; raises `RecipeError` when an N:M structure contradicts it."""
+        return changed(self, **{self.share_field: ratio})
+
+
+class SparseGPTModifier(PruningModifier):
+    """Remove weights by their effect on the layer's output, and refit the others (arXiv 2301.00774)."""
+
+    method: ClassVar[str] = "sparsegpt"
+
+    sparsity: Share
+    ignore: Targets = ()
+    block_size: BlockSize = 128
+    dampening_frac: Damping = 0.01
+    preserve_sparsity_mask: bool = False
+    sequential_update: Switch = None
+    sequential_targets: Layers = None
+    target_ids: Layers = None
+    offload_hessians: Switch = None
+    sparsity_profile: Unsupported = None
+    owl_m: Unsupported = None
+    owl_lmbda: Unsupported = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _join_prunen_and_prunem(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or not {"prunen", "prunem"} & fields.keys():
+            return fields
+        structure = f"{fields.get('prunen')}:{fields.get('prunem')}"
+        if fields.get("mask_structure", structure) != structure:
+            raise fault(f"prunen and prunem say {structure}, mask_structure says something else; keep mask_structure")
+        others = {name: field for name, field in fields.items() if name not in {"prunen", "prunem"}}
+        return others | {"mask_structure": structure}
+
+
+class WandaPruningModifier(PruningModifier):
+    """Remove the lowest |weight| x input norm of every output row (arXiv 2306.11695)."""
+
+    method: ClassVar[str] = "wanda"
+
+    sparsity: Share
+    ignore: Targets = ()
+    sequential_update: Switch = None
+    sequential_targets: Layers = None
+    sparsity_profile: Unsupported = None
+    owl_m: Unsupported = None
+    owl_lmbda: Unsupported = None
+
+
+class MagnitudePruningModifier(PruningModifier):
+    """Remove the smallest weights of every layer at once: a schedule over training steps has no meaning here."""
+
+    method: ClassVar[str] = "magnitude"
+    share_field: ClassVar[str] = "final_sparsity"
+    ignore: ClassVar[tuple[str, ...]] = ()
+
+    final_sparsity: Share
+    init_sparsity: Time = None
+    start: Time = None
+    end: Time = None
+    update: Time = None
+    update_scheduler: Schedule = None
+    leave_enabled: Switch = None
+    apply_globally: bool = False
+
+    @field_validator("apply_globally")
+    @classmethod
+    def _layer_by_layer(cls, globally: bool) -> bool:
+        if globally:
+            raise fault(
+                "one threshold for all layers is not supported yet; without it every layer loses the same share"
+            )
+        return globally
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights removed."""
+        return self.final_sparsity
+
+
+class ConstantPruningModifier(Spec):
+    """Keep zeros while training. Always so here: recovery trains prompts and never touches a weight."""
+
+    targets: Targets = ("__ALL__",)
+    start: Time = None
+    end: Time = None
+    update: Time = None
+
+
+class PromptRecoveryModifier(Spec):
+    """Train prompts in front of a frozen compressed model: one prompt, or a mixture chosen by a gate."""
+
+    arm: Literal["single", "mop"] = "mop"
+    experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data
+    prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
+    layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] = 60
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
+    prompt_learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.03
+    gate_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
+    gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+
+    def with_arm(self, arm: str) -> "PromptRecoveryModifier":
+        """The same settings for the other arm: equal prompts in all, steps and data."""
+        return changed(self, arm=arm)

@@ -1,0 +1,116 @@
+"""`run:`, the part of a recipe that is ours: model, data, grid and machine.
+
+Every field is also a flag, and a flag wins. Relative paths are relative to the working directory, in a recipe too.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from mopcompress.errors import UsageError
+from mopcompress.recipe.faults import Fault, faults_of, nearest
+from mopcompress.recipe.fields import Distinct, FilePath, Listed, Name, Share, Spec, fault
+
+PRUNING_METHODS = ("sparsegpt", "wanda", "magnitude")
+ARMS = ("none", "single", "mop")
+
+Rows = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=8, le=1_048_576)]  # tokens
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+def _method(name: str) -> str:
+    if name not in PRUNING_METHODS:
+        hint = "--bits" if name == "gptq" else nearest(name, PRUNING_METHODS)
+        raise fault(f"not one of {', '.join(PRUNING_METHODS)}", hint)
+    return name
+
+
+def _arm(name: str) -> str:
+    if name not in ARMS:
+        raise fault(f"not one of {', '.join(ARMS)}", nearest(name, ARMS))
+    return name
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise fault("not one of auto, cpu, cuda, cuda:N, mps", nearest(name, ("auto", "cpu", "cuda", "mps")))
+    return name
+
+
+class RunSpec(Spec):
+    """What to run on; the defaults are those of `recipes/default.yaml`."""
+
+    model: FilePath = "smollm2"
+    data: FilePath = "skills"
+    map: dict[Name, Name] = Field(default_factory=dict)  # column of the data: our field
+    train_rows: Rows | None = 480  # None: all
+    validation_rows: Rows | None = 96
+    test_rows: Rows | None = 240
+    max_length: Length = 128  # tokens of a row
+    calibration: FilePath = "self"  # text that the model writes itself, or a text file
+    num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
+    max_seq_length: Length = 512  # tokens of a calibration sample
+    ratios: Annotated[tuple[Share, ...], Listed, Distinct] = (0.5, 0.85, 0.95)
+    methods: Annotated[tuple[Annotated[str, AfterValidator(_method)], ...], Listed, Distinct] = ("sparsegpt",)
+    bits: Annotated[tuple[Bits, ...], Listed, Distinct] = ()
+    group_size: Annotated[int, Field(ge=2, le=65536)] | None = 64  # weights of a row sharing a scale; None: all
+    arms: Annotated[tuple[Annotated[str, AfterValidator(_arm)], ...], Listed, Distinct, Field(min_length=1)] = ARMS
+    seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1)] = (0,)
+    seed: Seed = 0
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16  # rows, in evaluation
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    output_dir: FilePath | None = None
+    max_fallback: Annotated[float, Field(ge=0, le=1)] = (
+        0.1  # share of matrices that may need more damping than asked for
+    )
+
+
+LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}
+WORDS = {"model", "data", "calibration", "methods", "arms", "device", "output_dir"}
+
+
+def check_flags(flags: Mapping[str, object]) -> dict[str, Any]:
+    """The flags as checked fields of `RunSpec`; None means not given, text is split at commas where a list belongs.
+
+    Raises `UsageError` with all faults, one line each.
+    """
+    faults: list[Fault] = []
+    given = {name: _parsed(name, flag, faults) for name, flag in flags.items() if flag is not None}
+    wrong = {found.path[0] for found in faults}
+    try:
+        checked = RunSpec.model_validate({name: flag for name, flag in given.items() if name not in wrong})
+    except ValidationError as error:
+        raise UsageError("\n".join(found.in_flags() for found in faults + faults_of(error, RunSpec))) from error
+    if faults:
+        raise UsageError("\n".join(found.in_flags() for found in faults))
+    return {name: getattr(checked, name) for name in given}
+
+
+def _parsed(name: str, flag: object, faults: list[Fault]) -> object:
+    if name == "map" and isinstance(flag, str):
+        pairs = [pair.partition("=") for pair in flag.split(",")]
+        if not all(key and value for key, _, value in pairs):
+            faults.append(Fault((name,), "not column=field, with commas between several", flag))
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    if name not in LISTS or not isinstance(flag, str | list | tuple):
+        return flag if name in WORDS else _number(flag)
+    pieces = [piece.strip() for piece in flag.split(",")] if isinstance(flag, str) and flag else list(flag)
+    if "" in pieces:
+        faults.append(Fault((name,), "an entry is empty: write values with one comma between", flag))
+    return tuple(pieces) if name in WORDS else tuple(_number(piece) for piece in pieces)
+
+
+def _number(flag: object) -> object:
+    """Text from a command line as the number it looks like; anything else as it is, to be refused by name."""
+    if not isinstance(flag, str):
+        return flag
+    for kind in (int, float):
+        try:
+            return kind(flag)
+        except ValueError:
+            continue
+    return flag
