@@ -10,7 +10,7 @@ VERBS = tuple(
     for forms in listed("""
         paint/paints/painted/painted wash/washes/washed/washed carry/carries/carried/carried fix/fixes/fixed/fixed
         open/opens/opened/opened move/moves/moved/moved clean/cleans/cleaned/cleaned repair/repairs/repaired/repaired
-        sell/sells/sold/sold buy/buys/bought/bought find/finds/found/found lose/loses/lost/lost
+        sell/sells/sold/sold scratch/scratches/scratched/scratched grab/grabs/grabbed/grabbed lose/loses/lost/lost
         break/breaks/broke/broken hide/hides/hid/hidden steal/steals/stole/stolen throw/throws/threw/thrown
         draw/draws/drew/drawn choose/chooses/chose/chosen bring/brings/brought/brought forget/forgets/forgot/forgotten
         keep/keeps/kept/kept hold/holds/held/held lift/lifts/lifted/lifted drop/drops/dropped/dropped

@@ -24,7 +24,7 @@ THINGS = listed("""
     blanket guitar drum spoon fork plate jacket sweater sandal wallet ticket stamp coin marble ring necklace basin
     bowl teapot napkin curtain cushion magnet lantern rope tent paddle anchor wheel saddle barrel crate trunk parcel
     folder eraser ruler marker notebook poster globe clock camera printer keyboard cable charger umbrella apron engine
-    arrow shovel whistle trumpet vase kite puzzle statue badge bracelet tray
+    arrow shovel whistle trumpet vase kite puzzle statue badge bracelet pan
 """)
 
 JOBS = listed("""
