@@ -64,7 +64,8 @@ def _text_of(row: Row, name: str) -> str:
 
 def _missing(row: Row, name: str, *, wanted: str, candidates: Sequence[str]) -> DataError:
     there = list(row.fields)
-    near = next((near[0] for word in candidates if (near := get_close_matches(word, there, n=1, cutoff=0.4))), None)
+    free = [column for column in there if not any(column in known for known in COLUMNS.values())]
+    near = next((near[0] for word in candidates if (near := get_close_matches(word, free, n=1, cutoff=0.4))), None)
     if name not in COLUMNS:
         hint = f"did you mean '{near}'?" if near else "name a column that is there"
     else:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -79,7 +79,7 @@ def read_utf8(path: Path) -> str:
         ) from error
 
 
-def hub_splits(source: str) -> dict[str, Sequence[Mapping[str, object]]]:
+def hub_splits(source: str) -> dict[str, Iterable[Mapping[str, object]]]:
     """All splits of a hub data set, under the hub's names; `id:configuration` chooses a configuration.
 
     Raises `UnavailableError` when it cannot be had.
@@ -97,7 +97,7 @@ def hub_splits(source: str) -> dict[str, Sequence[Mapping[str, object]]]:
         ) from error
 
 
-def _named(source: str, splits: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[str, list[Row]]:
+def _named(source: str, splits: Mapping[str, Iterable[Mapping[str, object]]]) -> dict[str, list[Row]]:
     """Hub splits under our names, with rows that know where they are."""
     known = {SPLIT_NAMES[split]: split for split in splits if split in SPLIT_NAMES}
     if len(splits) == 1:

@@ -82,8 +82,9 @@ def complete(name: str, given: Mapping[str, Sequence[Example]], *, seed: int) ->
         parts = dict(zip(("train", "validation", "test"), divide(only, (8, 1, 1), seed=seed, name=name), strict=True))
     for held_out in {"validation", "test"} - parts.keys():
         parts["train"], parts[held_out] = divide(parts["train"], (9, 1), seed=seed, name=name)
+    parts = {split: parts[split] for split in ("train", "validation", "test")}
     _check_disjoint(name, parts)
-    return assemble(name, train=parts["train"], validation=parts["validation"], test=parts["test"])
+    return assemble(name, **parts)
 
 
 def divide(examples: Sequence[Example], shares: Sequence[int], *, seed: int, name: str) -> list[tuple[Example, ...]]:
