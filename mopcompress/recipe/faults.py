@@ -8,6 +8,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 LONGEST_VALUE = 60  # characters of a wrong value that are shown
+PLAIN = {  # pydantic's kinds of error, without Python's names for types
+    "float_type": "not a number",
+    "int_type": "not a whole number",
+    "bool_type": "not true or false",
+    "string_type": "not text",
+    "tuple_type": "not a list",
+    "dict_type": "not a map",
+    "model_type": "not a map of settings",
+    "too_short": "not long enough: at least one entry is needed",
+}
 
 
 class Absent:
@@ -88,7 +98,7 @@ def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int,
         hint = nearest(
             details["input"], [name.strip("'") for name in context["expected"].replace(" or ", ", ").split(", ")]
         )
-    message = details["msg"][0].lower() + details["msg"][1:]
+    message = PLAIN.get(details["type"], details["msg"].replace("Input should be", "not"))
     return Fault(place, message, details["input"], hint)
 
 

@@ -30,8 +30,8 @@ def _share(number: float) -> float:
 def _name(text: str) -> str:
     if not text.strip():
         raise fault("not a name: empty")
-    if "\0" in text or len(text) > 1024:
-        raise fault("not a name: longer than 1024 characters, or with a zero byte")
+    if len(text) > 1024 or re.search("[\0\ud800-\udfff]", text):
+        raise fault("not a name: longer than 1024 characters, or with a zero byte or half a character")
     return text
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from mopcompress.recipe.faults import nearest
 from mopcompress.recipe.fields import Layers, Spec, Switch, Targets, Unsupported, fault
@@ -50,7 +50,7 @@ class WeightQuantization(Spec):
 
     @field_validator("group_size")
     @classmethod
-    def _fits_the_strategy(cls, size: int | None, info: ValidationInfo) -> int | None:
+    def _fits_the_strategy(cls, size: int | None, info: Any) -> int | None:
         strategy = info.data.get("strategy")
         if strategy == "group" and (size is None or size < 2):
             raise fault("strategy: group needs a group_size of 2 or more, such as 64 or 128")

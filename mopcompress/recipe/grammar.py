@@ -184,7 +184,7 @@ def _stage(name: str, content: Any, faults: list[Fault]) -> Stage:
     run_type = content.get("run_type") or ("train" if trains else "oneshot")
     if run_type not in RUN_TYPES:
         faults.append(Fault((name, "run_type"), "not oneshot or train", run_type, nearest(run_type, RUN_TYPES)))
-    if not groups:
+    if not groups and not MODIFIERS.keys() & content.keys():
         faults.append(Fault((name,), "no modifiers; write <name>_modifiers: with at least one"))
     for group in groups:
         for one in group.modifiers:

@@ -7,7 +7,7 @@ Layers, Time, Schedule or Unsupported are there for recipes of other tools only 
 import math
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from mopcompress.errors import RecipeError
 from mopcompress.recipe.faults import faults_of
@@ -59,7 +59,8 @@ class PruningModifier(Spec):
 
     @field_validator("sparsity", "final_sparsity", check_fields=False)
     @classmethod
-    def _agrees_with_the_structure(cls, sparsity: float, info: ValidationInfo) -> float:
+    def _agrees_with_the_structure(cls, sparsity: float, info: Any) -> float:
+        # `info` is pydantic's ValidationInfo, a protocol that beartype cannot check
         pattern = parse_structure(info.data.get("mask_structure", ""))
         if pattern and not math.isclose(sparsity, pattern[0] / pattern[1], abs_tol=0.01):  # 1:3 may be written 0.33
             removed = pattern[0] / pattern[1]
