@@ -1,0 +1,105 @@
+"""GPTQ: rounding to a grid with error feedback (Frantar et al., https://arxiv.org/abs/2210.17323).
+
+The grid is symmetric: codes from -2^(bits-1) to 2^(bits-1) - 1 times a scale, so that it contains zero exactly.
+Differences from the released code: a scale minimises the squared error weighted by the mean square of each input (there
+all inputs count alike, with exponent 2.4), and scales are numbers that fp16 can hold.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mopcompress.compress.feedback import Reject, inverse_factor, sweep
+from mopcompress.compress.solved import Quantised
+from mopcompress.errors import DataError
+
+_SHRINKS = [1 - 0.05 * step for step in range(15)]  # of the scale that just reaches the largest weight
+_SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
+
+
+def gptq(
+    weight: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+    *,
+    bits: int,
+    group_size: int,
+    damping: float = 0.01,
+    block_size: int = 128,
+    act_order: bool = False,
+    keep_zeros: bool = False,
+) -> Quantised:
+    """Round every weight to a grid with one scale per row and `group_size` consecutive inputs.
+
+    The scales of a group are chosen when the sweep reaches it, from the weights as they are then. With `act_order` the
+    inputs with the largest mean square go first, and all scales are chosen beforehand from the given weights ("static
+    groups"), so that groups stay consecutive. `keep_zeros` keeps zeros at zero; weights of inputs that never fire
+    become zero. `block_size` only decides how updates are batched. Raises `DataError` when groups do not fit.
+    """
+    size = weight.shape[1]
+    _check_grid(size, bits, group_size)
+    weight, gram = weight.detach().masked_fill(gram.diagonal() == 0, 0.0), gram.to(weight)
+    importance = gram.diagonal()
+    scales = weight.new_empty(size // group_size, len(weight))
+    order = torch.arange(size, device=weight.device)
+    if act_order:
+        panels = torch.split(weight.T, group_size), torch.split(importance, group_size)
+        for group, (panel, share) in enumerate(zip(*panels, strict=True)):
+            scales[group] = _best_scales(panel, share, bits)
+        order = importance.argsort(descending=True, stable=True)
+        weight, gram = weight[:, order], gram[order][:, order]
+    group_of = (order // group_size).tolist()
+    kept_zeros = (weight.T == 0) if keep_zeros else None
+
+    def settle(first: int, panel: Tensor) -> Reject:
+        if not act_order:
+            scales[first // group_size] = _best_scales(panel, importance[first : first + group_size], bits)
+
+        def reject(index: int, column: Tensor, error: Tensor) -> None:
+            scale = scales[group_of[index]]
+            rounded = _codes(column, scale, bits).mul_(scale)
+            if kept_zeros is not None:
+                rounded.masked_fill_(kept_zeros[index], 0.0)
+            torch.sub(column, rounded, out=error)
+
+        return reject
+
+    factor = inverse_factor(gram, damping=damping)
+    panel_columns = block_size if act_order else group_size
+    settled = sweep(weight, factor, settle, panel_columns=panel_columns, block_columns=block_size)
+    if act_order:
+        settled = settled[:, order.argsort()]
+    spread = scales.T.repeat_interleave(group_size, dim=1)
+    codes = (settled / spread).round()  # settled is an integer times the scale, up to float residue
+    return Quantised(
+        codes * spread + 0.0,  # no negative zeros
+        factor.escalations,
+        codes=codes.to(torch.int8),
+        scales=scales.T.contiguous(),
+    )
+
+
+def _codes(column: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (column / scale).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _best_scales(
+    panel: Float[Tensor, "columns rows"], importance: Float[Tensor, " columns"], bits: int
+) -> Float[Tensor, " rows"]:
+    """The scale of each row with the least importance-weighted squared rounding error, among 15 shrunken ones."""
+    widest = panel.abs().amax(0) / (2 ** (bits - 1) - 0.5)
+    best, least = torch.empty_like(widest), torch.full_like(widest, torch.inf)
+    for shrink in _SHRINKS:
+        scale = (shrink * widest).half().clamp_min(_SMALLEST_SCALE).to(widest)
+        loss = importance @ (_codes(panel, scale, bits).mul_(scale) - panel).square_()
+        better = loss < least
+        best, least = torch.where(better, scale, best), torch.where(better, loss, least)
+    return best
+
+
+def _check_grid(size: int, bits: int, group_size: int) -> None:
+    if not 2 <= bits <= 8:
+        raise DataError(f"cannot quantise to {bits} bits; choose 2 to 8")
+    if group_size < 1 or size % group_size:
+        fitting = [str(candidate) for candidate in (32, 64, 128) if size % candidate == 0]
+        advice = f"choose group_size {' or '.join(fitting)}" if fitting else "leave this layer out with `ignore`"
+        raise DataError(f"{size} inputs cannot be cut into groups of {group_size}; {advice}")

@@ -1,0 +1,100 @@
+"""What a method needs to know about the inputs of a layer, accumulated batch by batch in constant memory."""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mopcompress.errors import NumericalError
+
+_PANELS = 8  # column panels of the Gram matrix: its upper triangle then costs 9/16 of the whole product
+
+
+class Statistic(Protocol):
+    """Sees the inputs of a layer, then gives the value that the method's `solve` takes."""
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None: ...
+
+    def mean(self) -> Tensor | None: ...
+
+
+class Nothing:
+    """For methods that look at the weights only."""
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Look away."""
+
+    def mean(self) -> None:
+        """None."""
+
+
+class InputNorms:
+    """Root mean square of each input over the calibration tokens.
+
+    Wanda takes the L2 norm, which is larger by sqrt(tokens) for every input alike: the masks are the same.
+    """
+
+    def __init__(self) -> None:
+        self._squares: Tensor | None = None
+        self._tokens = 0
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Add a batch of tokens. Raises `NumericalError` when an input is not finite."""
+        squares = _at_least_float32(inputs).square().sum(0)
+        _check_finite(squares)
+        self._squares = squares if self._squares is None else self._squares + squares
+        self._tokens += len(inputs)
+
+    def mean(self) -> Float[Tensor, " in"]:
+        """The root mean square. Raises `NumericalError` when there were no tokens."""
+        return (_seen(self._squares, self._tokens) / self._tokens).sqrt()
+
+
+class InputGram:
+    """Mean of x xᵀ over calibration tokens: half the Hessian of the layer's squared output error.
+
+    The mean is per *token*; SparseGPT's released code divides by sequences. The solvers use the matrix up to a positive
+    factor only, so masks and updates agree. Accumulated in fp32 (fp64 for fp64 inputs), upper triangle only.
+    """
+
+    def __init__(self) -> None:
+        self._upper: Tensor | None = None  # on and above the diagonal; below it panels may hold anything
+        self._tokens = 0
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Add a batch of tokens. Raises `NumericalError` when an input is not finite."""
+        inputs = _at_least_float32(inputs)
+        size = inputs.shape[1]
+        if self._upper is None:
+            self._upper = inputs.new_zeros(size, size)
+        width = -(-size // _PANELS)
+        for first in range(0, size, width):
+            panel = slice(first, first + width)
+            self._upper[panel, first:].addmm_(inputs[:, panel].T, inputs[:, first:])
+        _check_finite(self._upper.diagonal())  # a sum of squares: one bad input spoils it for good
+        self._tokens += len(inputs)
+
+    def mean(self) -> Float[Tensor, "in in"]:
+        """The symmetric mean. Raises `NumericalError` when there were no tokens."""
+        upper = _seen(self._upper, self._tokens).triu() / self._tokens
+        return upper + upper.triu(1).T
+
+
+def _at_least_float32(inputs: Tensor) -> Tensor:
+    return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+
+
+def _check_finite(sums_of_squares: Float[Tensor, " in"]) -> None:
+    bad = sums_of_squares.isfinite().logical_not()
+    if bad.any():
+        raise NumericalError(
+            f"{int(bad.sum())} of {len(bad)} layer inputs (the first is input {int(bad.nonzero()[0])}) are not finite "
+            f"on the calibration data; remove the documents that overflow or load the model in fp32"
+        )
+
+
+def _seen(total: Tensor | None, tokens: int) -> Tensor:
+    if total is None or tokens == 0:
+        raise NumericalError("no calibration token reached this layer; calibrate on more tokens")
+    return total
