@@ -144,6 +144,7 @@ def test_numbers_may_be_written_1e_3(write):
 def test_magnitude_goes_to_its_final_sparsity(write):
     fields = {
         "init_sparsity": 0.1, "final_sparsity": 0.8, "start": 0, "end": 1, "update": 0.5, "update_scheduler": "cubic",
+        "scheduler_args": {},
         "targets": ["re:.*weight"], "mask_structure": "unstructured", "leave_enabled": True, "apply_globally": False,
     }  # fmt: skip
     modifier = load_recipe(write(in_group("MagnitudePruningModifier", fields))).modifiers(MagnitudePruningModifier)[0]
@@ -315,6 +316,8 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         ),
         ("SparseGPTModifier", {"sparsity": 0.5, "percdamp": 0}, "percdamp: not greater than 0, found 0"),
         ("SparseGPTModifier", {"sparsity": 0.5, "sequential_update": 3}, "not true or false, found 3"),
+        ("SparseGPTModifier", {"sparsity": 0.5, "ignore": ["re:" + "(" * 510 + ")" * 510]}, "ignore[0]: not a regular"),
+        ("SparseGPTModifier", {"sparsity": 0.5, "ignore": ["re:a{99999999999}"]}, "ignore[0]: not a regular"),
         ("SparseGPTModifier", [], "SparseGPTModifier: not a map of settings"),
         ("WandaPruningModifier", {"sparsity": 0.5, "dampening_frac": 0.1}, "dampening_frac: no such field"),
         (
@@ -393,6 +396,8 @@ def test_contradictions_inside_gptq_are_named(write):
     )
     same = {"config_groups": {"g": group}, "targets": "re:.*up_proj"}
     assert load_recipe(write(in_group("GPTQModifier", same))).modifiers(GPTQModifier)[0].targets == ("re:.*up_proj",)
+    aimed = {"config_groups": {"g": {"weights": group["weights"]}}, "targets": "re:.*up_proj"}
+    assert load_recipe(write(in_group("GPTQModifier", aimed))).modifiers(GPTQModifier)[0].targets == ("re:.*up_proj",)
     activations = {"config_groups": {"g": group | {"input_activations": {"num_bits": 8}}}}
     assert "input_activations: not supported yet" in faults(write(in_group("GPTQModifier", activations)))[0]
 
@@ -489,6 +494,13 @@ def test_json_gets_the_same_checks(write, text, said):
 def test_a_few_aliases_are_fine(write):
     path = write("run: {ratios: [0.5], data: &d here, calibration: *d}")
     assert load_recipe(path).run.calibration == "here"
+
+
+def test_a_hostile_number_of_entries_takes_no_hostile_time_or_space(write):
+    many = ",".join(["0.5"] * 2_000)
+    assert "0.5 stands twice" in faults(write(f"run: {{ratios: [{many}]}}"))[0]
+    wrong = faults(write(f"run: {{ratios: [{','.join(['7'] * 2_000)}]}}"))
+    assert (len(wrong), wrong[-1]) == (41, "... and 1960 faults more")
 
 
 def test_files_that_cannot_be_read_are_told_apart(write, tmp_path):

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+MOST_FAULTS = 40  # lines
 LONGEST_VALUE = 60  # characters of a wrong value that are shown
 PLAIN = {  # pydantic's kinds of error, without Python's names for types
     "float_type": "not a number",
@@ -79,6 +80,13 @@ def nearest(word: object, names: Iterable[str]) -> str | None:
     """The known name most like `word`, quoted; None when nothing is near."""
     near = get_close_matches(str(word)[:LONGEST_VALUE], list(names), n=1, cutoff=0.6)
     return repr(near[0]) if near else None
+
+
+def lines(rendered: Iterable[str]) -> str:
+    """One line a fault, the first ones only when there are very many."""
+    shown = list(rendered)
+    more = [f"... and {len(shown) - MOST_FAULTS} faults more"] if len(shown) > MOST_FAULTS else []
+    return "\n".join(shown[:MOST_FAULTS] + more)
 
 
 def faults_of(error: ValidationError, model: type[BaseModel], path: tuple[str | int, ...] = ()) -> list[Fault]:

@@ -39,7 +39,7 @@ def _target(text: str) -> str:
     if text.startswith("re:"):
         try:
             re.compile(text[3:])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise fault(f"not a regular expression ({error})") from error
     return text
 
@@ -53,9 +53,11 @@ def _named(values: Any) -> Any:
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    twice = [value for place, value in enumerate(values) if value in values[:place]]
-    if twice:
-        raise fault(f"not distinct: {twice[0]!r} stands twice")
+    seen = set()
+    for one in values:
+        if one in seen:
+            raise fault(f"not distinct: {one!r} stands twice")
+        seen.add(one)
     return values
 
 
@@ -100,4 +102,5 @@ Switch = Annotated[bool | None, Forgotten, Field(exclude=True)]
 Layers = Annotated[Targets | None, Forgotten, Field(exclude=True)]
 Time = Annotated[float | None, Forgotten, Field(exclude=True)]
 Schedule = Annotated[str | None, Forgotten, Field(exclude=True)]
+ScheduleFields = Annotated[dict[str, Any] | None, Forgotten, Field(exclude=True)]
 Unsupported = Annotated[None, BeforeValidator(_unsupported), Field(exclude=True)]

@@ -152,12 +152,17 @@ def _spell_out(fields: dict[str, Any]) -> dict[str, Any]:
         fields["config_groups"] = {"group_0": {"weights": weights, "targets": fields.pop("targets", ["Linear"])}}
     elif "targets" in fields and isinstance(fields.get("config_groups"), dict):
         targets = fields.pop("targets")
-        for group in fields["config_groups"].values():
-            if isinstance(group, dict) and group.get("targets", targets) not in (targets, [targets]):
-                raise fault("targets differ from those in config_groups; keep the latter")
+        groups = fields["config_groups"].items()
+        fields["config_groups"] = {name: _aimed_at(targets, group) for name, group in groups}
     elif scheme is None and fields.get("config_groups") is None:
         raise fault("say how: scheme: W4A16, or config_groups with weights")
     return fields
+
+
+def _aimed_at(targets: Any, group: Any) -> Any:
+    if isinstance(group, dict) and group.get("targets", targets) not in (targets, [targets]):
+        raise fault("targets differ from those in config_groups; keep the latter")
+    return {"targets": targets} | group if isinstance(group, dict) else group
 
 
 def _lift_actorder(fields: dict[str, Any]) -> dict[str, Any]:

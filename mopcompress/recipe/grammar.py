@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from mopcompress.errors import RecipeError
-from mopcompress.recipe.faults import Fault, faults_of, nearest
+from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.modifiers import (
@@ -121,7 +121,7 @@ def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Re
         elif name not in FOREIGN:
             faults.append(_stranger(name, content))
     if faults:
-        raise RecipeError("\n".join(found.in_recipe(str(path)) for found in faults))
+        raise RecipeError(lines(found.in_recipe(str(path)) for found in faults))
     recipe = Recipe(tuple(stages), RunSpec())
     return Recipe(recipe.stages, RunSpec.model_validate(_own_grid(recipe) | run | check_flags(flags)))
 

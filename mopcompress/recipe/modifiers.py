@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from mopcompress.errors import RecipeError
-from mopcompress.recipe.faults import faults_of
+from mopcompress.recipe.faults import faults_of, lines
 from mopcompress.recipe.fields import (
     Layers,
     Schedule,
+    ScheduleFields,
     Share,
     Spec,
     Structure,
@@ -38,7 +39,7 @@ def changed(modifier: AnyModifier, **changes: object) -> AnyModifier:
     try:
         return kind.model_validate(modifier.model_dump() | changes)
     except ValidationError as error:
-        raise RecipeError("\n".join(fault.in_recipe(kind.__name__) for fault in faults_of(error, kind))) from error
+        raise RecipeError(lines(found.in_recipe(kind.__name__) for found in faults_of(error, kind))) from error
 
 
 class PruningModifier(Spec):
@@ -134,6 +135,7 @@ class MagnitudePruningModifier(PruningModifier):
     end: Time = None
     update: Time = None
     update_scheduler: Schedule = None
+    scheduler_args: ScheduleFields = None
     leave_enabled: Switch = None
     apply_globally: bool = False
 

@@ -124,11 +124,12 @@ def _json(text: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"the key {value(twice[0])} stands twice")
-    return dict(pairs)
+    fields: dict[str, Any] = {}
+    for name, field in pairs:
+        if name in fields:
+            raise ValueError(f"the key {value(name)} stands twice")
+        fields[name] = field
+    return fields
 
 
 def _depth(document: Any) -> int:

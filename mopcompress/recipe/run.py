@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 
 from mopcompress.errors import UsageError
-from mopcompress.recipe.faults import Fault, faults_of, nearest
+from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Distinct, FilePath, Listed, Name, Share, Spec, fault
 
 PRUNING_METHODS = ("sparsegpt", "wanda", "magnitude")
@@ -84,9 +84,9 @@ def check_flags(flags: Mapping[str, object]) -> dict[str, Any]:
     try:
         checked = RunSpec.model_validate({name: flag for name, flag in given.items() if name not in wrong})
     except ValidationError as error:
-        raise UsageError("\n".join(found.in_flags() for found in faults + faults_of(error, RunSpec))) from error
+        raise UsageError(lines(found.in_flags() for found in faults + faults_of(error, RunSpec))) from error
     if faults:
-        raise UsageError("\n".join(found.in_flags() for found in faults))
+        raise UsageError(lines(found.in_flags() for found in faults))
     return {name: getattr(checked, name) for name in given}
 
 
