@@ -1,0 +1,56 @@
+"""From a run folder to report.json, report.md and report.html. Reads rows, never torch: tables redraw on a laptop."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from mopcompress.errors import StorageError
+from mopcompress.report.content import describe
+from mopcompress.report.html import to_html
+from mopcompress.report.markdown import to_markdown
+from mopcompress.report.run import read_run
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Write the three reports of the run in `folder` beside its rows, each atomically; returns their paths.
+
+    The same run gives the same bytes. Unfinished runs are reported as far as they are. Raises `InputNotFoundError`,
+    `DataError` or `RefusedError` when the run cannot be read and `StorageError` when the reports cannot be written.
+    """
+    content, numbers = describe(read_run(folder))
+    texts = {
+        "report.json": json.dumps(_finite(numbers), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": to_markdown(content),
+        "report.html": to_html(content),
+    }
+    return [_write(text, folder / name) for name, text in texts.items()]
+
+
+def _finite(value: Any) -> Any:
+    """The value with infinities and NaN as strings, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(text: str, path: Path) -> Path:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            # A lone surrogate in a task's name has no UTF-8; it is shown as its escape.
+            file.write(text.encode("utf-8", errors="backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path}: cannot be written ({error}); free some space or report on a writable copy"
+        ) from error
+    return path

@@ -1,0 +1,147 @@
+"""The report itself, before it is drawn: sentences, tables, figures. A pure function of the run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mopcompress.report import plots, provenance, views
+from mopcompress.report.formats import number
+from mopcompress.report.run import Run
+from mopcompress.report.tables import Comparison, Grid, best_arms, compare, make_grid, perplexity_spread, recovery
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What the mixture does in one setting."""
+
+    setting: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Everything report.md and report.html say; figures are in the HTML only."""
+
+    title: str
+    data: provenance.Facts
+    summary: str
+    headline: tuple[Sentence, ...]
+    warnings: tuple[str, ...]
+    results: views.Table
+    figures: tuple[plots.Figure, ...]
+    comparisons: views.Table
+    costs: views.Table
+    tasks: tuple[views.Table, ...]
+    definitions: provenance.Facts
+    protocol: provenance.Facts
+    command: str | None
+    recipe: str
+
+
+def describe(run: Run) -> tuple[Content, dict[str, Any]]:
+    """The report for people, and the same numbers for machines (plain values; non-finite ones as in the rows)."""
+    grid = make_grid(run.rows, run.spec)
+    comparisons = compare(run, grid)
+    content = Content(
+        title=provenance.title(run),
+        data=provenance.data_facts(run),
+        summary=summary(comparisons),
+        headline=headline(grid, comparisons),
+        warnings=warnings(run, grid),
+        results=views.results_table(grid, comparisons),
+        figures=plots.figures(grid, comparisons),
+        comparisons=views.comparisons_table(comparisons),
+        costs=views.costs_table(grid),
+        tasks=views.task_tables(grid),
+        definitions=provenance.DEFINITIONS,
+        protocol=provenance.protocol_facts(run),
+        command=provenance.command(run.manifest),
+        recipe=provenance.recipe_text(run.manifest),
+    )
+    return content, _numbers(run, grid, comparisons, content)
+
+
+def summary(comparisons: Sequence[Comparison]) -> str:
+    """One sentence over all settings: mixture against single prompt."""
+    said = [views.verdict(one.micro) for one in comparisons if (one.first, one.second) == ("mop", "single")]
+    if not said:
+        return "The mixture and the single prompt have not both been measured in any setting."
+    better, worse, unclear, infinite = (said.count(verdict) for verdict in views.VERDICTS)
+    text = f"Against the single prompt, the mixture of prompts is better in {better} of {len(said)} settings"
+    text += f", worse in {worse}; no difference is shown in {unclear}"
+    return text + (f"; a score is infinite in {infinite}." if infinite else ".")
+
+
+def headline(grid: Grid, comparisons: Sequence[Comparison]) -> tuple[Sentence, ...]:
+    """What the mixture does against single and none, a sentence a setting; without a mixture, what each arm does."""
+    sentences = []
+    for setting in grid.settings:
+        pairs = [one for one in comparisons if one.setting == setting]
+        mixture = [one for one in pairs if one.first == "mop" and one.second in ("single", "none")]
+        parts: list[str] = []
+        previous = ""
+        for one in mixture or [one for one in pairs if one.second == "none"]:
+            lead = "" if one.first == previous else f"{one.first} {_mean(grid, setting, one.first)} "
+            parts.append(f"{lead}against {one.second} {_mean(grid, setting, one.second)}: {_outcome(one)}")
+            previous = one.first
+        if parts:
+            sentences.append(Sentence(setting, "; ".join(parts)))
+    return tuple(sentences)
+
+
+def warnings(run: Run, grid: Grid) -> tuple[str, ...]:
+    """What a reader must know before believing the tables."""
+    found = []
+    if grid.missing:
+        named = "; ".join(f"{setting}, {arm}, seed {seed}" for setting, arm, seed in grid.missing[:6])
+        rest = f"; and {len(grid.missing) - 6} more" if len(grid.missing) > 6 else ""
+        verb = "cell of the recipe's grid is" if len(grid.missing) == 1 else "cells of the recipe's grid are"
+        found.append(f'{len(grid.missing)} {verb} missing ({named}{rest}), shown as "-".')
+    for setting in grid.settings:
+        worst = max((row.fallbacks for arm in grid.arms for row in grid.rows(setting, arm)), default=0)
+        if worst:
+            found.append(f"{setting}: {worst} matrices needed more damping than asked for.")
+    if len({row.seed for row in run.rows}) == 1:
+        found.append("One seed: the intervals cover the choice of test documents, not the luck of training.")
+    return tuple(found)
+
+
+def _mean(grid: Grid, setting: str, arm: str) -> str:
+    return number(perplexity_spread(grid.rows(setting, arm), lambda row: row.perplexity).mean)
+
+
+def _outcome(one: Comparison) -> str:
+    if not one.micro.is_known:
+        return "no interval, a score is infinite"
+    doubt = "" if one.micro.shows_difference else ", no difference shown"
+    return views.interval_text(one.micro) + doubt
+
+
+def _numbers(run: Run, grid: Grid, comparisons: Sequence[Comparison], content: Content) -> dict[str, Any]:
+    cells: list[Mapping[str, Any]] = []
+    for (setting, arm), rows in grid.cells.items():
+        if rows:
+            perplexity = perplexity_spread(rows, lambda row: row.perplexity)
+            macro = perplexity_spread(rows, lambda row: row.perplexity_macro)
+            cells.append(
+                {
+                    "setting": setting,
+                    "arm": arm,
+                    "seeds": [row.seed for row in rows],
+                    "perplexity": asdict(perplexity),
+                    "perplexity_macro": asdict(macro),
+                    "recovery": recovery(grid, setting, arm),
+                    "best": arm in best_arms(grid, setting),
+                }
+            )
+    return {
+        "title": content.title,
+        "summary": content.summary,
+        "headline": [asdict(sentence) for sentence in content.headline],
+        "warnings": list(content.warnings),
+        "missing": [list(cell) for cell in grid.missing],
+        "cells": cells,
+        "comparisons_log_perplexity": [asdict(one) for one in comparisons],
+        "rows": [asdict(row) for row in run.rows],
+        "manifest": dict(run.manifest),
+    }

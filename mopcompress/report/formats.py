@@ -1,0 +1,83 @@
+"""Numbers and names as a reader sees them. Nothing is clipped: huge is written out, infinite is `inf`."""
+
+import math
+
+MINUS = "\N{MINUS SIGN}"
+NARROW = "\N{NO-BREAK SPACE}"
+ABSENT = "-"
+UNKNOWN = "not recorded"
+
+
+def number(value: float) -> str:
+    """Four significant digits below 1000, thousands separators above, an exponent from 10^15 on."""
+    if not math.isfinite(value):
+        return _sign(str(float(value)))
+    size = abs(value)
+    if size >= 1e15:
+        return _sign(f"{value:.3e}")
+    if size >= 999.95:
+        return _sign(f"{value:,.0f}")
+    decimals = next(places for places, limit in ((3, 9.9995), (2, 99.995), (1, math.inf)) if size < limit)
+    return _sign(f"{value:.{decimals}f}")
+
+
+def share(value: float, *, decimals: int = 1) -> str:
+    """0.853 as `85.3 %`."""
+    return _sign(f"{100 * value:.{decimals}f}") + NARROW + "%"
+
+
+def ratio(value: float) -> str:
+    """0.8534 as `0.85`."""
+    return _sign(f"{value:.2f}")
+
+
+def change(nats: float) -> str:
+    """A difference of log perplexity as the change of perplexity: log(0.88) as `-12 %`."""
+    return _percents([nats])[0] + NARROW + "%" if math.isfinite(nats) else "n/a"
+
+
+def change_with_interval(estimate: float, low: float, high: float) -> str:
+    """`-12 % [-15, -9]`, with decimals where an end is close to 0 or to -100."""
+    if not all(map(math.isfinite, (estimate, low, high))):
+        return "n/a"
+    middle, left, right = _percents([estimate, low, high])
+    return f"{middle}{NARROW}% [{left}, {right}]"
+
+
+def size_in_bytes(value: float) -> str:
+    """1,234,567 as `1.23 MB`, in powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return (
+                f"{value / scale:.3g}{NARROW}{unit}" if value < 999.5 * scale else f"{value / scale:,.0f}{NARROW}{unit}"
+            )
+    return f"{value:.0f}{NARROW}B"
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `4 min 05 s`, `1 h 02 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.2f}{NARROW}s" if seconds < 1 else f"{seconds:.1f}{NARROW}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{NARROW}min{NARROW}{rest:02d}{NARROW}s"
+    return f"{minutes // 60}{NARROW}h{NARROW}{minutes % 60:02d}{NARROW}min"
+
+
+def shortened(name: str, length: int) -> str:
+    """The name on one line, what cannot be printed replaced, with an ellipsis where more than `length` is cut off."""
+    name = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(name.split()))
+    return name if len(name) <= length else name[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _percents(differences: list[float]) -> list[str]:
+    values = [100 * math.expm1(nats) if nats < 700 else math.inf for nats in differences]
+    room = min((min(abs(value), abs(100 + value)) for value in values if value), default=1.0)
+    decimals = 0 if room >= 2 else 1 if room >= 0.1 else 2
+    return [_sign(f"{value:+,.{decimals}f}" if abs(value) < 1e15 else f"{value:+.2e}") for value in values]
+
+
+def _sign(text: str) -> str:
+    """The text with a proper minus; a zero has no sign."""
+    is_zero = not any(sign in text for sign in "123456789ina")
+    return text.lstrip("+-") if is_zero else text.replace("-", MINUS, 1) if text.startswith("-") else text

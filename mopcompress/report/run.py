@@ -1,0 +1,97 @@
+"""A finished or half-finished run folder, read and checked: rows, manifest, document scores."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mopcompress.errors import DataError, InputNotFoundError, RefusedError
+from mopcompress.results import BenchRow, DocumentScores, read_documents, read_rows
+
+Cell = tuple[str, str, int]  # setting, arm, seed
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a report is made of. All documents have the same tasks and scored tokens, in the same order."""
+
+    rows: tuple[BenchRow, ...]
+    manifest: Mapping[str, Any]
+    documents: Mapping[Cell, DocumentScores]
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """The `run` part of the resolved recipe; empty when it was not recorded."""
+        return section(section(self.manifest, "recipe"), "run")
+
+
+def section(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of the manifest; empty when it is missing or null."""
+    part = manifest.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def read_run(folder: Path) -> Run:
+    """Read `rows.jsonl`, `run.json` and the documents the rows name.
+
+    Raises `InputNotFoundError` when there is nothing to report on, `DataError` when the parts contradict each other,
+    `RefusedError` when a row names a file outside the folder.
+    """
+    rows = tuple(read_rows(folder / "rows.jsonl"))
+    if not rows:
+        raise InputNotFoundError(
+            f"{folder}: no finished row in rows.jsonl; run `mopcompress bench` into this folder first"
+        )
+    documents: dict[Cell, DocumentScores] = {}
+    for row in rows:
+        if row.cell in documents:
+            raise DataError(f"{folder / 'rows.jsonl'}: two rows for {row.cell}; remove one of them")
+        documents[row.cell] = _documents(row, folder)
+    _check_same_tokens(rows, documents)
+    return Run(rows=rows, manifest=_manifest(folder / "run.json"), documents=documents)
+
+
+def _manifest(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); restore it, or remove it to report without it") from error
+    if not isinstance(manifest, dict):
+        raise DataError(
+            f"{path}: a {type(manifest).__name__}, not a map; restore it, or remove it to report without it"
+        )
+    return manifest
+
+
+def _documents(row: BenchRow, folder: Path) -> DocumentScores:
+    path = folder / row.documents_file
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RefusedError(
+            f"{folder / 'rows.jsonl'}: documents file {row.documents_file!r} lies outside the run folder"
+        )
+    try:
+        scores = read_documents(path)
+    except FileNotFoundError as error:
+        raise InputNotFoundError(f"{path}: missing, but rows.jsonl names it; copy the whole run folder") from error
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}: not document scores ({error}); remove its row from rows.jsonl and run again"
+        ) from error
+    lengths = {len(scores.tasks), len(scores.nats), len(scores.scored_tokens), row.documents}
+    if len(lengths) > 1 or sum(scores.scored_tokens) != row.scored_tokens:
+        raise DataError(f"{path}: does not belong to its row {row.cell}; remove that row from rows.jsonl and run again")
+    return scores
+
+
+def _check_same_tokens(rows: tuple[BenchRow, ...], documents: Mapping[Cell, DocumentScores]) -> None:
+    first = documents[rows[0].cell]
+    for row in rows[1:]:
+        other = documents[row.cell]
+        if list(other.tasks) != list(first.tasks) or list(other.scored_tokens) != list(first.scored_tokens):
+            raise DataError(
+                f"{row.documents_file}: not the test tokens of {rows[0].documents_file}, so {row.cell} and "
+                f"{rows[0].cell} cannot be compared; run them again into one new folder"
+            )

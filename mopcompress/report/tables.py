@@ -1,0 +1,175 @@
+"""Rows to pivots: pure functions, numbers only. What a number looks like is decided in `views` and `plots`."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mopcompress.report.intervals import Interval, PairedBootstrap, Vector
+from mopcompress.report.run import Cell, Run
+from mopcompress.results import BenchRow
+
+DENSE = "dense"
+QUANTISER = "gptq"
+ARMS = ("none", "single", "mop")
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms of one setting; differences of log perplexity in nats a token, `first` minus `second`."""
+
+    setting: str
+    first: str
+    second: str
+    micro: Interval
+    macro: Interval
+    seeds: tuple[float, ...]  # the micro difference of every seed
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows by setting and arm, both in reading order; cells the recipe asks for and that are missing are empty."""
+
+    settings: tuple[str, ...]
+    arms: tuple[str, ...]
+    cells: Mapping[tuple[str, str], tuple[BenchRow, ...]]
+    missing: tuple[Cell, ...]
+
+    def rows(self, setting: str, arm: str) -> tuple[BenchRow, ...]:
+        """The rows of all finished seeds, by seed."""
+        return self.cells.get((setting, arm), ())
+
+    def arms_of(self, setting: str) -> tuple[str, ...]:
+        """The arms that were run or asked for in this setting."""
+        return tuple(arm for arm in self.arms if (setting, arm) in self.cells)
+
+
+def make_grid(rows: Sequence[BenchRow], spec: Mapping[str, Any]) -> Grid:
+    """Pivot rows by setting and arm, and hold them against the grid of the recipe's run part."""
+    expected = expected_cells(spec)
+    finished = {row.cell for row in rows}
+    trained_once = {(row.setting, row.arm) for row in rows if row.arm == "none"}
+    missing = [cell for cell in expected if cell not in finished and cell[:2] not in trained_once]
+    cells: dict[tuple[str, str], list[BenchRow]] = {cell[:2]: [] for cell in expected}
+    for row in sorted(rows, key=lambda row: row.seed):
+        cells.setdefault((row.setting, row.arm), []).append(row)
+    ranks = {row.setting: _rank(row.method, row.ratio, row.bits) for row in rows} | _expected_ranks(spec)
+    arms = {arm for _, arm in cells}
+    return Grid(
+        settings=tuple(sorted({setting for setting, _ in cells}, key=lambda setting: ranks[setting])),
+        arms=tuple(arm for arm in ARMS if arm in arms) + tuple(sorted(arms.difference(ARMS))),
+        cells={key: tuple(found) for key, found in cells.items()},
+        missing=tuple(missing),
+    )
+
+
+def expected_cells(spec: Mapping[str, Any]) -> tuple[Cell, ...]:
+    """What the recipe asks for; an arm without training (`none`) once, whatever the seeds. Empty without a recipe."""
+    seeds = spec.get("seeds") or [spec.get("seed") or 0]
+    settings = _expected_ranks(spec)
+    return tuple(
+        (setting, arm, seed)
+        for setting in settings
+        for arm in spec.get("arms") or ()
+        for seed in (seeds[:1] if arm == "none" else seeds)
+    )
+
+
+def _expected_ranks(spec: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    ranks: dict[str, tuple[Any, ...]] = {}
+    for method in spec.get("methods") or ():
+        if method == QUANTISER:
+            ranks |= {f"{method} {bits}-bit": _rank(method, None, bits) for bits in spec.get("bits") or ()}
+        elif method != DENSE:
+            ratios = [ratio for ratio in spec.get("ratios") or () if ratio]
+            ranks |= {f"{method} {100 * ratio:g}%": _rank(method, ratio, None) for ratio in ratios}
+    return ranks
+
+
+def _rank(method: str, ratio: float | None, bits: int | None) -> tuple[Any, ...]:
+    """Dense, then pruned by method and ratio, then quantised from many bits to few."""
+    known = METHODS.index(method) if method in METHODS else len(METHODS)
+    return (bits is not None, known, method, ratio or 0.0, -(bits or 0))
+
+
+def spread(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) -> Spread:
+    """Arithmetic mean, least and greatest over seeds."""
+    values = [float(value(row)) for row in rows]
+    return Spread(sum(values) / len(values), min(values), max(values))
+
+
+def perplexity_spread(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) -> Spread:
+    """Geometric mean (the mean of log perplexity, as in every comparison), least and greatest over seeds."""
+    values = [float(value(row)) for row in rows]
+    return Spread(math.exp(sum(map(math.log, values)) / len(values)), min(values), max(values))
+
+
+def recovery(grid: Grid, setting: str, arm: str) -> float | None:
+    """(log ppl_none - log ppl_arm) / (log ppl_none - log ppl_dense), micro; None where it is undefined.
+
+    0 = as good as the compressed model, 1 = as good as the dense model without an adapter. It can exceed 1: arms also
+    adapt to the task.
+    """
+    groups = [grid.rows(setting, "none"), grid.rows(setting, arm), grid.rows(DENSE, "none")]
+    if setting == DENSE or not all(groups):
+        return None
+    none, this, dense = (math.log(perplexity_spread(rows, lambda row: row.perplexity).mean) for rows in groups)
+    if not all(map(math.isfinite, (none, this, dense))) or none == dense:
+        return None
+    return (none - this) / (none - dense)
+
+
+def best_arms(grid: Grid, setting: str) -> set[str]:
+    """The arms of least mean micro perplexity; none where fewer than two were measured."""
+    means = {
+        arm: perplexity_spread(grid.rows(setting, arm), lambda row: row.perplexity).mean
+        for arm in grid.arms_of(setting)
+        if grid.rows(setting, arm)
+    }
+    least = min(means.values(), default=math.inf)
+    return {arm for arm, mean in means.items() if mean == least} if len(means) > 1 and least < math.inf else set()
+
+
+def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
+    """Every pair of measured arms in every setting, the mixture first, by paired bootstrap."""
+    scores = next(iter(run.documents.values()))
+    bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
+    tokens = sum(scores.scored_tokens)
+    found = []
+    for setting in grid.settings:
+        measured = [arm for arm in grid.arms if grid.rows(setting, arm)]
+        order = sorted(measured, key=lambda arm: {"mop": 0, "single": 2, "none": 3}.get(arm, 1))
+        nats = {arm: {row.seed: _nats(run, row) for row in grid.rows(setting, arm)} for arm in order}
+        means = {arm: np.mean(list(by_seed.values()), axis=0) for arm, by_seed in nats.items()}
+        for place, first in enumerate(order):
+            for second in order[place + 1 :]:
+                micro = bootstrap.micro(means[first], means[second])
+                macro = bootstrap.macro(means[first], means[second])
+                seeds = _seed_differences(nats[first], nats[second], tokens=tokens)
+                found.append(Comparison(setting, first, second, micro, macro, seeds))
+    return tuple(found)
+
+
+def _nats(run: Run, row: BenchRow) -> Vector:
+    return np.asarray(run.documents[row.cell].nats, dtype=np.float64)
+
+
+def _seed_differences(first: Mapping[int, Vector], second: Mapping[int, Vector], *, tokens: int) -> tuple[float, ...]:
+    """The micro difference for every seed both arms have; an arm that was run once is held against every seed."""
+    if len(first) == 1 or len(second) == 1:
+        pairs = [(a, b) for a in first.values() for b in second.values()]
+    else:
+        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+    return tuple(float((a.sum() - b.sum()) / tokens) if np.isfinite([a, b]).all() else math.nan for a, b in pairs)

