@@ -84,8 +84,9 @@ def composed_rows(seed: int) -> list[Example]:
         for first, second in product(SKILLS, SKILLS)
         if first is not second and first.kinds & second.follow_ups.keys()
     ]
-    Random(f"{seed}/pairs").shuffle(pairs)
-    draw, found = Draw("test", Random(f"{seed}/composed")), dict[tuple[str, str], Example]()
+    draw = Draw("test", Random(f"{seed}/composed"))
+    draw.random.shuffle(pairs)
+    found: dict[tuple[str, str], Example] = {}
     for first, second in cycle(pairs):
         example = composed(first, second, draw)
         found.setdefault((example.instruction, example.input), example)
