@@ -18,7 +18,7 @@ from mopcompress.data.skills import SKILLS, generate, rewriting, words
 from mopcompress.data.skills.classification import MOODS, SUBJECTS, TOPICS
 from mopcompress.data.skills.draw import TURNS, Draw, share
 from mopcompress.data.skills.forms import FORMS, JOINS
-from mopcompress.data.skills.generation import composed
+from mopcompress.data.skills.generation import composed, family_rows
 from mopcompress.data.skills.skill import Skill
 from mopcompress.data.splits import Example, Splits
 
@@ -366,6 +366,21 @@ def test_sums_and_conversions_stay_plain(many_composed: list[Example]) -> None:
             assert 0 < int(between) <= 200
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "answer"),
+    [
+        *(("units", "number", answer) for answer in ("-5", "0", "1", "201")),
+        *(("dates", "number", answer) for answer in ("-5", "0", "61")),
+        *(("sorting", "words", answer) for answer in ("lamp", "lamp, rope")),
+        *(("sorting", "numbers", answer) for answer in ("9", "12, 9")),
+        ("selecting", "numbers", "9"),
+    ],
+)
+def test_an_answer_that_does_not_suit_is_not_gone_on_from(name: str, kind: str, answer: str) -> None:
+    (skill,) = (skill for skill in SKILLS if skill.name == name)
+    assert all(skill.follow_ups[kind](Draw("test", Random(seed)), answer) is None for seed in range(20))
+
+
 def test_most_answers_cannot_be_guessed(splits: Splits) -> None:
     """No answer of a family is right for more than a third of its items."""
     for name in NAMES:
@@ -496,6 +511,13 @@ def test_numbers_of_a_split_are_of_every_sort() -> None:
         assert {Draw(split, Random(0)).number(number, number) for number in numbers} == set(numbers)
         for divisor in (2, 7, 10, 12):
             assert {number % divisor for number in numbers} == set(range(divisor))
+
+
+def test_a_family_is_made_without_the_others() -> None:
+    """So that a change to one family leaves the rows of all others as they were."""
+    for skill in SKILLS:
+        alone = family_rows(skill, Draw("test", Random(f"0/{skill.name}/test")))
+        assert alone == [row for row in made(0).test if row.task == skill.name]
 
 
 def test_the_same_words_are_drawn_for_every_seed() -> None:
