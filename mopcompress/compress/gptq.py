@@ -42,9 +42,7 @@ def gptq(
     scales = weight.new_empty(size // group_size, len(weight))
     order = torch.arange(size, device=weight.device)
     if act_order:
-        panels = torch.split(weight.T, group_size), torch.split(importance, group_size)
-        for group, (panel, share) in enumerate(zip(*panels, strict=True)):
-            scales[group] = _best_scales(panel, share, bits)
+        scales = _scales_beforehand(weight, importance, bits, group_size)
         order = importance.argsort(descending=True, stable=True)
         weight, gram = weight[:, order], gram[order][:, order]
     group_of = (order // group_size).tolist()
@@ -68,14 +66,15 @@ def gptq(
     settled = sweep(weight, factor, settle, panel_columns=panel_columns, block_columns=block_size)
     if act_order:
         settled = settled[:, order.argsort()]
-    spread = scales.T.repeat_interleave(group_size, dim=1)
-    codes = (settled / spread).round()  # settled is an integer times the scale, up to float residue
-    return Quantised(
-        codes * spread + 0.0,  # no negative zeros
-        factor.escalations,
-        codes=codes.to(torch.int8),
-        scales=scales.T.contiguous(),
-    )
+    return _on_grid(settled, scales.T.contiguous(), factor.escalations)
+
+
+def _on_grid(settled: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], escalations: int) -> Quantised:
+    """Take the float residue off weights that are integers times their scale, up to that residue."""
+    spread = scales.repeat_interleave(settled.shape[1] // scales.shape[1], dim=1)
+    codes = (settled / spread).round()
+    weight = codes * spread + 0.0  # no negative zeros
+    return Quantised(weight, escalations, codes=codes.to(torch.int8), scales=scales)
 
 
 def _codes(column: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -94,6 +93,13 @@ def _best_scales(
         better = loss < least
         best, least = torch.where(better, scale, best), torch.where(better, loss, least)
     return best
+
+
+def _scales_beforehand(
+    weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], bits: int, group_size: int
+) -> Float[Tensor, "groups out"]:
+    panels = zip(torch.split(weight.T, group_size), torch.split(importance, group_size), strict=True)
+    return torch.stack([_best_scales(panel, share, bits) for panel, share in panels])
 
 
 def _check_grid(size: int, bits: int, group_size: int) -> None:
