@@ -17,7 +17,7 @@ import pytest
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
 from mopcompress.report import write_report
 from mopcompress.report.content import headline, summary
-from mopcompress.report.drawing import log_ticks
+from mopcompress.report.drawing import change_ticks, log_ticks
 from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, size_in_bytes
 from mopcompress.report.intervals import Interval, PairedBootstrap
 from mopcompress.report.markdown import escaped
@@ -47,7 +47,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
     run = {
         "model": "smollm2-135m",
         "data": "skills",
-        "methods": ["magnitude", "sparsegpt", "gptq"],
+        "methods": ["magnitude", "sparsegpt"],
         "ratios": [0.5, 0.85],
         "bits": [4, 3],
         "arms": ["none", "single", "mop"],
@@ -333,7 +333,7 @@ def test_the_best_arm_has_the_least_perplexity(tmp_path: Path) -> None:
 def test_missing_cells_are_those_the_recipe_asks_for(folder: Path) -> None:
     run = read_run(folder)
     kept = [row for row in run.rows if row.cell not in {("gptq 3-bit", "mop", 2), ("wanda 50%", "none", 0)}]
-    spec = dict(run.spec) | {"methods": ["magnitude", "sparsegpt", "wanda", "gptq"], "ratios": [0.5]}
+    spec = dict(run.spec) | {"methods": ["magnitude", "sparsegpt", "wanda"], "ratios": [0, 0.5]}
     missing = set(make_grid(kept, spec).missing)
     wanda = {("wanda 50%", arm, seed) for arm in ("single", "mop") for seed in (0, 1, 2)} | {("wanda 50%", "none", 0)}
     assert missing == {("gptq 3-bit", "mop", 2)} | wanda
@@ -419,6 +419,14 @@ def test_bytes_and_seconds_are_readable() -> None:
 def test_log_axes_have_a_few_ticks_in_range(low: float, high: float) -> None:
     ticks = log_ticks(low, high)
     assert 2 <= len(ticks) <= 12
+    assert all(low <= tick <= high for tick in ticks)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.16, 0.03), (-1.2, 0.1), (-6.0, 0.2), (-0.2, 9.0), (-80.0, 3.0)])
+def test_change_axes_have_nought_and_a_few_round_ticks(low: float, high: float) -> None:
+    ticks = change_ticks(low, high)
+    assert 0.0 in ticks
+    assert 3 <= len(ticks) <= 9
     assert all(low <= tick <= high for tick in ticks)
 
 

@@ -7,7 +7,16 @@ from typing import Any
 from mopcompress.report import plots, provenance, views
 from mopcompress.report.formats import number
 from mopcompress.report.run import Run
-from mopcompress.report.tables import Comparison, Grid, best_arms, compare, make_grid, perplexity_spread, recovery
+from mopcompress.report.tables import (
+    DENSE,
+    Comparison,
+    Grid,
+    best_arms,
+    compare,
+    make_grid,
+    perplexity_spread,
+    recovery,
+)
 
 
 @dataclass(frozen=True)
@@ -78,13 +87,13 @@ def headline(grid: Grid, comparisons: Sequence[Comparison]) -> tuple[Sentence, .
     for setting in grid.settings:
         pairs = [one for one in comparisons if one.setting == setting]
         mixture = [one for one in pairs if one.first == "mop" and one.second in ("single", "none")]
-        parts: list[str] = []
+        parts = ["mop not measured"] if "mop" in grid.arms and not mixture and setting != DENSE else []
         previous = ""
         for one in mixture or [one for one in pairs if one.second == "none"]:
             lead = "" if one.first == previous else f"{one.first} {_mean(grid, setting, one.first)} "
             parts.append(f"{lead}against {one.second} {_mean(grid, setting, one.second)}: {_outcome(one)}")
             previous = one.first
-        if parts:
+        if parts and any(grid.rows(setting, arm) for arm in grid.arms):
             sentences.append(Sentence(setting, "; ".join(parts)))
     return tuple(sentences)
 

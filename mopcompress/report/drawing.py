@@ -13,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from mopcompress.report.formats import number
+from mopcompress.report.formats import change, number
 
 INK = "#1b1f24"
 SOFT = "#5d6670"
@@ -105,6 +105,25 @@ def log_ticks(low: float, high: float) -> list[float]:
         if len(inside) >= 3:
             return inside
     return [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+
+
+def set_change_ticks(axis: Any) -> None:
+    """Round percentages on an axis of differences of log perplexity."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(FixedLocator(change_ticks(low, high)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: change(value) if value else "0"))
+
+
+def change_ticks(low: float, high: float) -> list[float]:
+    """Differences whose percentages are round, or whose factors are powers of ten when the range is wide."""
+    if max(-low, high) < 1.5:
+        shares = [float(tick) for tick in MaxNLocator(5).tick_values(math.expm1(low), math.expm1(high)) if tick > -0.99]
+        logs = [math.log1p(share) for share in shares]
+    else:
+        step = math.log(10) * max(1, round((high - low) / 12))
+        logs = [power * step for power in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        logs += [-math.log(2), math.log(2)] if high - low < 6 else []
+    return sorted(log for log in logs if low <= log <= high)
 
 
 def short_number(value: float) -> str:

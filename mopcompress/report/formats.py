@@ -36,6 +36,13 @@ def change(nats: float) -> str:
     return _percents([nats])[0] + NARROW + "%" if math.isfinite(nats) else "n/a"
 
 
+def change_range(low: float, high: float) -> str:
+    """Two differences of log perplexity as `-12 % to +3 %`."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "n/a"
+    return " to ".join(f"{percent}{NARROW}%" for percent in _percents([low, high]))
+
+
 def change_with_interval(estimate: float, low: float, high: float) -> str:
     """`-12 % [-15, -9]`, with decimals where an end is close to 0 or to -100."""
     if not all(map(math.isfinite, (estimate, low, high))):
@@ -56,6 +63,8 @@ def size_in_bytes(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """`0.42 s`, `12.3 s`, `4 min 05 s`, `1 h 02 min`."""
+    if not seconds:
+        return f"0{NARROW}s"
     if seconds < 59.95:
         return f"{seconds:.2f}{NARROW}s" if seconds < 1 else f"{seconds:.1f}{NARROW}s"
     minutes, rest = divmod(round(seconds), 60)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter
 
 from mopcompress.report.drawing import (
     COLOURS,
@@ -15,12 +14,13 @@ from mopcompress.report.drawing import (
     SOFT,
     arm_styles,
     gate_colours,
+    set_change_ticks,
     set_log_ticks,
     styled,
     to_svg,
     use_ticks,
 )
-from mopcompress.report.formats import change, ratio, share, shortened
+from mopcompress.report.formats import ratio, share, shortened
 from mopcompress.report.intervals import Interval
 from mopcompress.report.tables import DENSE, Comparison, Grid, perplexity_spread, spread
 from mopcompress.report.views import interval_text
@@ -101,7 +101,7 @@ def _curve_panel(ax: Any, grid: Grid, settings: Sequence[str]) -> None:
 def _log_axis(axes: Sequence[Any], grid: Grid) -> None:
     values = [row.perplexity for rows in grid.cells.values() for row in rows if math.isfinite(row.perplexity)]
     low, high = min(values, default=1.0), max(values, default=10.0)
-    margin = max(high / low, 1.05) ** 0.06
+    margin = max(high / low, 1.05) ** 0.08
     axes[0].set_yscale("log")
     axes[0].set_ylim(low / margin, high * margin)
     for ax in axes:
@@ -144,8 +144,7 @@ def _bars(ax: Any, intervals: Sequence[Interval], seeds: Sequence[tuple[float, .
     ax.grid(visible=False, axis="y")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0, labelcolor=INK)
-    ax.locator_params(axis="x", nbins=5)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: change(value) if value else "0"))
+    set_change_ticks(ax.xaxis)
     ax.set_xlabel("change of perplexity, spaced by logarithm")
 
 

@@ -57,7 +57,8 @@ def data_facts(run: Run) -> Facts:
     return (
         ("Model", _joined(_said(model.get("name")), model.get("note"))),
         ("Data", _joined(f"{_said(data.get('name'))}, {len(tasks)} tasks", data.get("note"))),
-        ("Rows", f"{rows}; dropped: {_said(data.get('dropped_rows'))}; scored tokens: {run.rows[0].scored_tokens:,}"),
+        ("Rows", f"{rows}; dropped: {_said(data.get('dropped_rows'))}"),
+        ("Scored", f"{run.rows[0].documents:,} test documents, {run.rows[0].scored_tokens:,} tokens"),
         ("Seeds", f"data {_said(run.spec.get('seed'))}; training {seeds}"),
         ("Tasks", ", ".join(map(str, tasks))),
     )

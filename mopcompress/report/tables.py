@@ -88,13 +88,13 @@ def expected_cells(spec: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 
 def _expected_ranks(spec: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """The grid's settings: methods x ratios, and `QUANTISER` x bits. A ratio of 0 is the dense line, not a setting."""
     ranks: dict[str, tuple[Any, ...]] = {}
     for method in spec.get("methods") or ():
-        if method == QUANTISER:
-            ranks |= {f"{method} {bits}-bit": _rank(method, None, bits) for bits in spec.get("bits") or ()}
-        elif method != DENSE:
-            ratios = [ratio for ratio in spec.get("ratios") or () if ratio]
-            ranks |= {f"{method} {100 * ratio:g}%": _rank(method, ratio, None) for ratio in ratios}
+        for ratio in filter(None, spec.get("ratios") or ()):
+            ranks[f"{method} {100 * ratio:g}%"] = _rank(method, ratio, None)
+    for bits in spec.get("bits") or ():
+        ranks[f"{QUANTISER} {bits}-bit"] = _rank(QUANTISER, None, bits)
     return ranks
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mopcompress.report.formats import (
     ABSENT,
-    change,
+    change_range,
     change_with_interval,
     duration,
     number,
@@ -128,7 +128,7 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     for one in comparisons:
         first = one.setting != previous
         previous = one.setting
-        seeds = f"{change(min(one.seeds))} to {change(max(one.seeds))}" if len(one.seeds) > 1 else ABSENT
+        seeds = change_range(min(one.seeds), max(one.seeds)) if len(one.seeds) > 1 else ABSENT
         cells = (
             Text(one.setting if first else ""),
             Text(f"{one.first} against {one.second}"),
@@ -147,14 +147,14 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def task_tables(grid: Grid) -> tuple[Table, ...]:
-    """One table a setting: task x arm, perplexity and exact match."""
+    """One table a setting: task x arm, perplexity and exact match, with the dense model beside each."""
     tables = []
     for setting in grid.settings:
         columns = [(setting, arm) for arm in grid.arms_of(setting)]
         if setting != DENSE and grid.rows(DENSE, "none"):
             columns.insert(0, (DENSE, "none"))
         names = {task: None for key in columns for row in grid.rows(*key) for task in row.per_task}
-        if names:
+        if names and columns != [(DENSE, "none")]:
             lines = tuple(Line((Text(task), *(_task(grid.rows(*key), task) for key in columns))) for task in names)
             titles = (DENSE if key[0] == DENSE and setting != DENSE else key[1] for key in columns)
             tables.append(Table(setting, "", ("task", *titles), 1, lines))
