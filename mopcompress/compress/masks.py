@@ -4,6 +4,7 @@ A threshold taken from a sorted list and compared with `<=` removes one weight t
 released SparseGPT code does). Here the count is exact: among equal scores the earlier one goes first.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,7 +43,7 @@ def n_of_m(scores: Float[Tensor, "rows columns"], n: int, m: int) -> Bool[Tensor
 
 def check_pattern(sparsity: float, pattern: tuple[int, int] | None) -> None:
     """Raise `DataError` when a pattern that fixes the sparsity is asked for together with another sparsity."""
-    if pattern is not None and abs(sparsity - pattern[0] / pattern[1]) > 0.005:
+    if pattern is not None and not math.isclose(sparsity, pattern[0] / pattern[1], abs_tol=0.01):  # 1:3 as 0.33
         n, m = pattern
         raise DataError(f"a {n}:{m} pattern removes {n / m:g} of the weights, not {sparsity:g}; set sparsity {n / m:g}")
 
