@@ -175,6 +175,7 @@ def test_json_and_markdown_carry_the_same_recipe(write):
     assert load_recipe(write(json.dumps(tree, indent="\t"), "r.json")) == expected
     assert load_recipe(write(f"---{TWO_FOUR_THEN_W4A16}---\n# Card\n---\n", "r.md")) == expected
     assert load_recipe(write(b"\xef\xbb\xbf" + TWO_FOUR_THEN_W4A16.encode(), "r.yml")) == expected
+    assert load_recipe(write(b"\xef\xbb\xbf" + json.dumps(tree).encode(), "bom.json")) == expected
 
 
 # What the bench makes of it
