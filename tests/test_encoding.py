@@ -106,8 +106,14 @@ def test_an_end_inside_the_response_does_not_cut_it():
     split = encode([Example("t", "Show.", "", "a</s>b <end> c")], tokenizer, max_length=100)
     assert parts(split, tokenizer)[1] == "a</s>b <end> c</s>"
     tokenizer = byte_tokenizer(CHAT.replace("</s>", "|"))
+    split = encode([Example("t", "Show.", "", "a <end> b")], tokenizer, max_length=100)
+    assert parts(split, tokenizer)[1] == "a <end> b|\n</s>"
+
+
+def test_an_unknown_token_does_not_end_a_response():
+    tokenizer = byte_tokenizer(None)
     split = encode([Example("t", "Show.", "", "a<unk>")], tokenizer, max_length=100)
-    assert parts(split, tokenizer)[1] == "a<unk>|\n</s>"
+    assert parts(split, tokenizer)[1] == " a<unk></s>"
 
 
 def test_white_space_around_an_output_is_removed():

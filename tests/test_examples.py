@@ -77,6 +77,13 @@ def test_a_json_file_may_hold_lines(tmp_path):
     assert all_of(load(write_lines(tmp_path / "rows.json", rows(10)))) == Counter(examples(10))
 
 
+def test_a_line_ends_at_a_line_feed_only(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    values = [{**row, "output": "a\u2028b\x85c"} for row in rows(5)]
+    path.write_bytes("\r\n".join(json.dumps(value, ensure_ascii=False) for value in values).encode())
+    assert all_of(load(path)) == Counter(Example(**value) for value in values)
+
+
 def test_a_single_file_is_divided_80_10_10(tmp_path):
     splits = load(write_lines(tmp_path / "rows.jsonl", rows(100)))
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (80, 10, 10)
@@ -161,7 +168,10 @@ def test_an_ambiguous_or_useless_folder_is_refused(tmp_path):
 # --- the built-in data and the hub
 
 
-def test_skills_are_built_in_and_have_no_columns():
+def test_skills_are_built_in_and_have_no_columns(monkeypatch):
+    parts = {"train": examples(3)[:1], "validation": examples(3)[1:2], "test": examples(3)[2:]}
+    monkeypatch.setattr("mopcompress.data.skills.generate", lambda seed: assemble(f"skills of {seed}", **parts))
+    assert load_examples("skills", rename={}, seed=7) == assemble("skills of 7", **parts)
     with pytest.raises(DataError, match="no columns to rename"):
         load("skills", question="instruction")
 
@@ -253,18 +263,15 @@ def test_a_mistyped_path_gets_its_neighbour_suggested(tmp_path):
         CANONICAL,
         {"category": "adding", "instruction": "Add.", "context": "1 2", "response": "3"},
         {"task": "adding", "prompt": "Add.", "input": "1 2", "completion": "3"},
+        {**CANONICAL, "prompt": "not this", "context": "not this", "response": "not this", "category": "not this"},
         {"category": "adding", "question": "Add.", "input": "1 2", "answer": "3", "instruction": "not this"},
     ],
 )
 def test_every_form_is_mapped(tmp_path, form):
     rename = {"question": "instruction", "answer": "output"} if "question" in form else {}
-    splits = load(
-        write_lines(tmp_path / "rows.jsonl", [form, *rows(5)])
-        if not rename
-        else write_lines(tmp_path / "rows.jsonl", [form, *({**form, "question": f"{n}"} for n in range(5))]),
-        **rename,
-    )
-    assert all_of(splits)[Example(**CANONICAL)] == 1
+    asked = next(column for column in ("question", "instruction", "prompt") if column in form)
+    path = write_lines(tmp_path / "rows.jsonl", [form, *({**form, asked: f"{n}"} for n in range(5))])
+    assert all_of(load(path, **rename))[Example(**CANONICAL)] == 1
 
 
 def test_prompt_and_completion_need_neither_task_nor_input(tmp_path):
@@ -389,6 +396,8 @@ def test_a_csv_of_a_header_alone_is_refused(tmp_path):
     [
         ("instruction,output\nAdd.,3\nAdd.,3,4\n", "line 3 has 3 cells, the header has 2"),
         ('instruction,output\n"two\nlines",3\nAdd.\n', "line 4 has 1 cells, the header has 2"),
+        ('instruction,output\n"two\nlines",3,4\n', "line 2 has 3 cells, the header has 2"),
+        ('"two\nlines",output\nAdd.\n', "line 3 has 1 cells, the header has 2"),
         ('instruction,output\nAdd.,"3\n', "is not CSV"),
         ("instruction,output,output\nAdd.,3,4\n", "line 1 names the column 'output' twice"),
         ("instruction;output\nAdd.;3\n", "line 2: no column for the instruction; the columns are 'instruction;output'"),

@@ -36,11 +36,7 @@ def document_windows(documents: Sequence[Encoded], *, samples: int, length: int)
 
     Raises `DataError` when there are too few.
     """
-    tokens: list[int] = []
-    for document in documents:
-        if len(tokens) >= samples * length:
-            break
-        tokens.extend(document.tokens)
+    tokens = [token for document in documents for token in document.tokens]
     return _windows(tokens, samples=samples, length=length)
 
 
