@@ -350,7 +350,7 @@ def test_an_unknown_rename_target_is_refused_before_any_data_are_read():
         ({"instruction": "", "input": " "}, "line 2: the instruction is empty"),
         ({"output": None}, "line 2: 'output' is null, not text"),
         ({"input": None}, "line 2: 'input' is null, not text"),
-        ({"task": 3}, "line 2: 'task' is a int, not text"),
+        ({"task": 3}, "line 2: 'task' is of type int, not text"),
         ({"output": ["3"]}, "line 2: 'output' is nested, not text"),
         ({"instruction": {"text": "Add."}}, "line 2: 'instruction' is nested, not text"),
         ({"output": "\ud800"}, "line 2: 'output' has a lone surrogate at character 1"),

@@ -76,7 +76,13 @@ def _missing(row: Row, name: str, *, wanted: str, candidates: Sequence[str]) -> 
 
 def _text(row: Row, what: str, value: object) -> str:
     if not isinstance(value, str):
-        found = "null" if value is None else "nested" if isinstance(value, list | dict) else f"a {type(value).__name__}"
+        found = (
+            "null"
+            if value is None
+            else "nested"
+            if isinstance(value, list | dict)
+            else f"of type {type(value).__name__}"
+        )
         raise DataError(f"{row.where}: {what} is {found}, not text; write it as a string or remove the row")
     try:
         value.encode()
