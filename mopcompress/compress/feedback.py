@@ -52,7 +52,7 @@ def inverse_factor(gram: Float[Tensor, "in in"], *, damping: float, max_escalati
         flipped = gram.flip(0, 1)
         flipped.diagonal().add_(scale * (dead + ridge).flip(0))
         lower, failed = torch.linalg.cholesky_ex(flipped)
-        noise = torch.finfo(gram.dtype).eps * flipped.diagonal()
+        noise = 8 * torch.finfo(gram.dtype).eps * flipped.diagonal()  # a few roundings
         if not failed and bool((lower.diagonal().square() > noise).all()):
             return Factor(_triangular_inverse(lower).flip(0, 1), escalations)
         ridge = max(10 * ridge, _FIRST_DAMPING)
