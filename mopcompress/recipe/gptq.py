@@ -23,6 +23,12 @@ def _min_max_only(name: Any) -> Any:
     return None
 
 
+def _symmetric_only(symmetric: bool) -> bool:
+    if not symmetric:
+        raise fault("asymmetric grids are not supported yet: stock tools cannot load them; leave it out")
+    return symmetric
+
+
 def _same_order(order: str | None) -> str | None:
     return "static" if order == "weight" else order  # two upstream names of one thing
 
@@ -32,7 +38,7 @@ class WeightQuantization(Spec):
 
     num_bits: Annotated[int, Field(ge=2, le=8)]
     type: Literal["int"] = "int"
-    symmetric: bool = True
+    symmetric: Annotated[bool, AfterValidator(_symmetric_only)] = True
     strategy: Literal["group", "channel"]
     group_size: Annotated[int, Field(ge=-1, le=65536)] | None = Field(None, validate_default=True)
     dynamic: Annotated[Literal[False] | None, Field(exclude=True), AfterValidator(lambda given: None)] = None
@@ -126,19 +132,14 @@ class GPTQModifier(Spec):
 
     @property
     def symmetric(self) -> bool:
-        """Whether the grid has its zero in the middle."""
+        """Always: the grid has its zero in the middle."""
         return self._group.weights.symmetric
 
     def with_bits(self, bits: int, group_size: int | None) -> "GPTQModifier":
         """The same settings at another precision; raises `RecipeError` for impossible ones."""
-        precision = {
-            "num_bits": bits,
-            "group_size": group_size,
-            "strategy": "channel" if group_size is None else "group",
-        }
-        group = self._group.model_dump()
-        group["weights"] |= precision
-        return changed(self, config_groups={"group_0": group})
+        strategy = "channel" if group_size is None else "group"
+        weights = {"num_bits": bits, "group_size": group_size, "strategy": strategy}
+        return changed(self, config_groups={"group_0": {"targets": self.targets, "weights": weights}})
 
 
 def _spell_out(fields: dict[str, Any]) -> dict[str, Any]:
