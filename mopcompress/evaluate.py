@@ -51,11 +51,15 @@ def evaluate(
             with attending_to(prefix_for(batch.summary)) if prefix_for else nullcontext():
                 left = model.resume(batch.hidden, states.layer)
             scores = score_response(model, left, batch)
-            sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, batch.example.cpu(), scores.nats.double().cpu())
+            sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(
+                0, batch.example.cpu(), scores.nats.double().cpu()
+            )
             misses = torch.zeros(len(rows)).index_add_(0, batch.example.cpu(), (~scores.greedy).float().cpu())
             for row, total, missed in zip(rows, sums.tolist(), misses.tolist(), strict=True):
                 if not math.isfinite(total):
-                    raise NumericalError(f"document {row} ({documents[row].task}): its loss is {total}; the model is broken")
+                    raise NumericalError(
+                        f"document {row} ({documents[row].task}): its loss is {total}; the model is broken"
+                    )
                 nats[row], exact[row] = total, missed == 0
             progress(done := done + len(rows))
     return DocumentScores(
@@ -78,7 +82,9 @@ def micro(scores: DocumentScores) -> TaskScore:
 
 def macro_perplexity(scores: DocumentScores) -> float:
     """exp of the mean over tasks of each task's mean nats a token: every task counts the same."""
-    return math.exp(math.fsum(math.log(task.perplexity) for task in task_scores(scores).values()) / len(set(scores.tasks)))
+    return math.exp(
+        math.fsum(math.log(task.perplexity) for task in task_scores(scores).values()) / len(set(scores.tasks))
+    )
 
 
 def _score(scores: DocumentScores, chosen: Sequence[bool]) -> TaskScore:

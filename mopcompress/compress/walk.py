@@ -8,16 +8,16 @@ calibrate all linears of a block on that block's dense weights.
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mopcompress.compress import METHODS
+from mopcompress.compress import METHODS, Solved
 from mopcompress.errors import DataError, MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 
@@ -72,59 +72,102 @@ def compress_model(
     if not any(chosen):
         raise DataError(f"no linear of the model matches targets {list(compression.targets)}; try [Linear]")
     rows: list[LayerRow] = []
-
-    def note(name: str, index: int, linear: nn.Module, escalations: int, seconds: float) -> None:
-        zeros = int((linear.weight == 0).sum())
-        rows.append(
-            LayerRow(
-                name=name, block=index, blocks=len(chosen), weights=linear.weight.numel(), zeros=zeros,
-                escalations=escalations, seconds=seconds,
-            )
-        )  # fmt: skip
-        progress(rows[-1])
-
+    hidden = None
     with torch.inference_mode():
-        hidden = None
         for index, linears in enumerate(chosen):
-            with compressing_on_arrival(linears, compression, lambda *facts, index=index: note(facts[0], index, *facts[1:])):
+            with noting_inputs(linears) as first_inputs:
+                model.through(tokens[:1, :1], None if hidden is None else hidden[:1, :1], index)
+            with compressing_on_arrival(linears, _sharing(first_inputs), compression) as settled:
                 hidden = model.through(tokens, hidden, index)
-            missed = set(linears.values()) - {row.name for row in rows}
+            missed = set(linears) - {linear for linear, _, _ in settled}
             if missed:
-                raise NumericalError(f"{min(missed)}: no calibration token reached it; use other calibration text")
+                raise NumericalError(f"{linears[missed.pop()]}: no calibration token reached it; use other text")
+            for linear, solved, seconds in settled:
+                rows.append(_row(linears[linear], index, len(chosen), linear, solved, seconds))
+                progress(rows[-1])
     return rows
+
+
+Settled = list[tuple[nn.Module, Solved, float]]
+
+
+@contextmanager
+def noting_inputs(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Inside the block, note the first input of each linear."""
+    seen: dict[nn.Module, Tensor] = {}
+    with _before(linears, lambda linear, value: seen.setdefault(linear, value)):
+        yield seen
 
 
 @contextmanager
 def compressing_on_arrival(
-    linears: dict[nn.Module, str], compression: Compression, note: Callable[[str, nn.Module, int, float], None]
-) -> Iterator[None]:
-    """Inside the block, each linear is compressed when its first input arrives. Hooks exist here and nowhere else."""
+    names: Mapping[nn.Module, str], groups: Sequence[Sequence[nn.Module]], compression: Compression
+) -> Iterator[Settled]:
+    """Inside the block, the linears of a group are compressed when the input that they share arrives at the first."""
     method = METHODS[compression.method]
-    shared: dict[str, object] = {}  # q, k and v (gate and up) get the very same tensor: its statistic is made once
+    waiting = {linear: group for group in groups for linear in group}
+    settled: Settled = []
 
-    def arrive(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        name = pending.pop(linear, None)
-        if name is None:
+    def arrive(linear: nn.Module, inputs: Tensor) -> None:
+        group = waiting.get(linear)
+        if group is None:
             return
         start = time.perf_counter()
         try:
-            if shared.get("input") is not inputs[0]:
-                shared.update(input=inputs[0], statistic=method.statistic(inputs[0].flatten(0, -2)))
-            transposed = isinstance(linear, Conv1D)
-            weight = linear.weight.T.contiguous() if transposed else linear.weight
-            solved = method.solve(weight, shared["statistic"], **compression.options)
+            statistic = method.statistic(inputs.flatten(0, -2))
+            solutions = method.solve_together([_weight(one) for one in group], statistic, **compression.options)
         except MopError as error:
-            raise type(error)(f"{name}: {error}") from error
-        linear.weight.copy_(solved.weight.T if transposed else solved.weight)
-        note(name, linear, solved.escalations, time.perf_counter() - start)
+            raise type(error)(f"{names[linear]}: {error}") from error
+        seconds = (time.perf_counter() - start) / len(group)
+        for one, solved in zip(group, solutions, strict=True):
+            _weight(one).copy_(solved.weight)
+            settled.append((one, solved, seconds))
+            del waiting[one]
 
-    pending = dict(linears)
-    handles = [linear.register_forward_pre_hook(arrive) for linear in linears]
+    with _before(waiting, arrive):
+        yield settled
+
+
+@contextmanager
+def _before(linears: Iterable[nn.Module], act: Callable[[nn.Module, Tensor], object]) -> Iterator[None]:
+    """Inside the block, `act(linear, input)` runs before each linear. Hooks exist here and nowhere else."""
+    handles = [
+        linear.register_forward_pre_hook(lambda linear, inputs: _nothing(act(linear, inputs[0]))) for linear in linears
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sharing(inputs: dict[nn.Module, Tensor]) -> list[list[nn.Module]]:
+    """Linears that were given the very same tensor, such as q, k and v: one Gram matrix and one sweep serve them all."""
+    groups: dict[int, list[nn.Module]] = {}
+    for linear, value in inputs.items():
+        groups.setdefault(id(value), []).append(linear)
+    return list(groups.values())
+
+
+def _nothing(_result: object) -> None:
+    """A hook's answer would replace the input."""
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """The weight as [out, in]; GPT-2's Conv1D stores it transposed."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def _row(name: str, block: int, blocks: int, linear: nn.Module, solved: Solved, seconds: float) -> LayerRow:
+    return LayerRow(
+        name=name,
+        block=block,
+        blocks=blocks,
+        weights=linear.weight.numel(),
+        zeros=int((linear.weight == 0).sum()),
+        escalations=solved.escalations,
+        seconds=seconds,
+    )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

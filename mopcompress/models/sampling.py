@@ -1,5 +1,7 @@
 """Text that a model writes by itself: calibration data without data."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -8,11 +10,16 @@ from mopcompress.models.language_model import LanguageModel
 
 
 def sample_text(
-    model: LanguageModel, *, samples: int, length: int, seed: int
+    model: LanguageModel,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Int[Tensor, "samples length"]:
     """Sample at temperature 1 from the model's own distribution, each sample from its own first token.
 
-    First tokens are drawn uniformly from the vocabulary's ordinary tokens, so that topics differ. Special tokens are
+    First tokens are drawn uniformly from the vocabulary's ordinary tokens, so that topics differ; `progress` is told how many tokens each sample has. Special tokens are
     never drawn: calibration text is plain text.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -23,6 +30,7 @@ def sample_text(
         while True:
             drawn[:, special] = 0
             tokens.append(torch.multinomial(drawn, 1, generator=generator))
+            progress(len(tokens))
             if len(tokens) == length:
                 return torch.cat(tokens, dim=1)
             output = model.network(input_ids=tokens[-1], past_key_values=cache, use_cache=True)

@@ -50,7 +50,8 @@ class RunSpec(Spec):
     train_rows: Rows | None = 480  # None: all
     validation_rows: Rows | None = 96
     test_rows: Rows | None = 240
-    max_length: Length = 128  # tokens of a row
+    max_length: Length = 512  # tokens of a row; longer rows are dropped, a response alone over it is an error
+    longest_row: Length | None = None  # a choice of rows: only those of at most so many tokens take part
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     max_seq_length: Length = 512  # tokens of a calibration sample

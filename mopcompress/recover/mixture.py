@@ -19,9 +19,12 @@ from mopcompress.recover.gate import Gate
 class MixtureOfPrompts(nn.Module):
     """`experts` groups of prompts at `layer`, and the gate that weighs them; no gate means every group counts fully."""
 
-    def __init__(self, start: Float[Tensor, "experts prompts hidden"], layer: int, gate: Gate | None) -> None:
+    def __init__(
+        self, start: Float[Tensor, "experts prompts hidden"], layer: int, gate: Gate | None, *, log_opening: float = 0.0
+    ) -> None:
         super().__init__()
         self.prompts = nn.Parameter(start.clone())
+        self.log_opening = nn.Parameter(torch.tensor(log_opening))
         self.layer = layer
         self.gate = gate
 
@@ -43,8 +46,8 @@ class MixtureOfPrompts(nn.Module):
         """The gate's log weight of each prompt: equal within an expert, 0 for a plain prompt."""
         experts, prompts, _ = self.prompts.shape
         if self.gate is None:
-            return summary.new_zeros(len(summary), experts * prompts)
-        return self.gate(summary).repeat_interleave(prompts, dim=1)
+            return self.log_opening.expand(len(summary), experts * prompts)
+        return self.log_opening + self.gate(summary).repeat_interleave(prompts, dim=1)
 
     def _keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         # experts stand where examples stand in a batch: causal inside an expert, blind to the others

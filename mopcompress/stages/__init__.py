@@ -1,0 +1,1 @@
+"""What the commands do: compose models, data, compression, recovery and evaluation; the only writers of run folders."""

@@ -1,0 +1,297 @@
+"""`bench`: the grid setting x arm x seed, one compressed model a setting, one row a finished cell.
+
+A run can be stopped anywhere and started again: compressed models and rows that are finished are kept, a larger grid
+runs only what is new, and a run with other settings than those the folder was made with is refused.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mopcompress import artifact
+from mopcompress.errors import OutputError, RecipeError
+from mopcompress.evaluate import macro_perplexity, micro, task_scores
+from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.smollm2 import NOTE, cache_folder
+from mopcompress.recipe import Recipe, resolved
+from mopcompress.recover.adapter import adapter_bytes
+from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.report import write_report
+from mopcompress.results import BenchRow, DocumentScores, append_row, read_rows, write_documents
+from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.compress import Compressing, compress_into
+from mopcompress.stages.documents import Documents, load_documents
+from mopcompress.stages.evaluate import read_gate, score
+from mopcompress.stages.progress import Progress, silent
+from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
+from mopcompress.stages.recover import Recovered, cache_states, prompt_layer, publish_adapter, train_arm
+from mopcompress.states import CachedStates
+
+GRID = ("ratios", "methods", "bits", "arms", "seeds", "output_dir", "max_fallback")  # may differ when a run goes on
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One compressed model of the grid; no modifier is the dense model."""
+
+    name: str
+    method: str
+    ratio: float | None
+    bits: int | None
+    modifier: Compressing | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to be."""
+
+    arm: str
+    seed: int
+
+
+def settings_of(recipe: Recipe) -> list[Setting]:
+    """Dense first, then method by method, ratio by ratio, then bit widths."""
+    run = recipe.run
+    settings = [Setting("dense", "dense", 0.0, None, None)]
+    for method in run.methods:
+        for ratio in run.ratios:
+            modifier = recipe.modifier_for(method).with_sparsity(ratio)
+            settings.append(Setting(f"{method}-{100 * ratio:g}", method, ratio, None, modifier))
+    for bits in run.bits:
+        modifier = recipe.modifier_for("gptq").with_bits(bits, run.group_size)
+        settings.append(Setting(f"gptq-{bits}-bit", "gptq", None, bits, modifier))
+    return settings
+
+
+def cells_of(recipe: Recipe, setting: Setting) -> list[Cell]:
+    """`none` does not depend on the seed; the dense model is scored without prompts only."""
+    seeds = recipe.run.seeds
+    cells = [Cell("none", seeds[0])] if setting.modifier is None or "none" in recipe.run.arms else []
+    if setting.modifier is not None:
+        cells += [Cell(arm, seed) for seed in seeds for arm in recipe.run.arms if arm != "none"]
+    return cells
+
+
+def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress = silent) -> list[BenchRow]:
+    """Run what the grid still lacks, write the report, and return all rows of the folder.
+
+    Raises `RecipeError` when the folder was made with other settings, `OutputError` when another run is using it.
+    """
+    with _locked(folder):
+        return _Bench(recipe, folder, command, progress).run()
+
+
+class _Bench:
+    """What all cells of one run share."""
+
+    def __init__(self, recipe: Recipe, folder: Path, command: str, progress: Progress) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.device = choose_device(recipe.run.device)
+        self.source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+        self.source_sha256 = weights_hash(self.source)
+        self.command = command
+        self.dense: LanguageModel | None = None
+
+    def run(self) -> list[BenchRow]:
+        start = time.perf_counter()
+        model = load_model(self.source, device=self.device)
+        documents = load_documents(self.recipe.run, model.tokenizer)
+        tokens, calibration = calibration_tokens(self.recipe.run, model, self.source_sha256, self.progress)
+        manifest = self._manifest(documents, calibration)
+        _write_manifest(manifest, self.folder)
+        for setting in settings_of(self.recipe):
+            done = {(row.setting, row.arm, row.seed) for row in read_rows(self.folder / "rows.jsonl")}
+            missing = [
+                cell
+                for cell in cells_of(self.recipe, setting)
+                if (_row_setting(setting), cell.arm, cell.seed) not in done
+            ]
+            if missing:
+                compressed = self._compressed(setting, tokens, calibration)
+                self._fill(setting, compressed, documents, missing)
+        seconds = manifest.get("seconds") or 0.0
+        manifest |= {"finished": now(), "seconds": seconds + time.perf_counter() - start}
+        _write_manifest(manifest, self.folder)
+        write_report(self.folder)
+        return read_rows(self.folder / "rows.jsonl")
+
+    def _compressed(self, setting: Setting, tokens: Any, calibration: dict[str, Any]) -> Path:
+        """The folder of the setting's model, made when it is not there."""
+        if setting.modifier is None:
+            return self.source
+        target = self.folder / "models" / setting.name
+        if artifact.read_manifest(target) is None:
+            model = load_model(self.source, device=self.device)
+            compress_into(
+                target, model, self.source, [setting.modifier], tokens, calibration, self.recipe, progress=self.progress
+            )
+        return target
+
+    def _fill(self, setting: Setting, base: Path, documents: Documents, cells: Sequence[Cell]) -> None:
+        """Train and score the missing cells of one setting, on states that they share."""
+        model = load_model(base, device=self.device)
+        facts = (artifact.read_manifest(base) or {}) if setting.modifier else {}
+        run, layer = self.recipe.run, prompt_layer(self.recipe.recovery, model)
+        test = cache_states(model, documents.test, layer, run.batch_size, "test rows", self.progress)
+        train: CachedStates | None = None
+        for cell in cells:
+            recovered = None
+            if cell.arm != "none":
+                train = train or cache_states(
+                    model, documents.train, layer, run.batch_size, "training rows", self.progress
+                )
+                modifier = self.recipe.recovery.with_arm(cell.arm)
+                recovered = train_arm(
+                    model, train, documents.tasks, modifier, weights_hash(base), cell.seed, self.progress
+                )
+            self._score(setting, base, facts, documents, test, model, cell, recovered)
+
+    def _score(
+        self,
+        setting: Setting,
+        base: Path,
+        facts: dict[str, Any],
+        documents: Documents,
+        test: CachedStates,
+        model: LanguageModel,
+        cell: Cell,
+        recovered: Recovered | None,
+    ) -> None:
+        mixture = recovered.mixture if recovered else None
+        start = time.perf_counter()
+        scores = score(model, test, mixture, self.recipe.run.batch_size, self.progress)
+        seconds = time.perf_counter() - start
+        name = f"{setting.name}-{cell.arm}-{cell.seed}"
+        adapter = self.folder / "adapters" / name
+        if recovered and artifact.read_manifest(adapter) is None:
+            publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(self.device)})
+        write_documents(scores, self.folder / "documents" / f"{name}.json")
+        domains = recovered.config.tasks if recovered else ()
+        row = BenchRow(
+            ratio=setting.ratio,
+            bits=setting.bits,
+            method=setting.method,
+            arm=cell.arm,
+            seed=cell.seed,
+            data=documents.facts["name"],
+            perplexity=micro(scores).perplexity,
+            perplexity_macro=macro_perplexity(scores),
+            exact_match=micro(scores).exact_match,
+            documents=micro(scores).documents,
+            scored_tokens=micro(scores).scored_tokens,
+            sparsity=facts.get("sparsity", 0.0),
+            weights=facts.get("weights", 0),
+            model_bytes=weights_bytes(base),
+            adapter_bytes=adapter_bytes(adapter) if recovered else 0,
+            trained_parameters=mixture.trained_parameters if mixture else 0,
+            train_steps=len(recovered.rows) if recovered else 0,
+            train_seconds=recovered.seconds if recovered else 0.0,
+            compress_seconds=facts.get("compress_seconds", 0.0),
+            evaluate_seconds=seconds,
+            fallbacks=facts.get("fallbacks", 0),
+            peak_bytes=peak_bytes(),
+            per_task=task_scores(scores),
+            gate=read_gate(mixture, test, tuple(domains)) if mixture else None,
+            documents_file=f"documents/{name}.json",
+        )
+        append_row(row, self.folder / "rows.jsonl")
+        self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
+
+    def _manifest(self, documents: Documents, calibration: dict[str, Any]) -> dict[str, Any]:
+        """The run's manifest; what a folder already says must agree with it, the grid apart."""
+        run = self.recipe.run
+        manifest = {
+            "command": self.command,
+            "recipe": resolved(self.recipe),
+            "model": {
+                "name": run.model,
+                "sha256": self.source_sha256,
+                "note": NOTE if self.source.is_relative_to(cache_folder()) else None,
+            },
+            "data": documents.facts,
+            "calibration": calibration,
+            "protocol": _protocol(self.recipe),
+            **provenance(self.device),
+            "started": now(),
+            "finished": None,
+            "seconds": None,
+        }
+        path = self.folder / "run.json"
+        if not path.exists():
+            return manifest
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differences = _differences(_identity(before), _identity(manifest))
+        if differences:
+            raise RecipeError(
+                f"{self.folder} was made with other settings: {'; '.join(differences)}; "
+                "use those settings, or another --output-dir"
+            )
+        return manifest | {"started": before["started"], "seconds": before["seconds"]}
+
+
+def _protocol(recipe: Recipe) -> list[str]:
+    recovery = recipe.recovery
+    return [
+        "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and the "
+        "response before it.",
+        f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows), starting prompts "
+        "and learning rate of prompts; single has as many prompt tokens in one group as mop has in all its experts.",
+        "The gate of mop is pre-trained on the training rows' task labels, which single does not see; it reads "
+        "instruction tokens alone. Trained parameters count the gate.",
+        "Learning rates are the recipe's for both arms: they were not swept for this run.",
+        "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
+    ]
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    recipe = {name: part for name, part in manifest["recipe"].items() if name != "run"}
+    run = {name: value for name, value in manifest["recipe"]["run"].items() if name not in GRID}
+    return {
+        "recipe": recipe,
+        **{f"run.{name}": value for name, value in run.items()},
+        "model": manifest["model"]["sha256"],
+        "data": manifest["data"]["sha256"],
+        "scored tokens": manifest["data"]["scored_sha256"],
+        "calibration": manifest["calibration"]["sha256"],
+    }
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _row_setting(setting: Setting) -> str:
+    if setting.method == "dense":
+        return "dense"
+    return (
+        f"{setting.method} {setting.bits}-bit" if setting.bits else f"{setting.method} {100 * (setting.ratio or 0):g}%"
+    )
+
+
+def _write_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    artifact.write_whole(folder / "run.json", json.dumps(manifest, indent=1) + "\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "LOCK").open("w")
+    except OSError as error:
+        raise OutputError(f"output {folder} cannot be created: {error.strerror}; name another --output-dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(f"output {folder} is in use by another run; wait for it or name another") from error
+        yield

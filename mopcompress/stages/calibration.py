@@ -1,0 +1,66 @@
+"""Where calibration tokens come from: the model's own text, the training rows, or text that the user names."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mopcompress import artifact
+from mopcompress.data.calibration import document_windows, read_text, text_windows
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.sampling import sample_text
+from mopcompress.models.smollm2 import cache_folder
+from mopcompress.recipe import RunSpec
+from mopcompress.stages.documents import load_documents
+from mopcompress.stages.progress import Progress
+
+FILE = "tokens.safetensors"
+
+
+def calibration_tokens(
+    run: RunSpec, model: LanguageModel, model_sha256: str, progress: Progress
+) -> tuple[Int[Tensor, "samples length"], dict[str, Any]]:
+    """The windows that compression is calibrated on, and what a report says of them."""
+    samples, length = run.num_calibration_samples, run.max_seq_length
+    if run.calibration == "self":
+        tokens = _own_text(run, model, model_sha256, progress)
+    elif run.calibration == "data":
+        tokens = document_windows(load_documents(run, model.tokenizer).train, samples=samples, length=length)
+    else:
+        tokens = text_windows(read_text(run.calibration), model.tokenizer, samples=samples, length=length)
+    facts = {
+        "source": run.calibration,
+        "samples": samples,
+        "length": length,
+        "sha256": artifact.fingerprint({"tokens": tokens.tolist()}),
+    }
+    return tokens.to(model.device), facts
+
+
+def _own_text(
+    run: RunSpec, model: LanguageModel, model_sha256: str, progress: Progress
+) -> Int[Tensor, "samples length"]:
+    """Sampled once for a model and a seed, then read from the cache."""
+    facts = {
+        "kind": "calibration text sampled from the model",
+        "model": model_sha256,
+        "samples": run.num_calibration_samples,
+        "length": run.max_seq_length,
+        "seed": run.seed,
+        "torch": torch.__version__,
+    }
+    folder = cache_folder() / "calibration" / artifact.fingerprint(facts)
+    if not (folder / artifact.MANIFEST).exists():
+        what = "sampling calibration text from the dense model (once)"
+        tokens = sample_text(
+            model,
+            samples=run.num_calibration_samples,
+            length=run.max_seq_length,
+            seed=run.seed,
+            progress=lambda done: progress(what, done, run.max_seq_length),
+        )
+        with artifact.publish(folder, facts) as scratch:
+            save_file({"tokens": tokens.cpu()}, scratch / FILE)
+    return load_file(folder / FILE)["tokens"]

@@ -1,0 +1,83 @@
+"""The data of a run, encoded: which rows take part, and what was left out."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mopcompress.data.encoding import Encoded, encode, template_name
+from mopcompress.data.examples import load_examples
+from mopcompress.data.splits import Example, Splits, subset
+from mopcompress.errors import DataError
+from mopcompress.recipe import RunSpec
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Encoded splits. `facts` is what a report says of them."""
+
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+    test: tuple[Encoded, ...]
+    tasks: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+def load_documents(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """Load, encode and thin the splits that `run` names; the rows depend on `run.seed` alone.
+
+    Raises `DataError` when a task of the test split has no training rows.
+    """
+    splits = load_examples(run.data, rename=run.map, seed=run.seed)
+    return encode_documents(splits, run, tokenizer)
+
+
+def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """Encode and thin splits that are loaded already."""
+    limits = {"train": run.train_rows, "validation": run.validation_rows, "test": run.test_rows}
+    kept: dict[str, tuple[Encoded, ...]] = {}
+    dropped = {}
+    for name, count in limits.items():
+        kept[name], dropped[name] = _thinned(getattr(splits, name), count, run, tokenizer)
+    tasks = tuple(sorted({document.task for document in kept["train"]}))
+    strangers = {document.task for document in kept["test"]} - set(tasks)
+    if strangers:
+        raise DataError(
+            f"data {run.data}: the test rows have tasks that no training row has ({', '.join(sorted(strangers))}); "
+            "raise --train-rows, or leave those rows out"
+        )
+    scored = [document.tokens[document.context_tokens :] for document in kept["test"]]
+    facts = {
+        "name": splits.name,
+        "sha256": splits.sha256,
+        "tasks": list(tasks),
+        **{f"{name}_rows": len(documents) for name, documents in kept.items()},
+        "dropped_rows": dropped,
+        "scored_tokens": sum(map(len, scored)),
+        "scored_sha256": hashlib.sha256(repr(scored).encode()).hexdigest()[:16],
+        "template": template_name(tokenizer),
+    }
+    return Documents(**kept, tasks=tasks, facts=facts)
+
+
+def _thinned(
+    examples: tuple[Example, ...], count: int | None, run: RunSpec, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[Encoded, ...], int]:
+    """Encode `count` rows in the balanced order of `subset`, passing over rows that are too long.
+
+    Rows are passed over as they come: a set of a million rows is not encoded to use a hundred.
+    """
+    order = subset(examples, len(examples) if count is not None else None, seed=run.seed)
+    kept: list[Encoded] = []
+    dropped = 0
+    wanted = len(order) if count is None else count
+    start = 0
+    while start < len(order) and len(kept) < wanted:
+        some = order[start : start + max(256, wanted)]
+        start += len(some)
+        encoded = encode(some, tokenizer, max_length=run.max_length)
+        short = [one for one in encoded.documents if run.longest_row is None or len(one.tokens) <= run.longest_row]
+        dropped += len(some) - len(short)
+        kept += short
+    return tuple(kept[:wanted]), dropped

@@ -1,0 +1,70 @@
+"""What a number came from: versions, commit, machine."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopcompress.errors import UsageError
+
+_PACKAGES = ("mopcompress", "torch", "transformers", "datasets", "safetensors")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and machine, for a manifest."""
+    commit, dirty = _commit()
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": commit,
+        "dirty": dirty,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then the CPU. Raises `UsageError` for a device this machine has not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there[device.type]:
+        raise UsageError(f"--device: {name} is not on this machine; use cpu or auto")
+    return device
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of the checkout this package runs from, and whether it was changed; None when installed elsewhere."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None, None
+    git = ["git", "-C", os.fspath(folder)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    return commit.stdout.strip(), bool(changes.stdout.strip())

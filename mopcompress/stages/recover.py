@@ -1,0 +1,133 @@
+"""`recover`: a compressed folder and data in, a small adapter folder out."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopcompress import artifact
+from mopcompress.models.checkpoint import check_output, load_model, resolve_model, weights_hash
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
+from mopcompress.recover.adapter import AdapterConfig, adapter_bytes, save_adapter
+from mopcompress.recover.arms import Start, begin
+from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.train import Training, TrainRow, fit
+from mopcompress.stages.documents import load_documents
+from mopcompress.stages.progress import Progress, silent
+from mopcompress.stages.provenance import choose_device, provenance
+from mopcompress.states import CachedStates
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Trained prompts, and how they were trained."""
+
+    mixture: MixtureOfPrompts
+    config: AdapterConfig
+    rows: list[TrainRow]
+    seconds: float  # the start (gate pre-training included) and all steps; not the shared cache of lower states
+
+
+def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = silent) -> dict[str, Any]:
+    """Train the recipe's recovery on its model, publish the adapter as `target`, and return the manifest."""
+    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    check_output(target, base)
+    model = load_model(base, device=choose_device(recipe.run.device))
+    documents = load_documents(recipe.run, model.tokenizer)
+    layer = prompt_layer(recipe.recovery, model)
+    states = cache_states(model, documents.train, layer, recipe.run.batch_size, "training rows", progress)
+    recovered = train_arm(model, states, documents.tasks, recipe.recovery, weights_hash(base), seed, progress)
+    facts = {"data": documents.facts, "recipe": resolved(recipe), "seed": seed, **provenance(model.device)}
+    return publish_adapter(recovered, target, facts)
+
+
+def train_arm(
+    model: LanguageModel,
+    states: CachedStates,
+    tasks: tuple[str, ...],
+    modifier: PromptRecoveryModifier,
+    base_sha256: str,
+    seed: int,
+    progress: Progress,
+) -> Recovered:
+    """Begin and train one arm on cached states."""
+    start = time.perf_counter()
+    experts = modifier.experts or len(tasks)
+    mixture = begin(
+        states,
+        tasks,
+        Start(
+            arm=modifier.arm,
+            experts=experts,
+            prompts_per_expert=modifier.prompts_per_expert,
+            gate_pretraining_steps=modifier.gate_pretraining_steps,
+            gate_temper=modifier.gate_temper,
+            seed=seed,
+        ),
+    )
+    what = f"training {modifier.arm}, seed {seed}"
+    rows = fit(
+        mixture,
+        model,
+        states,
+        Training(
+            steps=modifier.steps,
+            batch_size=modifier.batch_size,
+            prompt_learning_rate=modifier.prompt_learning_rate,
+            gate_learning_rate=modifier.gate_learning_rate,
+            warmup_fraction=modifier.warmup_fraction,
+            clip_norm=modifier.clip_norm,
+            seed=seed,
+        ),
+        progress=lambda row: progress(what, row.step, row.steps),
+    )
+    config = AdapterConfig(
+        arm=modifier.arm,
+        experts=experts,
+        prompts_per_expert=modifier.prompts_per_expert,
+        layer=states.layer,
+        hidden_size=model.hidden_size,
+        base_sha256=base_sha256,
+        tasks=tasks if experts == len(tasks) else (),
+    )
+    return Recovered(mixture.requires_grad_(False), config, rows, time.perf_counter() - start)
+
+
+def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write an adapter folder; returns its manifest."""
+    manifest = {
+        "kind": "adapter",
+        "arm": recovered.config.arm,
+        "trained_parameters": recovered.mixture.trained_parameters,
+        "train_steps": len(recovered.rows),
+        "train_seconds": recovered.seconds,
+        "final_nats": recovered.rows[-1].nats,
+        **facts,
+    }
+    with artifact.publish(target, manifest) as scratch:
+        save_adapter(recovered.mixture, recovered.config, scratch)
+        manifest["adapter_bytes"] = adapter_bytes(scratch)
+    return manifest
+
+
+def prompt_layer(modifier: PromptRecoveryModifier, model: LanguageModel) -> int:
+    """Where prompts enter: the paper's tenth of 32 layers, in proportion; never the first block."""
+    return modifier.layer or max(1, round(10 / 32 * len(model.blocks)))
+
+
+def cache_states(
+    model: LanguageModel, documents: tuple[Any, ...], layer: int, batch_size: int, which: str, progress: Progress
+) -> CachedStates:
+    """Run the blocks below the prompts once on every document."""
+    what = f"lower blocks, once for all arms: {which}"
+    with torch.inference_mode():
+        return CachedStates(
+            model,
+            documents,
+            layer,
+            batch_size=batch_size,
+            progress=lambda done: progress(what, done, len(documents)),
+        )
