@@ -17,7 +17,11 @@ from mopcompress.recover.gate import Gate
 
 
 class MixtureOfPrompts(nn.Module):
-    """`experts` groups of prompts at `layer`, and the gate that weighs them; no gate means every group counts fully."""
+    """`experts` groups of prompts at `layer`, and the gate that weighs them; no gate means every group counts fully.
+
+    `log_opening` is one trained number added to the log weight of every prompt (ours). Prompts that are not trained yet
+    do damage: begun low, the model starts close to where it is without them, and training opens them as they get good.
+    """
 
     def __init__(
         self, start: Float[Tensor, "experts prompts hidden"], layer: int, gate: Gate | None, *, log_opening: float = 0.0
@@ -52,7 +56,7 @@ class MixtureOfPrompts(nn.Module):
     def _keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         # experts stand where examples stand in a batch: causal inside an expert, blind to the others
         with recording() as seen:
-            model.resume(self.prompts, self.layer)
+            model.resume(self.prompts.flatten(0, 1)[None] if getattr(self, "chained", False) else self.prompts, self.layer)
         keys = {layer: key.transpose(0, 1).flatten(1, 2) for layer, (key, _) in seen.items()}
         values = {layer: value.transpose(0, 1).flatten(1, 2) for layer, (_, value) in seen.items()}
         return keys, values

@@ -51,7 +51,7 @@ def fit(
 
     AdamW without weight decay, linear warm-up, cosine decay to zero. Raises `NumericalError` when a loss is not finite.
     """
-    groups = [{"params": [mixture.prompts], "lr": training.prompt_learning_rate}]
+    groups = [{"params": [mixture.prompts, mixture.log_opening], "lr": training.prompt_learning_rate}]
     if mixture.gate is not None:
         groups.append({"params": list(mixture.gate.parameters()), "lr": training.gate_learning_rate})
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
