@@ -172,10 +172,11 @@ class PromptRecoveryModifier(Spec):
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 60
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
-    prompt_learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.03
+    prompt_learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.5
     gate_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
+    log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
 

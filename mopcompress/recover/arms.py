@@ -21,6 +21,7 @@ class Start:
     prompts_per_expert: int
     gate_pretraining_steps: int
     gate_temper: float
+    log_opening: float
     seed: int
 
 
@@ -41,11 +42,11 @@ def begin(states: CachedStates, tasks: Sequence[str], start: Start) -> MixtureOf
     ]
     prompts = torch.stack(groups)
     if start.arm == "single":
-        return MixtureOfPrompts(prompts.flatten(0, 1)[None], states.layer, None)
+        return MixtureOfPrompts(prompts.flatten(0, 1)[None], states.layer, None, log_opening=start.log_opening)
     gate = gates.Gate(prompts.shape[-1], start.experts, generator=generator).to(states.device)
     gates.pretrain(gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
     gate.temper(start.gate_temper)
-    return MixtureOfPrompts(prompts, states.layer, gate)
+    return MixtureOfPrompts(prompts, states.layer, gate, log_opening=start.log_opening)
 
 
 def expert_domains(

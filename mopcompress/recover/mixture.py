@@ -1,8 +1,8 @@
 """Mixture of Prompts (Dun et al., AAAI 2025, arXiv 2310.02842): gated groups of soft prompts injected mid-network.
 
-The prompts of an expert are hidden states at the injection layer that flow on through all layers above it. Experts do
-not see each other or the text (ours), so their keys and values do not depend on the input: one run of the prompt stream
-serves a whole batch, and after training they are constants. A single group without a gate is plain prompt tuning.
+Prompts are hidden states at the injection layer that flow on through all layers above it. They see the prompts before
+them and never the text (ours), so their keys and values do not depend on the input: one run of the prompt stream serves
+a whole batch, and after training they are constants. A mixture whose gate has no preference is exactly one plain prompt.
 """
 
 from collections.abc import Callable
@@ -54,9 +54,9 @@ class MixtureOfPrompts(nn.Module):
         return self.log_opening + self.gate(summary).repeat_interleave(prompts, dim=1)
 
     def _keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        # experts stand where examples stand in a batch: causal inside an expert, blind to the others
+        # the experts stand one after the other, as in one long prompt: without a gate they are exactly that
         with recording() as seen:
-            model.resume(self.prompts.flatten(0, 1)[None] if getattr(self, "chained", False) else self.prompts, self.layer)
-        keys = {layer: key.transpose(0, 1).flatten(1, 2) for layer, (key, _) in seen.items()}
-        values = {layer: value.transpose(0, 1).flatten(1, 2) for layer, (_, value) in seen.items()}
+            model.resume(self.prompts.flatten(0, 1)[None], self.layer)
+        keys = {layer: key[0] for layer, (key, _) in seen.items()}
+        values = {layer: value[0] for layer, (_, value) in seen.items()}
         return keys, values

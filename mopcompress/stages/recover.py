@@ -65,6 +65,7 @@ def train_arm(
             prompts_per_expert=modifier.prompts_per_expert,
             gate_pretraining_steps=modifier.gate_pretraining_steps,
             gate_temper=modifier.gate_temper,
+            log_opening=modifier.log_opening,
             seed=seed,
         ),
     )
