@@ -73,8 +73,7 @@ def _on_grid(settled: Float[Tensor, "out in"], scales: Float[Tensor, "out groups
     """Take the float residue off weights that are integers times their scale, up to that residue."""
     spread = scales.repeat_interleave(settled.shape[1] // scales.shape[1], dim=1)
     codes = (settled / spread).round()
-    weight = codes * spread + 0.0  # no negative zeros
-    return Quantised(weight, escalations, codes=codes.to(torch.int8), scales=scales)
+    return Quantised(codes * spread, escalations, codes=codes.to(torch.int8), scales=scales)
 
 
 def _codes(column: Tensor, scale: Tensor, bits: int) -> Tensor:
