@@ -13,6 +13,7 @@ object. Timing excludes loading and scoring; both run in this process, one after
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def reference(model: LanguageModel, tokens: Tensor, ratio: float) -> None:
     for index, block in enumerate(model.blocks):
         grams: dict[nn.Linear, Tensor] = {}
         handles = [
-            linear.register_forward_pre_hook(lambda linear, inputs: grams.update({linear: gram_of(inputs[0])}))
+            linear.register_forward_pre_hook(partial(note_gram, grams))
             for linear in block.modules()
             if isinstance(linear, nn.Linear)
         ]
@@ -88,6 +89,10 @@ def reference(model: LanguageModel, tokens: Tensor, ratio: float) -> None:
         for linear, gram in grams.items():
             linear.weight.copy_(prune(linear.weight.clone(), gram, ratio))
         hidden = model.through(tokens, hidden, index)
+
+
+def note_gram(grams: dict[nn.Linear, Tensor], linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+    grams[linear] = gram_of(inputs[0])
 
 
 def gram_of(inputs: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
         "sha256": splits.sha256,
         "tasks": list(tasks),
         **{f"{name}_rows": len(documents) for name, documents in kept.items()},
-        "dropped_rows": dropped,
+        "dropped_rows": sum(dropped.values()),
         "scored_tokens": sum(map(len, scored)),
         "scored_sha256": hashlib.sha256(repr(scored).encode()).hexdigest()[:16],
         "template": template_name(tokenizer),
