@@ -22,13 +22,13 @@ def gptq(
     gram: Float[Tensor, "in in"],
     *,
     bits: int,
-    group_size: int,
+    group_size: int | None,
     damping: float = 0.01,
     block_size: int = 128,
     act_order: bool = False,
     keep_zeros: bool = False,
 ) -> Quantised:
-    """Round every weight to a grid with one scale per row and `group_size` consecutive inputs.
+    """Round every weight to a grid with one scale per row and `group_size` consecutive inputs (None: all of them).
 
     The scales of a group are chosen when the sweep reaches it, from the weights as they are then. With `act_order` the
     inputs with the largest mean square go first, and all scales are chosen beforehand from the given weights ("static
@@ -36,6 +36,7 @@ def gptq(
     become zero. `block_size` only decides how updates are batched. Raises `DataError` when groups do not fit.
     """
     size = weight.shape[1]
+    group_size = size if group_size is None else group_size
     _check_grid(size, bits, group_size)
     weight, gram = weight.detach().masked_fill(gram.diagonal() == 0, 0.0), gram.to(weight)
     importance = gram.diagonal()

@@ -116,6 +116,7 @@ def compression_of(modifier: Compressing) -> Compression:
             "damping": modifier.dampening_frac,
             "block_size": modifier.block_size,
             "act_order": modifier.actorder == "static",
+            "keep_zeros": True,  # of pruning before; a dense model has hardly any
         }
         return Compression(**common, options=options)
     options = {"sparsity": modifier.sparsity, "pattern": modifier.pattern}

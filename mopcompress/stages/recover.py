@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mopcompress import artifact
+from mopcompress.errors import UsageError
 from mopcompress.models.checkpoint import check_output, load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
@@ -39,8 +40,15 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     documents = load_documents(recipe.run, model.tokenizer)
     layer = prompt_layer(recipe.recovery, model)
     states = cache_states(model, documents.train, layer, recipe.run.batch_size, "training rows", progress)
-    recovered = train_arm(model, states, documents.tasks, recipe.recovery, weights_hash(base), seed, progress)
-    facts = {"data": documents.facts, "recipe": resolved(recipe), "seed": seed, **provenance(model.device)}
+    base_sha256 = weights_hash(base)
+    recovered = train_arm(model, states, documents.tasks, recipe.recovery, base_sha256, seed, progress)
+    facts = {
+        "base": {"folder": str(base), "sha256": base_sha256},
+        "data": documents.facts,
+        "recipe": resolved(recipe),
+        "seed": seed,
+        **provenance(model.device),
+    }
     return publish_adapter(recovered, target, facts)
 
 
@@ -115,8 +123,16 @@ def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -
 
 
 def prompt_layer(modifier: PromptRecoveryModifier, model: LanguageModel) -> int:
-    """Where prompts enter: the paper's tenth of 32 layers, in proportion; never the first block."""
-    return modifier.layer or max(1, round(10 / 32 * len(model.blocks)))
+    """Where prompts enter: the paper's tenth of 32 layers, in proportion; never the first block.
+
+    Raises `UsageError` when the model has no such block.
+    """
+    blocks = len(model.blocks)
+    if modifier.layer is None:
+        return max(1, round(10 / 32 * blocks))
+    if not 0 < modifier.layer < blocks:
+        raise UsageError(f"--layer: {modifier.layer} is not 1 to {blocks - 1}, and the model has {blocks} blocks")
+    return modifier.layer
 
 
 def cache_states(
