@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from mopcompress.compress import METHODS
 from mopcompress.compress.feedback import inverse_factor, sweep
-from mopcompress.compress.gptq import gptq
+from mopcompress.compress.gptq import _on_grid, gptq
 from mopcompress.compress.magnitude import magnitude
 from mopcompress.compress.sparsegpt import sparsegpt
 from mopcompress.compress.statistics import InputGram, InputNorms
@@ -405,6 +405,13 @@ def test_the_weight_is_exactly_codes_times_scales(bits, dtype, act_order):
     assert torch.equal(solved.weight, solved.codes.to(dtype) * solved.scales.repeat_interleave(8, 1))
     assert torch.equal(solved.scales, solved.scales.half().to(dtype))
     assert not solved.weight[solved.weight == 0].signbit().any()
+
+
+def test_float_residue_of_extreme_feedback_is_taken_off():
+    settled = torch.tensor([[3.0, -8.0, 0.0, 1.0]]) * 0.25 * (1 - 1e-6)
+    solved = _on_grid(settled, torch.tensor([[0.25]]), 0)
+    assert solved.codes.tolist() == [[3, -8, 0, 1]]
+    assert solved.weight.tolist() == [[0.75, -2.0, 0.0, 0.25]]
 
 
 def test_many_bits_lose_next_to_nothing():
