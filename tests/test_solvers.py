@@ -447,6 +447,13 @@ def test_gptq_zeroes_weights_of_an_input_that_never_fires():
     assert solved.scales.max() < 1
 
 
+def test_without_a_group_size_a_row_is_one_group():
+    weight, inputs = problem()
+    one, same = (gptq(weight, gram_of(inputs), bits=4, group_size=size) for size in (None, 40))
+    assert one.scales.shape == (6, 1)
+    assert torch.equal(one.weight, same.weight)
+
+
 def test_a_group_of_zeros_is_zero():
     _, inputs = problem()
     solved = gptq(torch.zeros(6, 40, dtype=torch.float64), gram_of(inputs), bits=4, group_size=8)
