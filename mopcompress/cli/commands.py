@@ -1,0 +1,231 @@
+"""The seven commands. Each checks all that is cheap, tells its plan or runs one stage, and prints what that gives.
+
+Stages are imported inside the commands: torch takes seconds to load, and a wrong flag should not wait for it.
+"""
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mopcompress.cli.options import (
+    CALIBRATION,
+    DATA,
+    DRY_RUN,
+    GRID,
+    MACHINE,
+    MODEL,
+    OUTPUT,
+    RECOVERY,
+    SPEECH,
+    Common,
+    command,
+)
+from mopcompress.cli.output import print_bench, print_facts, print_json, print_scores
+from mopcompress.errors import UsageError
+from mopcompress.recipe import GPTQModifier, Recipe, resolved
+from mopcompress.recipe.commands import for_pruning, for_quantizing, for_recovery, with_recovery
+from mopcompress.recipe.fields import Spec
+from mopcompress.recipe.grammar import Pruning
+from mopcompress.stages import plan
+
+app = typer.Typer(
+    name="mopcompress",
+    help="Compress a causal language model, then win back what it lost with a Mixture of Prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # it would show the values of variables, and those can hold tokens
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter that `recover` wrote for this model.")]
+
+
+@command(app, MODEL, CALIBRATION, DATA, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def prune(
+    common: Common,
+    method: Annotated[str | None, typer.Option(help="sparsegpt (default), wanda or magnitude.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of weights removed (default 0.5).")] = None,
+    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights of a row.")] = None,
+) -> None:
+    """Remove weights, block after block, into a normal Hugging Face folder."""
+    recipe = for_pruning(common.load(), method=method, sparsity=sparsity, pattern=pattern)
+    _compress(common, recipe, Path("runs/pruned"))
+
+
+@command(app, MODEL, CALIBRATION, DATA, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def quantize(
+    common: Common,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 (default) or 8.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale (default 64); -1: the whole row.")
+    ] = None,
+) -> None:
+    """Round weights with GPTQ, block after block, into a normal Hugging Face folder."""
+    recipe = for_quantizing(common.load(), bits=bits, group_size=group_size)
+    _compress(common, recipe, Path("runs/quantized"))
+
+
+def _compress(common: Common, recipe: Recipe, default: Path) -> None:
+    target = _target(recipe, default)
+    plan.check_inputs(recipe.run, data=False, calibration=True)
+    done = plan.is_done(target, recipe, common.resume)
+    modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+    if common.dry_run:
+        model = plan.model_facts(recipe.run.model)
+        methods = "+".join(one.method for one in modifiers)
+        _tell(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
+        return
+    with common.working() as progress:
+        from mopcompress.stages.compress import compress
+        from mopcompress.stages.resume import finished
+
+        facts = finished(target, recipe, progress) if done else compress(recipe, modifiers, target, progress=progress)
+    shown = ("method", "sparsity", "weights", "fallbacks", "compress_seconds", "model_bytes")
+    _print_result(common, target, facts, shown)
+
+
+@command(app, MODEL, DATA, RECOVERY, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def recover(
+    common: Common,
+    arm: Annotated[str | None, typer.Option(help="single: one prompt; mop (default): gated experts.")] = None,
+) -> None:
+    """Train prompts for a compressed model, into a small adapter folder; the model stays as it is."""
+    recipe = for_recovery(common.load(), {"arm": arm, **common.recovery})
+    target = _target(recipe, Path("runs/recovered"))
+    plan.check_inputs(recipe.run, data=True, calibration=False)
+    done = plan.is_done(target, recipe, common.resume)
+    if common.dry_run:
+        run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
+        _tell(common, recipe, target, done, {**run, "arm": recipe.recovery.arm, "steps": recipe.recovery.steps})
+        return
+    with common.working() as progress:
+        from mopcompress.stages.recover import recover as train
+        from mopcompress.stages.resume import finished
+
+        facts = (
+            finished(target, recipe, progress)
+            if done
+            else train(recipe, target, seed=recipe.run.seed, progress=progress)
+        )
+    shown = ("arm", "trained_parameters", "train_steps", "train_seconds", "final_nats", "adapter_bytes")
+    _print_result(common, target, facts, shown)
+
+
+@command(app, MODEL, DATA, MACHINE, DRY_RUN, SPEECH)
+def evaluate(common: Common, adapter: Adapter = None) -> None:
+    """Score a model on the test rows, with or without an adapter: perplexity and exact match."""
+    recipe = common.load()
+    plan.check_inputs(recipe.run, data=True, calibration=False)
+    if common.dry_run:
+        run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
+        _tell(common, recipe, None, False, {**run, "adapter": str(adapter) if adapter else None})
+        return
+    with common.working() as progress:
+        from mopcompress.stages.evaluate import evaluate_folder
+
+        summary = evaluate_folder(recipe, adapter, progress=progress)
+    if common.json:
+        print_json(summary)
+    else:
+        print_scores(summary)
+
+
+@command(app, MODEL, GRID, DATA, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def bench(common: Common) -> None:
+    """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
+    recipe = with_recovery(common.load(), common.recovery)
+    folder = _target(recipe, Path("runs/bench"))
+    plan.check_inputs(recipe.run, data=True, calibration=True)
+    plan.check_bench_folder(folder, common.resume)
+    if common.dry_run:
+        run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
+        _tell(common, recipe, folder, False, {**run, **plan.bench_facts(recipe, folder)})
+        return
+    with common.working() as progress:
+        from mopcompress.stages.bench import bench as run_grid
+
+        rows = run_grid(recipe, folder, command=shlex.join(["mopcompress", *sys.argv[1:]]), progress=progress)
+    report = folder / "report.html"
+    if common.json:
+        print_json({"rows": [asdict(row) for row in rows], "report": str(report)})
+    else:
+        print_bench(rows)
+        typer.echo(report)
+
+
+@command(app, SPEECH)
+def report(
+    common: Common, runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Folders of benches.")]
+) -> None:
+    """Write report.json, report.md and report.html of finished or stopped runs again."""
+    from mopcompress.report import write_report  # matplotlib takes a second to load
+
+    paths = {str(run): [str(path) for path in write_report(run)] for run in runs}
+    if common.json:
+        print_json({"reports": paths})
+    else:
+        typer.echo("\n".join(path for written in paths.values() for path in written))
+
+
+@command(app, MODEL, MACHINE, DRY_RUN, SPEECH)
+def generate(
+    common: Common,
+    adapter: Adapter = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="An instruction; may be given several times.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+) -> None:
+    """Answer instructions; without --prompt, those typed on the terminal, one a line, until end of file."""
+    recipe = common.load()
+    plan.check_inputs(recipe.run, data=False, calibration=False)
+    if not prompt and not sys.stdin.isatty():
+        raise UsageError("--prompt: missing, and there is no terminal to type on; give --prompt 'an instruction'")
+    if common.dry_run:
+        _tell(common, recipe, None, False, {"model": plan.model_facts(recipe.run.model), "prompts": len(prompt or [])})
+        return
+    with common.working() as progress:
+        from mopcompress.stages.generate import Answer, open_generator
+
+        answer: Answer = open_generator(recipe.run, adapter, max_new_tokens=max_new_tokens, progress=progress)
+        answers = answer(prompt) if prompt else []
+    if not prompt:
+        _chat(answer)
+    elif common.json:
+        print_json({"answers": [{"prompt": one, "answer": text} for one, text in zip(prompt, answers, strict=True)]})
+    else:
+        typer.echo("\n\n".join(answers))
+
+
+def _chat(answer: Any) -> None:
+    """Every line by itself: prompts are trained on single instructions, so there is no memory of earlier ones."""
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        if line.strip():
+            typer.echo(answer([line])[0])
+
+
+def _target(recipe: Recipe, default: Path) -> Path:
+    return Path(recipe.run.output_dir).expanduser() if recipe.run.output_dir else default
+
+
+def _tell(common: Common, recipe: Recipe, target: Path | None, done: bool, facts: dict[str, Any]) -> None:
+    """Print the plan; the resolved recipe only in JSON."""
+    state = None if target is None else f"{target}, done already" if done else str(target)
+    if common.json:
+        output = {"output": str(target) if target else None, "done": done, "recipe": resolved(recipe)}
+        print_json({**facts, **output})
+    else:
+        print_facts({**facts, "output": state})
+
+
+def _print_result(common: Common, target: Path, facts: dict[str, Any], shown: tuple[str, ...]) -> None:
+    if common.json:
+        print_json({"output": str(target), **facts})
+    else:
+        print_facts({**{name: facts[name] for name in shown}, "output": str(target)})

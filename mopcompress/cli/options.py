@@ -1,0 +1,213 @@
+"""The options that commands share, each defined once, and the decorator that gives them to a command."""
+
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mopcompress.cli.endings import plain_endings
+from mopcompress.console import progress_on
+from mopcompress.errors import UsageError
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, RunSpec, load_recipe
+from mopcompress.stages.progress import Progress
+
+Options = Mapping[str, Any]
+Body = Callable[..., None]
+
+
+class Resume(StrEnum):
+    """What to do when the output is there already, or is not."""
+
+    auto = "auto"
+    required = "required"
+    never = "never"
+
+
+def _run_fields(panel: str, **texts: tuple[str, str]) -> Options:
+    """Fields of `RunSpec` as text: the recipe checks them, with the same words for a flag as for a file."""
+    return {
+        name: _option(
+            str, panel, f"{text} {_shown(RunSpec.model_fields[name].get_default(call_default_factory=True))}", metavar
+        )
+        for name, (metavar, text) in texts.items()
+    }
+
+
+def _recovery_fields(**texts: tuple[str, type, str]) -> Options:
+    """Fields of `PromptRecoveryModifier`: (field, type, help) by flag."""
+    fields = PromptRecoveryModifier.model_fields
+    return {
+        name: _option(kind, "Recovery", f"{text} {_shown(fields[field].default)}")
+        for name, (field, kind, text) in texts.items()
+    }
+
+
+def _option(kind: type, panel: str, text: str, metavar: str | None = None) -> Any:
+    option = typer.Option(metavar=metavar, help=text.strip(), rich_help_panel=panel, show_default=False)
+    return Annotated[kind | None, option]
+
+
+def _switch(*names: str, help: str) -> Any:
+    return Annotated[bool, typer.Option(*names, help=help, rich_help_panel="Output")]
+
+
+def _shown(default: object) -> str:
+    if default is None or default == {} or default == ():
+        return ""
+    return f"(default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+MODEL: Options = {
+    "model_folder": Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The same as --model.")],
+    **_run_fields("Model and machine", model=("MODEL", "Hugging Face folder, hub id, or smollm2")),
+}
+MACHINE: Options = {
+    "recipe": _option(Path, "Model and machine", "Recipe in YAML; a flag wins over it.", "FILE"),
+    **_run_fields(
+        "Model and machine",
+        seed=("N", "Seed of everything that is drawn"),
+        device=("DEVICE", "auto, cpu, cuda, cuda:N or mps"),
+        batch_size=("ROWS", "Rows at once in evaluation and generation"),
+    ),
+}
+DATA = _run_fields(
+    "Data",
+    data=("DATA", "JSONL, JSON, CSV or Parquet file or folder, hub id, or skills"),
+    map=("COLUMN=FIELD,...", "Rename columns, for example question=instruction"),
+    train_rows=("N", "Training rows"),
+    validation_rows=("N", "Validation rows"),
+    test_rows=("N", "Test rows"),
+    max_length=("TOKENS", "Longer rows are dropped and counted"),
+    longest_row=("TOKENS", "Take part only rows of at most so many tokens"),
+)
+CALIBRATION = _run_fields(
+    "Calibration",
+    calibration=("TEXT", "Text file, hub id, data (the training rows), or self (text the model writes)"),
+    num_calibration_samples=("N", "Windows of text"),
+    max_seq_length=("TOKENS", "Tokens of a window"),
+    max_fallback=("SHARE", "Share of matrices that may need more damping than asked for"),
+)
+GRID = _run_fields(
+    "Grid",
+    ratios=("SHARES", "Shares of weights removed"),
+    methods=("NAMES", "sparsegpt, wanda, magnitude"),
+    bits=("LIST", "Bit widths to quantize to, such as 3,4"),
+    group_size=("N", "Weights that share a scale, with --bits"),
+    arms=("NAMES", "none, single, mop"),
+    seeds=("LIST", "Seeds of the trained arms"),
+)
+RECOVERY = _recovery_fields(
+    steps=("steps", int, "Training steps"),
+    experts=("experts", int, "Experts; one a task if not given"),
+    prompts_per_expert=("prompts_per_expert", int, "Prompt tokens of an expert"),
+    layer=("layer", int, "Block that prompts enter; 10/32 of the depth if not given"),
+    rows_per_step=("batch_size", int, "Rows of a training step"),
+    prompt_learning_rate=("prompt_learning_rate", float, "Learning rate of the prompts"),
+    gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate"),
+    gate_pretraining_steps=("gate_pretraining_steps", int, "Steps that teach the gate the tasks"),
+    gate_temper=("gate_temper", float, "Factor on the pre-trained gate's logits"),
+    log_opening=("log_opening", float, "Log weight that prompts begin with"),
+)
+OUTPUT: Options = {
+    **_run_fields("Output", output_dir=("FOLDER", "Where the result goes")),
+    "resume": Annotated[
+        Resume,
+        typer.Option(
+            help="auto: go on, or say that it is done; required: fail if nothing is there; never: fail if something is.",
+            rich_help_panel="Output",
+        ),
+    ],
+}
+SPEECH: Options = {
+    "json": _switch("--json", help="One JSON object on stdout."),
+    "verbose": _switch("--verbose", "-v", help="Also what libraries warn of."),
+    "quiet": _switch("--quiet", "-q", help="Errors only."),
+}
+DRY_RUN: Options = {"dry_run": _switch("--dry-run", help="Check, print the plan, and stop.")}
+DEFAULTS = {"resume": Resume.auto, **dict.fromkeys(("json", "verbose", "quiet", "dry_run"), False)}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the shared options of one call say. `run` and `recovery` are not checked yet; None was not given."""
+
+    run: Mapping[str, object]
+    recovery: Mapping[str, object]
+    recipe: Path | None
+    resume: str
+    json: bool
+    dry_run: bool
+    verbose: bool
+    quiet: bool
+
+    def load(self) -> Recipe:
+        """The checked recipe with the flags in its `run:`."""
+        return load_recipe(self.recipe, self.run)
+
+    @contextmanager
+    def working(self) -> Iterator[Progress]:
+        """Progress on stderr, and libraries that keep quiet unless `--verbose`. torch loads here."""
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        with progress_on(sys.stderr, quiet=self.quiet) as progress, warnings.catch_warnings():
+            if not self.verbose:
+                warnings.filterwarnings("ignore", module=r"(torch|transformers|datasets|huggingface_hub)\b")
+                _hush()
+            yield progress
+
+
+def command(app: typer.Typer, *groups: Options) -> Callable[[Body], Body]:
+    """Register `body(common, **its own options)` as a command that has the options of `groups` too."""
+    shared = {name: option for group in groups for name, option in group.items()}
+
+    def register(body: Body) -> Body:
+        def call(**given: Any) -> None:
+            with plain_endings():
+                common = _common({name: given.pop(name) for name in shared})
+                body(common, **given)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own = [one.replace(kind=keyword) for one in list(inspect.signature(body).parameters.values())[1:]]
+        added = [
+            inspect.Parameter(name, keyword, default=DEFAULTS.get(name), annotation=option)
+            for name, option in shared.items()
+        ]
+        call.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        call.__annotations__ = {one.name: one.annotation for one in (*own, *added)}
+        call.__name__, call.__doc__ = body.__name__, body.__doc__
+        return app.command()(call)
+
+    return register
+
+
+def _common(given: dict[str, Any]) -> Common:
+    folder = given.get("model_folder")
+    if folder is not None:
+        if given["model"] is not None:
+            raise UsageError(f"--model: given twice, as {folder!r} and as {given['model']!r}; give it once")
+        given["model"] = folder
+    return Common(
+        run={name: value for name, value in given.items() if name in RunSpec.model_fields},
+        recovery={
+            "batch_size" if name == "rows_per_step" else name: value
+            for name, value in given.items()
+            if name in RECOVERY
+        },
+        recipe=given.get("recipe"),
+        resume=given.get("resume", Resume.auto).value,
+        **{name: given.get(name, False) for name in ("json", "dry_run", "verbose", "quiet")},
+    )
+
+
+def _hush() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,134 @@
+"""What one command takes from a recipe: the modifiers that it runs, with its flags put in.
+
+A flag that is None was not given. All functions raise `UsageError` naming a flag whose value is impossible.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from mopcompress.errors import RecipeError, UsageError
+from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
+from mopcompress.recipe.fields import Spec, parse_structure
+from mopcompress.recipe.gptq import GPTQModifier
+from mopcompress.recipe.grammar import DEFAULT_STAGES, DEFAULTS, Group, Pruning, Recipe, Stage
+from mopcompress.recipe.modifiers import PromptRecoveryModifier
+from mopcompress.recipe.run import PRUNING_METHODS
+
+Kind = TypeVar("Kind", bound=Spec)
+
+FLAG_OF = {  # fields that have another name on the command line
+    "final_sparsity": "sparsity",
+    "mask_structure": "pattern",
+    "num_bits": "bits",
+    "batch_size": "rows_per_step",
+}
+
+
+def for_pruning(
+    recipe: Recipe, *, method: str | None = None, sparsity: float | None = None, pattern: str | None = None
+) -> Recipe:
+    """The recipe's pruning modifiers alone, in order; `method` picks one, the other flags go into each.
+
+    Raises `RecipeError` when the recipe compresses, but not by pruning.
+    """
+    if method is not None and method not in PRUNING_METHODS:
+        known = ", ".join(PRUNING_METHODS)
+        raise UsageError(Fault(("method",), f"not one of {known}", method, nearest(method, PRUNING_METHODS)).in_flags())
+    chosen: Sequence[Spec] = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
+    if method is not None:
+        chosen = [recipe.modifier_for(method)]
+    elif not chosen:
+        _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
+        chosen = [DEFAULTS["sparsegpt"]]
+    return _oneshot(recipe, [_pruned(one, sparsity, pattern) for one in chosen if isinstance(one, Pruning)])
+
+
+def for_quantizing(recipe: Recipe, *, bits: int | None = None, group_size: int | None = None) -> Recipe:
+    """The recipe's compressing modifiers, in order, the flags in its GPTQ ones; 4 bits in groups of 64 without any.
+
+    `group_size` -1 is one scale for a whole row. Raises `RecipeError` when the recipe compresses, but without GPTQ.
+    """
+    if not recipe.modifiers(GPTQModifier):
+        _refuse_if_it_compresses(recipe, "GPTQModifier")
+        return _oneshot(recipe, [_quantized(DEFAULTS["gptq"], bits, group_size)])
+    chosen = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+    return _oneshot(recipe, [_quantized(one, bits, group_size) for one in chosen])
+
+
+def for_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
+    """The recipe's prompt recovery alone; `flags` are fields of `PromptRecoveryModifier`."""
+    return replace(recipe, stages=(_recovery_stage(_with(recipe.recovery, flags)),))
+
+
+def with_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
+    """The whole recipe with these fields in its prompt recovery; the same recipe when no flag was given."""
+    if all(flag is None for flag in flags.values()):
+        return recipe
+    kept = []
+    for stage in recipe.stages:
+        groups = [
+            Group(group.name, tuple(one for one in group.modifiers if not isinstance(one, PromptRecoveryModifier)))
+            for group in stage.groups
+        ]
+        kept.append(replace(stage, groups=tuple(group for group in groups if group.modifiers)))
+    others = [stage for stage in kept if stage.groups and stage.name != "recovery_stage"]
+    return replace(recipe, stages=(*others, _recovery_stage(_with(recipe.recovery, flags))))
+
+
+def _pruned(modifier: Pruning, sparsity: float | None, pattern: str | None) -> Pruning:
+    structure = parse_structure(pattern) if pattern else None
+    share = structure[0] / structure[1] if structure and sparsity is None else sparsity
+    return _with(modifier, {"mask_structure": pattern, modifier.share_field: share})
+
+
+def _quantized(modifier: Pruning | GPTQModifier, bits: int | None, group_size: int | None) -> Spec:
+    if not isinstance(modifier, GPTQModifier) or (bits is None and group_size is None):
+        return modifier
+    size = modifier.group_size if group_size is None else group_size
+    whole_row = size in {None, -1}
+    weights = {
+        "num_bits": modifier.bits if bits is None else bits,
+        "group_size": None if whole_row else size,
+        "strategy": "channel" if whole_row else "group",
+    }
+    return _with(modifier, {"config_groups": {"group_0": {"targets": modifier.targets, "weights": weights}}})
+
+
+def _with(modifier: Kind, changes: Mapping[str, object]) -> Kind:
+    """A checked copy whose faults are told as faults of flags."""
+    kind = type(modifier)
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return kind.model_validate(modifier.model_dump() | given)
+    except ValidationError as error:
+        faults = [replace(found, path=(_flag(found),)) for found in faults_of(error, kind)]
+        raise UsageError(lines(found.in_flags() for found in faults)) from error
+
+
+def _flag(found: Fault) -> str:
+    field = str(found.path[-1])
+    return FLAG_OF.get(field, field)
+
+
+def _oneshot(recipe: Recipe, modifiers: Sequence[Spec]) -> Recipe:
+    # a stage each: a group cannot hold two modifiers of one name
+    stages = [
+        Stage(f"compression_{number}_stage", "oneshot", (Group("compression_modifiers", (one,)),))
+        for number, one in enumerate(modifiers, start=1)
+    ]
+    return replace(recipe, stages=tuple(stages))
+
+
+def _recovery_stage(modifier: PromptRecoveryModifier) -> Stage:
+    return Stage("recovery_stage", "train", (Group("recovery_modifiers", (modifier,)),))
+
+
+def _refuse_if_it_compresses(recipe: Recipe, wanted: str) -> None:
+    """A recipe that only says where to run gets the default modifier; one that compresses otherwise is a mistake."""
+    compressing = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+    if compressing and recipe.stages != DEFAULT_STAGES:
+        names = ", ".join(type(one).__name__ for one in compressing)
+        raise RecipeError(f"the recipe has {names}, but no {wanted}; add one, or leave --recipe out")

@@ -1,0 +1,127 @@
+"""What a command is about to do: checked as far as is cheap, and told, before torch loads."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+from mopcompress import artifact
+from mopcompress.data.sources import local_path
+from mopcompress.errors import InputNotFoundError, OutputError
+from mopcompress.models import smollm2
+from mopcompress.recipe import Recipe, RunSpec, resolved
+from mopcompress.results import read_rows
+
+ANYWAY = ("ratios", "methods", "bits", "group_size", "arms", "seeds", "output_dir", "max_fallback", "batch_size")
+"""Fields of `run:` that do not change what prune, quantize, recover and evaluate make."""
+
+
+def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
+    """Raise `InputNotFoundError` when the model, the data or the calibration text is a path where nothing is."""
+    folder = Path(run.model).expanduser()
+    is_path = run.model.startswith((".", "/", "~")) or run.model.count("/") != 1
+    if is_path and run.model != "smollm2" and not folder.exists():
+        raise InputNotFoundError(f"model {run.model}: no such folder; name a Hugging Face folder, a hub id or smollm2")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise InputNotFoundError(f"model {folder}: no config.json there; name a Hugging Face folder")
+    if (data or (calibration and run.calibration == "data")) and run.data != "skills":
+        local_path(run.data)
+    if calibration and run.calibration not in {"self", "data"}:
+        local_path(run.calibration)
+
+
+def check_creatable(target: Path) -> None:
+    """Raise `OutputError` when no folder can be made at `target`, hours before it would be."""
+    try:
+        there = next(path for path in (target, *target.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, or a loop of links
+        raise _not_creatable(target, error.strerror) from error
+    if not there.is_dir():
+        raise _not_creatable(target, f"{there} is a file")
+    if not os.access(there, os.W_OK):
+        raise _not_creatable(target, os.strerror(errno.EACCES))
+
+
+def is_done(target: Path, recipe: Recipe, resume: str) -> bool:
+    """Whether `target` was finished by the same recipe, the model and the grid apart.
+
+    Raises `OutputError` when something else is there or `resume` is never, `InputNotFoundError` when there is nothing
+    and `resume` is required.
+    """
+    check_creatable(target)
+    manifest = artifact.read_manifest(target) if target.is_dir() else None
+    if resume == "required" and manifest is None:
+        raise InputNotFoundError(f"--resume required: nothing finished in {target}; name its folder, or use auto")
+    if not target.exists():
+        return False
+    if resume == "never":
+        raise OutputError(f"output {target} exists already and --resume is never; remove it or name another")
+    if manifest is None:
+        raise OutputError(f"output {target} exists already and holds no result of this; name another --output-dir")
+    differences = _differences(manifest.get("recipe", {}), resolved(recipe))
+    if differences:
+        raise OutputError(
+            f"output {target} was made with other settings ({'; '.join(differences)}); "
+            "remove it or name another --output-dir"
+        )
+    return True
+
+
+def check_bench_folder(folder: Path, resume: str) -> None:
+    """Whether `bench` may begin or go on in `folder`; `bench` itself compares the settings."""
+    check_creatable(folder)
+    if resume == "required" and not (folder / "run.json").exists():
+        raise InputNotFoundError(f"--resume required: no run.json in {folder}; name the folder of a run, or use auto")
+    if resume == "never" and folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"output {folder} is not empty and --resume is never; remove it or name another")
+
+
+def model_facts(name: str) -> dict[str, Any]:
+    """The model's name, and where it is and how big, as far as this machine knows without asking the network."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and name == "smollm2":
+        folder = next(iter(sorted(smollm2.cache_folder().glob("models/SmolLM2-*"))), folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else None
+    return {"name": name, "folder": str(folder) if folder.is_dir() else None, "bytes": size}
+
+
+def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The grid: settings, cells in all and finished, training steps and bytes still to come."""
+    run = recipe.run
+    settings = [f"{method} {100 * ratio:g}%" for method in run.methods for ratio in run.ratios]
+    settings += [f"gptq {bits}-bit" for bits in run.bits]
+    untrained = [("dense", "none", run.seeds[0])]
+    untrained += [(setting, "none", run.seeds[0]) for setting in settings if "none" in run.arms]
+    arms = [arm for arm in run.arms if arm != "none"]
+    trained = [(setting, arm, seed) for setting in settings for seed in run.seeds for arm in arms]
+    done = {row.cell for row in read_rows(folder / "rows.jsonl")}
+    size = model_facts(run.model)["bytes"]
+    return {
+        "settings": ["dense", *settings],
+        "cells": len(untrained) + len(trained),
+        "cells_done": len(done & {*untrained, *trained}),
+        "steps": recipe.recovery.steps * len([cell for cell in trained if cell not in done]),
+        "disk_bytes": None if size is None else size * len(settings),
+    }
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The fields that differ, each with both values, by dotted name."""
+    old, new = _flat(before), _flat(after)
+    left_out = {f"run.{name}" for name in (*ANYWAY, "model")}
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in left_out
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in tree.items():
+        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields
+
+
+def _not_creatable(target: Path, reason: str | None) -> OutputError:
+    return OutputError(f"output {target} cannot be created: {reason}; name another --output-dir")

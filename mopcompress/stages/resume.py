@@ -1,0 +1,34 @@
+"""A finished output that the same command is asked for again."""
+
+from pathlib import Path
+from typing import Any
+
+from mopcompress import artifact
+from mopcompress.data.examples import load_examples
+from mopcompress.errors import OutputError
+from mopcompress.models.checkpoint import resolve_model, weights_hash
+from mopcompress.recipe import Recipe
+from mopcompress.stages.progress import Progress
+
+
+def finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+    """The manifest of `target`, whose recipe is known to be the same, after a look at all else it came from.
+
+    Raises `DataError` when a file of it changed, `OutputError` when the model or the data are others by now.
+    """
+    artifact.verify(target)
+    manifest = artifact.read_manifest(target) or {}
+    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    now = {"model": weights_hash(base)}
+    before = {"model": manifest["base"]["sha256"]}
+    if "data" in manifest:
+        splits = load_examples(recipe.run.data, rename=recipe.run.map, seed=recipe.run.seed)
+        now["data"], before["data"] = splits.sha256, manifest["data"]["sha256"]
+    for what in now:
+        if now[what] != before[what]:
+            raise OutputError(
+                f"output {target} was made from another {what} ({before[what]}, now {now[what]}); "
+                "remove it or name another --output-dir"
+            )
+    progress(f"done already: {target}", 0, 0)
+    return manifest
