@@ -1,0 +1,124 @@
+"""Which rows take part in a run, and what compression is calibrated on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, word_tokenizer
+
+from mopcompress.data.encoding import encode
+from mopcompress.data.splits import Example, Splits, assemble
+from mopcompress.errors import DataError
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import RunSpec
+from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.documents import encode_documents
+from mopcompress.stages.progress import silent
+
+
+def rows(count: int, *, first: int = 3, task: str = "add", words: int = 4) -> list[Example]:
+    return [
+        Example(task, " ".join(f"w{3 + (first + row + word) % 60}" for word in range(words)), "", f"w{3 + row % 60}")
+        for row in range(count)
+    ]
+
+
+def splits(**parts: list[Example]) -> Splits:
+    default = {"train": rows(20), "validation": rows(4, words=5), "test": rows(6, words=6)}
+    return assemble("made", **default | parts)
+
+
+def test_rows_that_are_too_long_are_passed_over_and_counted() -> None:
+    mixed = [row for pair in zip(rows(10), rows(10, words=20), strict=True) for row in pair]
+    run = RunSpec(train_rows=8, validation_rows=2, test_rows=3, longest_row=10)
+    documents = encode_documents(splits(train=mixed), run, word_tokenizer())
+    assert len(documents.train) == 8
+    assert max(len(document.tokens) for document in documents.train) <= 10
+    assert 1 <= documents.facts["dropped_rows"] <= 10
+    everything = RunSpec(train_rows=None, validation_rows=2, test_rows=3, longest_row=10)
+    assert encode_documents(splits(train=mixed), everything, word_tokenizer()).facts["dropped_rows"] == 10
+
+
+def test_more_rows_extend_fewer() -> None:
+    few, many = (
+        encode_documents(splits(), RunSpec(train_rows=count, validation_rows=2, test_rows=3), word_tokenizer())
+        for count in (5, 15)
+    )
+    assert many.train[:5] == few.train
+    assert many.test == few.test
+
+
+def test_the_facts_are_counted_on_what_takes_part() -> None:
+    documents = encode_documents(splits(), RunSpec(train_rows=5, validation_rows=2, test_rows=3), word_tokenizer())
+    scored = sum(len(document.tokens) - document.context_tokens for document in documents.test)
+    assert documents.facts["scored_tokens"] == scored > 0
+    assert [documents.facts[f"{name}_rows"] for name in ("train", "validation", "test")] == [5, 2, 3]
+    assert documents.tasks == ("add",)
+
+
+def test_a_test_task_without_training_rows_is_refused() -> None:
+    with pytest.raises(DataError, match="sort"):
+        encode_documents(splits(test=rows(3, task="sort", words=6)), RunSpec(), word_tokenizer())
+
+
+def test_the_hash_of_the_scored_tokens_sees_every_token() -> None:
+    run = RunSpec(train_rows=5, validation_rows=2, test_rows=None)
+    test = rows(6, words=6)
+    changed = [*test[:-1], Example("add", test[-1].instruction, "", "w62")]
+    hashes = {
+        encode_documents(splits(test=part), run, word_tokenizer()).facts["scored_sha256"] for part in (test, changed)
+    }
+    assert len(hashes) == 2
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
+    return tiny_model()
+
+
+def test_own_text_is_sampled_once_and_depends_on_the_seed(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunSpec(calibration="self", num_calibration_samples=3, max_seq_length=8)
+    first, facts = calibration_tokens(run, model, "hash", silent)
+    assert first.shape == (3, 8)
+    assert not set(first.flatten().tolist()) & set(model.tokenizer.all_special_ids)
+    other, _ = calibration_tokens(run.model_copy(update={"seed": 1}), model, "hash", silent)
+    assert not torch.equal(first, other)
+    monkeypatch.setattr("mopcompress.stages.calibration.sample_text", None)  # a second sampling would fail
+    again, same_facts = calibration_tokens(run, model, "hash", silent)
+    assert torch.equal(first, again)
+    assert facts == same_facts
+
+
+def test_own_text_follows_the_models_distribution() -> None:
+    """The mean log-likelihood of sampled tokens is minus the model's mean entropy, up to sampling noise."""
+    from mopcompress.models.sampling import sample_text
+
+    model = tiny_model()
+    tokens = sample_text(model, samples=64, length=32, seed=0)
+    with torch.no_grad():
+        logits = model.network(input_ids=tokens).logits[:, :-1]
+    logits[..., model.tokenizer.all_special_ids] = -torch.inf  # never drawn
+    shares = logits.log_softmax(-1)
+    drawn = shares.gather(-1, tokens[:, 1:, None]).mean()
+    entropy = -torch.special.xlogy(shares.exp(), shares.exp()).sum(-1).mean()
+    assert abs(float(drawn + entropy)) < 0.1
+    assert float(entropy) < 4.1  # and it is not the uniform distribution
+
+
+def test_training_rows_and_text_files_calibrate(model: LanguageModel, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + index % 60}" for index in range(40)))
+    run = RunSpec(calibration=str(text), num_calibration_samples=4, max_seq_length=8)
+    tokens, facts = calibration_tokens(run, model, "hash", silent)
+    assert tokens[0].tolist() == list(range(3, 11))
+    assert facts["source"] == str(text)
+    run = RunSpec(calibration="data", data="skills", train_rows=30, num_calibration_samples=2, max_seq_length=8)
+    tokens, _ = calibration_tokens(run, model, "hash", silent)
+    from mopcompress.data.examples import load_examples, subset
+
+    train = subset(load_examples("skills", rename={}, seed=0).train, 30, seed=0)
+    first = encode(train, model.tokenizer, max_length=512).documents[0]
+    assert tokens[0].tolist() == list(first.tokens[:8])
