@@ -38,16 +38,15 @@ def gptq(
     size = weight.shape[1]
     group_size = size if group_size is None else group_size
     _check_grid(size, bits, group_size)
-    weight, gram = weight.detach().masked_fill(gram.diagonal() == 0, 0.0), gram.to(weight)
-    importance = gram.diagonal()
+    gram, importance = gram.to(weight), gram.diagonal().to(weight)
+    weight = weight.detach().masked_fill(importance == 0, 0.0)
     scales = weight.new_empty(size // group_size, len(weight))
     order = torch.arange(size, device=weight.device)
     if act_order:
         scales = _scales_beforehand(weight, importance, bits, group_size)
         order = importance.argsort(descending=True, stable=True)
         weight, gram = weight[:, order], gram[order][:, order]
-    group_of = (order // group_size).tolist()
-    kept_zeros = (weight.T == 0) if keep_zeros else None
+    group_of, kept_zeros = (order // group_size).tolist(), (weight.T == 0) if keep_zeros else None
 
     def settle(first: int, panel: Tensor) -> Reject:
         if not act_order:
