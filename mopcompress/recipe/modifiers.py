@@ -170,7 +170,7 @@ class PromptRecoveryModifier(Spec):
     experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
-    steps: Annotated[int, Field(ge=1, le=10_000_000)] = 48
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
     prompt_learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.5
     gate_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3

@@ -47,9 +47,9 @@ class RunSpec(Spec):
     model: FilePath = "smollm2"
     data: FilePath = "skills"
     map: dict[Name, Name] = Field(default_factory=dict)  # column of the data: our field
-    train_rows: Rows | None = 384  # None: all
+    train_rows: Rows | None = 320  # None: all
     validation_rows: Rows | None = 96
-    test_rows: Rows | None = 192
+    test_rows: Rows | None = 144
     max_length: Length = 512  # tokens of a row; longer rows are dropped, a response alone over it is an error
     longest_row: Length | None = None  # a choice of rows: only those of at most so many tokens take part
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
