@@ -56,7 +56,7 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         data=provenance.data_facts(run),
         summary=summary(comparisons),
         headline=headline(grid, comparisons),
-        warnings=warnings(run, grid),
+        warnings=cautions(run, grid),
         results=views.results_table(grid, comparisons),
         figures=plots.figures(grid, comparisons),
         comparisons=views.comparisons_table(comparisons),
@@ -98,7 +98,7 @@ def headline(grid: Grid, comparisons: Sequence[Comparison]) -> tuple[Sentence, .
     return tuple(sentences)
 
 
-def warnings(run: Run, grid: Grid) -> tuple[str, ...]:
+def cautions(run: Run, grid: Grid) -> tuple[str, ...]:
     """What a reader must know before believing the tables."""
     found = []
     if grid.missing:

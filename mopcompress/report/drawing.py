@@ -64,11 +64,11 @@ def to_svg(canvas: Canvas, *, label: str) -> str:
     with warnings.catch_warnings():
         # The font is only measured here; the reader's browser draws the text, with the fonts it has.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        canvas.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'<g id="[\w.]+_\d+"', "<g", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # it holds the date
     quoted = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{quoted}"', 1).strip()
 

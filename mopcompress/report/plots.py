@@ -181,7 +181,9 @@ def _heatmap(ax: Any, gate: GateReading, *, experts: int, named: bool) -> Any:
     image = ax.pcolormesh(weights, cmap=colours, norm=norm, edgecolors="white", linewidth=0.8)
     for (y, x), weight in np.ndenumerate(weights):
         colour = "white" if norm(weight) > 0.85 else INK
-        ax.annotate(f"{weight:.1f}", (x + 0.5, y + 0.5), ha="center", va="center", fontsize=6.5, color=colour)
+        ax.text(
+            x + 0.5, y + 0.5, f"{weight:.1f}", ha="center", va="center", fontsize=6.5, color=colour, in_layout=False
+        )
     ax.invert_yaxis()
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
