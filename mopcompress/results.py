@@ -4,6 +4,7 @@ Units stand in the names. What was requested (`ratio`, `bits`) and what was coun
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,10 +86,14 @@ class BenchRow:
 
 
 def append_row(row: BenchRow, path: Path) -> None:
-    """Append one JSON line; it is on disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row), allow_nan=True) + "\n")
+    """Append one JSON line in place of an unfinished one; it is on disk when this returns."""
+    line = json.dumps(asdict(row), allow_nan=True) + "\n"
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
         file.flush()
+        os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[BenchRow]:
