@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mopcompress import artifact
@@ -36,21 +38,30 @@ def resolve_model(name: str, *, progress: Callable[[str], None] = lambda line: N
 def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
     """Load a folder in fp32, ready to be taken apart and prompted.
 
-    Raises `RefusedError` for pickled weights and remote code, `DataError` for a folder that is no causal language model.
+    Raises `RefusedError` for pickled weights and remote code, `DataError` for a folder that holds no causal language
+    model, or not all of it.
     """
     check_folder(folder)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=attention.NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"model {folder} cannot be loaded: {reason}; check that the folder is whole") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise DataError(f"model {folder}: its files hold no {missing[0]}; get the model again")
     broken = [name for name, weight in network.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise DataError(f"model {folder}: {broken[0]} holds NaN or infinite weights; get the model again")
-    return LanguageModel(network.to(device), tokenizer)
+    return LanguageModel(network.to(device), tokenizer)  # type: ignore[arg-type]
 
 
 def check_folder(folder: Path) -> dict[str, object]:
@@ -95,8 +106,9 @@ def save_model(model: LanguageModel, source: Path, target: Path) -> None:
     source.
     """
     dtype = _stored_dtype(source)
+    stored: dict[int, Tensor] = {}  # by address: weights that are tied stay tied, and are written once
     weights = {
-        name: weight.to(dtype) if weight.is_floating_point() else weight
+        name: stored.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
         for name, weight in model.network.state_dict().items()
     }
     model.network.save_pretrained(target, state_dict=weights)
@@ -114,10 +126,8 @@ def check_output(target: Path, source: Path) -> None:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    from safetensors import safe_open
-
     with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as file:
-        dtypes = {file.get_tensor(name).dtype for name in list(file.keys())[:8]}
+        dtypes = [file.get_tensor(name).dtype for name in sorted(file.keys())[:8]]
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
