@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,19 +22,24 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from mopcompress.errors import DataError
+
 NAME = "mopcompress"
+
+# what some families ask of their attention and `sdpa` either refuses or silently leaves out
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of all prompts in each layer (by `layer_idx`), and the log gate of each prompt for each example."""
+    """Keys and values of all prompts by layer (`layer_idx`), and the log gate of each prompt for each example."""
 
     keys: dict[int, Float[Tensor, "kv_heads prompts head"]]
-    values: dict[int, Float[Tensor, "kv_heads prompts head"]]
+    values: dict[int, Float[Tensor, "kv_heads prompts value_head"]]
     log_gate: Float[Tensor, "batch prompts"]
 
 
-Recording = dict[int, tuple[Float[Tensor, "batch kv_heads time head"], Float[Tensor, "batch kv_heads time head"]]]
+Recording = dict[int, tuple[Float[Tensor, "batch kv_heads time head"], Float[Tensor, "batch kv_heads time value_head"]]]
 
 _prefix: ContextVar[Prefix | None] = ContextVar("prefix", default=None)
 _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
@@ -64,13 +70,21 @@ def prompted_attention(
     module: nn.Module,
     query: Float[Tensor, "batch heads time head"],
     key: Float[Tensor, "batch kv_heads keys head"],
-    value: Float[Tensor, "batch kv_heads keys head"],
+    value: Float[Tensor, "batch kv_heads keys value_head"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **kwargs: object,
-) -> tuple[Float[Tensor, "batch time heads head"], None]:
-    """Attention over the text and over the prompts of the active `Prefix`, if any."""
-    layer = module.layer_idx
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch time heads value_head"], None]:
+    """Attention over the text and over the prompts of the active `Prefix`, if any.
+
+    Raises `DataError` when the family wants more of its attention than keys, values and a mask.
+    """
+    for name in _UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise DataError(
+                f"{type(module).__name__} wants {name}, which is not supported; use a model of another family"
+            )
+    layer: int = module.layer_idx  # type: ignore[assignment]
     seen, prefix = _recording.get(), _prefix.get()
     if seen is not None:
         seen[layer] = (key, value)
@@ -93,14 +107,18 @@ def prompted_attention(
     rows = query.reshape(batch, kv_heads, -1, head) * (head**-0.5 if scaling is None else scaling)
     scores = (rows @ keys.transpose(2, 3)).view(batch, kv_heads, heads // kv_heads, time, -1) + bias[:, :, None]
     attended = scores.softmax(-1).view(batch, kv_heads, -1, keys.shape[2]) @ values
-    return attended.view(batch, heads, time, head).transpose(1, 2).contiguous(), None
+    return attended.view(batch, heads, time, -1).transpose(1, 2).contiguous(), None
 
 
 def _text_bias(mask: Tensor | None, time: int, key: Tensor) -> Float[Tensor, "b 1 t keys"]:
-    """What the text's own mask adds to the logits; without a mask, causal with the query at the end of the keys."""
+    """What the text's own mask adds to the logits.
+
+    transformers leaves out the mask, as for `sdpa`, of one query that sees every key and of queries that begin where
+    the keys do (of which a static cache has more than are filled).
+    """
     if mask is None:
-        past = key.shape[2] - time
-        mask = torch.ones(time, key.shape[2], dtype=torch.bool, device=key.device).tril(past)[None, None]
+        seen = key.shape[2] if time == 1 else 0
+        mask = torch.ones(time, key.shape[2], dtype=torch.bool, device=key.device).tril(seen)[None, None]
     if mask.dtype != torch.bool:
         return mask[..., : key.shape[2]].to(key.dtype)
     lowest = torch.finfo(key.dtype).min  # finite: a padding row that sees nothing gives a mean, not NaN

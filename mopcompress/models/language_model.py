@@ -5,7 +5,7 @@ network's own forward still makes masks and positions, whatever the family, and 
 """
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,15 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mopcompress.errors import DataError
+from mopcompress.models.attention import NAME, recording
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class LanguageModel:
-    """A frozen network with its tokenizer; `enter` runs its lower blocks, `resume` its upper ones, `logits` its head."""
+    """A frozen network and its tokenizer; `enter` runs the lower blocks, `resume` the upper ones, `logits` the head."""
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises `DataError` when the network's decoder blocks cannot be found."""
+        """Raises `DataError` when the decoder blocks cannot be found, or prompts cannot reach their attention."""
         self.network = network.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = network.config.get_text_config()
@@ -32,7 +33,7 @@ class LanguageModel:
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order."""
-        return self.network.get_submodule(f"{self._decoder_name}.{self._blocks_name}")  # type: ignore[return-value]
+        return self.network.get_submodule(f"{self._decoder_name}.{self._blocks_name}")
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +73,7 @@ class LanguageModel:
 
     def logits(self, hidden: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocab"]:
         """The network's own head (scaling and soft-capping included) on normed hidden states at chosen positions."""
-        network = _view(self.network)
-        network._modules[self._decoder_name.split(".")[0]] = _Given(hidden[None])
+        network = _with_submodule(self.network, self._decoder_name, _Given(hidden[None]))
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return network(input_ids=tokens, use_cache=False).logits[0]
 
@@ -89,10 +89,15 @@ class LanguageModel:
         outputs: list[object] = []
         handle = self.blocks[0].register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), recording() as attended:
                 self.network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         finally:
             handle.remove()
+        if not attended:
+            raise DataError(
+                f"{type(self.network).__name__} does not call the attention function {NAME!r}, so prompts cannot reach "
+                "it; load it with `load_model`, or use a family whose attention can be exchanged"
+            )
         return isinstance(outputs[0], tuple)
 
 
@@ -105,7 +110,7 @@ class Standin(nn.Module):
         self._gives_tuple = gives_tuple
         self.replacement: Tensor | None = None
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         # some decoders choose the mask by an attribute of the block, such as its attention_type
         try:
             return super().__getattr__(name)
@@ -126,13 +131,29 @@ class _Given(nn.Module):
         self._hidden = hidden
 
     def forward(self, *_args: object, **_kwargs: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
+        return _HiddenStates(last_hidden_state=self._hidden)
+
+
+class _HiddenStates(BaseModelOutputWithPast):
+    """Nothing but hidden states: all else that a family's head asks its decoder for, such as router logits, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def _view(module: Module) -> Module:
     """A copy that shares every parameter and submodule, whose own list of submodules can be changed."""
     view = copy.copy(module)
     view._modules = dict(module._modules)
+    return view
+
+
+def _with_submodule(module: Module, name: str, submodule: nn.Module) -> Module:
+    """A view of `module` with another submodule at a dotted name."""
+    view = _view(module)
+    first, _, rest = name.partition(".")
+    view._modules[first] = _with_submodule(module.get_submodule(first), rest, submodule) if rest else submodule
     return view
 
 
