@@ -21,6 +21,8 @@ from mopcompress.compress import METHODS, Solved
 from mopcompress.errors import DataError, MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 
+Linear = nn.Linear | Conv1D
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRow:
@@ -65,7 +67,7 @@ def compress_model(
         {
             linear: f"{prefix}.{index}.{name}"
             for name, linear in block.named_modules()
-            if isinstance(linear, nn.Linear | Conv1D) and compression.goes_to(f"{prefix}.{index}.{name}")
+            if isinstance(linear, Linear) and compression.goes_to(f"{prefix}.{index}.{name}")
         }
         for index, block in enumerate(model.blocks)
     ]
@@ -77,7 +79,8 @@ def compress_model(
         for index, linears in enumerate(chosen):
             with noting_inputs(linears) as first_inputs:
                 model.through(tokens[:1, :1], None if hidden is None else hidden[:1, :1], index)
-            with compressing_on_arrival(linears, _sharing(first_inputs), compression) as settled:
+            alone = [[linear] for linear in linears if linear not in first_inputs]  # such as experts of another token
+            with compressing_on_arrival(linears, [*_sharing(first_inputs), *alone], compression) as settled:
                 hidden = model.through(tokens, hidden, index)
             missed = set(linears) - {linear for linear, _, _ in settled}
             if missed:
@@ -88,27 +91,27 @@ def compress_model(
     return rows
 
 
-Settled = list[tuple[nn.Module, Solved, float]]
+Settled = list[tuple[Linear, Solved, float]]
 
 
 @contextmanager
-def noting_inputs(linears: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+def noting_inputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
     """Inside the block, note the first input of each linear."""
-    seen: dict[nn.Module, Tensor] = {}
+    seen: dict[Linear, Tensor] = {}
     with _before(linears, lambda linear, value: seen.setdefault(linear, value)):
         yield seen
 
 
 @contextmanager
 def compressing_on_arrival(
-    names: Mapping[nn.Module, str], groups: Sequence[Sequence[nn.Module]], compression: Compression
+    names: Mapping[Linear, str], groups: Sequence[Sequence[Linear]], compression: Compression
 ) -> Iterator[Settled]:
     """Inside the block, the linears of a group are compressed when the input that they share arrives at the first."""
     method = METHODS[compression.method]
     waiting = {linear: group for group in groups for linear in group}
     settled: Settled = []
 
-    def arrive(linear: nn.Module, inputs: Tensor) -> None:
+    def arrive(linear: Linear, inputs: Tensor) -> None:
         group = waiting.get(linear)
         if group is None:
             return
@@ -129,7 +132,7 @@ def compressing_on_arrival(
 
 
 @contextmanager
-def _before(linears: Iterable[nn.Module], act: Callable[[nn.Module, Tensor], object]) -> Iterator[None]:
+def _before(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -> Iterator[None]:
     """Inside the block, `act(linear, input)` runs before each linear. Hooks exist here and nowhere else."""
     handles = [
         linear.register_forward_pre_hook(lambda linear, inputs: _nothing(act(linear, inputs[0]))) for linear in linears
@@ -141,9 +144,9 @@ def _before(linears: Iterable[nn.Module], act: Callable[[nn.Module, Tensor], obj
             handle.remove()
 
 
-def _sharing(inputs: dict[nn.Module, Tensor]) -> list[list[nn.Module]]:
-    """Linears that were given the very same tensor, such as q, k and v: one Gram matrix and one sweep serve them all."""
-    groups: dict[int, list[nn.Module]] = {}
+def _sharing(inputs: dict[Linear, Tensor]) -> list[list[Linear]]:
+    """Linears that were given the very same tensor, such as q, k and v: one Gram matrix and one sweep serve them."""
+    groups: dict[int, list[Linear]] = {}
     for linear, value in inputs.items():
         groups.setdefault(id(value), []).append(linear)
     return list(groups.values())
@@ -153,12 +156,12 @@ def _nothing(_result: object) -> None:
     """A hook's answer would replace the input."""
 
 
-def _weight(linear: nn.Module) -> Tensor:
+def _weight(linear: Linear) -> Tensor:
     """The weight as [out, in]; GPT-2's Conv1D stores it transposed."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
-def _row(name: str, block: int, blocks: int, linear: nn.Module, solved: Solved, seconds: float) -> LayerRow:
+def _row(name: str, block: int, blocks: int, linear: Linear, solved: Solved, seconds: float) -> LayerRow:
     return LayerRow(
         name=name,
         block=block,
