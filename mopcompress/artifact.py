@@ -46,21 +46,23 @@ def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder; None when there is none. Raises `DataError` when it is not JSON."""
+    """The manifest of a finished folder; None when there is none. Raises `DataError` when it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); make the folder again") from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is not a JSON object ({error}); make the folder again") from error
 
 
 def verify(folder: Path) -> None:
     """Compare every file of a finished folder with its hash. Raises `DataError` at the first difference."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise DataError(f"{folder} has no {MANIFEST}: it is not a finished mopcompress folder; make it again")
+    manifest = read_manifest(folder) or {}
+    if "files" not in manifest:
+        raise DataError(
+            f"{folder} has no {MANIFEST} with hashes: it is not a finished mopcompress folder; make it again"
+        )
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file() or sha256(path) != expected:
