@@ -14,7 +14,8 @@ MopError                      1   (only its children are raised)
 ├── RefusedError             77   remote code, pickled weights, a path outside the root
 └── RecipeError              78   the recipe is invalid, or a resumed run was started with other settings
 
-Every message says *what, where, with what value, and what to do*, in one line (a recipe may have several faults: one line each).
+Every message says *what, where, with what value, and what to do*, in one line (a recipe with several faults:
+one line each).
 """
 
 

@@ -62,7 +62,9 @@ class CachedStates:
         documents = [self.documents[row] for row in rows]
         longest = max(len(document.tokens) for document in documents)
         hidden = torch.zeros(len(rows), longest, self._hidden.shape[1])
-        example, position, target = [], [], []
+        example: list[int] = []
+        position: list[int] = []
+        target: list[int] = []
         for index, (row, document) in enumerate(zip(rows, documents, strict=True)):
             hidden[index, : len(document.tokens)] = self._of(row)
             scored = range(document.context_tokens, len(document.tokens))

@@ -19,8 +19,8 @@ def sample_text(
 ) -> Int[Tensor, "samples length"]:
     """Sample at temperature 1 from the model's own distribution, each sample from its own first token.
 
-    First tokens are drawn uniformly from the vocabulary's ordinary tokens, so that topics differ; `progress` is told how many tokens each sample has. Special tokens are
-    never drawn: calibration text is plain text.
+    First tokens are drawn uniformly from the vocabulary's ordinary tokens, so that topics differ. Special tokens are
+    never drawn: calibration text is plain text. `progress` is told how many tokens each sample has.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=model.device)

@@ -73,6 +73,6 @@ def _convert(folder: Path, target: Path) -> None:
     for mark in ("hf_quantizer", "quantization_method"):
         if hasattr(network, mark):
             delattr(network, mark)
-    network.is_quantized = False
+    network.is_quantized = False  # type: ignore[assignment]
     network.half().save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -14,11 +14,14 @@ WIDTH = 128
 
 
 class Gate(nn.Module):
-    """Standardise, Linear, GELU, Linear; gives log(experts * softmax), so that no preference is log 1 = 0 for each expert.
+    """Standardise, Linear, GELU, Linear; gives log(experts * softmax), so that no preference is log 1 = 0 for all.
 
     Standardising by the training instructions' own mean and deviation (ours; the design is a LayerNorm) takes out what
     all instructions share, such as the chat template's system prompt.
     """
+
+    mean: Float[Tensor, " hidden"]
+    deviation: Float[Tensor, " hidden"]
 
     def __init__(self, hidden: int, experts: int, *, generator: torch.Generator) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class Gate(nn.Module):
 def pretrain(
     gate: Gate, summaries: Float[Tensor, "documents hidden"], experts: Int[Tensor, " documents"], *, steps: int
 ) -> None:
-    """Teach the gate, in place, a map from instructions to experts by cross-entropy, with the whole set in each step."""
+    """Teach the gate, in place, a map from instructions to experts by cross-entropy, the whole set in each step."""
     gate.standardise_by(summaries)
     optimiser = torch.optim.AdamW(gate.parameters(), lr=1e-3, weight_decay=0.01)
     for _ in range(steps):
@@ -69,7 +72,7 @@ def pretrain(
 def cluster(
     summaries: Float[Tensor, "documents hidden"], clusters: int, *, generator: torch.Generator, rounds: int = 50
 ) -> Int[Tensor, " documents"]:
-    """k-means on standardised summaries: the experts' domains when tasks are not labelled or fewer or more than experts.
+    """k-means on standardised summaries: the experts' domains when there are not as many tasks as experts.
 
     Seeds are spread by k-means++ (Arthur and Vassilvitskii, 2007); an emptied cluster keeps its old centre.
     """

@@ -2,7 +2,7 @@
 
 Prompts are hidden states at the injection layer that flow on through all layers above it. They see the prompts before
 them and never the text (ours), so their keys and values do not depend on the input: one run of the prompt stream serves
-a whole batch, and after training they are constants. A mixture whose gate has no preference is exactly one plain prompt.
+a whole batch, and after training they are constants. A mixture whose gate has no preference is exactly a plain prompt.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,7 @@ def compress_into(
     start = time.perf_counter()
     rows: list[LayerRow] = []
     for modifier in modifiers:
-        what = f"{modifier.method}: calibrating and compressing block by block"
-        rows = compress_model(
-            model,
-            tokens,
-            compression_of(modifier),
-            progress=lambda row, what=what: progress(what, row.block + 1, row.blocks),
-        )
+        rows = compress_model(model, tokens, compression_of(modifier), progress=_told(progress, modifier.method))
     seconds = time.perf_counter() - start
     fallbacks = sum(row.escalations > 0 for row in rows)
     if fallbacks > recipe.run.max_fallback * len(rows):
@@ -108,9 +102,9 @@ def compress_into(
 
 def compression_of(modifier: Compressing) -> Compression:
     """A modifier's settings in the words of the method's function."""
-    common = {"method": modifier.method, "targets": modifier.targets, "ignore": modifier.ignore}
+    options: dict[str, object]
     if isinstance(modifier, GPTQModifier):
-        options: dict[str, object] = {
+        options = {
             "bits": modifier.bits,
             "group_size": modifier.group_size,
             "damping": modifier.dampening_frac,
@@ -118,15 +112,20 @@ def compression_of(modifier: Compressing) -> Compression:
             "act_order": modifier.actorder == "static",
             "keep_zeros": True,  # of pruning before; a dense model has hardly any
         }
-        return Compression(**common, options=options)
-    options = {"sparsity": modifier.sparsity, "pattern": modifier.pattern}
+    else:
+        options = {"sparsity": modifier.sparsity, "pattern": modifier.pattern}
     if isinstance(modifier, SparseGPTModifier):
         options |= {
             "block_size": modifier.block_size,
             "damping": modifier.dampening_frac,
             "keep_zeros": modifier.preserve_sparsity_mask,
         }
-    return Compression(**common, options=options)
+    return Compression(method=modifier.method, options=options, targets=modifier.targets, ignore=modifier.ignore)
+
+
+def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:
+    what = f"{method}: calibrating and compressing block by block"
+    return lambda row: progress(what, row.block + 1, row.blocks)
 
 
 def _check_written(folder: Path, model: LanguageModel, rows: Sequence[LayerRow]) -> None:
