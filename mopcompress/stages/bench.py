@@ -15,15 +15,14 @@ from typing import Any
 
 from mopcompress import artifact
 from mopcompress.errors import OutputError, RecipeError
-from mopcompress.evaluate import macro_perplexity, micro, task_scores
+from mopcompress.evaluation import macro_perplexity, micro, task_scores
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
-from mopcompress.recipe import Recipe, resolved
+from mopcompress.recipe import GPTQModifier, Recipe, resolved
 from mopcompress.recover.adapter import adapter_bytes
-from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.report import write_report
-from mopcompress.results import BenchRow, DocumentScores, append_row, read_rows, write_documents
+from mopcompress.results import BenchRow, append_row, read_rows, write_documents
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.compress import Compressing, compress_into
 from mopcompress.stages.documents import Documents, load_documents
@@ -61,11 +60,13 @@ def settings_of(recipe: Recipe) -> list[Setting]:
     settings = [Setting("dense", "dense", 0.0, None, None)]
     for method in run.methods:
         for ratio in run.ratios:
-            modifier = recipe.modifier_for(method).with_sparsity(ratio)
-            settings.append(Setting(f"{method}-{100 * ratio:g}", method, ratio, None, modifier))
+            pruning = recipe.modifier_for(method)
+            assert not isinstance(pruning, GPTQModifier)  # no `method` of a run
+            settings.append(Setting(f"{method}-{100 * ratio:g}", method, ratio, None, pruning.with_sparsity(ratio)))
     for bits in run.bits:
-        modifier = recipe.modifier_for("gptq").with_bits(bits, run.group_size)
-        settings.append(Setting(f"gptq-{bits}-bit", "gptq", None, bits, modifier))
+        quantising = recipe.modifier_for("gptq")
+        assert isinstance(quantising, GPTQModifier)
+        settings.append(Setting(f"gptq-{bits}-bit", "gptq", None, bits, quantising.with_bits(bits, run.group_size)))
     return settings
 
 
@@ -238,10 +239,11 @@ class _Bench:
 def _protocol(recipe: Recipe) -> list[str]:
     recovery = recipe.recovery
     return [
-        "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and the "
-        "response before it.",
-        f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows), starting prompts "
-        "and learning rate of prompts; single has as many prompt tokens in one group as mop has in all its experts.",
+        "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
+        "the response before it.",
+        f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows), starting "
+        "prompts and learning rate of prompts; single has as many prompt tokens in one group as mop has in all its "
+        "experts.",
         "The gate of mop is pre-trained on the training rows' task labels, which single does not see; it reads "
         "instruction tokens alone. Trained parameters count the gate.",
         "Learning rates are the recipe's for both arms: they were not swept for this run.",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mopcompress.evaluate import evaluate, macro_perplexity, micro, task_scores
+from mopcompress.evaluation import evaluate, macro_perplexity, micro, task_scores
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import Recipe

@@ -7,7 +7,7 @@ only if every reference token is the most likely one after those before it.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from mopcompress.scoring import score_response
 from mopcompress.states import CachedStates, batches_by_length
 
 
+@runtime_checkable  # so that the test run can check it
 class Prompts(Protocol):
     """Anything that gives a prefix for what the gate reads."""
 
