@@ -1,0 +1,28 @@
+"""Fixtures for all tests. What fixtures give is never changed by a test."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model
+
+from mopcompress.models.language_model import LanguageModel
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LanguageModel:
+    """A random Llama: hidden 32, 4 blocks, vocabulary 64, 4 heads on 2 key heads. Build your own to change it."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real model of 260 thousand weights. In CI its absence is a failure, elsewhere a skip."""
+    if not STORIES.is_dir():
+        message = f"{STORIES} is not there"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return STORIES

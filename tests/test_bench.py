@@ -1,0 +1,215 @@
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from mopcompress import artifact
+from mopcompress.errors import OutputError, QualityGateError, RecipeError
+from mopcompress.recipe import load_recipe
+from mopcompress.results import BenchRow, append_row, read_documents, read_rows
+from mopcompress.stages.bench import bench
+from mopcompress.stages.compress import compress
+from mopcompress.stages.evaluate import evaluate_folder
+from mopcompress.stages.recover import recover
+
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+CELLS = [
+    ("dense", "none", 0),
+    ("sparsegpt 50%", "none", 0),
+    ("sparsegpt 50%", "single", 0),
+    ("sparsegpt 50%", "mop", 0),
+]
+CLOCKS = ("train_seconds", "compress_seconds", "evaluate_seconds", "peak_bytes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOPCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe_of(stories):
+    """`recipes/tiny.yaml` with flags; its model's layers have 64 and 172 inputs, which groups of 4 divide."""
+    return lambda **flags: load_recipe(TINY, {"model": str(stories), "group_size": "4"} | flags)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_of, tmp_path_factory):
+    """The folder of one uninterrupted run. Copy it before you change it."""
+    folder = tmp_path_factory.mktemp("bench") / "run"
+    bench(recipe_of(), folder)
+    return folder
+
+
+def measured(rows):
+    """All of the rows that does not depend on the machine's speed."""
+    return [{name: value for name, value in asdict(row).items() if name not in CLOCKS} for row in rows]
+
+
+def test_there_is_one_row_a_cell_in_the_order_of_the_grid(finished):
+    assert [row.cell for row in read_rows(finished / "rows.jsonl")] == CELLS
+
+
+def test_every_row_is_complete(finished):
+    dense, pruned, single, mop = rows = read_rows(finished / "rows.jsonl")
+    for row in rows:
+        assert (row.documents, row.data) == (12, "skills")
+        assert row.scored_tokens == dense.scored_tokens > 12
+        assert 1 < row.perplexity < 1e6
+        assert sum(score.documents for score in row.per_task.values()) == 12
+        assert row.model_bytes > 500_000
+        assert row.evaluate_seconds > 0
+        assert row.peak_bytes > 0
+        scores = read_documents(finished / row.documents_file)
+        assert sum(scores.scored_tokens) == row.scored_tokens
+        assert len(scores.nats) == 12
+    assert (dense.sparsity, dense.weights) == (0.0, 0)
+    assert {row.sparsity for row in rows[1:]} == {0.5}
+    assert {row.weights for row in rows[1:]} == {5 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 172 * 64)}
+    assert pruned.compress_seconds > 0
+    assert len({row.perplexity for row in rows}) == 4
+    assert (pruned.trained_parameters, pruned.adapter_bytes, pruned.train_steps) == (0, 0, 0)
+    prompts = 2 * 12 * 64 + 1
+    assert single.trained_parameters == prompts
+    assert mop.trained_parameters == prompts + 64 * 128 + 128 + 128 * 12 + 12
+    assert single.train_steps == mop.train_steps == 4
+    assert mop.adapter_bytes > 4 * mop.trained_parameters
+    assert single.gate is None
+    assert len(mop.gate.tasks) == len(mop.gate.weights)
+    assert all(sum(weights) == pytest.approx(12, rel=1e-4) for weights in mop.gate.weights)
+    assert 0 <= mop.gate.accuracy <= 1
+
+
+def test_the_folder_is_finished_and_says_what_was_run(finished):
+    run = json.loads((finished / "run.json").read_text())
+    assert run["finished"] >= run["started"]
+    assert run["seconds"] > 0
+    assert run["recipe"]["run"]["test_rows"] == 12
+    for kind in ("models/sparsegpt-50", "adapters/sparsegpt-50-single-0", "adapters/sparsegpt-50-mop-0"):
+        artifact.verify(finished / kind)
+    for name in ("report.json", "report.md", "report.html"):
+        assert (finished / name).stat().st_size > 500
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, recipe_of, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    told = []
+    rows = bench(recipe_of(), folder, progress=lambda *now: told.append(now))
+    assert rows == read_rows(finished / "rows.jsonl")
+    assert (folder / "rows.jsonl").read_bytes() == (finished / "rows.jsonl").read_bytes()
+    assert not [what for what, _, _ in told if "training" in what or "scoring" in what]
+
+
+def test_a_killed_run_goes_on_to_the_same_rows(finished, recipe_of, tmp_path):
+    """Killed while a line was written: two rows are whole, a third is cut, the last adapter was never written."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    lines = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:100])
+    shutil.rmtree(folder / "adapters" / "sparsegpt-50-mop-0")
+    (folder / "documents" / "sparsegpt-50-mop-0.json").unlink()
+    rows = bench(recipe_of(), folder)
+    assert measured(rows) == measured(read_rows(finished / "rows.jsonl"))
+    assert (folder / "rows.jsonl").read_bytes().startswith(b"".join(lines[:2]))
+    found, expected = (one / "adapters" / "sparsegpt-50-mop-0" / "adapter.safetensors" for one in (folder, finished))
+    assert found.read_bytes() == expected.read_bytes()
+
+
+def test_a_run_from_the_start_gives_the_same_rows(finished, recipe_of, tmp_path):
+    assert measured(bench(recipe_of(), tmp_path / "run")) == measured(read_rows(finished / "rows.jsonl"))
+
+
+def test_a_larger_grid_runs_only_what_is_new(finished, recipe_of, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    told = []
+    rows = bench(
+        recipe_of(ratios="0.5,0.25", methods="sparsegpt,magnitude", bits="4", seeds="0,1", arms="none,single"),
+        folder,
+        progress=lambda what, done, total: told.append(what),
+    )
+    pruned = ["sparsegpt 50%", "sparsegpt 25%", "magnitude 50%", "magnitude 25%", "gptq 4-bit"]
+    new = [("sparsegpt 50%", "single", 1)]
+    new += [(name, arm, seed) for name in pruned[1:] for arm, seed in (("none", 0), ("single", 0), ("single", 1))]
+    assert [row.cell for row in rows] == CELLS + new
+    assert (folder / "rows.jsonl").read_bytes().startswith((finished / "rows.jsonl").read_bytes())
+    shared = folder / "models" / "sparsegpt-50" / "manifest.json"
+    assert shared.read_bytes() == (finished / "models" / "sparsegpt-50" / "manifest.json").read_bytes()
+    assert {row.ratio: row.sparsity for row in rows if row.ratio} == pytest.approx({0.5: 0.5, 0.25: 0.25}, abs=1e-3)
+    assert len({row.perplexity for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [({"test_rows": "6"}, "run.test_rows was 12, is 6"), ({"seed": "1"}, "run.seed was 0, is 1")],
+)
+def test_other_settings_in_the_same_folder_are_refused(finished, recipe_of, tmp_path, flags, named):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(RecipeError, match=named):
+        bench(recipe_of(**flags), folder)
+    for name in ("rows.jsonl", "run.json"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_folder_in_use_is_refused(finished, recipe_of, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    refused = []
+
+    def start_another(_what, _done, _total):
+        if not refused:
+            with pytest.raises(OutputError, match="in use") as caught:
+                bench(recipe_of(), folder)
+            refused.append(caught)
+
+    (folder / "rows.jsonl").unlink()
+    bench(recipe_of(), folder, progress=start_another)
+    assert refused
+
+
+def test_the_stages_one_by_one_give_the_same_numbers(finished, recipe_of, tmp_path):
+    recipe = recipe_of()
+    compress(recipe, [recipe.modifier_for("sparsegpt").with_sparsity(0.5)], tmp_path / "pruned")
+    pruned = recipe_of(model=str(tmp_path / "pruned"))
+    recover(pruned, tmp_path / "adapter", seed=0)
+    rows = {row.cell: row for row in read_rows(finished / "rows.jsonl")}
+    for stage, adapter, cell in (
+        (recipe, None, CELLS[0]),
+        (pruned, None, CELLS[1]),
+        (pruned, tmp_path / "adapter", CELLS[3]),
+    ):
+        found = evaluate_folder(stage, adapter)
+        assert found["perplexity"] == rows[cell].perplexity
+        assert found["perplexity_macro"] == rows[cell].perplexity_macro
+        assert found["exact_match"] == rows[cell].exact_match
+        assert found["scored_tokens"] == rows[cell].scored_tokens
+    assert found["gate"] == asdict(rows[CELLS[3]].gate)
+
+
+def test_too_many_fallbacks_are_refused_and_nothing_is_written(recipe_of, tmp_path):
+    """A single calibration token cannot fill a Gram matrix, and with hardly any damping nothing mends it."""
+    recipe = recipe_of(num_calibration_samples="1", max_seq_length="8", max_fallback="0")
+    modifier = recipe.modifier_for("sparsegpt").model_copy(update={"dampening_frac": 1e-9})
+    with pytest.raises(QualityGateError, match="--max-fallback"):
+        compress(recipe, [modifier], tmp_path / "pruned")
+    assert not list(tmp_path.iterdir())
+
+
+# --- rows on disk
+
+
+def test_rows_come_back_as_they_were(finished, tmp_path):
+    rows = read_rows(finished / "rows.jsonl")
+    for row in rows:
+        append_row(row, tmp_path / "rows.jsonl")
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    assert all(isinstance(row, BenchRow) for row in rows)
+
+
+def test_a_row_takes_the_place_of_an_unfinished_line(finished, tmp_path):
+    first, second = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    for left in (b"", first[:50], first + second[:-1]):
+        (tmp_path / "rows.jsonl").write_bytes(left)
+        append_row(read_rows(finished / "rows.jsonl")[1], tmp_path / "rows.jsonl")
+        assert (tmp_path / "rows.jsonl").read_bytes() == (first if left.startswith(first) else b"") + second

@@ -1,0 +1,263 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import BLOCKS, HIDDEN, random_documents, tiny_model
+from torch.testing import assert_close
+
+from mopcompress import artifact
+from mopcompress.data.encoding import Encoded
+from mopcompress.errors import DataError, InputNotFoundError
+from mopcompress.evaluation import evaluate
+from mopcompress.models.attention import attending_to
+from mopcompress.recover.adapter import AdapterConfig, load_adapter, save_adapter
+from mopcompress.recover.gate import Gate
+from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.scoring import score_response
+from mopcompress.states import CachedStates
+
+EXPERTS, PROMPTS, LAYER = 3, 2, 2
+DOCUMENTS = random_documents(6)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def start(seed=0):
+    return torch.randn(EXPERTS, PROMPTS, HIDDEN, generator=seeded(seed))
+
+
+def mixture_of(*, seed=0, log_opening=0.0, temper=3.0):
+    gate = Gate(HIDDEN, EXPERTS, generator=seeded(seed))
+    gate.temper(temper)
+    return MixtureOfPrompts(start(seed), LAYER, gate, log_opening=log_opening)
+
+
+def plain_of(*, seed=0, log_opening=0.0):
+    return MixtureOfPrompts(start(seed).flatten(0, 1)[None], LAYER, None, log_opening=log_opening)
+
+
+@pytest.fixture(scope="module")
+def states(tiny_llama):
+    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+
+
+def nats(model, states, mixture):
+    """Nats of every response token, document after document."""
+    batch = states.batch(range(len(DOCUMENTS)))
+    with attending_to(mixture.prefix(model, batch.summary)):
+        left = model.resume(batch.hidden, states.layer)
+    return score_response(model, left, batch).nats
+
+
+# --- what the gate weighs
+
+
+def test_gates_sum_to_the_number_of_experts_for_each_example(states):
+    weights = mixture_of().log_gate(states.summaries).exp().detach()
+    assert weights.shape == (len(DOCUMENTS), EXPERTS * PROMPTS)
+    assert_close(weights.sum(1) / PROMPTS, torch.full((len(DOCUMENTS),), float(EXPERTS)))
+    assert float(weights.std(0).min()) > 0.01  # they differ between examples
+    by_expert = weights.unflatten(1, (EXPERTS, PROMPTS))
+    assert torch.equal(by_expert[..., 0], by_expert[..., 1])
+
+
+def test_the_opening_is_added_to_every_prompt_of_both_arms(states):
+    for build in (mixture_of, plain_of):
+        shifted = build(log_opening=-3.0).log_gate(states.summaries)
+        assert_close(shifted, build().log_gate(states.summaries) - 3)
+
+
+def test_a_gate_without_preference_is_the_plain_prompt(tiny_llama, states):
+    assert_close(nats(tiny_llama, states, mixture_of(temper=0.0)), nats(tiny_llama, states, plain_of()))
+    assert not torch.allclose(nats(tiny_llama, states, mixture_of()), nats(tiny_llama, states, plain_of()), atol=1e-2)
+
+
+def test_one_expert_with_a_gate_is_the_plain_prompt(tiny_llama, states):
+    one = MixtureOfPrompts(start().flatten(0, 1)[None], LAYER, Gate(HIDDEN, 1, generator=seeded()))
+    assert torch.equal(nats(tiny_llama, states, one), nats(tiny_llama, states, plain_of()))
+
+
+@pytest.mark.parametrize("build", [mixture_of, plain_of])
+def test_unopened_prompts_are_no_prompts(tiny_llama, states, build):
+    batch = states.batch(range(len(DOCUMENTS)))
+    bare = score_response(tiny_llama, tiny_llama.resume(batch.hidden, LAYER), batch).nats
+    assert_close(nats(tiny_llama, states, build(log_opening=-1e4)), bare, rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_that_the_gate_closes_is_absent(tiny_llama, states):
+    """A gate for the first expert alone leaves its prompts, opened as wide as there are experts."""
+    mixture = mixture_of()
+    with torch.no_grad():
+        mixture.gate.outer.weight.zero_()
+        mixture.gate.outer.bias.copy_(torch.tensor([0.0, -1e4, -1e4]))
+    alone = MixtureOfPrompts(start()[:1], LAYER, None, log_opening=float(torch.tensor(EXPERTS).log()))
+    assert_close(nats(tiny_llama, states, mixture), nats(tiny_llama, states, alone), rtol=1e-5, atol=1e-5)
+
+
+# --- the stream of prompts
+
+
+def test_prompts_reach_every_layer_from_their_own_on(tiny_llama, states):
+    prefix = mixture_of().prefix(tiny_llama, states.summaries)
+    assert sorted(prefix.keys) == sorted(prefix.values) == list(range(LAYER, BLOCKS))
+
+
+def test_prompts_see_the_prompts_before_them_and_no_others(tiny_llama, states):
+    mixture, changed = mixture_of(), mixture_of()
+    with torch.no_grad():
+        changed.prompts[1] += 1.0
+    before, after = (one.prefix(tiny_llama, states.summaries) for one in (mixture, changed))
+    first, second, third = (slice(expert * PROMPTS, (expert + 1) * PROMPTS) for expert in range(EXPERTS))
+    for layer in range(LAYER, BLOCKS):
+        assert torch.equal(before.keys[layer][:, first], after.keys[layer][:, first])
+        assert torch.equal(before.values[layer][:, first], after.values[layer][:, first])
+        assert not torch.allclose(before.keys[layer][:, second], after.keys[layer][:, second], atol=1e-2)
+    # in its own layer a prompt is still what was trained; above it has seen the one before
+    assert torch.equal(before.keys[LAYER][:, third], after.keys[LAYER][:, third])
+    assert not torch.allclose(before.keys[LAYER + 1][:, third], after.keys[LAYER + 1][:, third], atol=1e-2)
+
+
+def test_the_stream_of_prompts_is_a_text_of_its_own(tiny_llama, states):
+    """Prompts that are the hidden states of a text get the keys and values of that text."""
+    tokens = torch.tensor([DOCUMENTS[0].tokens[:4]])
+    cache = tiny_llama.network(input_ids=tokens, use_cache=True).past_key_values
+    mixture = MixtureOfPrompts(tiny_llama.enter(tokens, LAYER), LAYER, None)
+    prefix = mixture.prefix(tiny_llama, states.summaries)
+    for layer in range(LAYER, BLOCKS):
+        assert_close(prefix.keys[layer], cache.layers[layer].keys[0])
+        assert_close(prefix.values[layer], cache.layers[layer].values[0])
+
+
+def test_compiled_prompts_are_the_trained_ones(tiny_llama, states):
+    mixture = mixture_of(log_opening=-1.0)
+    direct, compiled = mixture.prefix(tiny_llama, states.summaries), mixture.frozen(tiny_llama)(states.summaries)
+    assert torch.equal(direct.log_gate, compiled.log_gate)
+    for layer in range(LAYER, BLOCKS):
+        assert torch.equal(direct.keys[layer], compiled.keys[layer])
+        assert torch.equal(direct.values[layer], compiled.values[layer])
+
+
+# --- no peeking
+
+
+def test_no_peeking(tiny_llama, states):
+    """Another response token changes no gate, and no score of a token before it."""
+    mixture = mixture_of()
+    original = nats(tiny_llama, states, mixture)
+    scored = [len(document.tokens) - document.context_tokens for document in DOCUMENTS]
+    firsts = [sum(scored[:row]) for row in range(len(DOCUMENTS))]
+    for row, document in enumerate(DOCUMENTS):
+        for place in range(document.context_tokens, len(document.tokens)):
+            tokens = list(document.tokens)
+            tokens[place] = 3 + (tokens[place] + 1) % 60
+            altered = list(DOCUMENTS)
+            altered[row] = Encoded(document.task, tuple(tokens), document.context_tokens)
+            others = CachedStates(tiny_llama, altered, LAYER, batch_size=4)
+            assert torch.equal(mixture.log_gate(others.summaries), mixture.log_gate(states.summaries))
+            found, kept = nats(tiny_llama, others, mixture), place - document.context_tokens
+            before = slice(firsts[row], firsts[row] + kept)
+            assert torch.equal(found[before], original[before])
+            assert found[firsts[row] + kept] != original[firsts[row] + kept]
+
+
+# --- training reaches what it should
+
+
+def test_a_gradient_reaches_prompts_opening_and_gate_and_nothing_else(states):
+    model, mixture = tiny_model(), mixture_of(log_opening=-1.0)
+    nats(model, states, mixture).mean().backward()
+    for name, parameter in mixture.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad != 0).flatten(1).any(-1).all() if parameter.ndim > 1 else parameter.grad.any()), (
+            name
+        )
+    assert all(weight.grad is None for weight in model.network.parameters())
+
+
+def test_trained_parameters_count_prompts_opening_and_gate():
+    gate = HIDDEN * 128 + 128 + 128 * EXPERTS + EXPERTS
+    assert mixture_of().trained_parameters == EXPERTS * PROMPTS * HIDDEN + 1 + gate
+    assert plain_of().trained_parameters == EXPERTS * PROMPTS * HIDDEN + 1
+
+
+# --- on disk
+
+CONFIG = AdapterConfig(
+    arm="mop",
+    experts=EXPERTS,
+    prompts_per_expert=PROMPTS,
+    layer=LAYER,
+    hidden_size=HIDDEN,
+    base_sha256="base",
+    tasks=["add", "sort", "tell"],
+)
+CPU = torch.device("cpu")
+
+
+def stored(folder, mixture, config):
+    with artifact.publish(folder, {}) as scratch:
+        save_adapter(mixture, config, scratch)
+    return folder
+
+
+@pytest.mark.parametrize("arm", ["mop", "single"])
+def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
+    mixture = mixture_of(log_opening=-2.0) if arm == "mop" else plain_of(log_opening=-2.0)
+    if arm == "mop":
+        mixture.gate.standardise_by(states.summaries)
+    folder = stored(tmp_path / "adapter", mixture, replace(CONFIG, arm=arm))
+    again, config = load_adapter(folder, base_sha256="base", device=CPU)
+    assert config == replace(CONFIG, arm=arm)
+    assert again.layer == LAYER
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in mixture.state_dict().items())
+    assert evaluate(tiny_llama, states, again, batch_size=4) == evaluate(tiny_llama, states, mixture, batch_size=4)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
+    with pytest.raises(DataError, match=r"weights base, .* other"):
+        load_adapter(folder, base_sha256="other", device=CPU)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json"])
+def test_a_corrupted_adapter_is_refused(tmp_path, name):
+    folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
+    whole = bytearray((folder / name).read_bytes())
+    whole[-3] ^= 1
+    (folder / name).write_bytes(bytes(whole))
+    with pytest.raises(DataError, match=name):
+        load_adapter(folder, base_sha256="base", device=CPU)
+
+
+def test_an_adapter_that_is_not_there_is_not_found(tmp_path):
+    with pytest.raises(InputNotFoundError, match="mopcompress recover"):
+        load_adapter(tmp_path, base_sha256="base", device=CPU)
+
+
+def republished(folder, target):
+    """The same files with a manifest that agrees with them."""
+    with artifact.publish(target, {}) as scratch:
+        for name in ("adapter.safetensors", "adapter.json"):
+            (scratch / name).write_bytes((folder / name).read_bytes())
+    return target
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
+    folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
+    weights = load_file(folder / "adapter.safetensors")
+    for number, wrong in enumerate(({"prompts": weights["prompts"]}, weights | {"prompts": torch.zeros(2, 2, 2)})):
+        save_file(wrong, folder / "adapter.safetensors")
+        with pytest.raises(DataError, match="train it again"):
+            load_adapter(republished(folder, tmp_path / str(number)), base_sha256="base", device=CPU)
+
+
+def test_a_config_with_unknown_fields_is_refused(tmp_path):
+    folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
+    config = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps(config | {"surprise": 1}))
+    with pytest.raises(DataError, match="train it again"):
+        load_adapter(republished(folder, tmp_path / "again"), base_sha256="base", device=CPU)

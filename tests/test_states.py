@@ -1,0 +1,118 @@
+import pytest
+import torch
+from tiny import HIDDEN, random_documents
+from torch.testing import assert_close
+
+from mopcompress.states import CachedStates, batches_by_length
+
+DOCUMENTS = random_documents(10)
+LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def states(tiny_llama):
+    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+
+
+def test_a_batch_holds_the_states_of_each_document_alone(tiny_llama, states):
+    rows = [7, 0, 3]
+    batch = states.batch(rows)
+    assert batch.hidden.shape == (3, max(len(DOCUMENTS[row].tokens) for row in rows), HIDDEN)
+    for found, row in zip(batch.hidden, rows, strict=True):
+        tokens = torch.tensor([DOCUMENTS[row].tokens])
+        assert_close(found[: tokens.shape[1]], tiny_llama.enter(tokens, LAYER)[0], rtol=1e-5, atol=1e-5)
+        assert not bool(found[tokens.shape[1] :].any())
+
+
+def test_the_summary_is_the_mean_over_the_instruction_alone(tiny_llama, states):
+    batch = states.batch([5, 2])
+    for found, row in zip(batch.summary, [5, 2], strict=True):
+        instruction = torch.tensor([DOCUMENTS[row].tokens[: DOCUMENTS[row].context_tokens]])
+        assert_close(found, tiny_llama.enter(instruction, LAYER)[0].mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_every_response_token_is_predicted_from_the_position_before_it(states):
+    rows = [4, 9, 1]
+    batch = states.batch(rows)
+    found = list(zip(batch.example.tolist(), batch.position.tolist(), batch.target.tolist(), strict=True))
+    expected = [
+        (index, position - 1, DOCUMENTS[row].tokens[position])
+        for index, row in enumerate(rows)
+        for position in range(DOCUMENTS[row].context_tokens, len(DOCUMENTS[row].tokens))
+    ]
+    assert found == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_how_documents_were_batched_does_not_matter(tiny_llama, states, batch_size):
+    again = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=batch_size)
+    assert_close(again.summaries, states.summaries, rtol=1e-5, atol=1e-5)
+    everything = range(len(DOCUMENTS))
+    assert_close(again.batch(everything).hidden, states.batch(everything).hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_progress_counts_documents(tiny_llama):
+    told = []
+    CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4, progress=told.append)
+    assert told == [4, 8, 10]
+
+
+def test_nothing_is_left_on_the_disk(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    assert not list(tmp_path.iterdir())
+    assert bool(states.batch([0]).hidden.any())
+
+
+def test_some_states_are_those_of_instructions_never_the_first_token(tiny_llama, states):
+    rows = [2, 6]
+    allowed = [
+        state
+        for row in rows
+        for state in tiny_llama.enter(torch.tensor([DOCUMENTS[row].tokens]), LAYER)[0][
+            1 : DOCUMENTS[row].context_tokens
+        ]
+    ]
+    picked = states.some_states(rows, 40, torch.Generator().manual_seed(0))
+    distances = (picked[:, None] - torch.stack(allowed)).norm(dim=2)
+    assert float(distances.amin(1).max()) < 1e-4
+    assert len(distances.argmin(1).unique()) == len(allowed)
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_hold_every_document_once(seed, batch_size):
+    documents = random_documents(50)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    batches = batches_by_length(documents, batch_size, generator=generator)
+    assert sorted(row for batch in batches for row in batch) == list(range(50))
+    assert max(map(len, batches)) == batch_size
+    assert len(batches) <= 50 // batch_size + 8
+
+
+def test_without_a_generator_documents_come_by_length():
+    batches = batches_by_length(DOCUMENTS, 3, generator=None)
+    lengths = [len(DOCUMENTS[row].tokens) for batch in batches for row in batch]
+    assert lengths == sorted(lengths)
+
+
+def test_the_order_depends_on_the_generator_alone():
+    documents = random_documents(50)
+    first, again, other = (
+        batches_by_length(documents, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_shuffled_batches_are_of_similar_length_and_in_no_order_of_length():
+    documents = random_documents(200)
+    batches = batches_by_length(documents, 5, generator=torch.Generator().manual_seed(0))
+    lengths = [[len(documents[row].tokens) for row in batch] for batch in batches]
+    spread = sum(max(batch) - min(batch) for batch in lengths) / len(lengths)
+    everything = [length for batch in lengths for length in batch]
+    assert spread < 0.3 * (max(everything) - min(everything))
+    assert [max(batch) for batch in lengths] != sorted(max(batch) for batch in lengths)

@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+from tiny import random_documents, tiny_model
+
+from mopcompress.errors import NumericalError
+from mopcompress.evaluation import evaluate, micro
+from mopcompress.recover.arms import Start, begin
+from mopcompress.recover.train import Training, _rate, fit
+from mopcompress.states import CachedStates
+
+TASKS = ("add", "sort", "tell")
+DOCUMENTS = random_documents(12, tasks=TASKS)
+LAYER = 2
+
+
+@pytest.fixture(scope="module")
+def states(tiny_llama):
+    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+
+
+def training(**changes):
+    settings = {
+        "steps": 6,
+        "batch_size": 4,
+        "prompt_learning_rate": 0.1,
+        "gate_learning_rate": 1e-2,
+        "warmup_fraction": 0.1,
+        "clip_norm": 1.0,
+        "seed": 0,
+    }
+    return Training(**settings | changes)
+
+
+def begun(states, arm="mop", *, seed=0):
+    start = Start(
+        arm=arm,
+        experts=3,
+        prompts_per_expert=2,
+        gate_pretraining_steps=5,
+        gate_temper=0.3,
+        log_opening=-1.0,
+        seed=seed,
+    )
+    return begin(states, TASKS, start)
+
+
+@pytest.mark.parametrize("arm", ["single", "mop"])
+def test_a_small_problem_is_learnt_by_heart(tiny_llama, states, arm):
+    mixture = begun(states, arm)
+    before = micro(evaluate(tiny_llama, states, mixture, batch_size=12)).perplexity
+    fit(mixture, tiny_llama, states, training(steps=150, batch_size=12, prompt_learning_rate=0.3))
+    after = micro(evaluate(tiny_llama, states, mixture, batch_size=12)).perplexity
+    assert math.log(after) < 0.6 * math.log(before)
+
+
+def test_the_model_is_bitwise_unchanged(states):
+    model = tiny_model()
+    before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    mixture = begun(states)
+    started = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    fit(mixture, model, states, training())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.network.state_dict().items())
+    changed = {name for name, tensor in mixture.state_dict().items() if not torch.equal(tensor, started[name])}
+    assert changed == started.keys() - {"gate.mean", "gate.deviation"}
+
+
+@pytest.mark.parametrize("arm", ["single", "mop"])
+def test_equal_seeds_give_equal_results(tiny_llama, states, arm):
+    results = []
+    for seed in (0, 0, 1):
+        mixture = begun(states, arm)
+        rows = fit(mixture, tiny_llama, states, training(seed=seed))
+        results.append(([row.nats for row in rows], mixture.prompts))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][0] != results[2][0]
+
+
+def order_of(states, model, arm, monkeypatch, **changes):
+    """The rows of each step."""
+    seen = []
+    whole = CachedStates.batch
+    monkeypatch.setattr(CachedStates, "batch", lambda self, rows: seen.append(list(rows)) or whole(self, rows))
+    fit(begun(states, arm), model, states, training(**changes))
+    monkeypatch.undo()
+    return seen
+
+
+def test_both_arms_see_the_same_batches_and_the_seed_decides_which(tiny_llama, states, monkeypatch):
+    single, mop = (order_of(states, tiny_llama, arm, monkeypatch) for arm in ("single", "mop"))
+    assert single == mop
+    assert single != order_of(states, tiny_llama, "single", monkeypatch, seed=1)
+
+
+def test_every_epoch_holds_every_document_once(tiny_llama, states, monkeypatch):
+    order = order_of(states, tiny_llama, "single", monkeypatch, steps=6)
+    epochs = [sorted(row for batch in order[first : first + 3] for row in batch) for first in (0, 3)]
+    assert epochs == [list(range(12))] * 2
+    assert order[:3] != order[3:]
+
+
+def test_the_loss_of_a_step_is_the_metric_before_it(tiny_llama, states):
+    mixture = begun(states)
+    scores = evaluate(tiny_llama, states, mixture, batch_size=12)
+    (row,) = fit(mixture, tiny_llama, states, training(steps=1, batch_size=12))
+    assert row.nats == pytest.approx(math.fsum(scores.nats) / sum(scores.scored_tokens), rel=1e-5)
+
+
+def test_rows_count_steps_and_real_tokens(tiny_llama, states):
+    told = []
+    rows = fit(begun(states), tiny_llama, states, training(steps=3, batch_size=12), progress=told.append)
+    assert rows == told
+    assert [(row.step, row.steps) for row in rows] == [(1, 3), (2, 3), (3, 3)]
+    assert {row.tokens for row in rows} == {sum(len(document.tokens) for document in DOCUMENTS)}
+
+
+def test_a_loss_that_is_no_number_stops_training_and_names_the_rate(tiny_llama, states):
+    mixture = begun(states)
+    with torch.no_grad():
+        mixture.prompts[0, 0, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"step 1: the loss is nan with --prompt-learning-rate 0\.1"):
+        fit(mixture, tiny_llama, states, training())
+
+
+def test_the_rate_rises_in_equal_steps_then_falls_as_a_cosine_to_zero():
+    ten = training(steps=110, warmup_fraction=1 / 11)
+    assert [_rate(step, ten) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert _rate(10, ten) == 1
+    assert _rate(60, ten) == pytest.approx(0.5)
+    assert _rate(35, ten) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
+    assert _rate(110, ten) == pytest.approx(0, abs=1e-12)
+    assert 0 < _rate(109, ten) < 0.001
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 1.0])
+def test_no_step_is_lost_whatever_the_warm_up(steps, fraction):
+    assert all(0 < _rate(step, training(steps=steps, warmup_fraction=fraction)) <= 1 for step in range(steps))
+
+
+def test_gate_and_prompts_have_their_own_rates(tiny_llama, states):
+    """After one step of AdamW every weight with a gradient has moved by its rate."""
+    mixture = begun(states)
+    before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    fit(mixture, tiny_llama, states, training(steps=1, prompt_learning_rate=0.5, gate_learning_rate=1e-4))
+    moved = {name: (tensor - before[name]).abs() for name, tensor in mixture.state_dict().items()}
+    assert float(moved["prompts"].median()) == pytest.approx(0.5, rel=1e-2)
+    assert float(moved["log_opening"]) == pytest.approx(0.5, rel=1e-2)
+    assert float(moved["gate.outer.bias"].max()) == pytest.approx(1e-4, rel=1e-2)

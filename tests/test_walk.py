@@ -1,0 +1,230 @@
+import pytest
+import torch
+from tiny import FAMILIES, hooks, random_tokens, tiny_model
+from torch import nn
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+from mopcompress.compress import METHODS
+from mopcompress.compress.walk import Compression, compress_model
+from mopcompress.errors import DataError, NumericalError
+
+TOKENS = random_tokens(6, 20)
+OPTIONS = {
+    "magnitude": {"sparsity": 0.4},
+    "wanda": {"sparsity": 0.4},
+    "sparsegpt": {"sparsity": 0.4, "block_size": 8},
+    "gptq": {"bits": 3, "group_size": 8},
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def compression(method="sparsegpt", **changes):
+    return Compression(**{"method": method, "options": OPTIONS[method]} | changes)
+
+
+def linears(model):
+    """All linears of the blocks by name, in the order in which they run (of these families)."""
+    return {
+        f"{model.blocks_prefix()}.{name}": linear
+        for name, linear in model.blocks.named_modules()
+        if isinstance(linear, nn.Linear | Conv1D)
+    }
+
+
+def weight_of(linear):
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+class InputReachedError(Exception):
+    """Ends a forward."""
+
+
+def input_of(model, linear):
+    """What reaches a linear when the whole network, as it is now, reads all calibration tokens."""
+    seen = []
+
+    def stop(_module, inputs):
+        seen.append(inputs[0])
+        raise InputReachedError
+
+    handle = linear.register_forward_pre_hook(stop)
+    with pytest.raises(InputReachedError):
+        model.network(input_ids=TOKENS)
+    handle.remove()
+    return seen[0].flatten(0, 1)
+
+
+def compress_slowly(model, method):
+    """Linear by linear, each alone, on inputs that are computed anew from the tokens."""
+    with torch.no_grad():
+        for linear in linears(model).values():
+            inputs = input_of(model, linear)
+            statistic = {
+                "magnitude": None,
+                "wanda": inputs.square().mean(0).sqrt(),
+                "sparsegpt": inputs.T @ inputs / len(inputs),
+                "gptq": inputs.T @ inputs / len(inputs),
+            }[method]
+            solved = METHODS[method].solve(weight_of(linear).clone(), statistic, **OPTIONS[method])
+            weight_of(linear).copy_(solved.weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_one_pass_is_the_slow_definition(family, method):
+    fast, slow = tiny_model(family), tiny_model(family)
+    fast.network.double()
+    slow.network.double()
+    compress_model(fast, TOKENS, compression(method))
+    compress_slowly(slow, method)
+    for name, linear in linears(fast).items():
+        expected = weight_of(linears(slow)[name])
+        assert_close(weight_of(linear), expected, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.equal(weight_of(linear) == 0, expected == 0)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_only_linears_of_blocks_change(family, method):
+    model = tiny_model(family)
+    before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    compress_model(model, TOKENS, compression(method))
+    changed = {name for name, weight in model.network.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {f"{name}.weight" for name in linears(model)}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_exact_and_counted_afterwards(family, method):
+    model = tiny_model(family)
+    rows = compress_model(model, TOKENS, compression(method))
+    assert sorted(row.name for row in rows) == sorted(linears(model))
+    for row in rows:
+        linear = linears(model)[row.name]
+        outs, ins = weight_of(linear).shape
+        wanted = outs * round(0.4 * ins) if method == "wanda" else round(0.4 * outs * ins)
+        assert row.zeros == wanted == int((linear.weight == 0).sum())
+        assert (row.weights, row.blocks, row.escalations) == (outs * ins, 4, 0)
+        assert f".{row.block}." in row.name
+
+
+def test_a_pattern_holds_in_every_group():
+    model = tiny_model()
+    options = {"sparsity": 0.5, "pattern": (2, 4)}
+    compress_model(model, TOKENS, Compression(method="sparsegpt", options=options))
+    for linear in linears(model).values():
+        assert bool(((linear.weight.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all())
+
+
+def test_quantised_weights_lie_on_a_grid():
+    model = tiny_model()
+    compress_model(model, TOKENS, compression("gptq"))
+    for linear in linears(model).values():
+        for group in linear.weight.unflatten(1, (-1, 8)).flatten(0, 1):
+            assert len(group.unique()) <= 2**3
+
+
+def test_sparsity_nothing_changes_nothing():
+    model, untouched = tiny_model(), tiny_model()
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        compress_model(model, TOKENS, compression(method, options={"sparsity": 0.0}))
+    for name, weight in model.network.state_dict().items():
+        assert torch.equal(weight, untouched.network.state_dict()[name])
+
+
+def test_progress_is_told_every_row_as_it_is_returned():
+    told = []
+    assert compress_model(tiny_model(), TOKENS, compression(), progress=told.append) == told
+    assert len(told) == 28
+
+
+# --- which linears
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "expected"),
+    [
+        (["Linear"], [], [f"{block}.{name}" for block in range(4) for name in LINEARS]),
+        (["__ALL__"], [r"re:.*(mlp|[vo]_proj)"], [f"{b}.{n}" for b in range(4) for n in ("q_proj", "k_proj")]),
+        ([r"re:.*\.q_proj$"], [], [f"{block}.q_proj" for block in range(4)]),
+        ([r"re:.*q_proj\.weight$"], [], [f"{block}.q_proj" for block in range(4)]),
+        (["model.layers.1.mlp.up_proj"], [], ["1.up_proj"]),
+        (["model.layers.1.mlp.up_proj.weight"], [], ["1.up_proj"]),
+        (["Linear"], ["re:.*(attn|up)", r"re:model\.layers\.[0-2]\."], ["3.gate_proj", "3.down_proj"]),
+        (["Linear"], ["model.layers.3.mlp.up_proj", "re:.*[0-2]", "re:.*attn"], ["3.gate_proj", "3.down_proj"]),
+        (["re:.*"], ["lm_head"], [f"{block}.{name}" for block in range(4) for name in LINEARS]),
+    ],
+)
+def test_targets_and_ignore_choose_linears(targets, ignore, expected):
+    model, untouched = tiny_model(), tiny_model()
+    rows = compress_model(model, TOKENS, compression("magnitude", targets=targets, ignore=ignore))
+    assert [f"{row.block}.{row.name.rsplit('.')[-1]}" for row in rows] == expected
+    changed = {
+        name
+        for name, weight in model.network.state_dict().items()
+        if not torch.equal(weight, untouched.network.state_dict()[name])
+    }
+    assert changed == {f"{row.name}.weight" for row in rows}
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj"], ["re:q_proj"]])
+def test_targets_that_match_no_linear_of_a_block_are_an_error(targets):
+    with pytest.raises(DataError, match="no linear"):
+        compress_model(tiny_model(), TOKENS, compression(targets=targets))
+
+
+# --- when it goes wrong
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_hook_is_left(family):
+    model = tiny_model(family)
+    before = hooks(model.network)
+    compress_model(model, TOKENS, compression())
+    assert hooks(model.network) == before
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gptq"])
+def test_an_error_names_the_layer_and_leaves_no_hook(method):
+    model = tiny_model()
+    model.blocks[2].post_attention_layernorm.weight[5] = torch.inf
+    before = hooks(model.network)
+    with pytest.raises(NumericalError, match=r"^model\.layers\.2\.mlp\.gate_proj: .*input 5"):
+        compress_model(model, TOKENS, compression(method))
+    assert hooks(model.network) == before
+
+
+def test_settings_that_do_not_fit_a_layer_name_it():
+    pattern = compression(options={"sparsity": 0.6, "pattern": (3, 5)})
+    with pytest.raises(DataError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*no multiple"):
+        compress_model(tiny_model(), TOKENS, pattern)
+
+
+class Routed(nn.Module):
+    """Sends tokens to one of two linears by the sign of their first feature."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.up, self.down = (nn.Linear(size, size, bias=False) for _ in range(2))
+
+    def forward(self, hidden):
+        flat, result = hidden.flatten(0, -2), torch.empty_like(hidden).flatten(0, -2)
+        for linear, chosen in ((self.up, flat[:, 0] > 0), (self.down, flat[:, 0] <= 0)):
+            if bool(chosen.any()):
+                result[chosen] = linear(flat[chosen])
+        return result.view_as(hidden)
+
+
+def test_a_linear_that_the_first_token_does_not_reach_is_compressed_all_the_same():
+    model = tiny_model()
+    model.blocks[1].mlp = Routed(32).requires_grad_(False)
+    rows = compress_model(model, TOKENS, compression("wanda"))
+    assert {row.name for row in rows} >= {"model.layers.1.mlp.up", "model.layers.1.mlp.down"}
+
+
+def test_a_linear_that_no_token_reaches_is_an_error_that_names_it():
+    model = tiny_model()
+    model.blocks[1].mlp.spare = nn.Linear(32, 32)
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.spare: no calibration token"):
+        compress_model(model, TOKENS, compression())
