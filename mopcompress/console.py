@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import IO, Protocol, cast, runtime_checkable
 
 import typer
 
@@ -20,8 +20,19 @@ from mopcompress.stages.progress import Progress, silent
 HEARTBEAT_SECONDS = 30.0
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What is needed of stderr."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+    def isatty(self) -> bool: ...
+
+
 @contextmanager
-def progress_on(stream: TextIO, *, quiet: bool) -> Iterator[Progress]:
+def progress_on(stream: Stream, *, quiet: bool) -> Iterator[Progress]:
     """Progress as fits `stream`; nothing at all when `quiet`."""
     if quiet:
         yield silent
@@ -79,7 +90,7 @@ class Phase:
 class Lines:
     """Progress as lines, for logs."""
 
-    def __init__(self, stream: TextIO, *, every: float = HEARTBEAT_SECONDS) -> None:
+    def __init__(self, stream: Stream, *, every: float = HEARTBEAT_SECONDS) -> None:
         self._stream, self._every = stream, every
         self._phase: Phase | None = None
         self._began = self._spoke = time.monotonic()
@@ -127,11 +138,11 @@ class Lines:
 class Bars:
     """Progress as one live bar; what is over stays above it as a line."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Stream) -> None:
         from rich import progress  # only those who have a terminal pay for it
         from rich.console import Console
 
-        self._terminal = Console(file=stream)
+        self._terminal = Console(file=cast(IO[str], stream))
         self._bars = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),

@@ -16,10 +16,11 @@ from mopcompress.cli.commands import app
 __all__ = ["app", "main"]
 
 
-def _show_version(asked: bool) -> None:
+def _show_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"mopcompress {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

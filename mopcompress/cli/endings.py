@@ -61,12 +61,12 @@ def _ending(error: Exception) -> tuple[str, int]:
 def _crash_file(error: Exception) -> Path | None:
     """Write the traceback, without the values of variables, here or in the temporary folder."""
     name = f"mopcompress-crash-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}.txt"
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+    for folder in (Path(), Path(tempfile.gettempdir())):
         try:
             (folder / name).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         except OSError:
             continue
-        return folder / name
+        return (folder / name).absolute()
     return None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import PydanticUndefined
 
 from mopcompress.cli.endings import plain_endings
 from mopcompress.console import progress_on
@@ -33,10 +34,9 @@ class Resume(StrEnum):
 
 def _run_fields(panel: str, **texts: tuple[str, str]) -> Options:
     """Fields of `RunSpec` as text: the recipe checks them, with the same words for a flag as for a file."""
+    fields = RunSpec.model_fields
     return {
-        name: _option(
-            str, panel, f"{text} {_shown(RunSpec.model_fields[name].get_default(call_default_factory=True))}", metavar
-        )
+        name: _option(str, panel, f"{text} {_shown(fields[name].default)}", metavar)
         for name, (metavar, text) in texts.items()
     }
 
@@ -60,7 +60,7 @@ def _switch(*names: str, help: str) -> Any:
 
 
 def _shown(default: object) -> str:
-    if default is None or default == {} or default == ():
+    if default is None or default == () or default is PydanticUndefined:
         return ""
     return f"(default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
 
@@ -86,7 +86,7 @@ DATA = _run_fields(
     validation_rows=("N", "Validation rows"),
     test_rows=("N", "Test rows"),
     max_length=("TOKENS", "Longer rows are dropped and counted"),
-    longest_row=("TOKENS", "Take part only rows of at most so many tokens"),
+    longest_row=("TOKENS", "Use only rows of at most so many tokens"),
 )
 CALIBRATION = _run_fields(
     "Calibration",
@@ -121,7 +121,7 @@ OUTPUT: Options = {
     "resume": Annotated[
         Resume,
         typer.Option(
-            help="auto: go on, or say that it is done; required: fail if nothing is there; never: fail if something is.",
+            help="auto: go on, or say it is done; required: fail if nothing is there; never: fail if something is.",
             rich_help_panel="Output",
         ),
     ],

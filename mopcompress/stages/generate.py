@@ -26,7 +26,8 @@ def open_generator(run: RunSpec, adapter: Path | None, *, max_new_tokens: int, p
         for start in range(0, len(prompts), run.batch_size):
             some = prompts[start : start + run.batch_size]
             answers += generate(model, mixture, some, max_new_tokens=max_new_tokens)
-            progress("generating", len(answers), len(prompts))
+            if len(prompts) > run.batch_size:
+                progress("generating", len(answers), len(prompts))
         return answers
 
     return answer

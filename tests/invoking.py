@@ -1,0 +1,58 @@
+"""Run a command in this process and see what a shell would see."""
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mopcompress.cli import app
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def invoke(*words: object) -> Outcome:
+    """`mopcompress WORDS`."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        app([str(word) for word in words], prog_name="mopcompress")
+    return Outcome(ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def write_data(folder: Path, *, rows: int = 8) -> Path:
+    """Two tasks in three splits, short enough for a model of 512 tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, split in enumerate(("train", "validation", "test")):
+        lines = []
+        for row in range(rows):
+            cat = f"cat {100 * number + row}"
+            task = ("say", "ask")[row % 2]
+            lines.append({"task": task, "instruction": f"{task} {cat}", "input": "", "output": f"the {cat}"})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What could be taken for a finished result, or is rubbish of an unfinished one."""
+    marks = ("manifest.json", "report.html", "report.json", "model.safetensors", "adapter.safetensors", "rows.jsonl")
+    return [str(path) for path in folder.rglob("*") if path.name in marks or ".partial-" in path.name]
+
+
+CALIBRATED = ("--num-calibration-samples", 4, "--max-seq-length", 32, "--device", "cpu")
+TRAINED = ("--steps", 2, "--prompts-per-expert", 2, "--gate-pretraining-steps", 3, "--rows-per-step", 4)

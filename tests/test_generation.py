@@ -1,0 +1,85 @@
+"""Generation with prompts: the network's own, fed the same instruction and gate as evaluation."""
+
+import pytest
+import torch
+from tiny import HIDDEN, tiny_model, word_tokenizer
+
+from mopcompress.errors import DataError
+from mopcompress.models.attention import attending_to
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.gate import Gate
+from mopcompress.recover.generation import generate
+from mopcompress.recover.mixture import MixtureOfPrompts
+
+PROMPTS = ["w5 w6 w7", "w9", "w10 w11 w12 w13 w14 w15 w16"]
+LAYER = 1
+
+
+def mixture(*, gated: bool = True, seed: int = 0) -> MixtureOfPrompts:
+    """Two experts of three prompts, large enough to change what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    gate = Gate(HIDDEN, 2, generator=generator) if gated else None
+    return MixtureOfPrompts(3 * torch.randn(2, 3, HIDDEN, generator=generator), LAYER, gate).requires_grad_(False)
+
+
+def step_by_step(model: LanguageModel, prompts: MixtureOfPrompts, context: list[int], count: int) -> list[int]:
+    """Greedy decoding by the definition, as evaluation sees it: all states anew for each token, no cache, no batch."""
+    tokens = list(context)
+    with torch.inference_mode():
+        summary = model.enter(torch.tensor([context]), LAYER).mean(1)
+        for _ in range(count):
+            with attending_to(prompts.prefix(model, summary)):
+                left = model.resume(model.enter(torch.tensor([tokens]), LAYER), LAYER)
+            tokens.append(int(model.logits(left[0, -1:]).argmax()))
+    return tokens[len(context) :]
+
+
+def context_of(prompt: str) -> list[int]:
+    return word_tokenizer()(f"{prompt}\nAnswer:")["input_ids"]
+
+
+def decoded(tokens: list[int]) -> str:
+    end = tokens.index(2) if 2 in tokens else len(tokens)
+    return word_tokenizer().decode(tokens[:end], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_generation_is_greedy_decoding_of_what_evaluation_scores(tiny_llama: LanguageModel, gated: bool) -> None:
+    prompts = mixture(gated=gated)
+    expected = [decoded(step_by_step(tiny_llama, prompts, context_of(prompt), 8)) for prompt in PROMPTS]
+    assert generate(tiny_llama, prompts, PROMPTS, max_new_tokens=8) == expected
+    assert any(expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_the_cache_and_the_batch_change_nothing(family: str) -> None:
+    model, prompts = tiny_model(family), mixture()
+    batched = generate(model, prompts, PROMPTS, max_new_tokens=8)
+    assert batched == generate(model, prompts, PROMPTS, max_new_tokens=8, use_cache=False)
+    assert batched == [generate(model, prompts, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+
+
+def test_without_a_mixture_it_is_the_stock_model(tiny_llama: LanguageModel) -> None:
+    expected = []
+    for prompt in PROMPTS:
+        context = torch.tensor([context_of(prompt)])
+        mask = torch.ones_like(context)
+        written = tiny_llama.network.generate(context, attention_mask=mask, do_sample=False, max_new_tokens=8)
+        expected.append(decoded(written[0, context.shape[1] :].tolist()))
+    assert generate(tiny_llama, None, PROMPTS, max_new_tokens=8) == expected
+    assert expected != generate(tiny_llama, mixture(), PROMPTS, max_new_tokens=8)
+
+
+def test_an_answer_is_as_long_as_asked_for_at_most(tiny_llama: LanguageModel) -> None:
+    short, long = (generate(tiny_llama, None, PROMPTS, max_new_tokens=count) for count in (2, 8))
+    assert all(len(answer.split()) <= 2 for answer in short)
+    assert all(after.startswith(before) for before, after in zip(short, long, strict=True))
+
+
+def test_no_prompts_give_no_answers(tiny_llama: LanguageModel) -> None:
+    assert generate(tiny_llama, None, [], max_new_tokens=8) == []
+
+
+def test_an_answer_that_does_not_fit_the_context_is_refused(tiny_llama: LanguageModel) -> None:
+    with pytest.raises(DataError, match=r"context of 64 tokens; shorten the prompt"):
+        generate(tiny_llama, None, PROMPTS, max_new_tokens=64)
