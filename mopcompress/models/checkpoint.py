@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,7 +44,7 @@ def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
     """
     check_folder(folder)
     try:
-        network, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation=attention.NAME,
@@ -55,13 +56,14 @@ def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"model {folder} cannot be loaded: {reason}; check that the folder is whole") from error
+    network, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         raise DataError(f"model {folder}: its files hold no {missing[0]}; get the model again")
     broken = [name for name, weight in network.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise DataError(f"model {folder}: {broken[0]} holds NaN or infinite weights; get the model again")
-    return LanguageModel(network.to(device), tokenizer)  # type: ignore[arg-type]
+    return LanguageModel(network.to(device), tokenizer)
 
 
 def check_folder(folder: Path) -> dict[str, object]:
