@@ -74,15 +74,20 @@ class BenchRow:
 
     @property
     def setting(self) -> str:
-        """The compression of this row as a reader names it: `dense`, `sparsegpt 50%`, `gptq 3-bit`."""
-        if self.method == "dense":
-            return "dense"
-        return f"{self.method} {self.bits}-bit" if self.bits else f"{self.method} {100 * (self.ratio or 0):g}%"
+        """The compression of this row as a reader names it."""
+        return setting_name(self.method, self.ratio, self.bits)
 
     @property
     def cell(self) -> tuple[str, str, int]:
         """What makes the row unique in its run."""
         return (self.setting, self.arm, self.seed)
+
+
+def setting_name(method: str, ratio: float | None, bits: int | None) -> str:
+    """A compression as a reader names it: `dense`, `sparsegpt 50%`, `gptq 3-bit`."""
+    if method == "dense":
+        return "dense"
+    return f"{method} {bits}-bit" if bits else f"{method} {100 * (ratio or 0):g}%"
 
 
 def append_row(row: BenchRow, path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from mopcompress import __version__
 from mopcompress.recipe import load_recipe
 from mopcompress.results import read_rows
-from mopcompress.stages.bench import cells_of, settings_of
+from mopcompress.stages.grid import cells_of, settings_of
 
 COMMANDS = ("prune", "quantize", "recover", "evaluate", "bench", "report", "generate")
 RECIPES = Path(__file__).parents[1] / "recipes"

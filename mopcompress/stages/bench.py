@@ -5,78 +5,32 @@ runs only what is new, and a run with other settings than those the folder was m
 """
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mopcompress import artifact
-from mopcompress.errors import OutputError, RecipeError
+from mopcompress.errors import OutputError
 from mopcompress.evaluation import macro_perplexity, micro, task_scores
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
-from mopcompress.recipe import GPTQModifier, Recipe, resolved
+from mopcompress.recipe import Recipe, resolved
 from mopcompress.recover.adapter import adapter_bytes
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, read_rows, write_documents
 from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.compress import Compressing, compress_into
+from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
 from mopcompress.stages.evaluate import read_gate, score
+from mopcompress.stages.grid import Cell, Setting, cells_of, settings_of
+from mopcompress.stages.manifest import continued, protocol, write_manifest
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
 from mopcompress.stages.recover import Recovered, cache_states, prompt_layer, publish_adapter, train_arm
 from mopcompress.states import CachedStates
-
-GRID = ("ratios", "methods", "bits", "arms", "seeds", "output_dir", "max_fallback")  # may differ when a run goes on
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One compressed model of the grid; no modifier is the dense model."""
-
-    name: str
-    method: str
-    ratio: float | None
-    bits: int | None
-    modifier: Compressing | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row to be."""
-
-    arm: str
-    seed: int
-
-
-def settings_of(recipe: Recipe) -> list[Setting]:
-    """Dense first, then method by method, ratio by ratio, then bit widths."""
-    run = recipe.run
-    settings = [Setting("dense", "dense", 0.0, None, None)]
-    for method in run.methods:
-        for ratio in run.ratios:
-            pruning = recipe.modifier_for(method)
-            assert not isinstance(pruning, GPTQModifier)  # no `method` of a run
-            settings.append(Setting(f"{method}-{100 * ratio:g}", method, ratio, None, pruning.with_sparsity(ratio)))
-    for bits in run.bits:
-        quantising = recipe.modifier_for("gptq")
-        assert isinstance(quantising, GPTQModifier)
-        settings.append(Setting(f"gptq-{bits}-bit", "gptq", None, bits, quantising.with_bits(bits, run.group_size)))
-    return settings
-
-
-def cells_of(recipe: Recipe, setting: Setting) -> list[Cell]:
-    """`none` does not depend on the seed; the dense model is scored without prompts only."""
-    seeds = recipe.run.seeds
-    cells = [Cell("none", seeds[0])] if setting.modifier is None or "none" in recipe.run.arms else []
-    if setting.modifier is not None:
-        cells += [Cell(arm, seed) for seed in seeds for arm in recipe.run.arms if arm != "none"]
-    return cells
 
 
 def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress = silent) -> list[BenchRow]:
@@ -97,7 +51,6 @@ class _Bench:
         self.source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
         self.source_sha256 = weights_hash(self.source)
         self.command = command
-        self.dense: LanguageModel | None = None
 
     def run(self) -> list[BenchRow]:
         start = time.perf_counter()
@@ -105,20 +58,16 @@ class _Bench:
         documents = load_documents(self.recipe.run, model.tokenizer)
         tokens, calibration = calibration_tokens(self.recipe.run, model, self.source_sha256, self.progress)
         manifest = self._manifest(documents, calibration)
-        _write_manifest(manifest, self.folder)
+        write_manifest(manifest, self.folder)
         for setting in settings_of(self.recipe):
-            done = {(row.setting, row.arm, row.seed) for row in read_rows(self.folder / "rows.jsonl")}
-            missing = [
-                cell
-                for cell in cells_of(self.recipe, setting)
-                if (_row_setting(setting), cell.arm, cell.seed) not in done
-            ]
+            done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
+            missing = [cell for cell in cells_of(self.recipe, setting) if cell not in done]
             if missing:
                 compressed = self._compressed(setting, tokens, calibration)
                 self._fill(setting, compressed, documents, missing)
         seconds = manifest.get("seconds") or 0.0
         manifest |= {"finished": now(), "seconds": seconds + time.perf_counter() - start}
-        _write_manifest(manifest, self.folder)
+        write_manifest(manifest, self.folder)
         write_report(self.folder)
         return read_rows(self.folder / "rows.jsonl")
 
@@ -126,7 +75,7 @@ class _Bench:
         """The folder of the setting's model, made when it is not there."""
         if setting.modifier is None:
             return self.source
-        target = self.folder / "models" / setting.name
+        target = self.folder / "models" / setting.folder
         if artifact.read_manifest(target) is None:
             model = load_model(self.source, device=self.device)
             compress_into(
@@ -168,7 +117,7 @@ class _Bench:
         start = time.perf_counter()
         scores = score(model, test, mixture, self.recipe.run.batch_size, self.progress)
         seconds = time.perf_counter() - start
-        name = f"{setting.name}-{cell.arm}-{cell.seed}"
+        name = f"{setting.folder}-{cell.arm}-{cell.seed}"
         adapter = self.folder / "adapters" / name
         if recovered and artifact.read_manifest(adapter) is None:
             publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(self.device)})
@@ -217,71 +166,13 @@ class _Bench:
             },
             "data": documents.facts,
             "calibration": calibration,
-            "protocol": _protocol(self.recipe),
+            "protocol": protocol(self.recipe),
             **provenance(self.device),
             "started": now(),
             "finished": None,
             "seconds": None,
         }
-        path = self.folder / "run.json"
-        if not path.exists():
-            return manifest
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differences = _differences(_identity(before), _identity(manifest))
-        if differences:
-            raise RecipeError(
-                f"{self.folder} was made with other settings: {'; '.join(differences)}; "
-                "use those settings, or another --output-dir"
-            )
-        return manifest | {"started": before["started"], "seconds": before["seconds"]}
-
-
-def _protocol(recipe: Recipe) -> list[str]:
-    recovery = recipe.recovery
-    return [
-        "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
-        "the response before it.",
-        f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows), starting "
-        "prompts and learning rate of prompts; single has as many prompt tokens in one group as mop has in all its "
-        "experts.",
-        "The gate of mop is pre-trained on the training rows' task labels, which single does not see; it reads "
-        "instruction tokens alone. Trained parameters count the gate.",
-        "Learning rates are the recipe's for both arms: they were not swept for this run.",
-        "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
-    ]
-
-
-def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    recipe = {name: part for name, part in manifest["recipe"].items() if name != "run"}
-    run = {name: value for name, value in manifest["recipe"]["run"].items() if name not in GRID}
-    return {
-        "recipe": recipe,
-        **{f"run.{name}": value for name, value in run.items()},
-        "model": manifest["model"]["sha256"],
-        "data": manifest["data"]["sha256"],
-        "scored tokens": manifest["data"]["scored_sha256"],
-        "calibration": manifest["calibration"]["sha256"],
-    }
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _row_setting(setting: Setting) -> str:
-    if setting.method == "dense":
-        return "dense"
-    return (
-        f"{setting.method} {setting.bits}-bit" if setting.bits else f"{setting.method} {100 * (setting.ratio or 0):g}%"
-    )
-
-
-def _write_manifest(manifest: dict[str, Any], folder: Path) -> None:
-    artifact.write_whole(folder / "run.json", json.dumps(manifest, indent=1) + "\n")
+        return continued(manifest, self.folder)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from mopcompress.errors import InputNotFoundError, OutputError
 from mopcompress.models import smollm2
 from mopcompress.recipe import Recipe, RunSpec, resolved
 from mopcompress.results import read_rows
+from mopcompress.stages.grid import Cell, cells_of, settings_of
 
 ANYWAY = ("ratios", "methods", "bits", "group_size", "arms", "seeds", "output_dir", "max_fallback", "batch_size")
 """Fields of `run:` that do not change what prune, quantize, recover and evaluate make."""
@@ -87,21 +88,17 @@ def model_facts(name: str) -> dict[str, Any]:
 
 def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The grid: settings, cells in all and finished, training steps and bytes still to come."""
-    run = recipe.run
-    settings = [f"{method} {100 * ratio:g}%" for method in run.methods for ratio in run.ratios]
-    settings += [f"gptq {bits}-bit" for bits in run.bits]
-    untrained = [("dense", "none", run.seeds[0])]
-    untrained += [(setting, "none", run.seeds[0]) for setting in settings if "none" in run.arms]
-    arms = [arm for arm in run.arms if arm != "none"]
-    trained = [(setting, arm, seed) for setting in settings for seed in run.seeds for arm in arms]
-    done = {row.cell for row in read_rows(folder / "rows.jsonl")}
-    size = model_facts(run.model)["bytes"]
+    settings = settings_of(recipe)
+    cells = {cell for setting in settings for cell in cells_of(recipe, setting)}
+    done = {Cell(*row.cell) for row in read_rows(folder / "rows.jsonl")} & cells
+    trained = [cell for cell in cells - done if cell.arm != "none"]
+    size = model_facts(recipe.run.model)["bytes"]
     return {
-        "settings": ["dense", *settings],
-        "cells": len(untrained) + len(trained),
-        "cells_done": len(done & {*untrained, *trained}),
-        "steps": recipe.recovery.steps * len([cell for cell in trained if cell not in done]),
-        "disk_bytes": None if size is None else size * len(settings),
+        "settings": [setting.name for setting in settings],
+        "cells": len(cells),
+        "cells_done": len(done),
+        "steps": recipe.recovery.steps * len(trained),
+        "disk_bytes": None if size is None else size * (len(settings) - 1),
     }
 
 
