@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig
 
 from mopcompress.errors import DataError
-from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.language_model import LanguageModel, Standin
 from mopcompress.models.sampling import sample_text
 
 TOKENS = random_tokens(2, 9)
@@ -78,6 +78,17 @@ def test_stand_ins_leave_the_network_untouched(model):
     assert torch.equal(model.network(input_ids=TOKENS).logits, before)
 
 
+def test_a_stand_in_answers_for_its_block_and_holds_none_of_its_weights():
+    """Some decoders choose a mask by an attribute of the block."""
+    block = torch.nn.Linear(2, 2)
+    block.attention_type = "sliding_attention"
+    standin = Standin(block, gives_tuple=False)
+    assert standin.attention_type == "sliding_attention"
+    assert not list(standin.parameters())
+    with pytest.raises(AttributeError):
+        _ = standin.nonsense
+
+
 @torch.no_grad()
 def test_right_padding_changes_nothing_before_it(model):
     short = TOKENS[:1, :5]
@@ -128,7 +139,7 @@ def test_attention_that_prompts_cannot_reach_is_refused(kind, sizes):
         LanguageModel(network_of(config, attention="eager"), word_tokenizer())
 
 
-def test_a_network_without_one_list_of_blocks_is_refused(tiny_llama):
+def test_a_network_without_one_list_of_blocks_is_refused():
     network = network_of(config_of("llama"))
     network.model.layers = torch.nn.Sequential(*network.model.layers)
     with pytest.raises(DataError, match="4 decoder blocks"):

@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 from tiny import random_documents, tiny_model
+from torch.testing import assert_close
 
 from mopcompress.errors import NumericalError
 from mopcompress.evaluation import evaluate, micro
+from mopcompress.models.attention import attending_to
 from mopcompress.recover.arms import Start, begin
 from mopcompress.recover.train import Training, _rate, fit
 from mopcompress.states import CachedStates
@@ -76,6 +78,39 @@ def test_equal_seeds_give_equal_results(tiny_llama, states, arm):
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
     assert results[0][0] != results[2][0]
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 1e6])
+def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, clip_norm):
+    """AdamW by its equations (Loshchilov and Hutter, 2019), without weight decay."""
+    settings = training(steps=5, warmup_fraction=0.4, clip_norm=clip_norm)
+    order = order_of(states, tiny_llama, "mop", monkeypatch, steps=5)
+    trained, mixture = begun(states), begun(states)
+    fit(trained, tiny_llama, states, settings)
+    names, weights = zip(*mixture.named_parameters(), strict=True)
+    first = [torch.zeros_like(weight) for weight in weights]
+    second = [torch.zeros_like(weight) for weight in weights]
+    for step, rows in enumerate(order, start=1):
+        batch = states.batch(rows)
+        with attending_to(mixture.prefix(tiny_llama, batch.summary)):
+            left = tiny_llama.resume(batch.hidden, LAYER)
+        logits = tiny_llama.network.lm_head(left[batch.example, batch.position])
+        loss = -logits.log_softmax(-1)[range(len(batch.target)), batch.target].mean()
+        gradients = torch.autograd.grad(loss, weights)
+        norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+        assert norm > 0.05
+        share = [0.5, 1.0, 1.0, 0.75, 0.25][step - 1]
+        with torch.no_grad():
+            for index, gradient in enumerate(gradients):
+                clipped = gradient * min(1.0, clip_norm / norm)
+                first[index].mul_(0.9).add_(0.1 * clipped)
+                second[index].mul_(0.999).add_(0.001 * clipped**2)
+                rate = share * (1e-2 if names[index].startswith("gate") else 0.1)
+                mean, square = first[index] / (1 - 0.9**step), second[index] / (1 - 0.999**step)
+                weights[index].sub_(rate * mean / (square.sqrt() + 1e-8))
+    for name, weight in trained.named_parameters():
+        expected = mixture.get_parameter(name)
+        assert_close(weight, expected, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def order_of(states, model, arm, monkeypatch, **changes):
