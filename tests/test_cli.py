@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mopcompress import __version__
-from mopcompress.recipe import load_recipe
+from mopcompress.recipe import PromptRecoveryModifier, load_recipe
 from mopcompress.results import read_rows
-from mopcompress.stages.grid import cells_of, settings_of
 
 COMMANDS = ("prune", "quantize", "recover", "evaluate", "bench", "report", "generate")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -166,13 +165,12 @@ def test_a_model_is_named_once(stories: Path) -> None:
 
 def test_the_plan_of_a_bench_counts_its_cells(stories: Path, tmp_path: Path) -> None:
     flags = {"ratios": (0.5, 0.9), "methods": ("wanda", "magnitude"), "bits": (3,), "seeds": (0, 1)}
-    recipe = load_recipe(None, flags)
     words = [word for name, values in flags.items() for word in (f"--{name}", ",".join(map(str, values)))]
     told = invoke("bench", stories, *words, "--dry-run", "--json").json
-    cells = [cell for setting in settings_of(recipe) for cell in cells_of(recipe, setting)]
-    assert told["cells"] == len(cells)
-    assert told["steps"] == recipe.recovery.steps * len([cell for cell in cells if cell.arm != "none"])
-    assert len(told["settings"]) == len(settings_of(recipe))
+    pruned = [f"{method} {share}%" for method in ("wanda", "magnitude") for share in (50, 90)]
+    assert told["settings"] == ["dense", *pruned, "gptq 3-bit"]
+    assert told["cells"] == 1 + 5 * (1 + 2 * 2)  # dense; five settings without prompts and in two arms for each seed
+    assert told["steps"] == 5 * 2 * 2 * PromptRecoveryModifier().steps
     assert told["disk_bytes"] == 5 * (stories / "model.safetensors").stat().st_size
     assert list(tmp_path.iterdir()) == []
 

@@ -249,10 +249,12 @@ def test_a_bench_with_other_settings_is_another_run(stories: Path, tmp_path: Pat
     first = invoke(*common, "--ratios", 0.5)
     assert first.code == 0, first.err
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    outcome = invoke(*common, "--ratios", 0.5, "--seed", 1)
-    assert (outcome.code, len(outcome.errors)) == (78, 1), outcome.err
-    assert "run.seed was 0, is 1" in outcome.errors[0]
-    assert "another --output-dir" in outcome.errors[0]
+    for flag, value, says in [("--seed", 1, "run.seed was 0, is 1"), ("--steps", 7, "Modifier.steps was")]:
+        outcome = invoke(*common, "--ratios", 0.5, flag, value)
+        assert (outcome.code, len(outcome.errors)) == (78, 1), outcome.err
+        assert says in outcome.errors[0]
+        assert "another --output-dir" in outcome.errors[0]
+        assert len(outcome.errors[0]) < 600
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

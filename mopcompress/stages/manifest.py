@@ -18,21 +18,36 @@ def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The manifest with the start and the seconds of the run that the folder holds already, if it does.
+    """The manifest, with what came before when the folder holds a run already: its start, seconds and invocations.
 
-    Raises `RecipeError` naming what differs, the grid apart, when the folder was made with other settings.
+    Raises `RecipeError` naming what differs, the grid apart, when the folder was made with other settings, or when it
+    holds rows and nothing says of which settings.
     """
     path = folder / FILE
     if not path.exists():
+        if (folder / "rows.jsonl").exists():
+            raise RecipeError(
+                f"{folder} holds rows and no {FILE}: their settings are unknown; use another --output-dir"
+            )
         return manifest
     before = json.loads(path.read_text(encoding="utf-8"))
-    differences = _differences(_identity(before), _identity(manifest))
-    if differences:
+    found = differences(_identity(before), _identity(manifest))
+    if found:
         raise RecipeError(
-            f"{folder} was made with other settings: {'; '.join(differences)}; "
-            "use those settings, or another --output-dir"
+            f"{folder} was made with other settings: {'; '.join(found)}; use those settings, or another --output-dir"
         )
-    return manifest | {"started": before["started"], "seconds": before["seconds"]}
+    earlier = [*before.get("earlier", []), {name: before[name] for name in ("command", "commit", "dirty", "versions")}]
+    told = [
+        f"Rows of this run were also made by: {one['command'] or 'Python'} (commit {one['commit']}"
+        f"{', with uncommitted changes' if one['dirty'] else ''})."
+        for one in earlier
+    ]
+    return manifest | {
+        "started": before["started"],
+        "seconds": before["seconds"],
+        "earlier": earlier,
+        "protocol": [*manifest["protocol"], *dict.fromkeys(told)],
+    }
 
 
 def protocol(recipe: Recipe) -> list[str]:
@@ -55,7 +70,7 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
     recipe = {name: part for name, part in manifest["recipe"].items() if name != "run"}
     run = {name: value for name, value in manifest["recipe"]["run"].items() if name not in GRID}
     return {
-        "recipe": recipe,
+        **recipe,
         **{f"run.{name}": value for name, value in run.items()},
         "model": manifest["model"]["sha256"],
         "data": manifest["data"]["sha256"],
@@ -64,9 +79,18 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The fields that differ between two trees of settings, by dotted name, each with both values."""
+    old, new = _flat(before), _flat(after)
     return [
-        f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
     ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in tree.items():
+        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields

@@ -12,6 +12,7 @@ from mopcompress.models import smollm2
 from mopcompress.recipe import Recipe, RunSpec, resolved
 from mopcompress.results import read_rows
 from mopcompress.stages.grid import Cell, cells_of, settings_of
+from mopcompress.stages.manifest import differences
 
 ANYWAY = ("ratios", "methods", "bits", "group_size", "arms", "seeds", "output_dir", "max_fallback", "batch_size")
 """Fields of `run:` that do not change what prune, quantize, recover and evaluate make."""
@@ -59,11 +60,10 @@ def is_done(target: Path, recipe: Recipe, resume: str) -> bool:
         raise OutputError(f"output {target} exists already and --resume is never; remove it or name another")
     if manifest is None:
         raise OutputError(f"output {target} exists already and holds no result of this; name another --output-dir")
-    differences = _differences(manifest.get("recipe", {}), resolved(recipe))
-    if differences:
+    found = differences(_request(manifest.get("recipe", {})), _request(resolved(recipe)))
+    if found:
         raise OutputError(
-            f"output {target} was made with other settings ({'; '.join(differences)}); "
-            "remove it or name another --output-dir"
+            f"output {target} was made with other settings ({'; '.join(found)}); remove it or name another --output-dir"
         )
     return True
 
@@ -102,22 +102,10 @@ def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The fields that differ, each with both values, by dotted name."""
-    old, new = _flat(before), _flat(after)
-    left_out = {f"run.{name}" for name in (*ANYWAY, "model")}
-    return [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name not in left_out
-    ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in tree.items():
-        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return fields
+def _request(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what does not change a result; the model's weights are compared by their hash."""
+    run = {name: value for name, value in recipe.get("run", {}).items() if name not in (*ANYWAY, "model")}
+    return {**recipe, "run": run}
 
 
 def _not_creatable(target: Path, reason: str | None) -> OutputError:
