@@ -57,7 +57,7 @@ def evaluate(
             )
             misses = torch.zeros(len(rows)).index_add_(0, batch.example.cpu(), (~scores.greedy).float().cpu())
             for row, total, missed in zip(rows, sums.tolist(), misses.tolist(), strict=True):
-                if not math.isfinite(total):
+                if math.isnan(total):  # an infinite loss is a result, not a mistake
                     raise NumericalError(
                         f"document {row} ({documents[row].task}): its loss is {total}; the model is broken"
                     )
@@ -83,9 +83,8 @@ def micro(scores: DocumentScores) -> TaskScore:
 
 def macro_perplexity(scores: DocumentScores) -> float:
     """exp of the mean over tasks of each task's mean nats a token: every task counts the same."""
-    return math.exp(
-        math.fsum(math.log(task.perplexity) for task in task_scores(scores).values()) / len(set(scores.tasks))
-    )
+    tasks = task_scores(scores).values()
+    return _exp(math.fsum(math.log(task.perplexity) for task in tasks) / len(tasks))
 
 
 def _score(scores: DocumentScores, chosen: Sequence[bool]) -> TaskScore:
@@ -94,6 +93,13 @@ def _score(scores: DocumentScores, chosen: Sequence[bool]) -> TaskScore:
     return TaskScore(
         documents=len(rows),
         scored_tokens=tokens,
-        perplexity=math.exp(math.fsum(scores.nats[row] for row in rows) / tokens),
+        perplexity=_exp(math.fsum(scores.nats[row] for row in rows) / tokens),
         exact_match=sum(scores.exact[row] for row in rows) / len(rows),
     )
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

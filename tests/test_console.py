@@ -79,7 +79,8 @@ def test_quiet_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (185.0, "3 min 05 s"), (3600.0, "1 h 00 min"), (7500.0, "2 h 05 min")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (185.0, "3 min 05 s"), (3600.0, "1 h 00 min"), (7500.0, "2 h 05 min")],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -34,9 +34,17 @@ def test_rows_that_are_too_long_are_passed_over_and_counted() -> None:
     documents = encode_documents(splits(train=mixed), run, word_tokenizer())
     assert len(documents.train) == 8
     assert max(len(document.tokens) for document in documents.train) <= 10
-    assert 1 <= documents.facts["dropped_rows"] <= 10
+    assert 1 <= documents.facts["passed_over_rows"] <= 10
+    assert documents.facts["dropped_rows"] == 0
     everything = RunSpec(train_rows=None, validation_rows=2, test_rows=3, longest_row=10)
-    assert encode_documents(splits(train=mixed), everything, word_tokenizer()).facts["dropped_rows"] == 10
+    assert encode_documents(splits(train=mixed), everything, word_tokenizer()).facts["passed_over_rows"] == 10
+    limited = RunSpec(train_rows=None, validation_rows=2, test_rows=3, max_length=10)
+    assert encode_documents(splits(train=mixed), limited, word_tokenizer()).facts["dropped_rows"] == 10
+
+
+def test_nothing_short_enough_is_an_error() -> None:
+    with pytest.raises(DataError, match="no train row of at most 8 tokens"):
+        encode_documents(splits(train=rows(5, words=20)), RunSpec(longest_row=8), word_tokenizer())
 
 
 def test_more_rows_extend_fewer() -> None:

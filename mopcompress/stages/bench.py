@@ -5,6 +5,7 @@ runs only what is new, and a run with other settings than those the folder was m
 """
 
 import fcntl
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress
     Raises `RecipeError` when the folder was made with other settings, `OutputError` when another run is using it.
     """
     with _locked(folder):
+        for unfinished in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):
+            shutil.rmtree(unfinished)  # what a killed run was building
         return _Bench(recipe, folder, command, progress).run()
 
 
@@ -57,7 +60,9 @@ class _Bench:
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
         tokens, calibration = calibration_tokens(self.recipe.run, model, self.source_sha256, self.progress)
-        manifest = self._manifest(documents, calibration)
+        manifest = self._manifest(model.network.num_parameters(), documents, calibration)
+        del model  # each setting loads its own
+        before = manifest["seconds"] or 0.0
         write_manifest(manifest, self.folder)
         for setting in settings_of(self.recipe):
             done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
@@ -65,9 +70,9 @@ class _Bench:
             if missing:
                 compressed = self._compressed(setting, tokens, calibration)
                 self._fill(setting, compressed, documents, missing)
-        seconds = manifest.get("seconds") or 0.0
-        manifest |= {"finished": now(), "seconds": seconds + time.perf_counter() - start}
-        write_manifest(manifest, self.folder)
+            manifest["seconds"] = before + time.perf_counter() - start
+            write_manifest(manifest, self.folder)
+        write_manifest(manifest | {"finished": now()}, self.folder)
         write_report(self.folder)
         return read_rows(self.folder / "rows.jsonl")
 
@@ -153,7 +158,7 @@ class _Bench:
         append_row(row, self.folder / "rows.jsonl")
         self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
 
-    def _manifest(self, documents: Documents, calibration: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(self, weights: int, documents: Documents, calibration: dict[str, Any]) -> dict[str, Any]:
         """The run's manifest; what a folder already says must agree with it, the grid apart."""
         run = self.recipe.run
         manifest = {
@@ -162,6 +167,7 @@ class _Bench:
             "model": {
                 "name": run.model,
                 "sha256": self.source_sha256,
+                "weights": weights,
                 "note": NOTE if self.source.is_relative_to(cache_folder()) else None,
             },
             "data": documents.facts,

@@ -63,4 +63,5 @@ def _own_text(
         )
         with artifact.publish(folder, facts) as scratch:
             save_file({"tokens": tokens.cpu()}, scratch / FILE)
+    artifact.verify(folder)
     return load_file(folder / FILE)["tokens"]

@@ -66,16 +66,17 @@ def compress_into(
 ) -> dict[str, Any]:
     """Compress a loaded model, in place, and publish it as a folder."""
     start = time.perf_counter()
-    rows: list[LayerRow] = []
+    solved: list[LayerRow] = []
     for modifier in modifiers:
-        rows = compress_model(model, tokens, compression_of(modifier), progress=_told(progress, modifier.method))
+        solved += compress_model(model, tokens, compression_of(modifier), progress=_told(progress, modifier.method))
     seconds = time.perf_counter() - start
-    fallbacks = sum(row.escalations > 0 for row in rows)
-    if fallbacks > recipe.run.max_fallback * len(rows):
+    fallbacks = sum(row.escalations > 0 for row in solved)
+    if fallbacks > recipe.run.max_fallback * len(solved):
         raise QualityGateError(
-            f"{fallbacks} of {len(rows)} matrices needed more damping than asked for, --max-fallback allows "
+            f"{fallbacks} of {len(solved)} matrices needed more damping than asked for, --max-fallback allows "
             f"{recipe.run.max_fallback:g} of them; calibrate on more tokens, or allow it"
         )
+    rows = list({row.name: row for row in solved}.values())  # a matrix counts once, as the last modifier left it
     weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
     facts: dict[str, Any] = {
         "kind": "compressed model",

@@ -37,9 +37,15 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
     """Encode and thin splits that are loaded already."""
     limits = {"train": run.train_rows, "validation": run.validation_rows, "test": run.test_rows}
     kept: dict[str, tuple[Encoded, ...]] = {}
-    dropped = {}
+    dropped = passed_over = 0
     for name, count in limits.items():
-        kept[name], dropped[name] = _thinned(getattr(splits, name), count, run, tokenizer)
+        kept[name], too_long, not_chosen = _thinned(getattr(splits, name), count, run, tokenizer)
+        dropped, passed_over = dropped + too_long, passed_over + not_chosen
+        if not kept[name] and name != "validation":
+            raise DataError(
+                f"data {run.data}: no {name} row of at most {run.longest_row} tokens; raise --longest-row, "
+                "or leave it out"
+            )
     tasks = tuple(sorted({document.task for document in kept["train"]}))
     strangers = {document.task for document in kept["test"]} - set(tasks)
     if strangers:
@@ -53,7 +59,9 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
         "sha256": splits.sha256,
         "tasks": list(tasks),
         **{f"{name}_rows": len(documents) for name, documents in kept.items()},
-        "dropped_rows": sum(dropped.values()),
+        "dropped_rows": dropped,  # over --max-length, of the rows that were looked at
+        "passed_over_rows": passed_over,  # over --longest-row, before the last row that was taken
+        "tasks_without_rows": sorted({example.task for example in splits.train} - set(tasks)),
         "scored_tokens": sum(map(len, scored)),
         "scored_sha256": hashlib.sha256(repr(scored).encode()).hexdigest()[:16],
         "template": template_name(tokenizer),
@@ -63,21 +71,25 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
 
 def _thinned(
     examples: tuple[Example, ...], count: int | None, run: RunSpec, tokenizer: PreTrainedTokenizerBase
-) -> tuple[tuple[Encoded, ...], int]:
-    """Encode `count` rows in the balanced order of `subset`, passing over rows that are too long.
+) -> tuple[tuple[Encoded, ...], int, int]:
+    """`count` encoded rows in the balanced order of `subset`; how many were dropped as too long; and passed over.
 
     Rows are passed over as they come: a set of a million rows is not encoded to use a hundred.
     """
     order = subset(examples, len(examples) if count is not None else None, seed=run.seed)
-    kept: list[Encoded] = []
-    dropped = 0
     wanted = len(order) if count is None else count
-    start = 0
+    kept: list[Encoded] = []
+    dropped = passed_over = start = 0
     while start < len(order) and len(kept) < wanted:
         some = order[start : start + max(256, wanted)]
         start += len(some)
         encoded = encode(some, tokenizer, max_length=run.max_length)
-        short = [one for one in encoded.documents if run.longest_row is None or len(one.tokens) <= run.longest_row]
-        dropped += len(some) - len(short)
-        kept += short
-    return tuple(kept[:wanted]), dropped
+        dropped += encoded.dropped
+        for document in encoded.documents:
+            if len(kept) == wanted:
+                break
+            if run.longest_row is not None and len(document.tokens) > run.longest_row:
+                passed_over += 1
+            else:
+                kept.append(document)
+    return tuple(kept), dropped, passed_over

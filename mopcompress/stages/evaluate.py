@@ -31,7 +31,7 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     layer = config.layer if config else prompt_layer(recipe.recovery, model)
     states = cache_states(model, documents.test, layer, recipe.run.batch_size, "test rows", progress)
     scores = score(model, states, mixture, recipe.run.batch_size, progress)
-    reading = read_gate(mixture, states, documents.tasks if config and config.tasks else ()) if mixture else None
+    reading = read_gate(mixture, states, tuple(config.tasks)) if mixture and config else None
     return {
         "model": recipe.run.model,
         "adapter": str(adapter) if adapter else None,
@@ -70,7 +70,10 @@ def read_gate(mixture: MixtureOfPrompts, states: CachedStates, domains: tuple[st
     tasks = sorted({document.task for document in states.documents})
     task_of = [document.task for document in states.documents]
     shares = weights / weights.shape[1]
-    right = [domains[int(row.argmax())] == task for row, task in zip(weights, task_of, strict=True)] if domains else []
+    known = (
+        domains if set(tasks) <= set(domains) else ()
+    )  # on tasks that it was not made for a gate is neither right nor wrong
+    right = [known[int(row.argmax())] == task for row, task in zip(weights, task_of, strict=True)] if known else []
     means = [weights[[name == task for name in task_of]].mean(0).tolist() for task in tasks]
     return GateReading(
         tasks=tasks,

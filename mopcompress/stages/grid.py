@@ -53,9 +53,10 @@ def settings_of(recipe: Recipe) -> list[Setting]:
 
 
 def cells_of(recipe: Recipe, setting: Setting) -> list[Cell]:
-    """`none` does not depend on the seed; the dense model is scored without prompts only."""
-    seeds = recipe.run.seeds
-    cells = [Cell(setting.name, "none", seeds[0])] if setting.modifier is None or "none" in recipe.run.arms else []
+    """`none` does not depend on the seed, and stands under 0; the dense model is scored without prompts only."""
+    cells = [Cell(setting.name, "none", 0)] if setting.modifier is None or "none" in recipe.run.arms else []
     if setting.modifier is not None:
-        cells += [Cell(setting.name, arm, seed) for seed in seeds for arm in recipe.run.arms if arm != "none"]
+        cells += [
+            Cell(setting.name, arm, seed) for seed in recipe.run.seeds for arm in recipe.run.arms if arm != "none"
+        ]
     return cells
