@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mopcompress.data.encoding import EncodedSplit, encode, template_name
-from mopcompress.data.splits import Example
+from mopcompress.data.examples import Example, load_examples, subset
 from mopcompress.errors import DataError
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
@@ -216,6 +217,24 @@ def test_a_response_over_the_limit_is_refused_with_its_row_and_its_tokens():
     ):
         encode(rows, tokenizer, max_length=30)
     assert encode(rows, tokenizer, max_length=31).dropped == 1
+
+
+def test_a_response_over_the_limit_is_refused_with_its_file_and_line(tmp_path):
+    rows = [{"instruction": f"Count to {n}.", "output": "x" * (30 if n == 2 else 3)} for n in range(1, 10)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    splits = load_examples(str(path), rename={}, seed=0)
+    shuffled = subset((*splits.train, *splits.validation, *splits.test), 9, seed=3)
+    assert shuffled[1].instruction != "Count to 2."
+    with pytest.raises(DataError) as caught:
+        encode(shuffled, byte_tokenizer(), max_length=30)
+    assert str(caught.value).startswith(f"{path}: line 2: the response alone has 31 tokens")
+
+
+def test_a_failing_template_is_refused_with_the_file_and_line():
+    placed = Example("t", "Add.", "1 2", "3", where="data.jsonl: line 2")
+    with pytest.raises(DataError, match=r"^data\.jsonl: line 2: the chat template of .* fails"):
+        encode([placed], byte_tokenizer("{{ raise_exception('no users') }}"), max_length=100)
 
 
 def test_a_split_of_which_nothing_fits_is_refused():

@@ -1,6 +1,8 @@
 import csv
+import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -449,6 +451,31 @@ def test_the_hash_is_of_the_content_of_all_splits_and_not_of_the_name():
         assert digest != assemble("one", **{**parts, name: (*parts[name], *examples(1))}).sha256
     assert digest != assemble("one", **{**parts, "train": parts["train"][::-1]}).sha256
     assert digest != assemble("one", **parts, composed=examples(1)).sha256
+
+
+def test_the_place_of_a_row_is_no_part_of_its_content():
+    plain = examples(30)
+    placed = tuple(replace(row, where=f"rows.jsonl: line {n}") for n, row in enumerate(plain, start=1))
+    assert placed == plain
+    assert list(map(hash, placed)) == list(map(hash, plain))
+    digests = [assemble("", train=rows, validation=(), test=()).sha256 for rows in (placed, plain)]
+    assert digests[0] == digests[1]
+    assert subset(placed, 9, seed=1) == subset(plain, 9, seed=1)
+    assert divide(placed, (8, 1, 1), seed=1, name="") == divide(plain, (8, 1, 1), seed=1, name="")
+
+
+def test_the_hash_of_written_rows_is_that_of_their_four_texts():
+    parts = [[["t", "Ask.", "", "é"]], [], [], []]
+    canonical = json.dumps(parts, separators=(",", ":"))
+    splits = assemble("", train=[Example("t", "Ask.", "", "é", where="a: line 1")], validation=(), test=())
+    assert splits.sha256 == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def test_rows_know_their_place_and_generated_ones_have_none(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", rows(20))
+    places = {row.output: row.where for row in all_of(load(path))}
+    assert places == {f"{n}": f"{path}: line {n + 1}" for n in range(20)}
+    assert {row.where for row in load("skills").test} == {""}
 
 
 def test_a_larger_subset_extends_a_smaller_one():

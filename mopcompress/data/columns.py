@@ -50,7 +50,7 @@ def to_example(row: Row, rename: Mapping[str, str]) -> Example:
         raise DataError(f"{row.where}: the instruction is empty; fill it in or remove the row")
     if not text["output"].strip():
         raise DataError(f"{row.where}: the response is empty; fill it in or remove the row")
-    return Example(task=_text_of(here, "task").strip() or NO_TASK, **text)
+    return Example(task=_text_of(here, "task").strip() or NO_TASK, where=row.where, **text)
 
 
 def _text_of(row: Row, name: str) -> str:

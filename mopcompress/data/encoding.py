@@ -47,11 +47,15 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, m
     """Documents of at most `max_length` tokens; longer ones are dropped and counted.
 
     Raises `DataError` when a response alone is longer, when the template fails or does not keep the prompt as the
-    beginning of the conversation, and when nothing is left of a split that had rows.
+    beginning of the conversation (each named by the example's `where`, or by its number here if that is empty), and
+    when nothing is left of a split that had rows.
     """
     if not examples:
         return EncodedSplit((), 0)
-    places = [f"row {n} ({(row.instruction or row.input)[:40]!r})" for n, row in enumerate(examples, start=1)]
+    places = [
+        example.where or f"row {number} ({(example.instruction or example.input)[:40]!r})"
+        for number, example in enumerate(examples, start=1)
+    ]
     texts = [_texts(example, tokenizer, where) for example, where in zip(examples, places, strict=True)]
     prompts = _tokens([prompt for prompt, _ in texts], tokenizer)
     conversations = _tokens([conversation for _, conversation in texts], tokenizer)

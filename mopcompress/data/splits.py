@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain, combinations, zip_longest
 
 from mopcompress.errors import DataError
@@ -14,12 +14,22 @@ PASSAGE_CHARACTERS = 200  # an input this long is a text of its own: questions a
 
 @dataclass(frozen=True)
 class Example:
-    """One row: what is asked (`instruction`, and perhaps an `input`) and what is answered."""
+    """One row: what is asked (`instruction`, and perhaps an `input`) and what is answered.
+
+    `where` is for messages only (`data.jsonl: line 2`; empty for generated rows): it is no part of the content, so
+    equality, hashes and SHA-256 leave it out.
+    """
 
     task: str
     instruction: str
     input: str
     output: str
+    where: str = field(default="", compare=False)
+
+    @property
+    def content(self) -> tuple[str, str, str, str]:
+        """Everything but the place: task, instruction, input, output."""
+        return self.task, self.instruction, self.input, self.output
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ def assemble(
 ) -> Splits:
     """Put the splits together with the SHA-256 of their content (rows in order; the name does not count)."""
     parts = {"train": tuple(train), "validation": tuple(validation), "test": tuple(test), "composed": tuple(composed)}
-    canonical = json.dumps([[astuple(row) for row in part] for part in parts.values()], separators=(",", ":"))
+    canonical = json.dumps([[row.content for row in part] for part in parts.values()], separators=(",", ":"))
     return Splits(name=name, sha256=hashlib.sha256(canonical.encode()).hexdigest(), **parts)
 
 
@@ -64,7 +74,7 @@ def subset(examples: Sequence[Example], count: int | None, *, seed: int) -> tupl
     for example in examples:
         by_task[example.task].append(example)
     shuffled = [
-        sorted(rows, key=lambda row: content_key(seed, "subset", *astuple(row))) for _, rows in sorted(by_task.items())
+        sorted(rows, key=lambda row: content_key(seed, "subset", *row.content)) for _, rows in sorted(by_task.items())
     ]
     turns = chain.from_iterable(zip_longest(*shuffled))
     return tuple(example for example in turns if example is not None)[:count]
