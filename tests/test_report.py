@@ -19,7 +19,7 @@ from mopcompress.report import write_report
 from mopcompress.report.content import headline, summary
 from mopcompress.report.drawing import change_ticks, log_ticks
 from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
-from mopcompress.report.intervals import Interval, PairedBootstrap
+from mopcompress.report.intervals import Interval, PairedBootstrap, scarce_tasks
 from mopcompress.report.markdown import escaped
 from mopcompress.report.plots import delta_bars
 from mopcompress.report.provenance import command, data_facts, protocol_facts, recipe_text, title
@@ -32,7 +32,7 @@ from mopcompress.report.tables import (
     perplexity_spread,
     recovery,
 )
-from mopcompress.report.views import Text, costs_table, interval_text, results_table, task_tables
+from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table, task_tables
 from mopcompress.results import (
     BenchRow,
     DocumentScores,
@@ -232,7 +232,7 @@ def slow_bootstrap(
 
 @pytest.mark.parametrize("macro", [False, True])
 def test_bootstrap_is_its_slow_definition(macro: bool) -> None:
-    first, second = documents(2.0, seed=1, count=23), documents(2.1, seed=2, count=23)
+    first, second = documents(2.0, seed=1, count=43), documents(2.1, seed=2, count=43)
     bootstrap = PairedBootstrap(first.tasks, first.scored_tokens, resamples=401, seed=9)
     interval = (bootstrap.macro if macro else bootstrap.micro)(np.array(first.nats), np.array(second.nats))
     slow = slow_bootstrap(first, second, macro=macro, resamples=401, seed=9)
@@ -293,6 +293,21 @@ def test_seeds_are_paired_by_number_not_by_place(tmp_path: Path) -> None:
         add(tmp_path, documents(level, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
     run = read_run(tmp_path)
     assert compare(run, make_grid(run.rows, {}))[0].seeds == pytest.approx((-0.1,), abs=0.01)
+
+
+@pytest.mark.parametrize(("count", "known"), [(40, True), (39, False), (8, False)])
+def test_a_macro_interval_needs_five_documents_of_every_task(count: int, known: bool) -> None:
+    first, second = documents(2.0, seed=1, count=count), documents(2.1, seed=2, count=count)
+    bootstrap = PairedBootstrap(first.tasks, first.scored_tokens)
+    macro = bootstrap.macro(np.array(first.nats), np.array(second.nats))
+    assert macro.is_known == known != macro.lacks_documents
+    assert math.isfinite(macro.estimate)
+    assert known or not macro.shows_difference
+    assert bootstrap.micro(np.array(first.nats), np.array(second.nats)).is_known
+
+
+def test_scarce_tasks_are_those_below_five_with_their_counts() -> None:
+    assert scarce_tasks(["a"] * 5 + ["b"] * 4 + ["c"] + ["d"] * 6) == {"b": 4, "c": 1}
 
 
 # Pivots
@@ -527,6 +542,39 @@ def test_both_panels_of_the_change_say_their_own_interval(tmp_path: Path) -> Non
     texts = [interval_text(comparisons[0].micro), interval_text(comparisons[0].macro)]
     assert texts[0] != texts[1]
     assert [len(re.findall(re.escape(text), figure.svg)) for text in texts] == [1, 1]
+
+
+def test_a_run_with_few_documents_a_task_shows_the_macro_change_alone_and_says_why(tmp_path: Path) -> None:
+    for arm, level in {"single": 3.0, "mop": 2.5}.items():
+        scores = documents(level, seed=len(arm), count=38)  # 8 tasks, of which the last two have 4 each
+        add(tmp_path, scores, method="wanda", ratio=0.5, bits=None, arm=arm, seed=0)
+    run = read_run(tmp_path)
+    (one,) = compare(run, make_grid(run.rows, {}))
+    plain = change(one.macro.estimate)
+    assert interval_text(one.macro) == plain
+    assert comparisons_table([one]).lines[0].cells[4] == Text(plain, "too few documents a task for an interval")
+    assert "[" in interval_text(one.micro)
+    _, markdown, html = (path.read_text() for path in write_report(tmp_path))
+    assert f"| {escaped(plain)} (too few documents a task for an interval) |" in markdown
+    caution = "Tasks with fewer than 5 test documents, so no macro interval (antonym: 4, dates: 4)."
+    assert f"> {caution}" in markdown
+    assert caution in html
+    assert "Macro without lines: too few documents a task for an interval." in html
+
+
+def test_enough_documents_need_no_caution_about_them(folder: Path) -> None:
+    markdown = write_report(folder)[1].read_text()
+    assert "too few documents" not in markdown
+    assert "Tasks with fewer than" not in markdown
+
+
+def test_an_infinite_score_is_not_taken_for_too_few_documents() -> None:
+    scores = documents(2.0, seed=1, count=38)
+    nats = np.array(scores.nats)
+    macro = PairedBootstrap(scores.tasks, scores.scored_tokens).macro(np.full(38, math.inf), nats)
+    assert not macro.is_known
+    assert not macro.lacks_documents
+    assert interval_text(macro) == "n/a"
 
 
 def test_reports_are_the_same_bytes_every_time(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mopcompress.report import plots, provenance, views
 from mopcompress.report.formats import number
+from mopcompress.report.intervals import MIN_DOCUMENTS, scarce_tasks
 from mopcompress.report.run import Run
 from mopcompress.report.tables import (
     DENSE,
@@ -110,6 +111,9 @@ def cautions(run: Run, grid: Grid) -> tuple[str, ...]:
         worst = max((row.fallbacks for arm in grid.arms for row in grid.rows(setting, arm)), default=0)
         if worst:
             found.append(f"{setting}: {worst} matrices needed more damping than asked for.")
+    if scarce := scarce_tasks(next(iter(run.documents.values())).tasks):
+        counts = ", ".join(f"{task}: {count}" for task, count in scarce.items())
+        found.append(f"Tasks with fewer than {MIN_DOCUMENTS} test documents, so no macro interval ({counts}).")
     if len({row.seed for row in run.rows}) == 1:
         found.append("One seed: the intervals cover the choice of test documents, not the luck of training.")
     return tuple(found)

@@ -6,6 +6,7 @@ beside it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,15 @@ Matrix = NDArray[np.float64]
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 2310
+MIN_DOCUMENTS = 5  # of every task, for a macro interval: few documents resampled within their task hardly vary
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of log perplexity in nats a token and the ends of its interval (NaN where a score is infinite)."""
+    """A difference of log perplexity in nats a token and the ends of its interval.
+
+    The ends are NaN where a score is infinite, and where a task has too few documents.
+    """
 
     estimate: float
     low: float
@@ -30,13 +35,23 @@ class Interval:
 
     @property
     def is_known(self) -> bool:
-        """Whether all scores were finite."""
+        """Whether there is an interval."""
         return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def lacks_documents(self) -> bool:
+        """Whether the scores were finite and only the documents too few."""
+        return math.isfinite(self.estimate) and not self.is_known
 
     @property
     def shows_difference(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
+
+
+def scarce_tasks(tasks: Sequence[str]) -> dict[str, int]:
+    """The tasks with fewer than `MIN_DOCUMENTS` of the documents whose tasks are given, with their counts."""
+    return {task: count for task, count in Counter(tasks).items() if count < MIN_DOCUMENTS}
 
 
 class PairedBootstrap:
@@ -53,6 +68,7 @@ class PairedBootstrap:
         groups = [np.flatnonzero(np.asarray(tasks) == task) for task in dict.fromkeys(tasks)]
         everything = [np.arange(len(tokens))]
         self._micro = _Statistic(tokens, everything, resamples=resamples, seed=seed)
+        self._has_scarce_tasks = bool(scarce_tasks(tasks))
         self._macro = _Statistic(tokens, groups, resamples=resamples, seed=seed)
 
     def micro(self, first: Vector, second: Vector) -> Interval:
@@ -60,8 +76,13 @@ class PairedBootstrap:
         return self._micro.interval(first, second)
 
     def macro(self, first: Vector, second: Vector) -> Interval:
-        """Difference of the mean over tasks of each task's nats a token; documents are resampled within their task."""
-        return self._macro.interval(first, second)
+        """Difference of the mean over tasks of each task's nats a token; documents are resampled within their task.
+
+        Without an interval when a task has fewer than `MIN_DOCUMENTS`: it would be too narrow, with one document a
+        task of no width at all.
+        """
+        interval = self._macro.interval(first, second)
+        return Interval(interval.estimate, math.nan, math.nan) if self._has_scarce_tasks else interval
 
 
 class _Statistic:

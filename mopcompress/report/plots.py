@@ -23,7 +23,7 @@ from mopcompress.report.drawing import (
 from mopcompress.report.formats import ratio, share, shortened
 from mopcompress.report.intervals import Interval
 from mopcompress.report.tables import DENSE, Comparison, Grid, perplexity_spread, spread
-from mopcompress.report.views import interval_text
+from mopcompress.report.views import TOO_FEW, interval_text
 from mopcompress.results import BenchRow, GateReading
 
 
@@ -125,6 +125,8 @@ def delta_bars(comparisons: Sequence[Comparison]) -> Figure | None:
         "Left of 0 the mixture is better. Line: 95 % interval over test documents; pale bar: no difference shown; "
         "circles: single seeds."
     )
+    if any(one.macro.lacks_documents for one in pairs):
+        caption += f" Macro without lines: {TOO_FEW}."
     svg = to_svg(canvas, label="Change of perplexity, mixture against single prompt")
     return Figure("Mixture against single prompt", caption, svg)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mopcompress.report.formats import UNKNOWN, duration
-from mopcompress.report.intervals import CONFIDENCE, RESAMPLES, SEED
+from mopcompress.report.intervals import CONFIDENCE, MIN_DOCUMENTS, RESAMPLES, SEED
 from mopcompress.report.run import Run, section
 
 Facts = tuple[tuple[str, str], ...]
@@ -32,8 +32,8 @@ DEFINITIONS: Facts = (
     (
         "interval",
         f"{100 * CONFIDENCE:g} % percentile interval of a paired bootstrap: {RESAMPLES:,} resamples of the test "
-        f"documents (macro: within each task), generator seed {SEED}. The arms are scored on the same tokens; this is "
-        "checked. There is no correction for looking at many settings.",
+        f"documents (macro: within each task, if every task has at least {MIN_DOCUMENTS}), generator seed {SEED}. The "
+        "arms are scored on the same tokens; this is checked. There is no correction for looking at many settings.",
     ),
     (
         "arms",

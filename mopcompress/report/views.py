@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mopcompress.report.formats import (
     ABSENT,
+    change,
     change_range,
     change_with_interval,
     duration,
@@ -18,6 +19,7 @@ from mopcompress.report.tables import DENSE, Comparison, Grid, Spread, best_arms
 from mopcompress.results import BenchRow
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
+TOO_FEW = "too few documents a task for an interval"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
             Text(f"{one.first} against {one.second}"),
             Text(verdict(one.micro)),
             Text(interval_text(one.micro)),
-            Text(interval_text(one.macro)),
+            Text(interval_text(one.macro), TOO_FEW if one.macro.lacks_documents else ""),
             Text(seeds),
         )
         lines.append(Line(cells, first))
@@ -172,7 +174,9 @@ def verdict(interval: Interval) -> str:
 
 
 def interval_text(interval: Interval) -> str:
-    """`-12 % [-15, -9]`."""
+    """`-12 % [-15, -9]`, or the plain change without an interval."""
+    if interval.lacks_documents:
+        return change(interval.estimate)
     return change_with_interval(interval.estimate, interval.low, interval.high)
 
 
