@@ -58,10 +58,10 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); restore it, or remove it to report without it") from error
+        raise DataError(f"{path}: not JSON ({error}); restore it, or run the bench in another folder") from error
     if not isinstance(manifest, dict):
         raise DataError(
-            f"{path}: a {type(manifest).__name__}, not a map; restore it, or remove it to report without it"
+            f"{path}: a {type(manifest).__name__}, not a map; restore it, or run the bench in another folder"
         )
     return manifest
 
