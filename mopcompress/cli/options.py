@@ -73,7 +73,7 @@ MACHINE: Options = {
     "recipe": _option(Path, "Model and machine", "Recipe in YAML; a flag wins over it.", "FILE"),
     **_run_fields(
         "Model and machine",
-        seed=("N", "Seed of everything that is drawn"),
+        seed=("N", "Seed of rows, calibration text and `recover`; a bench trains with --seeds"),
         device=("DEVICE", "auto, cpu, cuda, cuda:N or mps"),
         batch_size=("ROWS", "Rows at once in evaluation and generation"),
     ),
