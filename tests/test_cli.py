@@ -340,8 +340,11 @@ def test_on_a_terminal_lines_are_answered_until_the_end(stories: Path, monkeypat
 # --- bench
 
 
-def test_a_bench_runs_what_is_new_and_nothing_twice(stories: Path, data: Path, tmp_path: Path) -> None:
+def test_a_bench_runs_what_is_new_and_nothing_twice(
+    stories: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "bench"
+    monkeypatch.setattr("sys.argv", ["/somewhere/mopcompress", "bench", "my model"])
     common = ("bench", stories, "--data", data, *CALIBRATED, *TRAINED, "--output-dir", folder)
     small = invoke(*common, "--ratios", 0.5, "--arms", "none,mop", "--json")
     assert small.code == 0, small.err
@@ -351,7 +354,7 @@ def test_a_bench_runs_what_is_new_and_nothing_twice(stories: Path, data: Path, t
         ("sparsegpt", "mop"),
     ]
     assert small.json["report"] == str(folder / "report.html")
-    assert json.loads((folder / "run.json").read_text())["command"].startswith("mopcompress ")
+    assert json.loads((folder / "run.json").read_text())["command"] == "mopcompress bench 'my model'"
     lines = (folder / "rows.jsonl").read_text()
     told = invoke(*common, "--ratios", 0.5, "--arms", "none,mop,single", "--dry-run", "--json").json
     assert (told["cells"], told["cells_done"], told["steps"]) == (4, 3, 2)

@@ -184,7 +184,7 @@ def only(lines: list[object]) -> Callable[[Path], Path]:
         (
             only([{**ROW, "instruction": f"say {n}", "output": "cat " * 400} for n in range(9)]),
             65,
-            ("row 1", "the response alone has", "raise --max-length"),
+            ("data.jsonl: line 4", "the response alone has", "raise --max-length"),
         ),
     ],
     ids=["not there", "malformed", "no column", "empty response", "empty file", "long response"],
