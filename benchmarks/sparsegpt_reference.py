@@ -107,7 +107,9 @@ def prune(weight: Tensor, hessian: Tensor, ratio: float, block: int = 128) -> Te
     hessian[dead, dead] = 1
     weight[:, dead] = 0
     hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns)
-    inverse = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    # in float64: in float32 the inverse of some layers' Hessian is not positive definite any more
+    factor = torch.linalg.cholesky(hessian.double())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     for first in range(0, columns, block):
         last = min(first + block, columns)
         errors = torch.zeros(len(weight), last - first)
