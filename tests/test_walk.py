@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from mopcompress.compress import METHODS
+from mopcompress.compress.targets import chosen
 from mopcompress.compress.walk import Compression, compress_model
 from mopcompress.errors import DataError, NumericalError
 
@@ -154,6 +155,12 @@ def test_progress_is_told_every_row_as_it_is_returned():
         (["Linear"], ["re:.*(attn|up)", r"re:model\.layers\.[0-2]\."], ["3.gate_proj", "3.down_proj"]),
         (["Linear"], ["model.layers.3.mlp.up_proj", "re:.*[0-2]", "re:.*attn"], ["3.gate_proj", "3.down_proj"]),
         (["re:.*"], ["lm_head"], [f"{block}.{name}" for block in range(4) for name in LINEARS]),
+        (
+            ["model.layers.2", r"re:model\.layers\.0$"],
+            ["model.layers.2.mlp"],
+            [*(f"0.{name}" for name in LINEARS), *(f"2.{name}" for name in LINEARS[:4])],
+        ),
+        ([r"re:.*(?<!down_proj)$"], [r"re:.*layers\.[0-2]"], [f"3.{name}" for name in LINEARS[:-1]]),
     ],
 )
 def test_targets_and_ignore_choose_linears(targets, ignore, expected):
@@ -168,10 +175,28 @@ def test_targets_and_ignore_choose_linears(targets, ignore, expected):
     assert changed == {f"{row.name}.weight" for row in rows}
 
 
-@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj"], ["re:q_proj"]])
-def test_targets_that_match_no_linear_of_a_block_are_an_error(targets):
-    with pytest.raises(DataError, match="no linear"):
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj"], ["re:q_proj"], ["Linear", "model.layers.9"], ["re:.*9$"]])
+def test_a_target_that_means_no_linear_of_a_block_is_an_error_that_names_it(targets):
+    with pytest.raises(DataError, match="no linear of the decoder blocks matches") as caught:
         compress_model(tiny_model(), TOKENS, compression(targets=targets))
+    assert repr(targets[-1]) in str(caught.value)
+
+
+def test_the_error_for_a_target_knows_the_nearest_name():
+    with pytest.raises(DataError, match=r"'model.layer.0.mlp.up_proj'; did you mean model\.layers\.0\.mlp\.up_proj"):
+        compress_model(tiny_model(), TOKENS, compression(targets=["model.layer.0.mlp.up_proj"]))
+
+
+def test_when_all_is_ignored_nothing_is_left():
+    with pytest.raises(DataError, match="no linear is left"):
+        compress_model(tiny_model(), TOKENS, compression(ignore=["model.layers"]))
+
+
+def test_a_linear_belongs_to_the_first_target_that_means_it():
+    names = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    found = chosen(names, ["re:.*up$", "layers.1", "Linear"], ["layers.0.up"])
+    assert found == {"layers.0.down": 2, "layers.1.up": 0, "layers.1.down": 1}
+    assert list(found) == names[1:]
 
 
 # --- when it goes wrong
@@ -210,9 +235,9 @@ class Routed(nn.Module):
 
     def forward(self, hidden):
         flat, result = hidden.flatten(0, -2), torch.empty_like(hidden).flatten(0, -2)
-        for linear, chosen in ((self.up, flat[:, 0] > 0), (self.down, flat[:, 0] <= 0)):
-            if bool(chosen.any()):
-                result[chosen] = linear(flat[chosen])
+        for linear, taken in ((self.up, flat[:, 0] > 0), (self.down, flat[:, 0] <= 0)):
+            if bool(taken.any()):
+                result[taken] = linear(flat[taken])
         return result.view_as(hidden)
 
 

@@ -6,7 +6,6 @@ every sub-layer is computed exactly once. SparseGPT's released code and llm-comp
 calibrate all linears of a block on that block's dense weights.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mopcompress.compress import METHODS, Solved
-from mopcompress.errors import DataError, MopError, NumericalError
+from mopcompress.compress.targets import chosen
+from mopcompress.errors import MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 
 Linear = nn.Linear | Conv1D
@@ -46,10 +46,6 @@ class Compression:
     targets: Sequence[str] = ("Linear",)
     ignore: Sequence[str] = ()
 
-    def goes_to(self, name: str) -> bool:
-        """Whether the linear with this dotted name is compressed."""
-        return _matches(name, self.targets) and not _matches(name, self.ignore)
-
 
 def compress_model(
     model: LanguageModel,
@@ -60,23 +56,24 @@ def compress_model(
 ) -> list[LayerRow]:
     """Compress the linears of all decoder blocks in place; embeddings and head are never touched.
 
-    Raises `DataError` when no linear matches, `NumericalError` naming the layer when its calibration is beyond repair.
+    Raises `DataError` when a target means no linear, `NumericalError` naming the layer when its calibration is beyond
+    repair.
     """
-    prefix = model.blocks_prefix()
-    chosen = [
+    every = [
         {
-            linear: f"{prefix}.{index}.{name}"
+            linear: f"{model.blocks_prefix()}.{index}.{name}"
             for name, linear in block.named_modules()
-            if isinstance(linear, Linear) and compression.goes_to(f"{prefix}.{index}.{name}")
+            if isinstance(linear, Linear)
         }
         for index, block in enumerate(model.blocks)
     ]
-    if not any(chosen):
-        raise DataError(f"no linear of the model matches targets {list(compression.targets)}; try [Linear]")
+    names = [name for linears in every for name in linears.values()]
+    wanted = chosen(names, compression.targets, compression.ignore)
+    blocks = [{linear: name for linear, name in linears.items() if name in wanted} for linears in every]
     rows: list[LayerRow] = []
     hidden = None
     with torch.inference_mode():
-        for index, linears in enumerate(chosen):
+        for index, linears in enumerate(blocks):
             with noting_inputs(linears) as first_inputs:
                 model.through(tokens[:1, :1], None if hidden is None else hidden[:1, :1], index)
             alone = [[linear] for linear in linears if linear not in first_inputs]  # such as experts of another token
@@ -86,7 +83,7 @@ def compress_model(
             if missed:
                 raise NumericalError(f"{linears[missed.pop()]}: no calibration token reached it; use other text")
             for linear, solved, seconds in settled:
-                rows.append(_row(linears[linear], index, len(chosen), linear, solved, seconds))
+                rows.append(_row(linears[linear], index, len(blocks), linear, solved, seconds))
                 progress(rows[-1])
     return rows
 
@@ -170,13 +167,4 @@ def _row(name: str, block: int, blocks: int, linear: Linear, solved: Solved, sec
         zeros=int((linear.weight == 0).sum()),
         escalations=solved.escalations,
         seconds=seconds,
-    )
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(
-        re.match(pattern[3:], name) or re.match(pattern[3:], f"{name}.weight")
-        if pattern.startswith("re:")
-        else pattern in {"Linear", "__ALL__", name, f"{name}.weight"}
-        for pattern in patterns
     )
