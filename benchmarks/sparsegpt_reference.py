@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mopcompress.compress.walk import Compression, compress_model
+from mopcompress.compress.compression import Compression
+from mopcompress.compress.walk import compress_model
 from mopcompress.data.calibration import text_windows
 from mopcompress.models.checkpoint import load_model, resolve_model
 from mopcompress.models.language_model import LanguageModel
@@ -71,7 +72,7 @@ def perplexity(model: LanguageModel, windows: Tensor) -> float:
 
 
 def ours(model: LanguageModel, tokens: Tensor, ratio: float) -> None:
-    compress_model(model, tokens, Compression(method="sparsegpt", options={"sparsity": ratio}))
+    compress_model(model, tokens, [Compression(method="sparsegpt", options={"sparsity": ratio})])
 
 
 def reference(model: LanguageModel, tokens: Tensor, ratio: float) -> None:

@@ -275,6 +275,24 @@ def test_stacked_matrices_are_pruned_as_if_alone():
     assert_close(stacked, torch.cat(alone), **TIGHT)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_matrices_solved_together_may_each_have_its_own_share(method):
+    weight, inputs = problem(rows=9)
+    statistic = METHODS[method].statistic(inputs)
+    parts = weight.split([4, 5])
+    together = METHODS[method].solve_together(parts, statistic, sparsity=[0.3, 0.6])
+    for part, solved, share in zip(parts, together, (0.3, 0.6), strict=True):
+        assert_close(solved.weight, METHODS[method].solve(part, statistic, sparsity=share).weight, **TIGHT)
+
+
+def test_shares_must_be_one_for_all_or_one_a_matrix():
+    weight, inputs = problem(rows=9)
+    with pytest.raises(DataError, match="3 sparsities for 2 stacked matrices"):
+        sparsegpt(weight, gram_of(inputs), sparsity=[0.1, 0.2, 0.3], row_groups=[4, 5])
+    with pytest.raises(DataError, match=r"2:4 pattern removes 0\.5"):
+        sparsegpt(weight, gram_of(inputs), sparsity=[0.5, 0.6], pattern=(2, 4), row_groups=[4, 5])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_matrices_solved_together_are_solved_as_if_alone(method):
     weight, inputs = problem(rows=9)

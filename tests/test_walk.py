@@ -6,8 +6,9 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from mopcompress.compress import METHODS
+from mopcompress.compress.compression import Compression
 from mopcompress.compress.targets import chosen
-from mopcompress.compress.walk import Compression, compress_model
+from mopcompress.compress.walk import compress_model
 from mopcompress.errors import DataError, NumericalError
 
 TOKENS = random_tokens(6, 20)
@@ -21,7 +22,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def compression(method="sparsegpt", **changes):
-    return Compression(**{"method": method, "options": OPTIONS[method]} | changes)
+    return [Compression(**{"method": method, "options": OPTIONS[method]} | changes)]
 
 
 def linears(model):
@@ -113,7 +114,7 @@ def test_counts_are_exact_and_counted_afterwards(family, method):
 def test_a_pattern_holds_in_every_group():
     model = tiny_model()
     options = {"sparsity": 0.5, "pattern": (2, 4)}
-    compress_model(model, TOKENS, Compression(method="sparsegpt", options=options))
+    compress_model(model, TOKENS, compression(options=options))
     for linear in linears(model).values():
         assert bool(((linear.weight.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all())
 
@@ -253,3 +254,116 @@ def test_a_linear_that_no_token_reaches_is_an_error_that_names_it():
     model.blocks[1].mlp.spare = nn.Linear(32, 32)
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.spare: no calibration token"):
         compress_model(model, TOKENS, compression())
+
+
+# --- several compressions in one pass
+
+
+@torch.no_grad()
+def test_a_recipe_of_several_compressions_is_one_pass_of_each_linear_in_turn():
+    steps = [*compression("sparsegpt", ignore=["re:.*o_proj"]), *compression("gptq", targets=["re:.*[qo]_proj"])]
+    steps[1].options["keep_zeros"] = True
+    fast, slow = tiny_model(), tiny_model()
+    fast.network.double()
+    slow.network.double()
+    compress_model(fast, TOKENS, steps)
+    for name, linear in linears(slow).items():
+        inputs = input_of(slow, linear)
+        for step in steps:
+            if name in chosen(list(linears(slow)), step.targets, step.ignore):
+                gram = inputs.T @ inputs / len(inputs)
+                linear.weight.copy_(METHODS[step.method].solve(linear.weight.clone(), gram, **step.options).weight)
+    for name, linear in linears(fast).items():
+        assert_close(linear.weight, linears(slow)[name].weight, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_tells_what_was_done_and_counts_what_the_last_one_left():
+    steps = [*compression("sparsegpt"), *compression("gptq", targets=["re:.*q_proj"])]
+    steps[1].options["keep_zeros"] = True
+    model = tiny_model()
+    rows = compress_model(model, TOKENS, steps)
+    assert len(rows) == 28
+    for row in rows:
+        assert row.methods == (["sparsegpt", "gptq"] if "q_proj" in row.name else ["sparsegpt"])
+        assert row.zeros == int((linears(model)[row.name].weight == 0).sum()) >= round(0.4 * row.weights)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_every_linear_can_have_its_own_share(method):
+    model = tiny_model()
+    shares = {name: 0.1 + 0.02 * number for number, name in enumerate(linears(model))}
+    for row in compress_model(model, TOKENS, compression(method, options={"sparsity": shares})):
+        outs, ins = linears(model)[row.name].weight.shape
+        share = shares[row.name]
+        assert row.zeros == (outs * round(share * ins) if method == "wanda" else round(share * outs * ins))
+
+
+def test_a_share_a_target():
+    options = {"sparsity": (0.25, 0.5)}
+    targets = ["re:.*mlp", "re:.*[qk]_proj"]
+    for row in compress_model(tiny_model(), TOKENS, compression(options=options, targets=targets)):
+        assert row.zeros == round((0.25 if "mlp" in row.name else 0.5) * row.weights)
+
+
+def test_a_linear_without_a_share_is_named():
+    shares = {name: 0.5 for name in linears(tiny_model()) if name != "model.layers.2.mlp.up_proj"}
+    with pytest.raises(DataError, match=r"no sparsity is given for model\.layers\.2\.mlp\.up_proj"):
+        compress_model(tiny_model(), TOKENS, compression(options={"sparsity": shares}))
+
+
+# --- matching the dense model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "gptq"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_matched_linear_starts_from_the_least_squares_fit_of_dense_outputs(family, method):
+    fast, slow, dense = (tiny_model(family) for _ in range(3))
+    for model in (fast, slow, dense):
+        model.network.double()
+    compress_model(fast, TOKENS, compression(method, match_dense=0.7))
+    for name, linear in linears(slow).items():
+        weight, there, here = weight_of(linear), input_of(dense, linears(dense)[name]), input_of(slow, linear)
+        # min over V of |W x_dense - V x|² + ridge |V - W|², as one least-squares problem with the ridge as more rows
+        ridge = (0.01 * here.square().mean()) ** 0.5 * len(here) ** 0.5
+        left = torch.cat([here, ridge * torch.eye(here.shape[1])])
+        right = torch.cat([there @ weight.T, ridge * weight.T])
+        best = torch.linalg.lstsq(left, right).solution.T
+        target = weight + 0.7 * (best - weight)
+        statistic = None if method == "magnitude" else here.T @ here / len(here)
+        weight.copy_(METHODS[method].solve(target, statistic, **OPTIONS[method]).weight)
+    for name, linear in linears(fast).items():
+        expected = weight_of(linears(slow)[name])
+        assert_close(weight_of(linear), expected, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_before_anything_is_compressed_matching_changes_nothing():
+    first = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    models = [tiny_model(), tiny_model()]
+    for model, share in zip(models, (0.0, 1.0), strict=True):
+        compress_model(model, TOKENS, compression(targets=first, match_dense=share))
+    for name in first:
+        assert torch.equal(linears(models[0])[name].weight, linears(models[1])[name].weight)
+
+
+@torch.no_grad()
+def test_matching_brings_the_compressed_model_closer_to_the_dense_one():
+    dense, tokens = tiny_model(), random_tokens(64, 20)
+    wanted = dense.network(input_ids=tokens).logits
+    errors = []
+    for share in (0.0, 1.0):
+        model = tiny_model()
+        compress_model(model, tokens, compression(match_dense=share))
+        errors.append(float((model.network(input_ids=tokens).logits - wanted).square().mean()))
+    assert errors[1] < errors[0]
+
+
+def test_what_only_some_tokens_reach_keeps_its_own_outputs():
+    routed = [tiny_model(), tiny_model()]
+    for model, share in zip(routed, (0.0, 1.0), strict=True):
+        torch.manual_seed(0)
+        model.blocks[3].mlp = Routed(32).requires_grad_(False)
+        names = ["model.layers.3.mlp.up", "model.layers.3.mlp.down"]
+        compress_model(model, TOKENS, [*compression(targets=names, match_dense=share)])
+    for name in names:
+        assert torch.equal(linears(routed[0])[name].weight, linears(routed[1])[name].weight)

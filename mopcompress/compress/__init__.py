@@ -33,9 +33,15 @@ class Method:
         return seen.mean()
 
     def solve_together(self, weights: Sequence[Tensor], statistic: Tensor | None, **options: Any) -> list[Solved]:
-        """Compress matrices that share their inputs in one go: the same result as one by one, but faster."""
+        """Compress matrices that share their inputs in one go: the same result as one by one, but faster.
+
+        `sparsity`, for methods that have it, may be one share a matrix.
+        """
         if not self.stacks:
-            return [self.solve(weight, statistic, **options) for weight in weights]
+            share = options.get("sparsity")
+            own = [{"sparsity": one} for one in share] if isinstance(share, Sequence) else [{}] * len(weights)
+            pairs = zip(weights, own, strict=True)
+            return [self.solve(weight, statistic, **options | mine) for weight, mine in pairs]
         sizes = [len(weight) for weight in weights]
         stack = self.solve(torch.cat(list(weights)), statistic, row_groups=sizes, **options)
         return [Solved(weight, stack.escalations) for weight in torch.split(stack.weight, sizes)]

@@ -41,11 +41,16 @@ def n_of_m(scores: Float[Tensor, "rows columns"], n: int, m: int) -> Bool[Tensor
     return _lowest_in_rows(scores.reshape(-1, m), n).reshape(scores.shape)
 
 
-def check_pattern(sparsity: float, pattern: tuple[int, int] | None) -> None:
+def check_pattern(sparsity: float | Sequence[float], pattern: tuple[int, int] | None) -> None:
     """Raise `DataError` when a pattern that fixes the sparsity is asked for together with another sparsity."""
-    if pattern is not None and not math.isclose(sparsity, pattern[0] / pattern[1], abs_tol=0.01):  # 1:3 as 0.33
-        n, m = pattern
-        raise DataError(f"a {n}:{m} pattern removes {n / m:g} of the weights, not {sparsity:g}; set sparsity {n / m:g}")
+    if pattern is None:
+        return
+    n, m = pattern
+    for share in sparsity if isinstance(sparsity, Sequence) else [sparsity]:
+        if not math.isclose(share, n / m, abs_tol=0.01):  # 1:3 as 0.33
+            raise DataError(
+                f"a {n}:{m} pattern removes {n / m:g} of the weights, not {share:g}; set sparsity {n / m:g}"
+            )
 
 
 def groups_of_rows(weight: Float[Tensor, "out in"], row_groups: Sequence[int] | None) -> list[slice]:
@@ -55,6 +60,15 @@ def groups_of_rows(weight: Float[Tensor, "out in"], row_groups: Sequence[int] | 
         raise DataError(f"row groups {sizes} do not add up to the {len(weight)} rows of the stacked weight")
     ends = np.cumsum(sizes).tolist()
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def share_of_each(sparsity: float | Sequence[float], groups: Sequence[slice]) -> list[float]:
+    """The sparsity of each matrix in a stack: one for all, or one a matrix."""
+    if not isinstance(sparsity, Sequence):
+        return [sparsity] * len(groups)
+    if len(sparsity) != len(groups):
+        raise DataError(f"{len(sparsity)} sparsities for {len(groups)} stacked matrices; give one, or one a matrix")
+    return list(sparsity)
 
 
 def _lowest_in_rows(scores: Float[Tensor, "rows columns"], count: int) -> Bool[Tensor, "rows columns"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.compress.feedback import Reject, inverse_factor, sweep
-from mopcompress.compress.masks import check_pattern, groups_of_rows, lowest_count, n_of_m
+from mopcompress.compress.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, share_of_each
 from mopcompress.compress.solved import Solved
 
 
@@ -19,7 +19,7 @@ def sparsegpt(
     weight: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
     *,
-    sparsity: float,
+    sparsity: float | Sequence[float],
     pattern: tuple[int, int] | None = None,
     block_size: int = 128,
     damping: float = 0.01,
@@ -31,7 +31,7 @@ def sparsegpt(
     The mask is chosen for `block_size` columns at a time; with `pattern` (n, m) for m columns, n in each row. The share
     of every block is rounded cumulatively, so that the whole is exact. Inputs that never fire go first. `keep_zeros`
     keeps the zeros that are there; they count. `row_groups` are the row counts of matrices stacked in `weight` because
-    they share their inputs: each gets its own mask with its own exact count.
+    they share their inputs: each gets its own mask with its own exact count; `sparsity` may then be one share a matrix.
     """
     check_pattern(sparsity, pattern)
     if pattern:
@@ -40,7 +40,10 @@ def sparsegpt(
     salience = factor.upper.diagonal().masked_fill(gram.diagonal() == 0, torch.inf)
     groups = groups_of_rows(weight, row_groups)
     zeros = weight.T == 0 if keep_zeros else None
-    quotas = [] if pattern else [_quotas(weight[rows], sparsity, block_size, keep_zeros) for rows in groups]
+    quotas = []
+    if not pattern:
+        shares = share_of_each(sparsity, groups)
+        quotas = [_quotas(weight[g], share, block_size, keep_zeros) for g, share in zip(groups, shares, strict=True)]
 
     def settle(first: int, panel: Tensor) -> Reject:
         here = slice(first, first + len(panel))

@@ -9,6 +9,7 @@ from torch import Tensor
 from mopcompress.errors import NumericalError
 
 _PANELS = 8  # column panels of the Gram matrix: its upper triangle then costs 9/16 of the whole product
+_CHUNK = 4096  # tokens whose difference is held at a time
 
 
 class Statistic(Protocol):
@@ -79,6 +80,20 @@ class InputGram:
         """The symmetric mean. Raises `NumericalError` when there were no tokens."""
         upper = _seen(self._upper, self._tokens).triu() / self._tokens
         return upper + upper.triu(1).T
+
+
+def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"]) -> Float[Tensor, "in in"]:
+    """Mean of (x_dense - x) xᵀ: how the inputs of a layer moved since the layers before it were compressed.
+
+    Raises `NumericalError` when an input is not finite.
+    """
+    inputs = _at_least_float32(inputs)
+    drift = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+    for here, there in zip(inputs.split(_CHUNK), dense.split(_CHUNK), strict=True):
+        drift.addmm_((_at_least_float32(there) - here).T, here)
+    if not bool(drift.sum().isfinite()):
+        raise NumericalError("the dense model's layer inputs are not finite on the calibration data; use other text")
+    return drift / len(inputs)
 
 
 def _at_least_float32(inputs: Tensor) -> Tensor:

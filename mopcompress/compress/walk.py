@@ -3,7 +3,11 @@
 All calibration tokens enter a block together, and every linear is compressed *when its input arrives*, before it gives
 an output. So each linear is calibrated on the compressed ones before it, inside the block too (true-sequential), and
 every sub-layer is computed exactly once. SparseGPT's released code and llm-compressor run every block twice, and
-calibrate all linears of a block on that block's dense weights.
+calibrate all linears of a block on that block's dense weights. Several compressions of a linear, such as pruning and
+then rounding, follow each other on the same statistic: a whole recipe is one pass.
+
+Only when a compression asks to match the dense model (see `target`) do the dense hidden states walk along, and every
+block is run twice: dense, where the inputs of its linears are noted, then compressed.
 """
 
 import time
@@ -12,16 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mopcompress.compress import METHODS, Solved
-from mopcompress.compress.targets import chosen
+from mopcompress.compress.compression import Compression, Step, solve_in_turn, steps_of
+from mopcompress.compress.solved import Solved
 from mopcompress.errors import MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 
 Linear = nn.Linear | Conv1D
+Names = dict[Linear, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +36,25 @@ class LayerRow:
     name: str
     block: int
     blocks: int
+    methods: Sequence[str]  # in the order in which they were applied
     weights: int
     zeros: int
     escalations: int  # how often the damping had to be raised; 0 when the Gram matrix was well-conditioned
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compression:
-    """A method with its settings, and the linears that it goes to (SparseML's `targets` and `ignore`)."""
+@dataclass(frozen=True)
+class Hidden:
+    """What enters a block: from the compressed blocks below, and from the dense ones when they are to be matched."""
 
-    method: str
-    options: dict[str, object]  # the keyword arguments of the method's function
-    targets: Sequence[str] = ("Linear",)
-    ignore: Sequence[str] = ()
+    compressed: Float[Tensor, "samples time hidden"] | None = None  # None: nothing ran yet
+    dense: Float[Tensor, "samples time hidden"] | None = None
 
 
 def compress_model(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
-    compression: Compression,
+    compressions: Sequence[Compression],
     *,
     progress: Callable[[LayerRow], None] = lambda row: None,
 ) -> list[LayerRow]:
@@ -59,33 +63,65 @@ def compress_model(
     Raises `DataError` when a target means no linear, `NumericalError` naming the layer when its calibration is beyond
     repair.
     """
-    every = [
-        {
-            linear: f"{model.blocks_prefix()}.{index}.{name}"
-            for name, linear in block.named_modules()
-            if isinstance(linear, Linear)
-        }
-        for index, block in enumerate(model.blocks)
-    ]
-    names = [name for linears in every for name in linears.values()]
-    wanted = chosen(names, compression.targets, compression.ignore)
-    blocks = [{linear: name for linear, name in linears.items() if name in wanted} for linears in every]
+    steps = planned(model, compressions)
     rows: list[LayerRow] = []
-    hidden = None
-    with torch.inference_mode():
-        for index, linears in enumerate(blocks):
-            with noting_inputs(linears) as first_inputs:
-                model.through(tokens[:1, :1], None if hidden is None else hidden[:1, :1], index)
-            alone = [[linear] for linear in linears if linear not in first_inputs]  # such as experts of another token
-            with compressing_on_arrival(linears, [*_sharing(first_inputs), *alone], compression) as settled:
-                hidden = model.through(tokens, hidden, index)
-            missed = set(linears) - {linear for linear, _, _ in settled}
-            if missed:
-                raise NumericalError(f"{linears[missed.pop()]}: no calibration token reached it; use other text")
-            for linear, solved, seconds in settled:
-                rows.append(_row(linears[linear], index, len(blocks), linear, solved, seconds))
-                progress(rows[-1])
+    hidden = Hidden()
+    for index in range(len(model.blocks)):
+        hidden, done = compress_block(model, tokens, hidden, index, steps)
+        for row in done:
+            rows.append(row)
+            progress(row)
     return rows
+
+
+def planned(model: LanguageModel, compressions: Sequence[Compression]) -> list[Step]:
+    """Which linears each compression goes to. Raises `DataError` when a target means no linear of the blocks."""
+    names = [name for index in range(len(model.blocks)) for name in linears_of(model, index).values()]
+    return steps_of(compressions, names)
+
+
+def linears_of(model: LanguageModel, index: int) -> Names:
+    """The linears of a block, with their dotted names."""
+    prefix = f"{model.blocks_prefix()}.{index}"
+    return {
+        linear: f"{prefix}.{name}" for name, linear in model.blocks[index].named_modules() if isinstance(linear, Linear)
+    }
+
+
+@torch.inference_mode()
+def compress_block(
+    model: LanguageModel,
+    tokens: Int[Tensor, "samples time"],
+    hidden: Hidden,
+    index: int,
+    steps: Sequence[Step],
+) -> tuple[Hidden, list[LayerRow]]:
+    """Compress block `index` in place; returns what enters the next one, and a row for every compressed linear."""
+    names = {
+        linear: name for linear, name in linears_of(model, index).items() if any(name in step.place for step in steps)
+    }
+    entering, dense = hidden.compressed, hidden.dense
+    with noting_inputs(names) as first_inputs:
+        model.through(tokens[:1, :1], None if entering is None else entering[:1, :1], index)
+    alone = [[linear] for linear in names if linear not in first_inputs]  # such as experts of another token
+    groups = [*_sharing(first_inputs), *alone]
+    dense_inputs: dict[Linear, Tensor] = {}
+    if any(step.compression.match_dense for step in steps):
+        matched = [group[0] for group in groups if any(_is_matched(names[one], steps) for one in group)]
+        with noting_inputs(matched) as dense_inputs:
+            dense = model.through(tokens, dense, index)
+        # tokens are paired by position: what only some of them reach, such as an expert, keeps its own outputs
+        dense_inputs = {one: value for one, value in dense_inputs.items() if value[..., 0].numel() == tokens.numel()}
+    with compressing_on_arrival(names, groups, dense_inputs, steps) as settled:
+        entering = model.through(tokens, entering, index)
+    missed = names.keys() - {linear for linear, _, _ in settled}
+    if missed:
+        raise NumericalError(f"{names[missed.pop()]}: no calibration token reached it; use other text")
+    rows = [
+        _row(names[linear], index, len(model.blocks), steps, linear, solved, seconds)
+        for linear, solved, seconds in settled
+    ]
+    return Hidden(entering, dense), rows
 
 
 Settled = list[tuple[Linear, Solved, float]]
@@ -101,10 +137,15 @@ def noting_inputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
 
 @contextmanager
 def compressing_on_arrival(
-    names: Mapping[Linear, str], groups: Sequence[Sequence[Linear]], compression: Compression
+    names: Names,
+    groups: Sequence[Sequence[Linear]],
+    dense_inputs: dict[Linear, Tensor],
+    steps: Sequence[Step],
 ) -> Iterator[Settled]:
-    """Inside the block, the linears of a group are compressed when the input that they share arrives at the first."""
-    method = METHODS[compression.method]
+    """Inside the block, the linears of a group are compressed when the input that they share arrives at the first.
+
+    `dense_inputs` has a group's dense input under its first linear, and is emptied on the way.
+    """
     waiting = {linear: group for group in groups for linear in group}
     settled: Settled = []
 
@@ -113,13 +154,16 @@ def compressing_on_arrival(
         if group is None:
             return
         start = time.perf_counter()
+        dense = dense_inputs.pop(group[0], None)
+        paired = None if dense is None or dense.shape != inputs.shape else dense.flatten(0, -2)
+        weights = {names[one]: _weight(one) for one in group}
         try:
-            statistic = method.statistic(inputs.flatten(0, -2))
-            solutions = method.solve_together([_weight(one) for one in group], statistic, **compression.options)
+            solutions = solve_in_turn(weights, inputs.flatten(0, -2), paired, steps)
         except MopError as error:
             raise type(error)(f"{names[linear]}: {error}") from error
         seconds = (time.perf_counter() - start) / len(group)
-        for one, solved in zip(group, solutions, strict=True):
+        for one in group:
+            solved = solutions[names[one]]
             _weight(one).copy_(solved.weight)
             settled.append((one, solved, seconds))
             del waiting[one]
@@ -141,12 +185,16 @@ def _before(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) 
             handle.remove()
 
 
-def _sharing(inputs: dict[Linear, Tensor]) -> list[list[Linear]]:
+def _sharing(inputs: Mapping[Linear, Tensor]) -> list[list[Linear]]:
     """Linears that were given the very same tensor, such as q, k and v: one Gram matrix and one sweep serve them."""
     groups: dict[int, list[Linear]] = {}
     for linear, value in inputs.items():
         groups.setdefault(id(value), []).append(linear)
     return list(groups.values())
+
+
+def _is_matched(name: str, steps: Sequence[Step]) -> bool:
+    return any(step.compression.match_dense and name in step.place for step in steps)
 
 
 def _nothing(_result: object) -> None:
@@ -158,11 +206,20 @@ def _weight(linear: Linear) -> Tensor:
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
-def _row(name: str, block: int, blocks: int, linear: Linear, solved: Solved, seconds: float) -> LayerRow:
+def _row(
+    name: str,
+    block: int,
+    blocks: int,
+    steps: Sequence[Step],
+    linear: Linear,
+    solved: Solved,
+    seconds: float,
+) -> LayerRow:
     return LayerRow(
         name=name,
         block=block,
         blocks=blocks,
+        methods=[step.compression.method for step in steps if name in step.place],
         weights=linear.weight.numel(),
         zeros=int((linear.weight == 0).sum()),
         escalations=solved.escalations,

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mopcompress import artifact
-from mopcompress.compress.walk import Compression, LayerRow, compress_model
+from mopcompress.compress.compression import Compression
+from mopcompress.compress.walk import LayerRow, compress_model
 from mopcompress.errors import DataError, QualityGateError, StorageError
 from mopcompress.models.checkpoint import (
     check_output,
@@ -66,21 +67,20 @@ def compress_into(
 ) -> dict[str, Any]:
     """Compress a loaded model, in place, and publish it as a folder."""
     start = time.perf_counter()
-    solved: list[LayerRow] = []
-    for modifier in modifiers:
-        solved += compress_model(model, tokens, compression_of(modifier), progress=_told(progress, modifier.method))
+    method = "+".join(modifier.method for modifier in modifiers)
+    compressions = [compression_of(modifier) for modifier in modifiers]
+    rows = compress_model(model, tokens, compressions, progress=_told(progress, method))
     seconds = time.perf_counter() - start
-    fallbacks = sum(row.escalations > 0 for row in solved)
-    if fallbacks > recipe.run.max_fallback * len(solved):
+    fallbacks = sum(row.escalations > 0 for row in rows)
+    if fallbacks > recipe.run.max_fallback * len(rows):
         raise QualityGateError(
-            f"{fallbacks} of {len(solved)} matrices needed more damping than asked for, --max-fallback allows "
+            f"{fallbacks} of {len(rows)} matrices needed more damping than asked for, --max-fallback allows "
             f"{recipe.run.max_fallback:g} of them; calibrate on more tokens, or allow it"
         )
-    rows = list({row.name: row for row in solved}.values())  # a matrix counts once, as the last modifier left it
     weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
     facts: dict[str, Any] = {
         "kind": "compressed model",
-        "method": "+".join(modifier.method for modifier in modifiers),
+        "method": method,
         "base": {"folder": str(source), "sha256": weights_hash(source)},
         "weights": weights,
         "zeros": zeros,

@@ -1,0 +1,119 @@
+"""What is to be done to which linears, and doing it to linears that share their inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mopcompress.compress import METHODS, Method, Solved
+from mopcompress.compress.statistics import Statistic, input_drift
+from mopcompress.compress.target import toward_dense
+from mopcompress.compress.targets import chosen
+from mopcompress.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """A method with its settings, and the linears that it goes to (SparseML's `targets` and `ignore`)."""
+
+    method: str
+    options: Mapping[str, object]  # the keyword arguments of the method's function; see `Step.options_for`
+    targets: Sequence[str] = ("Linear",)
+    ignore: Sequence[str] = ()
+    match_dense: float = 0.0  # share of the way from the linear's own outputs (0) to the dense model's (1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A compression, and the linears of this model that it goes to, each with the place of the target that means it."""
+
+    compression: Compression
+    place: Mapping[str, int]
+
+    def options_for(self, names: Sequence[str]) -> dict[str, object]:
+        """The settings for linears that are solved together; `sparsity` may be one share a linear or one a target.
+
+        Raises `DataError` for a linear that has none.
+        """
+        options = dict(self.compression.options)
+        shares = options.get("sparsity")
+        if isinstance(shares, Mapping):
+            missing = [name for name in names if name not in shares]
+            if missing:
+                raise DataError(f"no sparsity is given for {missing[0]}; name every linear that is compressed")
+            return options | {"sparsity": [shares[name] for name in names]}
+        if isinstance(shares, Sequence):
+            return options | {"sparsity": [shares[self.place[name]] for name in names]}
+        return options
+
+
+def steps_of(compressions: Sequence[Compression], names: Sequence[str]) -> list[Step]:
+    """Which of a model's linears each compression goes to. Raises `DataError` when a target means none of them."""
+    return [Step(one, chosen(names, one.targets, one.ignore)) for one in compressions]
+
+
+def solve_in_turn(
+    weights: Mapping[str, Float[Tensor, "_ in"]],
+    inputs: Float[Tensor, "tokens in"],
+    dense_inputs: Float[Tensor, "tokens in"] | None,
+    steps: Sequence[Step],
+) -> dict[str, Solved]:
+    """Compress linears that share `inputs`, each by those steps that go to it, one after the other.
+
+    The inputs are looked at once, whatever the number of linears and steps. Before its first step a
+    linear is moved towards the dense model, as far as any of them asks: later ones then keep to what became of that.
+    """
+    statistics = _Statistics(inputs)
+    solved = {name: Solved(weight) for name, weight in weights.items()}
+    if dense_inputs is not None:
+        solved |= _moved_towards_dense(weights, statistics, input_drift(inputs, dense_inputs), steps)
+    for step in steps:
+        names = [name for name in weights if name in step.place]
+        if not names:
+            continue
+        method = METHODS[step.compression.method]
+        together = method.solve_together(
+            [solved[name].weight for name in names],
+            statistics.of(method),
+            **step.options_for(names),
+        )
+        for name, one in zip(names, together, strict=True):
+            solved[name] = replace(one, escalations=solved[name].escalations + one.escalations)
+    return solved
+
+
+def _moved_towards_dense(
+    weights: Mapping[str, Tensor], statistics: "_Statistics", drift: Tensor, steps: Sequence[Step]
+) -> dict[str, Solved]:
+    """Those linears of which a step asks it; equal wishes are granted together."""
+    wishes: dict[tuple[float, bool], list[str]] = {}
+    for name in weights:
+        going = [step.compression for step in steps if name in step.place]
+        share = max(one.match_dense for one in going)
+        if share:
+            keep_zeros = any(one.options.get("keep_zeros") is True for one in going)
+            wishes.setdefault((share, keep_zeros), []).append(name)
+    moved: dict[str, Solved] = {}
+    for (share, keep_zeros), names in wishes.items():
+        gram = statistics.of(METHODS["sparsegpt"])
+        assert gram is not None  # for mypy: other methods need no statistic
+        stack = torch.cat([weights[name] for name in names])
+        target = toward_dense(stack, gram, drift, share=share, keep_zeros=keep_zeros)
+        parts = torch.split(target.weight, [len(weights[name]) for name in names])
+        moved |= {name: Solved(part, target.escalations) for name, part in zip(names, parts, strict=True)}
+    return moved
+
+
+class _Statistics:
+    """Each statistic of the inputs, computed when it is first asked for: methods share it when they can."""
+
+    def __init__(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        self._inputs = inputs
+        self._known: dict[Callable[[], Statistic], Tensor | None] = {}
+
+    def of(self, method: Method) -> Tensor | None:
+        if method.accumulator not in self._known:
+            self._known[method.accumulator] = method.statistic(self._inputs)
+        return self._known[method.accumulator]

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mopcompress.compress.statistics import input_drift
+from mopcompress.compress.target import toward_dense
+from mopcompress.errors import NumericalError
+
+
+def problem(*, tokens=200, size=12, seed=0):
+    """A weight, inputs, and the dense inputs that they drifted from."""
+    seeded = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=seeded, dtype=torch.float64)
+    dense = torch.randn(tokens, size, generator=seeded, dtype=torch.float64) @ mix
+    inputs = dense + 0.5 * torch.randn(tokens, size, generator=seeded, dtype=torch.float64) @ mix
+    return torch.randn(7, size, generator=seeded, dtype=torch.float64), inputs, dense
+
+
+def gram_of(inputs):
+    return inputs.T @ inputs / len(inputs)
+
+
+def least_squares(weight, inputs, dense, free, ridge):
+    """Row by row, over the weights that are free: |w x_dense - v x|² + ridge |v - w|², the others zero."""
+    best = torch.zeros_like(weight)
+    for row in range(len(weight)):
+        kept = free[row]
+        left = torch.cat([inputs[:, kept] / len(inputs) ** 0.5, ridge**0.5 * torch.eye(int(kept.sum())).double()])
+        right = torch.cat([dense @ weight[row] / len(inputs) ** 0.5, ridge**0.5 * weight[row, kept]])
+        best[row, kept] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+    return best
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("zeros", [0.0, 0.5])
+def test_the_target_is_the_least_squares_fit_of_the_dense_outputs(zeros, share):
+    weight, inputs, dense = problem()
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < zeros] = 0
+    gram = gram_of(inputs)
+    best = least_squares(weight, inputs, dense, weight != 0, 0.01 * float(gram.diagonal().mean()))
+    found = toward_dense(weight, gram, input_drift(inputs, dense), share=share, keep_zeros=True).weight
+    assert_close(found, weight + share * (best - weight), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found == 0, weight == 0)
+
+
+def test_without_keeping_zeros_they_take_part():
+    weight, inputs, dense = problem()
+    weight[:, 3:] = 0
+    gram, everything = gram_of(inputs), torch.ones(weight.shape, dtype=torch.bool)
+    best = least_squares(weight, inputs, dense, everything, 0.01 * float(gram.diagonal().mean()))
+    found = toward_dense(weight, gram, input_drift(inputs, dense), share=1.0, keep_zeros=False).weight
+    assert_close(found, best, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_inputs_that_did_not_drift_ask_for_nothing(keep_zeros):
+    weight, inputs, _ = problem()
+    weight[0, 0] = 0
+    drift = input_drift(inputs, inputs.clone())
+    assert torch.equal(toward_dense(weight, gram_of(inputs), drift, share=1.0, keep_zeros=keep_zeros).weight, weight)
+
+
+def test_an_input_that_never_fires_keeps_its_weights():
+    weight, inputs, dense = problem()
+    inputs[:, 5] = 0
+    found = toward_dense(weight, gram_of(inputs), input_drift(inputs, dense), share=1.0, keep_zeros=False).weight
+    assert_close(found[:, 5], weight[:, 5])
+
+
+def test_how_the_drift_is_cut_into_pieces_does_not_matter():
+    _, inputs, dense = problem(tokens=9001)
+    assert_close(input_drift(inputs, dense), (dense - inputs).T @ inputs / 9001)
+
+
+def test_dense_inputs_that_are_not_finite_are_refused():
+    _, inputs, dense = problem()
+    dense[3, 4] = torch.inf
+    with pytest.raises(NumericalError, match="dense"):
+        input_drift(inputs, dense)
