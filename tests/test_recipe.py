@@ -232,7 +232,9 @@ def test_a_copy_changes_the_share_and_nothing_else(write):
 def test_a_copy_is_checked_too():
     with pytest.raises(RecipeError, match=r"sparsity: mask_structure 2:4 removes a share of 0.5, found 0.85"):
         WandaPruningModifier(sparsity=0.5, mask_structure="2:4").with_sparsity(0.85)
-    with pytest.raises(RecipeError, match="num_bits: not less than or equal to 8, found 17"):
+    with pytest.raises(
+        RecipeError, match="num_bits: not one of 2, 3, 4, 8: no stock tool stores another width, found 17"
+    ):
         load_recipe(None).modifier_for("gptq").with_bits(17, 64)
 
 
@@ -251,7 +253,7 @@ def test_a_dumped_recipe_is_plain_and_loads_as_the_same(write):
 share = st.floats(0, 1, exclude_max=True)
 word = st.text(min_size=1, max_size=8).filter(lambda text: text.strip() and "\0" not in text and text.isascii())
 structure = st.sampled_from(["2:4", "4:8", "1:2", "0:0"])
-weights = st.fixed_dictionaries({"num_bits": st.integers(2, 8), "group_size": st.sampled_from([-1, 2, 64])})
+weights = st.fixed_dictionaries({"num_bits": st.sampled_from([2, 3, 4, 8]), "group_size": st.sampled_from([-1, 2, 64])})
 modifier = st.one_of(  # plain data: hypothesis forbids strategies to run type-checked code, which draws at random
     st.tuples(
         st.just("SparseGPTModifier"),
@@ -270,6 +272,7 @@ modifier = st.one_of(  # plain data: hypothesis forbids strategies to run type-c
 @settings(max_examples=60, deadline=None)
 @given(st.lists(modifier, min_size=1, max_size=4), word, st.lists(share, unique=True, max_size=3))
 def test_any_recipe_survives_dump_and_load(tmp_path_factory, modifiers, model, ratios):
+    modifiers.sort(key=lambda drawn: drawn[0] == "GPTQModifier")  # pruning comes before rounding
     tree = {f"{place}_stage": {"x_modifiers": {name: fields}} for place, (name, fields) in enumerate(modifiers)}
     path = tmp_path_factory.mktemp("dump") / "r.json"
     path.write_text(json.dumps(tree | {"run": {"model": model, "ratios": ratios}}))
@@ -326,6 +329,13 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         ("SparseGPTModifier", {"sparsity": 0.5, "mask_structure": "block_4"}, "not supported yet, found 'block_4'"),
         (
             "SparseGPTModifier",
+            {"sparsity": 0.5, "targets": ["Linear", "lm_head"]},
+            "targets[1]: embeddings and head are",
+        ),
+        ("SparseGPTModifier", {"sparsity": 0.5, "quantize": True}, "rounded by a GPTQModifier in a later stage"),
+        ("SparseGPTModifier", {"sparsity": "eval(target)"}, "expressions are not computed here; write the value"),
+        (
+            "SparseGPTModifier",
             {"sparsity": 0.5, "mask_structure": "0:0", "prunen": 2, "prunem": 4},
             "keep mask_structure",
         ),
@@ -347,12 +357,23 @@ def test_all_faults_come_at_once_each_with_its_place(write):
             {"scheme": "W4A61"},
             "W8A16 (others need config_groups), found 'W4A61'; did you mean 'W4A16'?",
         ),
-        ("GPTQModifier", {"scheme": "W8A8"}, "scheme: not one of W2A16"),
+        (
+            "GPTQModifier",
+            {"scheme": "W8A8"},
+            "scheme: rounds activations too, and here only weights are rounded; W8A16 does",
+        ),
+        ("GPTQModifier", {"scheme": "FP8_DYNAMIC"}, "scheme: has a floating-point grid"),
+        ("GPTQModifier", {"scheme": "w4a16_asym"}, "cannot load such a folder; W4A16 is symmetric"),
+        ("GPTQModifier", {"scheme": "W5A16"}, "a width that no stock tool stores; W4A16 and W8A16 have one"),
         ("GPTQModifier", {"scheme": {"W4A16": ["Linear"]}}, "scheme: not one of W2A16"),
         ("GPTQModifier", {"scheme": "W4A16", "config_groups": {"g": {}}}, "both given"),
-        ("GPTQModifier", {"scheme": "W4A16", "actorder": "group"}, "found 'group'"),
+        ("GPTQModifier", {"scheme": "W4A16", "actorder": "group"}, "found 'group'; did you mean 'static'?"),
         ("GPTQModifier", {"config_groups": {}}, "exactly one group is supported, found 0"),
-        ("GPTQModifier", {"scheme": "W4A16", "kv_cache_scheme": {}}, "kv_cache_scheme: not supported yet"),
+        (
+            "GPTQModifier",
+            {"scheme": "W4A16", "kv_cache_scheme": {}},
+            "kv_cache_scheme: the cache of keys and values is not rounded here; leave it out",
+        ),
         (
             "PromptRecoveryModifier",
             {"arm": "mpo"},
@@ -362,7 +383,7 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         ("PromptRecoveryModifier", {"prompt_learning_rate": 0}, "greater than 0, found 0"),
         ("PromptRecoveryModifier", {"warmup_fraction": 1.5}, "less than or equal to 1, found 1.5"),
         ("PromptRecoveryModifier", {"expert": 3}, "no such field; did you mean 'experts'?"),
-        ("SmoothQuantModifier", {}, "SmoothQuantModifier: no such modifier here"),
+        ("SmoothQuantModifier", {}, "SmoothQuantModifier: not done here: prepares the rounding of activations"),
     ],
 )
 def test_an_impossible_modifier_is_one_clear_line(write, modifier, fields, said):
@@ -375,19 +396,30 @@ def test_an_impossible_modifier_is_one_clear_line(write, modifier, fields, said)
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ({"num_bits": 1, "group_size": 64}, "weights.num_bits: not greater than or equal to 2, found 1"),
-        ({"num_bits": 17, "group_size": 64}, "weights.num_bits: not less than or equal to 8, found 17"),
-        ({"num_bits": 4}, "weights.strategy: required, but missing"),
+        (
+            {"num_bits": 1, "group_size": 64},
+            "weights.num_bits: not one of 2, 3, 4, 8: no stock tool stores another width, found 1; did you mean 2?",
+        ),
+        ({"num_bits": 5, "group_size": 64}, "found 5; did you mean 4?"),
+        ({"num_bits": 6, "group_size": 64}, "found 6; did you mean 8?"),
+        ({"num_bits": 17, "group_size": 64}, "found 17; did you mean 8?"),
+        ({"num_bits": 4}, "weights.strategy: not made here; write channel (one scale a row), or group"),
         (
             {"num_bits": 4, "strategy": "tensor"},
-            "weights.strategy: not 'group' or 'channel', found 'tensor'",
+            "weights.strategy: not made here; write channel (one scale a row), or group with a group_size",
         ),
         ({"num_bits": 4, "strategy": "group"}, "weights.group_size: strategy: group needs a group_size"),
         ({"num_bits": 4, "strategy": "channel", "group_size": 64}, "channel has one scale a row"),
-        ({"num_bits": 4, "strategy": "channel", "type": "float"}, "weights.type: not 'int', found 'float'"),
+        (
+            {"num_bits": 4, "strategy": "channel", "type": "float"},
+            "weights.type: floating-point grids (FP8, NVFP4) are not made here; write int",
+        ),
         ({"num_bits": 4, "strategy": "channel", "symmetric": False}, "weights.symmetric: asymmetric grids are not"),
         ({"num_bits": 4, "strategy": "channel", "dynamic": True}, "weights.dynamic: not False, found True"),
-        ({"num_bits": 4, "strategy": "channel", "observer": "mse"}, "weights.observer: not supported yet"),
+        (
+            {"num_bits": 4, "strategy": "channel", "observer": "ms"},
+            "mse, memoryless_mse, found 'ms'; did you mean 'mse'?",
+        ),
         (
             {"num_bit": 4, "num_bits": 4, "strategy": "channel"},
             "weights.num_bit: no such field; did you mean 'num_bits'?",
@@ -415,7 +447,10 @@ def test_contradictions_inside_gptq_are_named(write):
     aimed = {"config_groups": {"g": {"weights": group["weights"]}}, "targets": "re:.*up_proj"}
     assert load_recipe(write(in_group("GPTQModifier", aimed))).modifiers(GPTQModifier)[0].targets == ("re:.*up_proj",)
     activations = {"config_groups": {"g": group | {"input_activations": {"num_bits": 8}}}}
-    assert "input_activations: not supported yet" in faults(write(in_group("GPTQModifier", activations)))[0]
+    assert (
+        "input_activations: activations are not rounded here; leave it out"
+        in faults(write(in_group("GPTQModifier", activations)))[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -456,6 +491,12 @@ def test_contradictions_inside_gptq_are_named(write):
         ("a_stage: {m_modifiers: {WandaPruningModifier: {sparsity: 0.5}}, run_type: train}", "with run_type: oneshot"),
         ("a_stage: {m_modifiers: {PromptRecoveryModifier: {}}, run_type: oneshot}", "with run_type: train"),
         ("<<: {run: {}}\n", "<<: neither run: nor"),
+        ("a_stage: {m_modifiers: {WandaPruningModifier: {sparsity: 0.5}}, run_type: [train]}", "found ['train']"),
+        (
+            "a_stage: {m_modifiers: {GPTQModifier: {scheme: W4A16}}}\nb_stage: {m_modifiers: {WandaPruningModifier: "
+            "{sparsity: 0.5}}}",
+            "b_stage.m_modifiers.WandaPruningModifier: would change weights that the GPTQModifier of a_stage",
+        ),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(write, text, said):
@@ -547,7 +588,7 @@ def test_a_message_stays_on_its_line_whatever_the_recipe_is_called(write):
         ({"ratios": "half"}, "--ratios: 'half' is not a number"),
         ({"seeds": "0,-1"}, "--seeds: -1 is not greater than or equal to 0"),
         ({"seeds": "1.5"}, "--seeds: 1.5 is not a whole number"),
-        ({"bits": "4,17"}, "--bits: 17 is not less than or equal to 8"),
+        ({"bits": "4,17"}, "--bits: 17 is not one of 2, 3, 4, 8: no stock tool stores another width; did you mean 8?"),
         ({"methods": "wnada"}, "--methods: 'wnada' is not one of sparsegpt, wanda, magnitude; did you mean 'wanda'?"),
         ({"methods": "gptq"}, "--methods: 'gptq' is not one of sparsegpt, wanda, magnitude; did you mean --bits?"),
         ({"arms": ["mop", "mop"]}, "stands twice"),

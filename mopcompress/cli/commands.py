@@ -29,7 +29,7 @@ from mopcompress.errors import UsageError
 from mopcompress.recipe import GPTQModifier, Recipe, resolved
 from mopcompress.recipe.commands import for_pruning, for_quantizing, for_recovery, with_recovery
 from mopcompress.recipe.fields import Spec
-from mopcompress.recipe.grammar import Pruning
+from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages import plan
 
 app = typer.Typer(

@@ -1,7 +1,7 @@
 """Recipes: what to do, as checked data. Nothing here loads torch."""
 
 from mopcompress.recipe.gptq import GPTQModifier
-from mopcompress.recipe.grammar import Group, Recipe, Stage, dump_recipe, load_recipe, resolved
+from mopcompress.recipe.grammar import Recipe, dump_recipe, load_recipe, resolved
 from mopcompress.recipe.modifiers import (
     ConstantPruningModifier,
     MagnitudePruningModifier,
@@ -10,6 +10,7 @@ from mopcompress.recipe.modifiers import (
     WandaPruningModifier,
 )
 from mopcompress.recipe.run import RunSpec
+from mopcompress.recipe.stage import Group, Stage
 
 __all__ = [
     "ConstantPruningModifier",

@@ -13,9 +13,10 @@ from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Spec, parse_structure
 from mopcompress.recipe.gptq import GPTQModifier
-from mopcompress.recipe.grammar import DEFAULT_STAGES, DEFAULTS, Group, Pruning, Recipe, Stage
-from mopcompress.recipe.modifiers import PromptRecoveryModifier
+from mopcompress.recipe.grammar import DEFAULT_STAGES, DEFAULTS, Recipe
+from mopcompress.recipe.modifiers import PromptRecoveryModifier, Pruning
 from mopcompress.recipe.run import PRUNING_METHODS
+from mopcompress.recipe.stage import Group, Stage
 
 Kind = TypeVar("Kind", bound=Spec)
 

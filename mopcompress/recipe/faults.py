@@ -100,6 +100,8 @@ def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int,
         return Fault(place, "no such field", hint=nearest(place[-1], _field_names(model)))
     if details["type"] == "missing":
         return Fault(place, "required, but missing")
+    if isinstance(details["input"], str) and details["input"].startswith("eval("):
+        return Fault(place, "SparseML's expressions are not computed here; write the value", details["input"])
     context = details.get("ctx", {})
     hint = context.get("hint")
     if details["type"] == "literal_error":

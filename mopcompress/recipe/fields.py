@@ -61,10 +61,27 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-def _unsupported(given: Any) -> Any:
-    if given is not None:
-        raise fault("not supported yet; leave it out")
-    return given
+def _inside_blocks(target: str) -> str:
+    if target.removesuffix(".weight") in {"lm_head", "Embedding"}:
+        raise fault("embeddings and head are never compressed here; take it out")
+    return target
+
+
+def _bits(number: int) -> int:
+    if number not in BITS:
+        near = min(BITS, key=lambda known: (abs(known - number), -known))
+        raise fault("not one of 2, 3, 4, 8: no stock tool stores another width", str(near))
+    return number
+
+
+def refusing(reason: str) -> BeforeValidator:
+    """For a field of another tool that would change a result: only null or false is accepted."""
+
+    def refuse(given: Any) -> None:
+        if given not in (None, False):
+            raise fault(f"{reason}; leave it out")
+
+    return BeforeValidator(refuse)
 
 
 def _structure(text: str) -> str:
@@ -85,10 +102,14 @@ def parse_structure(text: str) -> tuple[int, int] | None:
     return pattern if 0 < pattern[0] < pattern[1] else None
 
 
+BITS = (2, 3, 4, 8)
+
 Share = Annotated[float, AfterValidator(_share)]
 Name = Annotated[str, AfterValidator(_name)]
 Target = Annotated[Name, AfterValidator(_target)]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(_named)]
+Aims = Annotated[tuple[Annotated[Target, AfterValidator(_inside_blocks)], ...], BeforeValidator(_named)]
+Bits = Annotated[int, AfterValidator(_bits)]
 Listed = BeforeValidator(_listed)
 Distinct = AfterValidator(_distinct)
 Structure = Annotated[str, AfterValidator(_structure)]
@@ -103,4 +124,7 @@ Layers = Annotated[Targets | None, Forgotten, Field(exclude=True)]
 Time = Annotated[float | None, Forgotten, Field(exclude=True)]
 Schedule = Annotated[str | None, Forgotten, Field(exclude=True)]
 ScheduleFields = Annotated[dict[str, Any] | None, Forgotten, Field(exclude=True)]
-Unsupported = Annotated[None, BeforeValidator(_unsupported), Field(exclude=True)]
+Unsupported = Annotated[None, refusing("not supported yet"), Field(exclude=True)]
+Rounding = Annotated[None, refusing("weights are rounded by a GPTQModifier in a later stage"), Field(exclude=True)]
+KeysAndValues = Annotated[None, refusing("the cache of keys and values is not rounded here"), Field(exclude=True)]
+Activations = Annotated[None, refusing("activations are not rounded here"), Field(exclude=True)]

@@ -5,7 +5,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from mopcompress.recipe.faults import nearest
-from mopcompress.recipe.fields import Layers, Spec, Switch, Targets, Unsupported, fault
+from mopcompress.recipe.fields import (
+    Activations,
+    Aims,
+    Bits,
+    KeysAndValues,
+    Layers,
+    Spec,
+    Switch,
+    Targets,
+    Unsupported,
+    fault,
+)
+from mopcompress.recipe.foreign import other_scheme
 from mopcompress.recipe.modifiers import BlockSize, Damping, changed
 
 GROUPED = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
@@ -17,32 +29,49 @@ SCHEMES = {
 }
 
 
-def _min_max_only(name: Any) -> Any:
-    if name not in {None, "minmax", "memoryless_minmax"}:
-        raise fault("not supported yet: scales come from minimum and maximum; leave it out")
-    return None
+OBSERVERS = ("minmax", "memoryless_minmax", "static_minmax", "mse", "memoryless_mse")
+
+
+def _known_observer(name: Any) -> None:
+    """Forgotten: whatever a recipe says, scales minimise the squared rounding error weighted by the inputs."""
+    if name is not None and name not in OBSERVERS:
+        raise fault(f"not one of {', '.join(OBSERVERS)}", nearest(name, OBSERVERS))
+
+
+def _whole_numbers(kind: Any) -> Any:
+    if kind == "float":
+        raise fault("floating-point grids (FP8, NVFP4) are not made here; write int, or leave it out")
+    return kind
 
 
 def _symmetric_only(symmetric: bool) -> bool:
     if not symmetric:
-        raise fault("asymmetric grids are not supported yet: stock tools cannot load them; leave it out")
+        raise fault("asymmetric grids are not made here: stock tools cannot load them; write true, or leave it out")
     return symmetric
 
 
-def _same_order(order: str | None) -> str | None:
-    return "static" if order == "weight" else order  # two upstream names of one thing
+def _known_strategy(strategy: Any) -> Any:
+    if strategy in (None, "tensor", "block", "tensor_group", "token"):
+        raise fault("not made here; write channel (one scale a row), or group with a group_size")
+    return strategy
+
+
+def _known_order(order: Any) -> Any:
+    if order in ("group", True):
+        raise fault("groups of scattered inputs are not made here: stock tools no longer load them", "'static'")
+    return "static" if order == "weight" else None if order is False else order  # upstream has two names for each
 
 
 class WeightQuantization(Spec):
     """How weights are rounded: llm-compressor's QuantizationArgs, as far as GPTQ on weights alone goes."""
 
-    num_bits: Annotated[int, Field(ge=2, le=8)]
-    type: Literal["int"] = "int"
+    num_bits: Bits
+    type: Annotated[Literal["int"], BeforeValidator(_whole_numbers)] = "int"
     symmetric: Annotated[bool, AfterValidator(_symmetric_only)] = True
-    strategy: Literal["group", "channel"]
+    strategy: Annotated[Literal["group", "channel"], BeforeValidator(_known_strategy)]
     group_size: Annotated[int, Field(ge=-1, le=65536)] | None = Field(None, validate_default=True)
     dynamic: Annotated[Literal[False] | None, Field(exclude=True), AfterValidator(lambda given: None)] = None
-    observer: Annotated[None, BeforeValidator(_min_max_only), Field(exclude=True)] = None
+    observer: Annotated[None, BeforeValidator(_known_observer), Field(exclude=True)] = None
     block_structure: Unsupported = None
     scale_dtype: Unsupported = None
     zp_dtype: Unsupported = None
@@ -50,9 +79,10 @@ class WeightQuantization(Spec):
     @model_validator(mode="before")
     @classmethod
     def _strategy_from_group_size(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and fields.get("strategy") is None and isinstance(fields.get("group_size"), int):
-            return fields | {"strategy": "channel" if fields["group_size"] == -1 else "group"}
-        return fields
+        if not isinstance(fields, dict) or fields.get("strategy") is not None:
+            return fields
+        size = fields.get("group_size")
+        return fields | {"strategy": "tensor" if size is None else "channel" if size == -1 else "group"}  # as upstream
 
     @field_validator("group_size")
     @classmethod
@@ -68,10 +98,10 @@ class WeightQuantization(Spec):
 class QuantizationGroup(Spec):
     """One entry of `config_groups`."""
 
-    targets: Targets = ("Linear",)
+    targets: Aims = ("Linear",)
     weights: WeightQuantization
-    input_activations: Unsupported = None
-    output_activations: Unsupported = None
+    input_activations: Activations = None
+    output_activations: Activations = None
     format: Unsupported = None
 
 
@@ -85,12 +115,12 @@ class GPTQModifier(Spec):
     ignore: Targets = ()
     block_size: BlockSize = 128
     dampening_frac: Damping = 0.01
-    actorder: Annotated[Literal["static", "weight"] | None, AfterValidator(_same_order)] = "static"
+    actorder: Annotated[Literal["static"] | None, BeforeValidator(_known_order)] = "static"
     scheme: Unsupported = None
     sequential_update: Switch = None
     sequential_targets: Layers = None
     offload_hessians: Switch = None
-    kv_cache_scheme: Unsupported = None
+    kv_cache_scheme: KeysAndValues = None
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +130,8 @@ class GPTQModifier(Spec):
     @field_validator("scheme", mode="before")
     @classmethod
     def _known_scheme(cls, scheme: Any) -> Any:
+        if isinstance(scheme, str) and (why := other_scheme(scheme)):
+            raise fault(why)
         if scheme is not None:
             raise fault(f"not one of {', '.join(SCHEMES)} (others need config_groups)", nearest(scheme, SCHEMES))
         return scheme
@@ -146,16 +178,18 @@ def _spell_out(fields: dict[str, Any]) -> dict[str, Any]:
     """`scheme` and `targets` -> `config_groups`; what is wrong stays, and its field says so."""
     scheme = fields.get("scheme")
     weights = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
-    if weights:
+    if scheme is not None:
         if fields.get("config_groups"):
             raise fault("scheme and config_groups are both given; keep one")
-        del fields["scheme"]
-        fields["config_groups"] = {"group_0": {"weights": weights, "targets": fields.pop("targets", ["Linear"])}}
+        targets = fields.pop("targets", ["Linear"])
+        if weights:
+            del fields["scheme"]
+            fields["config_groups"] = {"group_0": {"weights": weights, "targets": targets}}
     elif "targets" in fields and isinstance(fields.get("config_groups"), dict):
         targets = fields.pop("targets")
         groups = fields["config_groups"].items()
         fields["config_groups"] = {name: _aimed_at(targets, group) for name, group in groups}
-    elif scheme is None and fields.get("config_groups") is None:
+    elif fields.get("config_groups") is None:
         raise fault("say how: scheme: W4A16, or config_groups with weights")
     return fields
 
@@ -175,7 +209,7 @@ def _lift_actorder(fields: dict[str, Any]) -> dict[str, Any]:
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict) and "actorder" in weights:
-            if fields.setdefault("actorder", weights["actorder"]) != weights["actorder"]:
+            if (fields.setdefault("actorder", weights["actorder"]) or None) != (weights["actorder"] or None):
                 raise fault("actorder differs from the one in config_groups; keep one")
             group = group | {"weights": {key: value for key, value in weights.items() if key != "actorder"}}
         lifted[name] = group

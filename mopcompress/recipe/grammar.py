@@ -13,59 +13,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from mopcompress.errors import RecipeError
-from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
+from mopcompress.recipe.faults import Fault, faults_of, lines
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.modifiers import (
-    ConstantPruningModifier,
     MagnitudePruningModifier,
     PromptRecoveryModifier,
+    Pruning,
     SparseGPTModifier,
     WandaPruningModifier,
 )
 from mopcompress.recipe.reading import PlainDumper, read_document
 from mopcompress.recipe.run import RunSpec, check_flags
+from mopcompress.recipe.stage import Group, Stage, check_order, read_stage, stranger
 
-MODIFIERS: dict[str, type[Spec]] = {
-    kind.__name__: kind
-    for kind in (
-        SparseGPTModifier,
-        WandaPruningModifier,
-        MagnitudePruningModifier,
-        ConstantPruningModifier,
-        GPTQModifier,
-        PromptRecoveryModifier,
-    )
-}
 FOREIGN = ("args", "metadata", "version")  # of other tools, at the top: they say nothing about what to do
-RUN_TYPES = ("oneshot", "train")
 NO_FLAGS: Mapping[str, object] = MappingProxyType({})
 
 Kind = TypeVar("Kind", bound=Spec)
-Pruning = SparseGPTModifier | WandaPruningModifier | MagnitudePruningModifier
-
-
-@dataclass(frozen=True)
-class Group:
-    """Modifiers that stand under one `<name>_modifiers`, in order."""
-
-    name: str
-    modifiers: tuple[Spec, ...]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One `<name>_stage`."""
-
-    name: str
-    run_type: Literal["oneshot", "train"]
-    groups: tuple[Group, ...]
 
 
 @dataclass(frozen=True)
@@ -117,9 +88,10 @@ def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Re
         if name == "run":
             run = _checked_run(content, faults)
         elif name.endswith("_stage"):
-            stages.append(_stage(name, content, faults))
+            stages.append(read_stage(name, content, faults))
         elif name not in FOREIGN:
-            faults.append(_stranger(name, content))
+            faults.append(stranger(name, content))
+    check_order(stages, faults)
     if faults:
         raise RecipeError(lines(found.in_recipe(str(path)) for found in faults))
     recipe = Recipe(tuple(stages), RunSpec())
@@ -166,66 +138,3 @@ def _checked_run(content: Any, faults: list[Fault]) -> dict[str, Any]:
     except ValidationError as error:
         faults += faults_of(error, RunSpec, ("run",))
     return content
-
-
-def _stage(name: str, content: Any, faults: list[Fault]) -> Stage:
-    if not isinstance(content, dict):
-        faults.append(Fault((name,), "not a map with groups of modifiers", content))
-        return Stage(name, "oneshot", ())
-    groups = []
-    for key, inside in content.items():
-        if key == "modifiers" or key.endswith("_modifiers"):
-            groups.append(_group(name, key, inside, faults))
-        elif key in MODIFIERS:
-            faults.append(Fault((name, key), "modifiers stand in a group; indent it under sparsity_modifiers:"))
-        elif key not in {"run_type", "args"}:
-            faults.append(Fault((name, key), "no such field", hint=nearest(key, ("run_type", "modifiers"))))
-    trains = any(isinstance(one, PromptRecoveryModifier) for group in groups for one in group.modifiers)
-    run_type = content.get("run_type") or ("train" if trains else "oneshot")
-    if run_type not in RUN_TYPES:
-        faults.append(Fault((name, "run_type"), "not oneshot or train", run_type, nearest(run_type, RUN_TYPES)))
-    if not groups and not MODIFIERS.keys() & content.keys():
-        faults.append(Fault((name,), "no modifiers; write <name>_modifiers: with at least one"))
-    for group in groups:
-        for one in group.modifiers:
-            faults += _misplaced(one, run_type, (name, group.name, type(one).__name__))
-    return Stage(name, "train" if run_type == "train" else "oneshot", tuple(groups))
-
-
-def _misplaced(modifier: Spec, run_type: object, path: tuple[str, ...]) -> list[Fault]:
-    if run_type == "train" and isinstance(modifier, Pruning | GPTQModifier):
-        return [Fault(path, "compresses at once, never while training; put it in a stage with run_type: oneshot")]
-    if run_type == "oneshot" and isinstance(modifier, PromptRecoveryModifier):
-        return [Fault(path, "trains; put it in a stage with run_type: train")]
-    return []
-
-
-def _group(stage: str, name: str, content: Any, faults: list[Fault]) -> Group:
-    if not isinstance(content, dict) or not content:
-        faults.append(Fault((stage, name), "not a map of modifiers", content))
-        return Group(name, ())
-    modifiers = []
-    for word, fields in content.items():
-        kind = MODIFIERS.get(word)
-        if kind is None:
-            known = ", ".join(MODIFIERS)
-            faults.append(Fault((stage, name, word), f"no such modifier here ({known})", hint=nearest(word, MODIFIERS)))
-            continue
-        try:
-            modifiers.append(kind.model_validate({} if fields is None else fields))
-        except ValidationError as error:
-            faults += faults_of(error, kind, (stage, name, word))
-    return Group(name, tuple(modifiers))
-
-
-def _stranger(name: str, content: Any) -> Fault:
-    if isinstance(content, list) and name.endswith("modifiers"):
-        return Fault(
-            (name,),
-            "a list of modifiers is the form of SparseML before 1.6; write <name>_stage: with <name>_modifiers:",
-        )
-    if name.endswith("modifiers") or name in MODIFIERS:
-        return Fault((name,), "stands outside a stage; indent it under <name>_stage:")
-    return Fault(
-        (name,), "neither run: nor a <name>_stage:", hint=nearest(name, ("run", f"{name.removesuffix('s')}_stage"))
-    )

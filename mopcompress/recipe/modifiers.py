@@ -12,7 +12,9 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator, mode
 from mopcompress.errors import RecipeError
 from mopcompress.recipe.faults import faults_of, lines
 from mopcompress.recipe.fields import (
+    Aims,
     Layers,
+    Rounding,
     Schedule,
     ScheduleFields,
     Share,
@@ -49,7 +51,7 @@ class PruningModifier(Spec):
     share_field: ClassVar[str] = "sparsity"
 
     mask_structure: Structure = "0:0"
-    targets: Targets = ("Linear",)
+    targets: Aims = ("Linear",)
 
     @field_validator("sparsity", mode="before", check_fields=False)
     @classmethod
@@ -92,6 +94,7 @@ class SparseGPTModifier(PruningModifier):
     sequential_targets: Layers = None
     target_ids: Layers = None
     offload_hessians: Switch = None
+    quantize: Rounding = None
     sparsity_profile: Unsupported = None
     owl_m: Unsupported = None
     owl_lmbda: Unsupported = None
@@ -134,6 +137,7 @@ class MagnitudePruningModifier(PruningModifier):
     start: Time = None
     end: Time = None
     update: Time = None
+    update_frequency: Time = None
     update_scheduler: Schedule = None
     scheduler_args: ScheduleFields = None
     leave_enabled: Switch = None
@@ -152,6 +156,9 @@ class MagnitudePruningModifier(PruningModifier):
     def sparsity(self) -> float:
         """The share of weights removed."""
         return self.final_sparsity
+
+
+Pruning = SparseGPTModifier | WandaPruningModifier | MagnitudePruningModifier
 
 
 class ConstantPruningModifier(Spec):

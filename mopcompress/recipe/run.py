@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from mopcompress.errors import UsageError
 from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
-from mopcompress.recipe.fields import Distinct, FilePath, Listed, Name, Share, Spec, fault
+from mopcompress.recipe.fields import Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
 
 PRUNING_METHODS = ("sparsegpt", "wanda", "magnitude")
 ARMS = ("none", "single", "mop")
@@ -19,7 +19,6 @@ ARMS = ("none", "single", "mop")
 Rows = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=8, le=1_048_576)]  # tokens
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 def _method(name: str) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mopcompress.recipe import GPTQModifier, Recipe
-from mopcompress.recipe.grammar import Pruning
+from mopcompress.recipe.modifiers import Pruning
 from mopcompress.results import setting_name
 
 
