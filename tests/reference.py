@@ -116,3 +116,34 @@ def gptq_slowly(
     result = torch.empty_like(weight)
     result[:, order] = permuted
     return result
+
+
+def masked_least_squares(weight: Tensor, gram: Tensor, removed: Tensor) -> Tensor:
+    """Row by row: the values in the places that are kept with the least layer error."""
+    solved = torch.zeros_like(weight)
+    for row in range(len(weight)):
+        kept = ~removed[row]
+        if kept.any():
+            wanted = gram[kept] @ weight[row]
+            solved[row, kept] = torch.linalg.solve(gram[kept][:, kept], wanted)
+    return solved
+
+
+def alps_slowly(weight: Tensor, gram: Tensor, count: int, *, steps: int, every: int, growth: float) -> Tensor:
+    """ADMM with the multiplier written out, on an already damped Gram matrix, then exact masked least squares."""
+    scale = gram.diagonal().sqrt()
+    hessian, target = gram / torch.outer(scale, scale), weight * scale
+
+    def keep_largest(matrix: Tensor) -> Tensor:
+        chosen = lowest_by_sorting(matrix.abs().flatten().tolist(), count)
+        return matrix.masked_fill(torch.tensor(chosen).reshape(matrix.shape), 0.0)
+
+    penalty, sparse, multiplier = 0.1, keep_largest(target), torch.zeros_like(target)
+    for step in range(steps):
+        if step and step % every == 0:
+            penalty *= growth
+        system = hessian + penalty * torch.eye(len(gram), dtype=gram.dtype)
+        free = torch.linalg.solve(system, (target @ hessian - multiplier + penalty * sparse).T).T
+        sparse = keep_largest(free + multiplier / penalty)
+        multiplier = multiplier + penalty * (free - sparse)
+    return masked_least_squares(weight, gram, sparse == 0)

@@ -44,7 +44,7 @@ def inverse_factor(gram: Float[Tensor, "in in"], *, damping: float, max_escalati
     """
     size = len(gram)
     diagonal = gram.diagonal()
-    _check_gram(gram)
+    check_gram(gram)
     dead = diagonal == 0
     scale = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
     ridge = damping
@@ -127,7 +127,7 @@ def _triangular_inverse(lower: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return inverse
 
 
-def _check_gram(gram: Float[Tensor, "in in"]) -> None:
+def check_gram(gram: Float[Tensor, "in in"]) -> None:
     """Cheap on purpose: sums are not finite when an entry is not, and one product tells a matrix from its transpose."""
     size = len(gram)
     if not bool(gram.sum().isfinite()):
