@@ -16,6 +16,7 @@ OPTIONS = {
     "magnitude": {"sparsity": 0.4},
     "wanda": {"sparsity": 0.4},
     "sparsegpt": {"sparsity": 0.4, "block_size": 8},
+    "alps": {"sparsity": 0.4},
     "gptq": {"bits": 3, "group_size": 8},
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,6 +67,7 @@ def compress_slowly(model, method):
                 "magnitude": None,
                 "wanda": inputs.square().mean(0).sqrt(),
                 "sparsegpt": inputs.T @ inputs / len(inputs),
+                "alps": inputs.T @ inputs / len(inputs),
                 "gptq": inputs.T @ inputs / len(inputs),
             }[method]
             solved = METHODS[method].solve(weight_of(linear).clone(), statistic, **OPTIONS[method])
@@ -356,6 +358,21 @@ def test_matching_brings_the_compressed_model_closer_to_the_dense_one():
         compress_model(model, tokens, compression(match_dense=share))
         errors.append(float((model.network(input_ids=tokens).logits - wanted).square().mean()))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_refit_keeps_the_mask_and_brings_the_outputs_closer(method):
+    model, plain, refitted = (tiny_model("llama") for _ in range(3))
+    name = "model.layers.0.self_attn.q_proj"
+    rows = [
+        compress_model(one, TOKENS, compression(method, targets=[name], refit_steps=steps))
+        for one, steps in ((plain, 0), (refitted, 20))
+    ]
+    assert rows[0][0].zeros == rows[1][0].zeros
+    dense, before, after = (linears(one)[name].weight for one in (model, plain, refitted))
+    assert torch.equal(before == 0, after == 0)
+    inputs = input_of(model, linears(model)[name]).flatten(0, -2)
+    assert (inputs @ (dense - after).T).norm() < 0.95 * (inputs @ (dense - before).T).norm()
 
 
 def test_what_only_some_tokens_reach_keeps_its_own_outputs():

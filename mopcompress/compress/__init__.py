@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mopcompress.compress.alps import alps
 from mopcompress.compress.gptq import gptq
 from mopcompress.compress.magnitude import magnitude
 from mopcompress.compress.solved import Quantised, Solved
@@ -51,5 +52,6 @@ METHODS = {
     "magnitude": Method(magnitude, Nothing),
     "wanda": Method(wanda, InputNorms),
     "sparsegpt": Method(sparsegpt, InputGram, stacks=True),
+    "alps": Method(alps, InputGram, stacks=True),
     "gptq": Method(gptq, InputGram),
 }

@@ -18,6 +18,7 @@ from mopcompress.compress.feedback import check_gram
 from mopcompress.compress.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, share_of_each
 from mopcompress.compress.refit import refit
 from mopcompress.compress.solved import Solved
+from mopcompress.compress.statistics import with_ridge
 
 _FIRST_PENALTY = 0.1  # as in the paper; the Gram matrix has a unit diagonal
 _GROWTH = 1.35  # of the penalty
@@ -54,8 +55,7 @@ def alps(
     counts = [round(s * weight[g].numel()) for g, s in zip(groups, share_of_each(sparsity, groups), strict=True)]
     if not any(counts) and not pattern:
         return Solved(weight.detach().clone())
-    hessian = gram.to(weight, copy=True)
-    hessian.diagonal().add_(damping * hessian.diagonal().mean().clamp_min(torch.finfo(hessian.dtype).tiny))
+    hessian = with_ridge(gram.to(weight), damping)
     scale = hessian.diagonal().sqrt()
     hessian, scaled = hessian / scale / scale[:, None], weight.detach() * scale
 

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.compress import METHODS, Method, Solved
-from mopcompress.compress.statistics import Statistic, input_drift
+from mopcompress.compress.refit import refit
+from mopcompress.compress.statistics import Statistic, input_drift, with_ridge
 from mopcompress.compress.target import toward_dense
 from mopcompress.compress.targets import chosen
 from mopcompress.errors import DataError
@@ -23,6 +24,7 @@ class Compression:
     targets: Sequence[str] = ("Linear",)
     ignore: Sequence[str] = ()
     match_dense: float = 0.0  # share of the way from the linear's own outputs (0) to the dense model's (1)
+    refit_steps: int = 0  # of conjugate gradients on the mask that the method found, for methods that prune
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def steps_of(compressions: Sequence[Compression], names: Sequence[str]) -> list[
 
 
 def solve_in_turn(
-    weights: Mapping[str, Float[Tensor, "_ in"]],
+    linears: Mapping[str, Float[Tensor, "_ in"]],
     inputs: Float[Tensor, "tokens in"],
     dense_inputs: Float[Tensor, "tokens in"] | None,
     steps: Sequence[Step],
@@ -66,19 +68,18 @@ def solve_in_turn(
     linear is moved towards the dense model, as far as any of them asks: later ones then keep to what became of that.
     """
     statistics = _Statistics(inputs)
-    solved = {name: Solved(weight) for name, weight in weights.items()}
+    solved = {name: Solved(weight) for name, weight in linears.items()}
     if dense_inputs is not None:
-        solved |= _moved_towards_dense(weights, statistics, input_drift(inputs, dense_inputs), steps)
+        solved |= _moved_towards_dense(linears, statistics, input_drift(inputs, dense_inputs), steps)
     for step in steps:
-        names = [name for name in weights if name in step.place]
+        names = [name for name in linears if name in step.place]
         if not names:
             continue
         method = METHODS[step.compression.method]
-        together = method.solve_together(
-            [solved[name].weight for name in names],
-            statistics.of(method),
-            **step.options_for(names),
-        )
+        weights = [solved[name].weight for name in names]
+        together = method.solve_together(weights, statistics.of(method), **step.options_for(names))
+        if step.compression.refit_steps:
+            together = _refitted(weights, statistics.gram(), together, step.compression.refit_steps)
         for name, one in zip(names, together, strict=True):
             solved[name] = replace(one, escalations=solved[name].escalations + one.escalations)
     return solved
@@ -97,13 +98,21 @@ def _moved_towards_dense(
             wishes.setdefault((share, keep_zeros), []).append(name)
     moved: dict[str, Solved] = {}
     for (share, keep_zeros), names in wishes.items():
-        gram = statistics.of(METHODS["sparsegpt"])
-        assert gram is not None  # for mypy: other methods need no statistic
         stack = torch.cat([weights[name] for name in names])
-        target = toward_dense(stack, gram, drift, share=share, keep_zeros=keep_zeros)
+        target = toward_dense(stack, statistics.gram(), drift, share=share, keep_zeros=keep_zeros)
         parts = torch.split(target.weight, [len(weights[name]) for name in names])
         moved |= {name: Solved(part, target.escalations) for name, part in zip(names, parts, strict=True)}
     return moved
+
+
+def _refitted(
+    weights: Sequence[Tensor], gram: Float[Tensor, "in in"], pruned: Sequence[Solved], steps: int
+) -> list[Solved]:
+    """The least-squares values for the weights that pruning kept."""
+    stack, found = torch.cat(list(weights)), torch.cat([one.weight for one in pruned])
+    best = refit(stack, with_ridge(gram.to(stack), 0.01), found == 0, found, steps=steps)
+    parts = torch.split(best, [len(weight) for weight in weights])
+    return [replace(one, weight=part) for one, part in zip(pruned, parts, strict=True)]
 
 
 class _Statistics:
@@ -117,3 +126,9 @@ class _Statistics:
         if method.accumulator not in self._known:
             self._known[method.accumulator] = method.statistic(self._inputs)
         return self._known[method.accumulator]
+
+    def gram(self) -> Float[Tensor, "in in"]:
+        """The Gram matrix, whether or not the methods ask for it."""
+        gram = self.of(METHODS["sparsegpt"])
+        assert gram is not None  # for mypy: other methods need no statistic
+        return gram

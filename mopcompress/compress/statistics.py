@@ -82,6 +82,14 @@ class InputGram:
         return upper + upper.triu(1).T
 
 
+def with_ridge(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """`gram + damping * mean(diag) I`, the mean over the inputs that ever fire; the unit matrix when none does."""
+    diagonal = gram.diagonal()
+    firing = diagonal[diagonal > 0]
+    ridge = damping * firing.mean() if len(firing) else 1.0
+    return gram + ridge * torch.eye(len(gram)).to(gram)
+
+
 def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"]) -> Float[Tensor, "in in"]:
     """Mean of (x_dense - x) xᵀ: how the inputs of a layer moved since the layers before it were compressed.
 

@@ -9,14 +9,15 @@ another matrix: with G = mean x xᵀ and C = mean x_dense xᵀ, V* = W C G⁻¹ 
 so every solver may take V* in the place of W and need not know.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.compress.feedback import inverse_factor
+from mopcompress.compress.refit import refit
 from mopcompress.compress.solved import Solved
+from mopcompress.compress.statistics import with_ridge
 
-_STEPS = 30  # of conjugate gradients, when some weights must stay zero
+_STEPS = 30  # of the refit, when some weights must stay zero
 
 
 def toward_dense(
@@ -32,33 +33,11 @@ def toward_dense(
 
     `drift` is C - G = mean (x_dense - x) xᵀ. The ridge, `damping` times the mean diagonal of the Gram matrix, draws
     towards W: V* = W + W (C - G) (G + ridge)⁻¹, which is W to the bit when nothing drifted. With `keep_zeros`, V* is
-    the best among the matrices that are zero where W is (up to 30 steps of conjugate gradients, a row's own each).
+    the best among the matrices that are zero where W is.
     """
-    wanted = weight @ drift.to(weight)
-    free = weight != 0
-    if keep_zeros and not bool(free.all()):
-        change = _within(free, wanted, gram.to(weight), damping)
-        return Solved(weight + share * change)
     factor = inverse_factor(gram.to(weight), damping=damping)
-    return Solved(weight + share * (wanted @ factor.upper.T @ factor.upper), factor.escalations)
-
-
-def _within(free: Tensor, wanted: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """Solve change (G + ridge) = wanted in the free places, row by row, and leave zeros elsewhere."""
-    ridge = damping * gram.diagonal().mean()
-    scale = 1 / (gram.diagonal() + ridge)
-    change = torch.zeros_like(wanted)
-    residual = wanted * free
-    direction = torch.zeros_like(wanted)
-    before = torch.ones_like(wanted[:, :1])
-    tiny = torch.finfo(wanted.dtype).tiny
-    for _ in range(_STEPS):
-        scaled = residual * scale
-        length = (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + length / before.clamp_min(tiny) * direction
-        image = (direction @ gram + ridge * direction) * free
-        step = length / (direction * image).sum(1, keepdim=True).clamp_min(tiny)
-        change += step * direction
-        residual -= step * image
-        before = length
-    return change
+    change = weight @ drift.to(weight) @ factor.upper.T @ factor.upper
+    zeros = weight == 0
+    if keep_zeros and bool(zeros.any()):
+        change = refit(weight + change, with_ridge(gram.to(weight), damping), zeros, weight, steps=_STEPS) - weight
+    return Solved(weight + share * change, factor.escalations)
