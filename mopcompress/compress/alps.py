@@ -76,21 +76,25 @@ def alps(
 def _draw_together(
     weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], project: Project, steps: int
 ) -> Float[Tensor, "out in"]:
-    """The free copy, dual included, after `steps` steps of ADMM (algorithm 1, in scaled form)."""
+    """The free copy, dual included, after `steps` steps of ADMM (algorithm 1, in scaled form).
+
+    Products go into matrices that are there already: new ones cost as much as the arithmetic.
+    """
     identity = torch.eye(len(hessian)).to(hessian)
     penalty = _FIRST_PENALTY
     wanted = weight @ hessian
-    free, dual = weight, torch.zeros_like(weight)
-    sparse = project(free)
+    dual, pulled, free = torch.zeros_like(weight), torch.empty_like(weight), weight.clone()
+    sparse = project(weight)
     for step in range(steps):
         if step % _STEPS_A_PENALTY == 0:
             if step:
-                penalty, dual = penalty * _GROWTH, dual / _GROWTH
+                penalty *= _GROWTH
+                dual /= _GROWTH
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian + penalty * identity))
-        pulled = torch.sub(sparse, dual).mul_(penalty).add_(wanted)
-        free = torch.addmm(dual, pulled, inverse)
+        torch.sub(sparse, dual, out=pulled).mul_(penalty).add_(wanted)
+        torch.addmm(dual, pulled, inverse, out=free)
         sparse = project(free)
-        dual = free - sparse
+        torch.sub(free, sparse, out=dual)
     return free
 
 
