@@ -103,7 +103,8 @@ def gptq_slowly(
     static = {g: scales_of(g * group, weight[:, g * group : (g + 1) * group]) for g in range(size // group)}
 
     def begin(first: int, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
-        reached = None if act_order else scales_of(first, columns)
+        survivors = columns.masked_fill(weight[:, first : first + group] == 0, 0.0) if keep_zeros else columns
+        reached = None if act_order else scales_of(first, survivors)
 
         def project(j: int, column: Tensor) -> Tensor:
             scale = static[order[j] // group] if reached is None else reached

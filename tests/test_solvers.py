@@ -1,10 +1,12 @@
 import pytest
 import torch
 from reference import (
+    cost_of_zero,
     damped,
     gptq_slowly,
     layer_error,
     lowest_by_sorting,
+    scale_slowly,
     settle_by_least_squares,
     sparsegpt_slowly,
 )
@@ -454,6 +456,48 @@ def test_gptq_keeps_zeros_when_asked(act_order):
     )
     assert_close(kept.weight, slow, **TIGHT)
     assert (gptq(weight, gram, **options).weight[weight == 0] != 0).any()
+
+
+def prune_and_round_slowly(weight, gram, importance, *, sparsity, bits, group):
+    """SparseGPT's mask and GPTQ's rounding for one group of columns after the other."""
+
+    def begin(first, columns):
+        costs = torch.stack([cost_of_zero(gram, first + k, columns[:, k]) for k in range(group)], 1)
+        wanted = [round(sparsity * len(weight) * end) for end in (first, first + group)]
+        mask = torch.tensor(lowest_by_sorting(costs.flatten().tolist(), wanted[1] - wanted[0])).reshape(costs.shape)
+        left = columns.masked_fill(mask, 0.0)
+        here = importance[first : first + group].tolist()
+        scales = torch.tensor([scale_slowly(row, here, bits) for row in left.tolist()], dtype=weight.dtype)
+
+        def settle(j, column):
+            codes = (column / scales).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            return torch.where(mask[:, j - first], 0.0, codes * scales)
+
+        return settle
+
+    return settle_by_least_squares(weight, gram, group, begin)
+
+
+def test_pruning_and_rounding_in_one_sweep_is_its_definition():
+    weight, inputs = problem()
+    gram = gram_of(inputs)
+    joint = gptq(weight, gram, bits=4, group_size=8, sparsity=0.5)
+    slow = prune_and_round_slowly(weight, damped(gram, 0.01), gram.diagonal(), sparsity=0.5, bits=4, group=8)
+    assert_close(joint.weight, slow, **TIGHT)
+    assert int((joint.weight == 0).sum()) >= weight.numel() // 2  # rounding makes more
+    assert torch.equal(joint.codes == 0, joint.weight == 0)
+
+
+def test_a_pattern_holds_after_rounding_in_the_same_sweep():
+    weight, inputs = problem()
+    joint = gptq(weight, gram_of(inputs), bits=4, group_size=8, sparsity=0.5, pattern=(2, 4))
+    assert bool(((joint.weight == 0).reshape(-1, 4).sum(1) >= 2).all())
+
+
+def test_removing_in_the_order_of_importance_is_refused():
+    weight, inputs = problem()
+    with pytest.raises(DataError, match="act_order"):
+        gptq(weight, gram_of(inputs), bits=4, group_size=8, sparsity=0.5, act_order=True)
 
 
 def test_gptq_zeroes_weights_of_an_input_that_never_fires():

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.compress.feedback import Reject, inverse_factor, sweep
+from mopcompress.compress.feedback import Factor, Reject, inverse_factor, sweep
 from mopcompress.compress.solved import Quantised
+from mopcompress.compress.sparsegpt import Choose, removals
 from mopcompress.errors import DataError
 
 _SHRINKS = [1 - 0.05 * step for step in range(15)]  # of the scale that just reaches the largest weight
@@ -27,13 +28,19 @@ def gptq(
     block_size: int = 128,
     act_order: bool = False,
     keep_zeros: bool = False,
+    sparsity: float = 0.0,
+    pattern: tuple[int, int] | None = None,
 ) -> Quantised:
     """Round every weight to a grid with one scale per row and `group_size` consecutive inputs (None: all of them).
 
     The scales of a group are chosen when the sweep reaches it, from the weights as they are then. With `act_order` the
     inputs with the largest mean square go first, and all scales are chosen beforehand from the given weights ("static
     groups"), so that groups stay consecutive. `keep_zeros` keeps zeros at zero; weights of inputs that never fire
-    become zero. `block_size` only decides how updates are batched. Raises `DataError` when groups do not fit.
+    become zero. `block_size` only decides how updates are batched.
+
+    With `sparsity` (and `pattern`) weights are removed, as SparseGPT does, in the same sweep: a panel of `group_size`
+    inputs loses its share when it is reached, and its scales serve what is left. Raises `DataError` when groups do not
+    fit, or when weights are to be removed in the order of `act_order`: every panel's share would be the wrong one.
     """
     size = weight.shape[1]
     group_size = size if group_size is None else group_size
@@ -46,27 +53,47 @@ def gptq(
         scales = _scales_beforehand(weight, importance, bits, group_size)
         order = importance.argsort(descending=True, stable=True)
         weight, gram = weight[:, order], gram[order][:, order]
-    group_of, kept_zeros = (order // group_size).tolist(), (weight.T == 0) if keep_zeros else None
+    factor = inverse_factor(gram, damping=damping)
+    group_of = (order // group_size).tolist()
+    choose = _removals(weight, factor, act_order, group_size, keep_zeros, sparsity, pattern)
 
     def settle(first: int, panel: Tensor) -> Reject:
+        removed = choose(first, panel)
         if not act_order:
-            scales[first // group_size] = _best_scales(panel, importance[first : first + group_size], bits)
+            here = slice(first, first + group_size)
+            scales[first // group_size] = _best_scales(panel.masked_fill(removed, 0.0), importance[here], bits)
 
         def reject(index: int, column: Tensor, error: Tensor) -> None:
             scale = scales[group_of[index]]
-            rounded = _codes(column, scale, bits).mul_(scale)
-            if kept_zeros is not None:
-                rounded.masked_fill_(kept_zeros[index], 0.0)
+            rounded = _codes(column, scale, bits).mul_(scale).masked_fill_(removed[index - first], 0.0)
             torch.sub(column, rounded, out=error)
 
         return reject
 
-    factor = inverse_factor(gram, damping=damping)
     panel_columns = block_size if act_order else group_size
     settled = sweep(weight, factor, settle, panel_columns=panel_columns, block_columns=block_size)
     if act_order:
         settled = settled[:, order.argsort()]
     return _on_grid(settled, scales.T.contiguous(), factor.escalations)
+
+
+def _removals(
+    weight: Tensor,
+    factor: Factor,
+    act_order: bool,
+    group_size: int,
+    keep_zeros: bool,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+) -> Choose:
+    """Which weights of a panel become zero, whatever the grid."""
+    if not sparsity:
+        zeros = (weight.T == 0) & keep_zeros
+        return lambda first, panel: zeros[first : first + len(panel)]
+    if act_order:
+        raise DataError("weights cannot be removed in the order of act_order; use one of them, or prune before")
+    salience = factor.upper.diagonal()
+    return removals(weight, salience, sparsity=sparsity, pattern=pattern, block_size=group_size, keep_zeros=keep_zeros)
 
 
 def _on_grid(settled: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], escalations: int) -> Quantised:

@@ -4,7 +4,7 @@ Difference from the released code: counts are exact. There, every block loses on
 scores tie. The mask of a block is taken from w² / [H⁻¹]jj as in algorithm 1, with the inverse for columns j and later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from torch import Tensor
 from mopcompress.compress.feedback import Reject, inverse_factor, sweep
 from mopcompress.compress.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, share_of_each
 from mopcompress.compress.solved import Solved
+
+Choose = Callable[[int, Tensor], Tensor]
+"""(index of a panel's first column, panel [columns, rows] up to date) -> which of its weights go."""
 
 
 def sparsegpt(
@@ -33,11 +36,47 @@ def sparsegpt(
     keeps the zeros that are there; they count. `row_groups` are the row counts of matrices stacked in `weight` because
     they share their inputs: each gets its own mask with its own exact count; `sparsity` may then be one share a matrix.
     """
+    factor = inverse_factor(gram.to(weight), damping=damping)
+    salience = factor.upper.diagonal().masked_fill(gram.diagonal() == 0, torch.inf)
+    choose = removals(
+        weight,
+        salience,
+        sparsity=sparsity,
+        pattern=pattern,
+        block_size=block_size,
+        keep_zeros=keep_zeros,
+        row_groups=row_groups,
+    )
+
+    def settle(first: int, panel: Tensor) -> Reject:
+        removed = choose(first, panel).to(panel).unbind()
+
+        def reject(index: int, column: Tensor, error: Tensor) -> None:
+            torch.mul(column, removed[index - first], out=error)
+
+        return reject
+
+    panel_columns = pattern[1] if pattern else block_size
+    return Solved(sweep(weight, factor, settle, panel_columns=panel_columns), factor.escalations)
+
+
+def removals(
+    weight: Float[Tensor, "out in"],
+    salience: Float[Tensor, " in"],
+    *,
+    sparsity: float | Sequence[float],
+    pattern: tuple[int, int] | None,
+    block_size: int,
+    keep_zeros: bool,
+    row_groups: Sequence[int] | None = None,
+) -> Choose:
+    """How a sweep chooses what goes: the lowest (w / salience)² of each panel, as the weights are when it is reached.
+
+    `salience` is the diagonal of the inverse factor. Raises `DataError` when a pattern does not fit.
+    """
     check_pattern(sparsity, pattern)
     if pattern:
         n_of_m(weight[:1], *pattern)  # a wrong shape is reported before any work
-    factor = inverse_factor(gram.to(weight), damping=damping)
-    salience = factor.upper.diagonal().masked_fill(gram.diagonal() == 0, torch.inf)
     groups = groups_of_rows(weight, row_groups)
     zeros = weight.T == 0 if keep_zeros else None
     quotas = []
@@ -45,7 +84,7 @@ def sparsegpt(
         shares = share_of_each(sparsity, groups)
         quotas = [_quotas(weight[g], share, block_size, keep_zeros) for g, share in zip(groups, shares, strict=True)]
 
-    def settle(first: int, panel: Tensor) -> Reject:
+    def choose(first: int, panel: Tensor) -> Tensor:
         here = slice(first, first + len(panel))
         scores = (panel / salience[here, None]).square_()
         if zeros is not None:
@@ -55,17 +94,9 @@ def sparsegpt(
         else:
             counts = [quota[first // block_size] for quota in quotas]
             mask = torch.cat([lowest_count(scores[:, g], n) for g, n in zip(groups, counts, strict=True)], 1)
-        if zeros is not None:
-            mask = mask | zeros[here]  # a group may have more zeros than the pattern asks for
-        removed = mask.to(panel).unbind()
+        return mask if zeros is None else mask | zeros[here]  # there may be more zeros than the pattern asks for
 
-        def reject(index: int, column: Tensor, error: Tensor) -> None:
-            torch.mul(column, removed[index - first], out=error)
-
-        return reject
-
-    panel_columns = pattern[1] if pattern else block_size
-    return Solved(sweep(weight, factor, settle, panel_columns=panel_columns), factor.escalations)
+    return choose
 
 
 def _quotas(weight: Float[Tensor, "out in"], sparsity: float, block_size: int, keep_zeros: bool) -> list[int]:
