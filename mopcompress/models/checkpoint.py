@@ -15,6 +15,7 @@ from mopcompress import artifact
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
 from mopcompress.models import attention, smollm2
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.weight_files import INDEX, SINGLE, weight_files
 
 BUILT_IN = "smollm2"
 
@@ -81,24 +82,24 @@ def check_folder(folder: Path) -> dict[str, object]:
         raise DataError(f"{config_file}: an encoder-decoder; mopcompress works on decoder-only language models")
     if config.get("quantization_config"):
         raise DataError(f"{config_file}: the model is quantised already; start from its unquantised folder")
-    if not list(folder.glob("*.safetensors")):
+    if not weight_files(folder):
         pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
         if pickled:
             raise RefusedError(
                 f"model {folder} has only pickled weights ({pickled[0]}), which can run code; convert it to safetensors"
             )
-        raise InputNotFoundError(f"model {folder}: no *.safetensors file there; get the model again")
+        raise InputNotFoundError(f"model {folder}: no {SINGLE} or {INDEX} there; get the model again")
     return config
 
 
 def weights_hash(folder: Path) -> str:
     """One hash over the names and contents of the folder's weight files."""
-    return artifact.fingerprint({path.name: artifact.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+    return artifact.fingerprint({path.name: artifact.sha256(path) for path in weight_files(folder)})
 
 
 def weights_bytes(folder: Path) -> int:
     """Bytes of the folder's weight files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def save_model(model: LanguageModel, source: Path, target: Path) -> None:
@@ -128,7 +129,7 @@ def check_output(target: Path, source: Path) -> None:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as file:
+    with safe_open(weight_files(folder)[0], framework="pt") as file:
         dtypes = [file.get_tensor(name).dtype for name in sorted(file.keys())[:8]]
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 

@@ -25,6 +25,7 @@ from mopcompress.models.checkpoint import (
     weights_hash,
 )
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import (
     GPTQModifier,
     MagnitudePruningModifier,
@@ -133,7 +134,7 @@ def _check_written(folder: Path, model: LanguageModel, rows: Sequence[LayerRow])
     """Re-open what was written and compare it with the weights in memory, so that success is not just assumed."""
     weights = dict(model.network.state_dict())
     seen = set()
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 written = file.get_tensor(name)

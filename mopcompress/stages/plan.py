@@ -9,6 +9,7 @@ from mopcompress import artifact
 from mopcompress.data.sources import local_path
 from mopcompress.errors import InputNotFoundError, OutputError
 from mopcompress.models import smollm2
+from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import Recipe, RunSpec, resolved
 from mopcompress.results import read_rows
 from mopcompress.stages.grid import Cell, cells_of, settings_of
@@ -82,7 +83,7 @@ def model_facts(name: str) -> dict[str, Any]:
     folder = Path(name).expanduser()
     if not folder.is_dir() and name == "smollm2":
         folder = next(iter(sorted(smollm2.cache_folder().glob("models/SmolLM2-*"))), folder)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else None
+    size = sum(path.stat().st_size for path in weight_files(folder)) if folder.is_dir() else None
     return {"name": name, "folder": str(folder) if folder.is_dir() else None, "bytes": size}
 
 

@@ -1,0 +1,76 @@
+"""`grid.safetensors`: the scales of the quantised linears, beside their dense weights.
+
+For each quantised linear `<dotted name>.scales`, fp16 [out, groups]; bits and group size stand in the header. With them
+`codes_of` gives back the integers exactly, so that an export needs no second rounding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mopcompress.errors import DataError
+
+FILE = "grid.safetensors"
+_SUFFIX, _WHOLE_ROW = ".scales", "-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A symmetric grid: every weight of a linear in `scales` is an integer of `bits` bits times its group's scale."""
+
+    bits: int
+    group_size: int | None  # consecutive inputs that share a scale; None: the whole row
+    scales: Mapping[str, Float[Tensor, "out groups"]]  # fp16, by the linear's dotted name
+
+
+def write_grid(
+    path: Path, scales: Mapping[str, Float[Tensor, "out groups"]], *, bits: int, group_size: int | None
+) -> None:
+    """Write the file; the scales must be numbers that fp16 can hold."""
+    tensors = {f"{name}{_SUFFIX}": scale.half().cpu().contiguous() for name, scale in scales.items()}
+    size = _WHOLE_ROW if group_size is None else str(group_size)
+    save_file(tensors, path, {"format": "pt", "bits": str(bits), "group_size": size})
+
+
+def read_grid(folder: Path) -> Grid | None:
+    """The grid of a compressed folder; None when it has none. Raises `DataError` when the file is damaged."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            bits, size = int(facts["bits"]), int(facts["group_size"])
+            scales = {name.removesuffix(_SUFFIX): file.get_tensor(name) for name in sorted(file.keys())}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make the folder again") from error
+    for name, scale in scales.items():
+        if scale.dtype != torch.float16 or scale.ndim != 2 or not bool((scale > 0).all() and scale.isfinite().all()):
+            raise DataError(f"{path}: {name}{_SUFFIX} is no matrix of positive fp16 numbers; make the folder again")
+    return Grid(bits=bits, group_size=None if size == -1 else size, scales=scales)
+
+
+def codes_of(
+    weight: Float[Tensor, "out in"], scales: Float[Tensor, "rows groups"], *, bits: int
+) -> Int[Tensor, "out in"]:
+    """The integers of a weight that lies on a grid, as int8; fp16, bf16 and fp32 weights all hold them exactly.
+
+    Raises `DataError` when the weight is not what these scales and any codes of `bits` bits give.
+    """
+    rows, columns = weight.shape
+    if len(scales) != rows or columns % scales.shape[1]:
+        raise DataError(f"scales of shape {tuple(scales.shape)} do not fit a weight of {rows} x {columns}")
+    spread = scales.float().repeat_interleave(columns // scales.shape[1], dim=1)
+    codes = (weight.float() / spread).round()
+    limit = 2 ** (bits - 1)
+    if not (
+        torch.equal((codes * spread).to(weight), weight) and bool((-limit <= codes).logical_and(codes < limit).all())
+    ):
+        raise DataError(f"a weight does not lie on its grid of {bits} bits: it was changed after it was quantised")
+    return codes.to(torch.int8)
