@@ -156,7 +156,7 @@ def compressing_on_arrival(
         start = time.perf_counter()
         dense = dense_inputs.pop(group[0], None)
         paired = None if dense is None or dense.shape != inputs.shape else dense.flatten(0, -2)
-        weights = {names[one]: _weight(one) for one in group}
+        weights = {names[one]: weight_of(one) for one in group}
         try:
             solutions = solve_in_turn(weights, inputs.flatten(0, -2), paired, steps)
         except MopError as error:
@@ -164,7 +164,7 @@ def compressing_on_arrival(
         seconds = (time.perf_counter() - start) / len(group)
         for one in group:
             solved = solutions[names[one]]
-            _weight(one).copy_(solved.weight)
+            weight_of(one).copy_(solved.weight)
             settled.append((one, solved, seconds))
             del waiting[one]
 
@@ -201,7 +201,7 @@ def _nothing(_result: object) -> None:
     """A hook's answer would replace the input."""
 
 
-def _weight(linear: Linear) -> Tensor:
+def weight_of(linear: Linear) -> Tensor:
     """The weight as [out, in]; GPT-2's Conv1D stores it transposed."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
