@@ -327,7 +327,7 @@ def test_a_matched_linear_starts_from_the_least_squares_fit_of_dense_outputs(fam
     for name, linear in linears(slow).items():
         weight, there, here = weight_of(linear), input_of(dense, linears(dense)[name]), input_of(slow, linear)
         # min over V of |W x_dense - V x|² + ridge |V - W|², as one least-squares problem with the ridge as more rows
-        ridge = (0.01 * here.square().mean()) ** 0.5 * len(here) ** 0.5
+        ridge = (0.1 * here.square().mean()) ** 0.5 * len(here) ** 0.5
         left = torch.cat([here, ridge * torch.eye(here.shape[1])])
         right = torch.cat([there @ weight.T, ridge * weight.T])
         best = torch.linalg.lstsq(left, right).solution.T

@@ -27,13 +27,14 @@ def toward_dense(
     *,
     share: float,
     keep_zeros: bool,
-    damping: float = 0.01,
+    damping: float = 0.1,
 ) -> Solved:
     """W + share (V* - W): 0 asks for the linear's own outputs, 1 for the dense model's.
 
     `drift` is C - G = mean (x_dense - x) xᵀ. The ridge, `damping` times the mean diagonal of the Gram matrix, draws
     towards W: V* = W + W (C - G) (G + ridge)⁻¹, which is W to the bit when nothing drifted. With `keep_zeros`, V* is
-    the best among the matrices that are zero where W is.
+    the best among the matrices that are zero where W is. The ridge is ten times that of the solvers: V* is fitted to
+    what few tokens have in common, and overfits them sooner than a mask does (benchmarks/LOG.md).
     """
     factor = inverse_factor(gram.to(weight), damping=damping)
     change = weight @ drift.to(weight) @ factor.upper.T @ factor.upper
