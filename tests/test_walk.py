@@ -7,9 +7,9 @@ from transformers.pytorch_utils import Conv1D
 
 from mopcompress.compress import METHODS
 from mopcompress.compress.compression import Compression
-from mopcompress.compress.targets import chosen
 from mopcompress.compress.walk import compress_model
 from mopcompress.errors import DataError, NumericalError
+from mopcompress.targets import chosen
 
 TOKENS = random_tokens(6, 20)
 OPTIONS = {

@@ -11,8 +11,8 @@ from mopcompress.compress import METHODS, Method, Solved
 from mopcompress.compress.refit import refit
 from mopcompress.compress.statistics import Statistic, input_drift, with_ridge
 from mopcompress.compress.target import toward_dense
-from mopcompress.compress.targets import chosen
 from mopcompress.errors import DataError
+from mopcompress.targets import chosen
 
 
 @dataclass(frozen=True, kw_only=True)
