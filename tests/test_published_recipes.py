@@ -210,6 +210,15 @@ pruning_stage:
 """,
         {r".*self_attn": (0.8, None, None)},
     ),
+    # SparseML's OBCQ documentation: one share a target
+    "a list of shares": (
+        """
+test_stage:
+  obcq_modifiers:
+    SparseGPTModifier: {sparsity: [0.6, 0.3], targets: ["model.layers.0", "re:.*mlp.*"], ignore: ["re:.*[2-5].mlp"]}
+""",
+        {r"model\.layers\.0": (0.6, None, None), r"model\.layers\.1\.mlp": (0.3, None, None)},
+    ),
 }
 
 

@@ -187,6 +187,15 @@ def test_json_and_markdown_carry_the_same_recipe(write):
     assert load_recipe(write(b"\xef\xbb\xbf" + json.dumps(tree).encode(), "bom.json")) == expected
 
 
+def test_a_list_has_one_share_a_target_and_survives(write):
+    fields = {"sparsity": [0.5, 0.7], "targets": ["re:.*mlp", "re:.*attn"]}
+    recipe = load_recipe(write(in_group("SparseGPTModifier", fields)))
+    assert recipe.modifier_for("sparsegpt").sparsity == (0.5, 0.7)
+    assert recipe.run.ratios == ()
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+    assert recipe.modifier_for("sparsegpt").with_sparsity(0.6).sparsity == 0.6
+
+
 # What the bench makes of it
 
 
@@ -321,7 +330,15 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         ("SparseGPTModifier", {"sparsity": -0.1}, "between 0 and 1, found -0.1"),
         ("SparseGPTModifier", {"sparsity": "0.5"}, "sparsity: not a number, found '0.5'"),
         ("SparseGPTModifier", {"sparsity": True}, "sparsity: not a number, found True"),
-        ("SparseGPTModifier", {"sparsity": [0.5, 0.7]}, "not supported yet; write one stage for each sparsity"),
+        (
+            "SparseGPTModifier",
+            {"sparsity": [0.5, 0.7]},
+            "sparsity: a list has one share a target, and there are 1 targets",
+        ),
+        ("SparseGPTModifier", {"sparsity": []}, "sparsity: a list has one share a target, and there are 1 targets"),
+        ("WandaPruningModifier", {"sparsity": [50]}, "sparsity[0]: not a share of weights between 0 and 1, found 50"),
+        ("WandaPruningModifier", {"sparsity": ["a"]}, "sparsity[0]: not a number, found 'a'"),
+        ("WandaPruningModifier", {"sparsity": [0.6], "mask_structure": "2:4"}, "2:4 removes a share of 0.5"),
         ("SparseGPTModifier", {"sparsity": 0.5, "sparsity_profile": "owl"}, "sparsity_profile: not supported yet"),
         ("SparseGPTModifier", {"sparsity": 0.85, "mask_structure": "2:4"}, "2:4 removes a share of 0.5, found 0.85"),
         ("SparseGPTModifier", {"sparsity": 0.5, "mask_structure": "4:2"}, "mask_structure: not N:M"),
@@ -350,7 +367,11 @@ def test_all_faults_come_at_once_each_with_its_place(write):
             {"final_sparsity": 0.5, "sparsity": 0.5},
             "no such field; did you mean 'final_sparsity'?",
         ),
-        ("MagnitudePruningModifier", {"final_sparsity": 0.5, "apply_globally": True}, "not supported yet"),
+        (
+            "MagnitudePruningModifier",
+            {"final_sparsity": 0.5, "apply_globally": True, "mask_structure": "2:4"},
+            "apply_globally: mask_structure 2:4 fixes the share of every layer",
+        ),
         ("GPTQModifier", {}, "say how: scheme: W4A16, or config_groups"),
         (
             "GPTQModifier",
@@ -496,6 +517,11 @@ def test_contradictions_inside_gptq_are_named(write):
             "a_stage: {m_modifiers: {GPTQModifier: {scheme: W4A16}}}\nb_stage: {m_modifiers: {WandaPruningModifier: "
             "{sparsity: 0.5}}}",
             "b_stage.m_modifiers.WandaPruningModifier: would change weights that the GPTQModifier of a_stage",
+        ),
+        (
+            "a_stage: {m_modifiers: {WandaPruningModifier: {sparsity: 0.5}, MagnitudePruningModifier: "
+            "{final_sparsity: 0.6, apply_globally: true}}}",
+            "MagnitudePruningModifier.apply_globally: its threshold is that of the given weights, and a_stage changes",
         ),
     ],
 )

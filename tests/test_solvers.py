@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from mopcompress.compress import METHODS
 from mopcompress.compress.feedback import inverse_factor, sweep
 from mopcompress.compress.gptq import _on_grid, gptq
-from mopcompress.compress.magnitude import magnitude
+from mopcompress.compress.magnitude import magnitude, one_threshold
 from mopcompress.compress.sparsegpt import sparsegpt
 from mopcompress.compress.statistics import InputGram, InputNorms
 from mopcompress.compress.wanda import wanda
@@ -536,3 +536,32 @@ def test_groups_that_do_not_fit_are_refused_with_those_that_do(size, group, advi
 def test_impossible_bits_are_refused(bits):
     with pytest.raises(DataError, match=f"cannot quantise to {bits} bits"):
         gptq(torch.ones(2, 32), torch.eye(32), bits=bits, group_size=32)
+
+
+# One threshold for all layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("sparsity", [0.0, 0.001, 0.29, 0.5, 0.95])
+def test_one_threshold_takes_the_smallest_weights_of_all_matrices(sparsity, dtype):
+    seeded = torch.Generator().manual_seed(0)
+    shapes = {"a": (7, 40), "b": (33, 5), "c": (1, 64)}
+    weights = {
+        name: (scale * torch.randn(shape, generator=seeded)).half().to(dtype)  # of few bits: some tie
+        for scale, (name, shape) in enumerate(shapes.items(), start=1)
+    }
+    together = torch.cat([weight.flatten() for weight in weights.values()])
+    gone = torch.zeros(len(together), dtype=torch.bool)
+    gone[together.abs().argsort(stable=True)[: round(sparsity * len(together))]] = True
+    shares = one_threshold(weights, sparsity)
+    for expected, (name, weight) in zip(
+        gone.split([one.numel() for one in weights.values()]), weights.items(), strict=True
+    ):
+        found = magnitude(weight, None, sparsity=shares[name]).weight == 0
+        assert torch.equal(found, expected.reshape(weight.shape) | (weight == 0))
+
+
+def test_one_threshold_gives_ties_to_earlier_matrices():
+    ones = torch.ones(3, 4)
+    assert one_threshold({"a": ones, "b": -ones, "c": 2 * ones}, 0.5) == {"a": 1.0, "b": 0.5, "c": 0.0}
+    assert one_threshold({"a": torch.zeros(2, 2), "b": ones}, 0.25) == {"a": 1.0, "b": 0.0}

@@ -21,6 +21,9 @@ PLAIN = {  # pydantic's kinds of error, without Python's names for types
 }
 
 
+ONE, EACH = "|one", "|each"  # pydantic's tags for a value that may be one or a list: they stand in its paths
+
+
 class Absent:
     """Stands for the value of a fault that is not about a value."""
 
@@ -95,7 +98,7 @@ def faults_of(error: ValidationError, model: type[BaseModel], path: tuple[str | 
 
 
 def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int, ...]) -> Fault:
-    place = path + tuple(details["loc"])
+    place = path + tuple(part for part in details["loc"] if part not in (ONE, EACH))
     if details["type"] == "extra_forbidden":
         return Fault(place, "no such field", hint=nearest(place[-1], _field_names(model)))
     if details["type"] == "missing":

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
+
+from mopcompress.recipe.faults import EACH, ONE
 
 
 class Spec(BaseModel):
@@ -105,12 +107,14 @@ def parse_structure(text: str) -> tuple[int, int] | None:
 BITS = (2, 3, 4, 8)
 
 Share = Annotated[float, AfterValidator(_share)]
+OneOrEach = Discriminator(lambda given: EACH if isinstance(given, list | tuple) else ONE)
 Name = Annotated[str, AfterValidator(_name)]
 Target = Annotated[Name, AfterValidator(_target)]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(_named)]
 Aims = Annotated[tuple[Annotated[Target, AfterValidator(_inside_blocks)], ...], BeforeValidator(_named)]
 Bits = Annotated[int, AfterValidator(_bits)]
 Listed = BeforeValidator(_listed)
+Shares = Annotated[Annotated[Share, Tag(ONE)] | Annotated[tuple[Share, ...], Listed, Tag(EACH)], OneOrEach]
 Distinct = AfterValidator(_distinct)
 Structure = Annotated[str, AfterValidator(_structure)]
 Damping = Annotated[float, Field(gt=0, le=10)]

@@ -123,7 +123,7 @@ def _own_grid(recipe: Recipe) -> dict[str, Any]:
         return {}
     grid: dict[str, Any] = {
         "methods": tuple(dict.fromkeys(one.method for one in pruning)),
-        "ratios": tuple(dict.fromkeys(one.sparsity for one in pruning)),
+        "ratios": tuple(dict.fromkeys(one.sparsity for one in pruning if not isinstance(one.sparsity, tuple))),
         "bits": tuple(dict.fromkeys(one.bits for one in rounding)),
     }
     return grid | ({"group_size": rounding[0].group_size} if rounding else {})

@@ -18,6 +18,7 @@ from mopcompress.recipe.fields import (
     Schedule,
     ScheduleFields,
     Share,
+    Shares,
     Spec,
     Structure,
     Switch,
@@ -53,21 +54,20 @@ class PruningModifier(Spec):
     mask_structure: Structure = "0:0"
     targets: Aims = ("Linear",)
 
-    @field_validator("sparsity", mode="before", check_fields=False)
-    @classmethod
-    def _one_for_all(cls, sparsity: Any) -> Any:
-        if isinstance(sparsity, list):
-            raise fault("a list with one sparsity a target is not supported yet; write one stage for each sparsity")
-        return sparsity
-
     @field_validator("sparsity", "final_sparsity", check_fields=False)
     @classmethod
-    def _agrees_with_the_structure(cls, sparsity: float, info: Any) -> float:
+    def _agrees_with_structure_and_targets(cls, sparsity: Any, info: Any) -> Any:
         # `info` is pydantic's ValidationInfo, a protocol that beartype cannot check
         pattern = parse_structure(info.data.get("mask_structure", ""))
-        if pattern and not math.isclose(sparsity, pattern[0] / pattern[1], abs_tol=0.01):  # 1:3 may be written 0.33
-            removed = pattern[0] / pattern[1]
-            raise fault(f"mask_structure {pattern[0]}:{pattern[1]} removes a share of {removed:g}", f"{removed:g}")
+        removed = pattern[0] / pattern[1] if pattern else None
+        for share in sparsity if isinstance(sparsity, tuple) else (sparsity,):
+            if removed is not None and not math.isclose(share, removed, abs_tol=0.01):  # 1:3 may be written 0.33
+                raise fault(
+                    f"mask_structure {info.data['mask_structure']} removes a share of {removed:g}", f"{removed:g}"
+                )
+        targets = info.data.get("targets", ())
+        if isinstance(sparsity, tuple) and targets and len(sparsity) != len(targets):
+            raise fault(f"a list has one share a target, and there are {len(targets)} targets")
         return sparsity
 
     @property
@@ -85,7 +85,7 @@ class SparseGPTModifier(PruningModifier):
 
     method: ClassVar[str] = "sparsegpt"
 
-    sparsity: Share
+    sparsity: Shares  # a list has one share a target; a linear of several targets has that of the first
     ignore: Targets = ()
     block_size: BlockSize = 128
     dampening_frac: Damping = 0.01
@@ -116,7 +116,7 @@ class WandaPruningModifier(PruningModifier):
 
     method: ClassVar[str] = "wanda"
 
-    sparsity: Share
+    sparsity: Shares
     ignore: Targets = ()
     sequential_update: Switch = None
     sequential_targets: Layers = None
@@ -126,7 +126,7 @@ class WandaPruningModifier(PruningModifier):
 
 
 class MagnitudePruningModifier(PruningModifier):
-    """Remove the smallest weights of every layer at once: a schedule over training steps has no meaning here."""
+    """Remove the smallest weights at once: a schedule over training steps has no meaning here."""
 
     method: ClassVar[str] = "magnitude"
     share_field: ClassVar[str] = "final_sparsity"
@@ -141,14 +141,14 @@ class MagnitudePruningModifier(PruningModifier):
     update_scheduler: Schedule = None
     scheduler_args: ScheduleFields = None
     leave_enabled: Switch = None
-    apply_globally: bool = False
+    apply_globally: bool = False  # one threshold for all layers, instead of the same share of each
 
     @field_validator("apply_globally")
     @classmethod
-    def _layer_by_layer(cls, globally: bool) -> bool:
-        if globally:
+    def _has_a_choice(cls, globally: bool, info: Any) -> bool:
+        if globally and parse_structure(info.data.get("mask_structure", "")):
             raise fault(
-                "one threshold for all layers is not supported yet; without it every layer loses the same share"
+                f"mask_structure {info.data['mask_structure']} fixes the share of every layer; keep one of them"
             )
         return globally
 

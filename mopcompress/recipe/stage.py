@@ -76,19 +76,20 @@ def read_stage(name: str, content: Any, faults: list[Fault]) -> Stage:
 
 
 def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
-    """Pruning comes before rounding: afterwards it would take weights off the grid that they were rounded to."""
-    rounded = None
+    """Pruning comes before rounding, which it would undo, and one threshold for all layers before all else."""
+    rounded = pruned = None
     for stage in stages:
         for group in stage.groups:
             for one in group.modifiers:
-                if isinstance(one, GPTQModifier):
-                    rounded = rounded or stage.name
-                elif rounded and isinstance(one, Pruning):
-                    path = (stage.name, group.name, type(one).__name__)
-                    what = (
-                        f"would change weights that the GPTQModifier of {rounded} has rounded; put it before that one"
-                    )
+                path = (stage.name, group.name, type(one).__name__)
+                if rounded and isinstance(one, Pruning):
+                    what = f"would change weights that the GPTQModifier of {rounded} has rounded; put it before that"
                     faults.append(Fault(path, what))
+                if pruned and isinstance(one, MagnitudePruningModifier) and one.apply_globally:
+                    what = f"its threshold is that of the given weights, and {pruned} changes them; put it first"
+                    faults.append(Fault((*path, "apply_globally"), what))
+                rounded = rounded or (stage.name if isinstance(one, GPTQModifier) else None)
+                pruned = pruned or (stage.name if isinstance(one, Pruning) else None)
 
 
 def stranger(name: str, content: Any) -> Fault:

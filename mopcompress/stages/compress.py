@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mopcompress import artifact
 from mopcompress.compress.compression import Compression
-from mopcompress.compress.walk import LayerRow, compress_model
+from mopcompress.compress.magnitude import one_threshold
+from mopcompress.compress.walk import LayerRow, compress_model, planned
 from mopcompress.errors import DataError, QualityGateError, StorageError
 from mopcompress.models.checkpoint import (
     check_output,
@@ -69,7 +70,7 @@ def compress_into(
     """Compress a loaded model, in place, and publish it as a folder."""
     start = time.perf_counter()
     method = "+".join(modifier.method for modifier in modifiers)
-    compressions = [compression_of(modifier) for modifier in modifiers]
+    compressions = [with_shares(modifier, compression_of(modifier), model) for modifier in modifiers]
     rows = compress_model(model, tokens, compressions, progress=_told(progress, method))
     seconds = time.perf_counter() - start
     fallbacks = sum(row.escalations > 0 for row in rows)
@@ -123,6 +124,16 @@ def compression_of(modifier: Compressing) -> Compression:
             "keep_zeros": modifier.preserve_sparsity_mask,
         }
     return Compression(method=modifier.method, options=options, targets=modifier.targets, ignore=modifier.ignore)
+
+
+def with_shares(modifier: Compressing, compression: Compression, model: LanguageModel) -> Compression:
+    """The compression with a share of weights for each linear, where the model's weights decide on those."""
+    if not isinstance(modifier, MagnitudePruningModifier) or not modifier.apply_globally:
+        return compression
+    [step] = planned(model, [compression])
+    weights = {name: model.network.get_parameter(f"{name}.weight") for name in step.place}
+    shares = one_threshold(weights, modifier.sparsity)
+    return replace(compression, options={**compression.options, "sparsity": shares})
 
 
 def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mopcompress.errors import RecipeError
 from mopcompress.recipe import GPTQModifier, Recipe
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.results import setting_name
@@ -37,14 +38,21 @@ class Cell:
 
 
 def settings_of(recipe: Recipe) -> list[Setting]:
-    """Dense first, then method by method, ratio by ratio, then bit widths."""
+    """Dense first, then method by method, ratio by ratio, then bit widths.
+
+    Raises `RecipeError` when a modifier has no one share of weights to remove.
+    """
     run = recipe.run
     settings = [Setting("dense", 0.0, None, None)]
     for method in run.methods:
-        for ratio in run.ratios:
-            pruning = recipe.modifier_for(method)
-            assert not isinstance(pruning, GPTQModifier)  # no `method` of a run
-            settings.append(Setting(method, ratio, None, pruning.with_sparsity(ratio)))
+        pruning = recipe.modifier_for(method)
+        assert not isinstance(pruning, GPTQModifier)  # no `method` of a run
+        if isinstance(pruning.sparsity, tuple):
+            raise RecipeError(
+                f"{type(pruning).__name__}.sparsity: a bench compares shares of the whole model, found a list; "
+                "write one number, or prune and evaluate that model alone"
+            )
+        settings += [Setting(method, ratio, None, pruning.with_sparsity(ratio)) for ratio in run.ratios]
     for bits in run.bits:
         quantising = recipe.modifier_for("gptq")
         assert isinstance(quantising, GPTQModifier)
