@@ -1,0 +1,145 @@
+"""Eight defects of llm-compressor 0.14.0.1 that recipes of its form must not meet here: one test each, end to end."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import random_tokens, saved, tiny_model
+from transformers import AutoModelForCausalLM
+
+from mopcompress.errors import QualityGateError
+from mopcompress.recipe import GPTQModifier, Recipe, dump_recipe, load_recipe
+from mopcompress.recipe.fields import Spec
+from mopcompress.recipe.modifiers import Pruning
+from mopcompress.stages.compress import compress
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}  # 32 and 64: groups of 32 fit
+SPARSE_24_THEN_W4 = """
+sparsity_stage:
+  sparsity_modifiers: {SparseGPTModifier: {sparsity: 0.5, mask_structure: "2:4"}}
+quantization_stage:
+  quantization_modifiers:
+    GPTQModifier:
+      ignore: [lm_head]
+      config_groups:
+        group_0: {weights: {num_bits: 4, symmetric: true, strategy: group, group_size: 32}, targets: [Linear]}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny Llama whose head is not tied to its embeddings."""
+    return saved(tiny_model(**SHAPE, tie_word_embeddings=False), tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Words for calibration."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{token}" for token in random_tokens(1, 600)[0].tolist()))
+    return path
+
+
+@pytest.fixture
+def compressed(base, text, tmp_path):
+    """Run a recipe on the model, and give the recipe, the folder and its weights."""
+
+    def run(recipe: str, **flags: object) -> tuple[Recipe, dict[str, torch.Tensor]]:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(recipe)
+        settings = {
+            "model": base,
+            "calibration": text,
+            "num_calibration_samples": 8,
+            "max_seq_length": 32,
+            "device": "cpu",
+        }
+        loaded = load_recipe(path, settings | flags)
+        modifiers = [one for one in loaded.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+        compress(loaded, modifiers, tmp_path / "out")
+        return loaded, load_file(tmp_path / "out" / "model.safetensors")
+
+    return run
+
+
+def projections(weights):
+    return {name: weight for name, weight in weights.items() if "_proj" in name}
+
+
+@pytest.mark.parametrize("ignore", ["ignore: [lm_head]", 'ignore: ["re:.*lm_head"]', "ignore: []"])
+@pytest.mark.parametrize("modifier", ["SparseGPTModifier", "WandaPruningModifier"])
+def test_1_an_ignored_head_is_not_pruned(base, compressed, modifier, ignore):
+    """There, `ignore: [lm_head]` prunes the head to 50 %: only the `re:` form works."""
+    _, weights = compressed(f"a_stage: {{b_modifiers: {{{modifier}: {{sparsity: 0.5, targets: [Linear], {ignore}}}}}}}")
+    dense = load_file(base / "model.safetensors")
+    assert torch.equal(weights["lm_head.weight"], dense["lm_head.weight"])
+    assert torch.equal(weights["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
+    assert all(int((weight == 0).sum()) == weight.numel() // 2 for weight in projections(weights).values())
+
+
+def test_2_magnitude_pruning_at_once_prunes(compressed):
+    """There, a oneshot MagnitudePruningModifier changes nothing and says nothing."""
+    fields = "{init_sparsity: 0.5, final_sparsity: 0.5, targets: ['re:.*proj.weight'], start: 0, end: 1}"
+    _, weights = compressed(f"a_stage: {{b_modifiers: {{MagnitudePruningModifier: {fields}}}}}")
+    assert projections(weights)
+    assert all(int((weight == 0).sum()) == weight.numel() // 2 for weight in projections(weights).values())
+
+
+def test_2_magnitude_pruning_with_one_threshold_prunes_as_much(base, compressed):
+    """There, `apply_globally: true` is not implemented."""
+    fields = "{final_sparsity: 0.5, targets: ['re:.*proj.weight'], apply_globally: true}"
+    _, weights = compressed(f"a_stage: {{b_modifiers: {{MagnitudePruningModifier: {fields}}}}}")
+    pruned = projections(weights).values()
+    assert sum(int((weight == 0).sum()) for weight in pruned) == sum(weight.numel() for weight in pruned) // 2
+    kept = min(float(weight[weight != 0].abs().min()) for weight in pruned)
+    dense = projections(load_file(base / "model.safetensors"))
+    for name, weight in projections(weights).items():
+        assert torch.equal(weight == 0, dense[name].abs() < kept), name
+
+
+def test_4_every_group_of_two_in_four_survives_rounding(compressed):
+    """There, GPTQ after SparseGPT fills 2.8 % of the groups."""
+    _, weights = compressed(SPARSE_24_THEN_W4)
+    for name, weight in projections(weights).items():
+        zeros = (weight.unflatten(1, (-1, 4)) == 0).sum(-1)
+        assert int(zeros.min()) >= 2, name
+        assert max(len(group.unique()) for group in weight.unflatten(1, (-1, 32)).flatten(0, 1)) <= 16, name
+
+
+def test_6_a_recipe_that_is_written_back_is_plain_and_the_same(compressed, tmp_path):
+    """There, two stages come back as one, with a tag that `yaml.safe_load` refuses."""
+    recipe, _ = compressed(SPARSE_24_THEN_W4)
+    dumped = dump_recipe(recipe)
+    assert [name for name in yaml.safe_load(dumped) if name != "run"] == ["sparsity_stage", "quantization_stage"]
+    (tmp_path / "again.yaml").write_text(dumped)
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert dump_recipe(load_recipe(tmp_path / "again.yaml")) == dumped
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["recipe"] == yaml.safe_load(dumped)
+
+
+def test_7_a_matrix_that_is_not_positive_definite_is_never_replaced_silently(compressed, tmp_path):
+    """There, the inverse becomes the identity. Here damping is raised and counted, and too many raises are an error."""
+    recipe = "a_stage: {b_modifiers: {SparseGPTModifier: {sparsity: 0.5, dampening_frac: 1.0e-30}}}"
+    few = {"num_calibration_samples": 1, "max_seq_length": 8}  # 8 tokens for 32 inputs
+    with pytest.raises(QualityGateError, match=r"^14 of 14 matrices needed more damping than asked for"):
+        compressed(recipe, **few, max_fallback=0.5)
+    assert not (tmp_path / "out").exists()
+    compressed(recipe, **few, max_fallback=1.0)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "layers.jsonl").read_text().splitlines()]
+    escalated = [row["name"] for row in rows if row["escalations"]]
+    assert len(escalated) == 14
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["fallbacks"] == len(escalated)
+
+
+def test_8_a_rounded_checkpoint_loads_in_stock_transformers(base, compressed, tmp_path):
+    """There, a W4A16_ASYM checkpoint does not load. Here grids are symmetric, and others are refused by name."""
+    _, weights = compressed(SPARSE_24_THEN_W4)
+    network, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    for name, weight in network.named_parameters():
+        assert torch.equal(weight, weights[name]), name
+    tokens = random_tokens(1, 5)
+    assert not torch.equal(network(tokens).logits, AutoModelForCausalLM.from_pretrained(base)(tokens).logits)
