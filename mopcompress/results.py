@@ -48,7 +48,7 @@ class BenchRow:
 
     ratio: float | None  # share of weights asked to be removed; 0 for dense; None when quantised
     bits: int | None  # bits asked for; None when pruned or dense
-    method: str  # dense, magnitude, wanda, sparsegpt, gptq
+    method: str  # dense, magnitude, wanda, sparsegpt, alps, gptq
     arm: str  # none, single, mop
     seed: int
     data: str

@@ -269,6 +269,13 @@ modifier = st.one_of(  # plain data: hypothesis forbids strategies to run type-c
         st.fixed_dictionaries({"sparsity": share, "ignore": st.lists(word.filter(lambda text: text[:3] != "re:"))}),
     ),
     st.tuples(
+        st.just("ALPSModifier"),
+        st.fixed_dictionaries(
+            {"sparsity": st.one_of(share, st.lists(share, min_size=1, max_size=1))},
+            optional={"iterations": st.integers(1, 99), "refit_steps": st.integers(0, 99), "match_dense": share},
+        ),
+    ),
+    st.tuples(
         st.just("WandaPruningModifier"),
         st.fixed_dictionaries({"sparsity": st.just(0.5), "mask_structure": structure}),
     ),
@@ -312,10 +319,11 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         "r.yaml: sparsity_stage.sparsity_modifiers.SparseGPTModifier.block_size: not a whole number, found 0.5",
         "r.yaml: sparsity_stage.sparsity_modifiers.SparseGPTModifier.sparsty: no such field; did you mean 'sparsity'?",
         "r.yaml: sparsity_stage.sparsity_modifiers.SparseGTPModifier: no such modifier here (SparseGPTModifier, "
-        "WandaPruningModifier, MagnitudePruningModifier, ConstantPruningModifier, GPTQModifier, "
+        "ALPSModifier, WandaPruningModifier, MagnitudePruningModifier, ConstantPruningModifier, GPTQModifier, "
         "PromptRecoveryModifier); did you mean 'SparseGPTModifier'?",
         "r.yaml: sparsity_stage.run_type: not oneshot or train, found 'oneshott'; did you mean 'oneshot'?",
-        "r.yaml: run.methods[0]: not one of sparsegpt, wanda, magnitude, found 'sparsgpt'; did you mean 'sparsegpt'?",
+        "r.yaml: run.methods[0]: not one of sparsegpt, alps, wanda, magnitude, found 'sparsgpt'; "
+        "did you mean 'sparsegpt'?",
         "r.yaml: run.seeds[1]: not greater than or equal to 0, found -1",
         "r.yaml: run.ratio: no such field; did you mean 'ratios'?",
         "r.yaml: model: neither run: nor a <name>_stage:; did you mean 'model_stage'?",
@@ -362,6 +370,16 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         ("SparseGPTModifier", {"sparsity": 0.5, "ignore": ["re:a{99999999999}"]}, "ignore[0]: not a regular"),
         ("SparseGPTModifier", [], "SparseGPTModifier: not a map of settings"),
         ("WandaPruningModifier", {"sparsity": 0.5, "dampening_frac": 0.1}, "dampening_frac: no such field"),
+        ("ALPSModifier", {"sparsity": 0.5, "steps": 3}, "steps: no such field; did you mean 'refit_steps'?"),
+        ("ALPSModifier", {"sparsity": 0.5, "iterations": 0}, "iterations: not greater than or equal to 1, found 0"),
+        ("SparseGPTModifier", {"sparsity": 0.5, "refit_steps": -1}, "refit_steps: not greater than or equal to 0"),
+        ("SparseGPTModifier", {"sparsity": 0.5, "refit_step": 1}, "no such field; did you mean 'refit_steps'?"),
+        (
+            "GPTQModifier",
+            {"scheme": "W4A16", "match_dense": 1.5},
+            "match_dense: not less than or equal to 1, found 1.5",
+        ),
+        ("GPTQModifier", {"scheme": "W4A16", "match_dense": True}, "match_dense: not a number, found True"),
         (
             "MagnitudePruningModifier",
             {"final_sparsity": 0.5, "sparsity": 0.5},
@@ -615,8 +633,14 @@ def test_a_message_stays_on_its_line_whatever_the_recipe_is_called(write):
         ({"seeds": "0,-1"}, "--seeds: -1 is not greater than or equal to 0"),
         ({"seeds": "1.5"}, "--seeds: 1.5 is not a whole number"),
         ({"bits": "4,17"}, "--bits: 17 is not one of 2, 3, 4, 8: no stock tool stores another width; did you mean 8?"),
-        ({"methods": "wnada"}, "--methods: 'wnada' is not one of sparsegpt, wanda, magnitude; did you mean 'wanda'?"),
-        ({"methods": "gptq"}, "--methods: 'gptq' is not one of sparsegpt, wanda, magnitude; did you mean --bits?"),
+        (
+            {"methods": "wnada"},
+            "--methods: 'wnada' is not one of sparsegpt, alps, wanda, magnitude; did you mean 'wanda'?",
+        ),
+        (
+            {"methods": "gptq"},
+            "--methods: 'gptq' is not one of sparsegpt, alps, wanda, magnitude; did you mean --bits?",
+        ),
         ({"arms": ["mop", "mop"]}, "stands twice"),
         ({"map": "question"}, "--map: 'question' is not column=field"),
         ({"max_seq_length": 4}, "--max-seq-length: 4 is not greater than or equal to 8"),

@@ -98,7 +98,7 @@ CALIBRATION = _run_fields(
 GRID = _run_fields(
     "Grid",
     ratios=("SHARES", "Shares of weights removed"),
-    methods=("NAMES", "sparsegpt, wanda, magnitude"),
+    methods=("NAMES", "sparsegpt, alps, wanda, magnitude"),
     bits=("LIST", "Bit widths to quantize to, such as 3,4"),
     group_size=("N", "Weights that share a scale, with --bits"),
     arms=("NAMES", "none, single, mop"),

@@ -3,6 +3,7 @@
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.grammar import Recipe, dump_recipe, load_recipe, resolved
 from mopcompress.recipe.modifiers import (
+    ALPSModifier,
     ConstantPruningModifier,
     MagnitudePruningModifier,
     PromptRecoveryModifier,
@@ -13,6 +14,7 @@ from mopcompress.recipe.run import RunSpec
 from mopcompress.recipe.stage import Group, Stage
 
 __all__ = [
+    "ALPSModifier",
     "ConstantPruningModifier",
     "GPTQModifier",
     "Group",

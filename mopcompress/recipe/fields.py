@@ -116,6 +116,8 @@ Bits = Annotated[int, AfterValidator(_bits)]
 Listed = BeforeValidator(_listed)
 Shares = Annotated[Annotated[Share, Tag(ONE)] | Annotated[tuple[Share, ...], Listed, Tag(EACH)], OneOrEach]
 Distinct = AfterValidator(_distinct)
+Steps = Annotated[int, Field(ge=0, le=1000)]
+Towards = Annotated[float, Field(ge=0, le=1)]
 Structure = Annotated[str, AfterValidator(_structure)]
 Damping = Annotated[float, Field(gt=0, le=10)]
 BlockSize = Annotated[int, Field(ge=1, le=65536)]

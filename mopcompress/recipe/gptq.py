@@ -14,6 +14,7 @@ from mopcompress.recipe.fields import (
     Spec,
     Switch,
     Targets,
+    Towards,
     Unsupported,
     fault,
 )
@@ -116,6 +117,7 @@ class GPTQModifier(Spec):
     block_size: BlockSize = 128
     dampening_frac: Damping = 0.01
     actorder: Annotated[Literal["static"] | None, BeforeValidator(_known_order)] = "static"
+    match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
     scheme: Unsupported = None
     sequential_update: Switch = None
     sequential_targets: Layers = None

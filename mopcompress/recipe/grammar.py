@@ -23,6 +23,7 @@ from mopcompress.recipe.faults import Fault, faults_of, lines
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.modifiers import (
+    ALPSModifier,
     MagnitudePruningModifier,
     PromptRecoveryModifier,
     Pruning,
@@ -64,6 +65,7 @@ class Recipe:
 
 DEFAULTS: dict[str, Pruning | GPTQModifier] = {
     "sparsegpt": SparseGPTModifier(sparsity=0.5),
+    "alps": ALPSModifier(sparsity=0.5),
     "wanda": WandaPruningModifier(sparsity=0.5),
     "magnitude": MagnitudePruningModifier(final_sparsity=0.5),
     "gptq": GPTQModifier.model_validate({"scheme": "W4A16"}).with_bits(4, 64),

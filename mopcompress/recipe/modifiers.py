@@ -20,10 +20,12 @@ from mopcompress.recipe.fields import (
     Share,
     Shares,
     Spec,
+    Steps,
     Structure,
     Switch,
     Targets,
     Time,
+    Towards,
     Unsupported,
     fault,
     parse_structure,
@@ -46,13 +48,15 @@ def changed(modifier: AnyModifier, **changes: object) -> AnyModifier:
 
 
 class PruningModifier(Spec):
-    """What the three pruning modifiers have in common."""
+    """What the pruning modifiers have in common; the last two fields are ours."""
 
     method: ClassVar[str]
     share_field: ClassVar[str] = "sparsity"
 
     mask_structure: Structure = "0:0"
     targets: Aims = ("Linear",)
+    refit_steps: Steps = 0  # of conjugate gradients on the mask, towards its least-squares values
+    match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
 
     @field_validator("sparsity", "final_sparsity", check_fields=False)
     @classmethod
@@ -111,6 +115,19 @@ class SparseGPTModifier(PruningModifier):
         return others | {"mask_structure": structure}
 
 
+class ALPSModifier(PruningModifier):
+    """Find mask and values together, by ADMM on the layer's output error, then refit them (arXiv 2406.07831)."""
+
+    method: ClassVar[str] = "alps"
+
+    sparsity: Shares
+    ignore: Targets = ()
+    dampening_frac: Damping = 0.01
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 24
+    refit_steps: Steps = 6
+    preserve_sparsity_mask: bool = False
+
+
 class WandaPruningModifier(PruningModifier):
     """Remove the lowest |weight| x input norm of every output row (arXiv 2306.11695)."""
 
@@ -158,7 +175,7 @@ class MagnitudePruningModifier(PruningModifier):
         return self.final_sparsity
 
 
-Pruning = SparseGPTModifier | WandaPruningModifier | MagnitudePruningModifier
+Pruning = SparseGPTModifier | ALPSModifier | WandaPruningModifier | MagnitudePruningModifier
 
 
 class ConstantPruningModifier(Spec):

@@ -11,6 +11,7 @@ from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.foreign import other_modifier
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.modifiers import (
+    ALPSModifier,
     ConstantPruningModifier,
     MagnitudePruningModifier,
     PromptRecoveryModifier,
@@ -23,6 +24,7 @@ MODIFIERS: dict[str, type[Spec]] = {
     kind.__name__: kind
     for kind in (
         SparseGPTModifier,
+        ALPSModifier,
         WandaPruningModifier,
         MagnitudePruningModifier,
         ConstantPruningModifier,

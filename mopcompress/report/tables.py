@@ -14,7 +14,7 @@ from mopcompress.results import BenchRow
 DENSE = "dense"
 QUANTISER = "gptq"
 ARMS = ("none", "single", "mop")
-METHODS = ("dense", "magnitude", "wanda", "sparsegpt")
+METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,19 @@ from mopcompress.models.checkpoint import (
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import (
+    ALPSModifier,
     GPTQModifier,
     MagnitudePruningModifier,
     Recipe,
     SparseGPTModifier,
-    WandaPruningModifier,
     resolved,
 )
+from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
 
-Compressing = SparseGPTModifier | WandaPruningModifier | MagnitudePruningModifier | GPTQModifier
+Compressing = Pruning | GPTQModifier
 
 
 def compress(
@@ -123,7 +124,21 @@ def compression_of(modifier: Compressing) -> Compression:
             "damping": modifier.dampening_frac,
             "keep_zeros": modifier.preserve_sparsity_mask,
         }
-    return Compression(method=modifier.method, options=options, targets=modifier.targets, ignore=modifier.ignore)
+    if isinstance(modifier, ALPSModifier):
+        options |= {
+            "damping": modifier.dampening_frac,
+            "steps": modifier.iterations,
+            "refit_steps": modifier.refit_steps,
+            "keep_zeros": modifier.preserve_sparsity_mask,
+        }
+    return Compression(
+        method=modifier.method,
+        options=options,
+        targets=modifier.targets,
+        ignore=modifier.ignore,
+        match_dense=modifier.match_dense,
+        refit_steps=0 if isinstance(modifier, GPTQModifier | ALPSModifier) else modifier.refit_steps,
+    )
 
 
 def with_shares(modifier: Compressing, compression: Compression, model: LanguageModel) -> Compression:
