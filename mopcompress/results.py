@@ -46,9 +46,9 @@ class GateReading:
 class BenchRow:
     """One cell of the grid ratio x method x arm x seed."""
 
-    ratio: float | None  # share of weights asked to be removed; 0 for dense; None when quantised
-    bits: int | None  # bits asked for; None when pruned or dense
-    method: str  # dense, magnitude, wanda, sparsegpt, alps, gptq
+    ratio: float | None  # share of weights asked to be removed; 0 for dense; None when quantised alone
+    bits: int | None  # bits asked for; None when pruned alone or dense
+    method: str  # dense, magnitude, wanda, sparsegpt, alps, gptq, or two of them: sparsegpt+gptq
     arm: str  # none, single, mop
     seed: int
     data: str
@@ -84,9 +84,12 @@ class BenchRow:
 
 
 def setting_name(method: str, ratio: float | None, bits: int | None) -> str:
-    """A compression as a reader names it: `dense`, `sparsegpt 50%`, `gptq 3-bit`."""
+    """A compression as a reader names it: `dense`, `sparsegpt 50%`, `gptq 3-bit`, `sparsegpt 50% + gptq 4-bit`."""
     if method == "dense":
         return "dense"
+    pruning, _, rounding = method.partition("+")
+    if rounding:
+        return f"{setting_name(pruning, ratio, None)} + {setting_name(rounding, None, bits)}"
     return f"{method} {bits}-bit" if bits else f"{method} {100 * (ratio or 0):g}%"
 
 

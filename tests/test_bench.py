@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from mopcompress import artifact
 from mopcompress.errors import OutputError, QualityGateError, RecipeError
@@ -139,6 +140,25 @@ def test_a_larger_grid_runs_only_what_is_new(finished, recipe_of, tmp_path):
     assert shared.read_bytes() == (finished / "models" / "sparsegpt-50" / "manifest.json").read_bytes()
     assert {row.ratio: row.sparsity for row in rows if row.ratio} == pytest.approx({0.5: 0.5, 0.25: 0.25}, abs=1e-3)
     assert len({row.perplexity for row in rows}) == len(rows)
+
+
+def test_a_joint_run_rounds_what_pruning_left(finished, recipe_of, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    rows = bench(recipe_of(ratios="0.5,0.75", bits="4", joint=True, arms="none,mop"), folder)
+    new = [row for row in rows if row.cell not in CELLS]
+    names = [f"sparsegpt {share}% + gptq 4-bit" for share in (50, 75)]
+    assert [row.cell for row in new] == [(name, arm, 0) for name in names for arm in ("none", "mop")]
+    assert [(row.method, row.ratio, row.bits) for row in new[::2]] == [
+        ("sparsegpt+gptq", 0.5, 4),
+        ("sparsegpt+gptq", 0.75, 4),
+    ]
+    weights = load_file(folder / "models" / "sparsegpt-75-gptq-4-bit" / "model.safetensors")
+    for name, weight in weights.items():
+        if "_proj" in name:
+            assert int((weight == 0).sum()) >= 0.75 * weight.numel() - 1, name
+    assert [row.sparsity >= row.ratio for row in new] == [True] * 4
+    report = (folder / "report.md").read_text()
+    assert all(name in report for name in names)
 
 
 @pytest.mark.parametrize(

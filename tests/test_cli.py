@@ -175,6 +175,39 @@ def test_the_plan_of_a_bench_counts_its_cells(stories: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_that_prunes_and_rounds_is_measured_whole(stories: Path) -> None:
+    def settings(*more: object) -> list[str]:
+        words = ("bench", stories, "--recipe", RECIPES / "two_four_then_w4a16.yaml", *more, "--dry-run", "--json")
+        return invoke(*words).json["settings"]
+
+    assert settings() == ["dense", "sparsegpt 50% + gptq 4-bit"]
+    assert settings("--bits", "3,4")[1:] == ["sparsegpt 50% + gptq 3-bit", "sparsegpt 50% + gptq 4-bit"]
+    assert settings("--no-joint")[1:] == ["sparsegpt 50%", "gptq 4-bit"]
+    assert settings("--ratios", "")[1:] == ["gptq 4-bit"]
+    words = (
+        "bench",
+        stories,
+        "--methods",
+        "wanda",
+        "--ratios",
+        "0.5,0.6",
+        "--bits",
+        4,
+        "--joint",
+        "--dry-run",
+        "--json",
+    )
+    assert invoke(*words).json["settings"][1:] == ["wanda 50% + gptq 4-bit", "wanda 60% + gptq 4-bit"]
+
+
+def test_a_bench_of_nothing_is_refused(stories: Path) -> None:
+    outcome = invoke("bench", stories, "--ratios", "", "--dry-run")
+    assert (outcome.code, outcome.errors) == (
+        2,
+        ["error: the grid is empty: nothing would be compressed; give --ratios or --bits"],
+    )
+
+
 def test_a_plan_is_also_told_in_words(stories: Path) -> None:
     outcome = invoke("bench", stories, "--dry-run")
     assert "settings: dense, sparsegpt 50%, sparsegpt 85%, sparsegpt 95%" in outcome.out

@@ -250,7 +250,9 @@ def test_a_bench_with_other_settings_is_another_run(stories: Path, tmp_path: Pat
     assert first.code == 0, first.err
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for flag, value, says in [("--seed", 1, "run.seed was 0, is 1"), ("--steps", 7, "Modifier.steps was")]:
+        planned = invoke(*common, "--ratios", 0.5, flag, value, "--dry-run")
         outcome = invoke(*common, "--ratios", 0.5, flag, value)
+        assert (planned.code, planned.err) == (outcome.code, outcome.err)
         assert (outcome.code, len(outcome.errors)) == (78, 1), outcome.err
         assert says in outcome.errors[0]
         assert "another --output-dir" in outcome.errors[0]

@@ -202,8 +202,12 @@ def test_a_list_has_one_share_a_target_and_survives(write):
 def test_the_grid_is_the_recipes_own_unless_run_or_a_flag_says_otherwise(write):
     own = load_recipe(write(TWO_FOUR_THEN_W4A16)).run
     assert (own.methods, own.ratios, own.bits, own.group_size) == (("sparsegpt",), (0.5,), (4,), None)
+    assert own.joint
     wanda = in_group("WandaPruningModifier", {"sparsity": 0.6})
     assert load_recipe(write(wanda)).run.methods == ("wanda",)
+    assert not load_recipe(write(wanda)).run.joint
+    assert not load_recipe(write(TWO_FOUR_THEN_W4A16 + "run: {joint: false}")).run.joint
+    assert load_recipe(write(in_group("WandaPruningModifier", {"sparsity": 0}))).run.ratios == ()
     path = write(wanda + "run: {ratios: [0.1, 0.2], seeds: [1], data: mine.jsonl}")
     assert load_recipe(path).run.ratios == (0.1, 0.2)
     run = load_recipe(path, {"ratios": "0.3,0.9", "seeds": None, "device": "cpu", "output_dir": Path("out")}).run
@@ -286,7 +290,7 @@ modifier = st.one_of(  # plain data: hypothesis forbids strategies to run type-c
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(modifier, min_size=1, max_size=4), word, st.lists(share, unique=True, max_size=3))
+@given(st.lists(modifier, min_size=1, max_size=4), word, st.lists(share.filter(bool), unique=True, max_size=3))
 def test_any_recipe_survives_dump_and_load(tmp_path_factory, modifiers, model, ratios):
     modifiers.sort(key=lambda drawn: drawn[0] == "GPTQModifier")  # pruning comes before rounding
     tree = {f"{place}_stage": {"x_modifiers": {name: fields}} for place, (name, fields) in enumerate(modifiers)}
@@ -624,6 +628,10 @@ def test_a_message_stays_on_its_line_whatever_the_recipe_is_called(write):
     ("flags", "said"),
     [
         ({"ratios": "50"}, "--ratios: 50 is not a share of weights between 0 and 1; did you mean 0.5?"),
+        (
+            {"ratios": "0,0.5"},
+            "--ratios: 0 is not a share to remove: 0 is the dense model, which every bench measures",
+        ),
         ({"ratios": (0.5, 1.0)}, "--ratios: 1.0 is not a share of weights between 0 and 1: no weight would be left"),
         ({"ratios": "-0.1"}, "--ratios: -0.1 is not a share of weights between 0 and 1"),
         ({"ratios": "nan"}, "--ratios: nan is not a finite number"),

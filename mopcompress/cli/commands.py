@@ -16,6 +16,7 @@ from mopcompress.cli.options import (
     DATA,
     DRY_RUN,
     GRID,
+    JOINT,
     MACHINE,
     MODEL,
     OUTPUT,
@@ -133,13 +134,13 @@ def evaluate(common: Common, adapter: Adapter = None) -> None:
         print_scores(summary)
 
 
-@command(app, MODEL, GRID, DATA, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(app, MODEL, GRID, JOINT, DATA, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def bench(common: Common) -> None:
     """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
     recipe = with_recovery(common.load(), common.recovery)
     folder = _target(recipe, Path("runs/bench"))
     plan.check_inputs(recipe.run, data=True, calibration=True)
-    plan.check_bench_folder(folder, common.resume)
+    plan.check_bench_folder(folder, recipe, common.resume)
     if common.dry_run:
         run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
         _tell(common, recipe, folder, False, {**run, **plan.bench_facts(recipe, folder)})

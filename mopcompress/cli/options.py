@@ -104,6 +104,17 @@ GRID = _run_fields(
     arms=("NAMES", "none, single, mop"),
     seeds=("LIST", "Seeds of the trained arms"),
 )
+JOINT: Options = {
+    "joint": Annotated[
+        bool | None,
+        typer.Option(
+            "--joint/--no-joint",
+            help="With --bits: round what pruning left, not the dense model (default: as the recipe does).",
+            rich_help_panel="Grid",
+            show_default=False,
+        ),
+    ]
+}
 RECOVERY = _recovery_fields(
     steps=("steps", int, "Training steps"),
     experts=("experts", int, "Experts; one a task if not given"),

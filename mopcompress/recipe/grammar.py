@@ -118,15 +118,21 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def _own_grid(recipe: Recipe) -> dict[str, Any]:
-    """Methods, ratios, bits and group size that the stages name; nothing when they do not compress."""
+    """Methods, ratios, bits and group size that the stages name; nothing when they do not compress.
+
+    Pruning and rounding in one recipe are measured together. Several pruning modifiers are settings of their own each.
+    """
     pruning = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
     rounding = recipe.modifiers(GPTQModifier)
     if not pruning and not rounding:
         return {}
     grid: dict[str, Any] = {
         "methods": tuple(dict.fromkeys(one.method for one in pruning)),
-        "ratios": tuple(dict.fromkeys(one.sparsity for one in pruning if not isinstance(one.sparsity, tuple))),
+        "ratios": tuple(
+            dict.fromkeys(one.sparsity for one in pruning if isinstance(one.sparsity, float) and one.sparsity)
+        ),
         "bits": tuple(dict.fromkeys(one.bits for one in rounding)),
+        "joint": bool(pruning and rounding),
     }
     return grid | ({"group_size": rounding[0].group_size} if rounding else {})
 

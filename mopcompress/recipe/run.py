@@ -28,6 +28,12 @@ def _method(name: str) -> str:
     return name
 
 
+def _not_dense(ratio: float) -> float:
+    if ratio == 0:
+        raise fault("not a share to remove: 0 is the dense model, which every bench measures; leave it out")
+    return ratio
+
+
 def _arm(name: str) -> str:
     if name not in ARMS:
         raise fault(f"not one of {', '.join(ARMS)}", nearest(name, ARMS))
@@ -54,9 +60,10 @@ class RunSpec(Spec):
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     max_seq_length: Length = 512  # tokens of a calibration sample
-    ratios: Annotated[tuple[Share, ...], Listed, Distinct] = (0.5, 0.85, 0.95)
+    ratios: Annotated[tuple[Annotated[Share, AfterValidator(_not_dense)], ...], Listed, Distinct] = (0.5, 0.85, 0.95)
     methods: Annotated[tuple[Annotated[str, AfterValidator(_method)], ...], Listed, Distinct] = ("sparsegpt",)
     bits: Annotated[tuple[Bits, ...], Listed, Distinct] = ()
+    joint: bool = False  # with bits: round what pruning left, not the dense model
     group_size: Annotated[int, Field(ge=2, le=65536)] | None = 64  # weights of a row sharing a scale; None: all
     arms: Annotated[tuple[Annotated[str, AfterValidator(_arm)], ...], Listed, Distinct, Field(min_length=1)] = ARMS
     seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1)] = (0,)

@@ -49,7 +49,7 @@ def curve(grid: Grid) -> Figure | None:
     for setting in grid.settings:
         rows = [row for arm in grid.arms for row in grid.rows(setting, arm)]
         if rows and setting != DENSE:
-            panels.setdefault(rows[0].method, []).append(setting)
+            panels.setdefault(_panel(rows[0]), []).append(setting)
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -69,8 +69,13 @@ def curve(grid: Grid) -> Figure | None:
     return Figure("Perplexity against compression", caption, to_svg(canvas, label="Perplexity against compression"))
 
 
+def _panel(row: BenchRow) -> str:
+    """The method; where pruned weights were rounded too, with the bits, so that a line goes over ratios alone."""
+    return f"{row.method} {row.bits}-bit" if row.bits and row.ratio is not None else row.method
+
+
 def _curve_panel(ax: Any, grid: Grid, settings: Sequence[str]) -> None:
-    quantised = any(row.bits for arm in grid.arms for row in grid.rows(settings[0], arm))
+    quantised = any(row.ratio is None for arm in grid.arms for row in grid.rows(settings[0], arm))
     places: set[float] = set()
     for arm, style in arm_styles(grid.arms).items():
         found = [rows for setting in settings if (rows := grid.rows(setting, arm))]

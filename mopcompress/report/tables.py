@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from mopcompress.grid import Setting, cells_of, compressed_settings
 from mopcompress.report.intervals import Interval, PairedBootstrap, Vector
 from mopcompress.report.run import Cell, Run
 from mopcompress.results import BenchRow
 
 DENSE = "dense"
-QUANTISER = "gptq"
 ARMS = ("none", "single", "mop")
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 
@@ -58,14 +58,16 @@ class Grid:
 
 def make_grid(rows: Sequence[BenchRow], spec: Mapping[str, Any]) -> Grid:
     """Pivot rows by setting and arm, and hold them against the grid of the recipe's run part."""
-    expected = expected_cells(spec)
+    asked = compressed_settings(spec)
+    expected = [(cell.setting, cell.arm, cell.seed) for one in asked for cell in cells_of(spec, one)]
     finished = {row.cell for row in rows}
     trained_once = {(row.setting, row.arm) for row in rows if row.arm == "none"}
     missing = [cell for cell in expected if cell not in finished and cell[:2] not in trained_once]
     cells: dict[tuple[str, str], list[BenchRow]] = {cell[:2]: [] for cell in expected}
     for row in sorted(rows, key=lambda row: row.seed):
         cells.setdefault((row.setting, row.arm), []).append(row)
-    ranks = {row.setting: _rank(row.method, row.ratio, row.bits) for row in rows} | _expected_ranks(spec)
+    ranks = {one.name: _rank(one) for one in asked}
+    ranks |= {row.setting: _rank(Setting(row.method, row.ratio, row.bits)) for row in rows}
     arms = {arm for _, arm in cells}
     return Grid(
         settings=tuple(sorted({setting for setting, _ in cells}, key=lambda setting: ranks[setting])),
@@ -75,33 +77,12 @@ def make_grid(rows: Sequence[BenchRow], spec: Mapping[str, Any]) -> Grid:
     )
 
 
-def expected_cells(spec: Mapping[str, Any]) -> tuple[Cell, ...]:
-    """What the recipe asks for; an arm without training (`none`) once, whatever the seeds. Empty without a recipe."""
-    seeds = spec.get("seeds") or [spec.get("seed") or 0]
-    settings = _expected_ranks(spec)
-    return tuple(
-        (setting, arm, seed)
-        for setting in settings
-        for arm in spec.get("arms") or ()
-        for seed in (seeds[:1] if arm == "none" else seeds)
-    )
-
-
-def _expected_ranks(spec: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """The grid's settings: methods x ratios, and `QUANTISER` x bits. A ratio of 0 is the dense line, not a setting."""
-    ranks: dict[str, tuple[Any, ...]] = {}
-    for method in spec.get("methods") or ():
-        for ratio in filter(None, spec.get("ratios") or ()):
-            ranks[f"{method} {100 * ratio:g}%"] = _rank(method, ratio, None)
-    for bits in spec.get("bits") or ():
-        ranks[f"{QUANTISER} {bits}-bit"] = _rank(QUANTISER, None, bits)
-    return ranks
-
-
-def _rank(method: str, ratio: float | None, bits: int | None) -> tuple[Any, ...]:
-    """Dense, then pruned by method and ratio, then quantised from many bits to few."""
+def _rank(setting: Setting) -> tuple[Any, ...]:
+    """Dense, then pruned by method and ratio, then quantised from many bits to few, then both."""
+    kind = (setting.bits is not None) + (setting.bits is not None and setting.ratio is not None)
+    method = setting.pruning or setting.method
     known = METHODS.index(method) if method in METHODS else len(METHODS)
-    return (bits is not None, known, method, ratio or 0.0, -(bits or 0))
+    return (kind, known, method, setting.ratio or 0.0, -(setting.bits or 0))
 
 
 def spread(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) -> Spread:

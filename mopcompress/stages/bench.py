@@ -15,6 +15,7 @@ from typing import Any
 from mopcompress import artifact
 from mopcompress.errors import OutputError
 from mopcompress.evaluation import macro_perplexity, micro, task_scores
+from mopcompress.grid import DENSE, Cell, Setting, cells_of
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
@@ -26,7 +27,7 @@ from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
 from mopcompress.stages.evaluate import read_gate, score
-from mopcompress.stages.grid import Cell, Setting, cells_of, settings_of
+from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
 from mopcompress.stages.manifest import continued, protocol, write_manifest
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
@@ -66,7 +67,7 @@ class _Bench:
         write_manifest(manifest, self.folder)
         for setting in settings_of(self.recipe):
             done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
-            missing = [cell for cell in cells_of(self.recipe, setting) if cell not in done]
+            missing = [cell for cell in cells_of(self.recipe.run.model_dump(), setting) if cell not in done]
             if missing:
                 compressed = self._compressed(setting, tokens, calibration)
                 self._fill(setting, compressed, documents, missing)
@@ -78,20 +79,21 @@ class _Bench:
 
     def _compressed(self, setting: Setting, tokens: Any, calibration: dict[str, Any]) -> Path:
         """The folder of the setting's model, made when it is not there."""
-        if setting.modifier is None:
+        if setting == DENSE:
             return self.source
-        target = self.folder / "models" / setting.folder
+        target = self.folder / "models" / folder_of(setting)
         if artifact.read_manifest(target) is None:
             model = load_model(self.source, device=self.device)
+            modifiers = modifiers_of(self.recipe, setting)
             compress_into(
-                target, model, self.source, [setting.modifier], tokens, calibration, self.recipe, progress=self.progress
+                target, model, self.source, modifiers, tokens, calibration, self.recipe, progress=self.progress
             )
         return target
 
     def _fill(self, setting: Setting, base: Path, documents: Documents, cells: Sequence[Cell]) -> None:
         """Train and score the missing cells of one setting, on states that they share."""
         model = load_model(base, device=self.device)
-        facts = (artifact.read_manifest(base) or {}) if setting.modifier else {}
+        facts = (artifact.read_manifest(base) or {}) if setting != DENSE else {}
         run, layer = self.recipe.run, prompt_layer(self.recipe.recovery, model)
         test = cache_states(model, documents.test, layer, run.batch_size, "test rows", self.progress)
         train: CachedStates | None = None
@@ -122,7 +124,7 @@ class _Bench:
         start = time.perf_counter()
         scores = score(model, test, mixture, self.recipe.run.batch_size, self.progress)
         seconds = time.perf_counter() - start
-        name = f"{setting.folder}-{cell.arm}-{cell.seed}"
+        name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
         adapter = self.folder / "adapters" / name
         if recovered and artifact.read_manifest(adapter) is None:
             publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(self.device)})

@@ -1,70 +1,43 @@
-"""The grid of a bench: setting x arm x seed. No torch: a plan can be told before it loads."""
+"""What each setting of a bench runs. No torch: a plan can be told before it loads."""
 
-from dataclasses import dataclass
-
-from mopcompress.errors import RecipeError
+from mopcompress.errors import RecipeError, UsageError
+from mopcompress.grid import DENSE, Setting, compressed_settings
 from mopcompress.recipe import GPTQModifier, Recipe
 from mopcompress.recipe.modifiers import Pruning
-from mopcompress.results import setting_name
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One compressed model of the grid; no modifier is the dense model."""
-
-    method: str
-    ratio: float | None
-    bits: int | None
-    modifier: Pruning | GPTQModifier | None
-
-    @property
-    def name(self) -> str:
-        """As in the rows and the report."""
-        return setting_name(self.method, self.ratio, self.bits)
-
-    @property
-    def folder(self) -> str:
-        """The name as a file name."""
-        return self.name.replace(" ", "-").removesuffix("%")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row to be."""
-
-    setting: str
-    arm: str
-    seed: int
 
 
 def settings_of(recipe: Recipe) -> list[Setting]:
-    """Dense first, then method by method, ratio by ratio, then bit widths.
+    """The dense model, then what the run's grid asks for.
 
-    Raises `RecipeError` when a modifier has no one share of weights to remove.
+    Raises `RecipeError` when a modifier has no one share of weights to remove, `UsageError` when the grid is empty.
     """
-    run = recipe.run
-    settings = [Setting("dense", 0.0, None, None)]
-    for method in run.methods:
-        pruning = recipe.modifier_for(method)
-        assert not isinstance(pruning, GPTQModifier)  # no `method` of a run
-        if isinstance(pruning.sparsity, tuple):
+    for method in recipe.run.methods:
+        modifier = recipe.modifier_for(method)
+        if isinstance(modifier, Pruning) and isinstance(modifier.sparsity, tuple):
             raise RecipeError(
-                f"{type(pruning).__name__}.sparsity: a bench compares shares of the whole model, found a list; "
+                f"{type(modifier).__name__}.sparsity: a bench compares shares of the whole model, found a list; "
                 "write one number, or prune and evaluate that model alone"
             )
-        settings += [Setting(method, ratio, None, pruning.with_sparsity(ratio)) for ratio in run.ratios]
-    for bits in run.bits:
-        quantising = recipe.modifier_for("gptq")
-        assert isinstance(quantising, GPTQModifier)
-        settings.append(Setting("gptq", None, bits, quantising.with_bits(bits, run.group_size)))
-    return settings
+    compressed = compressed_settings(recipe.run.model_dump())
+    if not compressed:
+        raise UsageError("the grid is empty: nothing would be compressed; give --ratios or --bits")
+    return [DENSE, *compressed]
 
 
-def cells_of(recipe: Recipe, setting: Setting) -> list[Cell]:
-    """`none` does not depend on the seed, and stands under 0; the dense model is scored without prompts only."""
-    cells = [Cell(setting.name, "none", 0)] if setting.modifier is None or "none" in recipe.run.arms else []
-    if setting.modifier is not None:
-        cells += [
-            Cell(setting.name, arm, seed) for seed in recipe.run.seeds for arm in recipe.run.arms if arm != "none"
-        ]
-    return cells
+def modifiers_of(recipe: Recipe, setting: Setting) -> list[Pruning | GPTQModifier]:
+    """What compresses the model of a setting, in order; nothing for the dense model."""
+    found: list[Pruning | GPTQModifier] = []
+    if setting != DENSE and setting.pruning and setting.ratio is not None:
+        pruning = recipe.modifier_for(setting.pruning)
+        assert not isinstance(pruning, GPTQModifier)  # no `method` of a run
+        found.append(pruning.with_sparsity(setting.ratio))
+    if setting.bits:
+        rounding = recipe.modifier_for("gptq")
+        assert isinstance(rounding, GPTQModifier)
+        found.append(rounding.with_bits(setting.bits, recipe.run.group_size))
+    return found
+
+
+def folder_of(setting: Setting) -> str:
+    """The setting's name as a file name."""
+    return setting.name.replace("%", "").replace(" + ", "-").replace(" ", "-")

@@ -6,15 +6,32 @@ from typing import Any
 
 from mopcompress import artifact
 from mopcompress.errors import RecipeError
-from mopcompress.recipe import Recipe
+from mopcompress.recipe import Recipe, resolved
 
 FILE = "run.json"
-GRID = ("ratios", "methods", "bits", "arms", "seeds", "output_dir", "max_fallback")  # may differ when a run goes on
+GRID = (
+    "ratios",
+    "methods",
+    "bits",
+    "joint",
+    "arms",
+    "seeds",
+    "output_dir",
+    "max_fallback",
+)  # may differ when a run goes on
 
 
 def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
     """Write `run.json`, whole."""
     artifact.write_whole(folder / FILE, json.dumps(manifest, indent=1) + "\n")
+
+
+def check_settings(recipe: Recipe, folder: Path) -> None:
+    """Raise `RecipeError` naming what differs, the grid apart, when `folder` was made by another recipe."""
+    path = folder / FILE
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _refuse(folder, differences(_settings(before["recipe"]), _settings(resolved(recipe))))
 
 
 def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -31,11 +48,7 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
             )
         return manifest
     before = json.loads(path.read_text(encoding="utf-8"))
-    found = differences(_identity(before), _identity(manifest))
-    if found:
-        raise RecipeError(
-            f"{folder} was made with other settings: {'; '.join(found)}; use those settings, or another --output-dir"
-        )
+    _refuse(folder, differences(_identity(before), _identity(manifest)))
     earlier = [*before.get("earlier", []), {name: before[name] for name in ("command", "commit", "dirty", "versions")}]
     told = [
         f"Rows of this run were also made by: {one['command'] or 'Python'} (commit {one['commit']}"
@@ -67,16 +80,24 @@ def protocol(recipe: Recipe) -> list[str]:
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    recipe = {name: part for name, part in manifest["recipe"].items() if name != "run"}
-    run = {name: value for name, value in manifest["recipe"]["run"].items() if name not in GRID}
     return {
-        **recipe,
-        **{f"run.{name}": value for name, value in run.items()},
+        **_settings(manifest["recipe"]),
         "model": manifest["model"]["sha256"],
         "data": manifest["data"]["sha256"],
         "scored tokens": manifest["data"]["scored_sha256"],
         "calibration": manifest["calibration"]["sha256"],
     }
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "run": {name: value for name, value in recipe["run"].items() if name not in GRID}}
+
+
+def _refuse(folder: Path, found: list[str]) -> None:
+    if found:
+        raise RecipeError(
+            f"{folder} was made with other settings: {'; '.join(found)}; use those settings, or another --output-dir"
+        )
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

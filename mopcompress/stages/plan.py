@@ -8,14 +8,26 @@ from typing import Any
 from mopcompress import artifact
 from mopcompress.data.sources import local_path
 from mopcompress.errors import InputNotFoundError, OutputError
+from mopcompress.grid import Cell, cells_of
 from mopcompress.models import smollm2
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import Recipe, RunSpec, resolved
 from mopcompress.results import read_rows
-from mopcompress.stages.grid import Cell, cells_of, settings_of
-from mopcompress.stages.manifest import differences
+from mopcompress.stages.grid import settings_of
+from mopcompress.stages.manifest import check_settings, differences
 
-ANYWAY = ("ratios", "methods", "bits", "group_size", "arms", "seeds", "output_dir", "max_fallback", "batch_size")
+ANYWAY = (
+    "ratios",
+    "methods",
+    "bits",
+    "joint",
+    "group_size",
+    "arms",
+    "seeds",
+    "output_dir",
+    "max_fallback",
+    "batch_size",
+)
 """Fields of `run:` that do not change what prune, quantize, recover and evaluate make."""
 
 
@@ -69,13 +81,14 @@ def is_done(target: Path, recipe: Recipe, resume: str) -> bool:
     return True
 
 
-def check_bench_folder(folder: Path, resume: str) -> None:
-    """Whether `bench` may begin or go on in `folder`; `bench` itself compares the settings."""
+def check_bench_folder(folder: Path, recipe: Recipe, resume: str) -> None:
+    """Whether `bench` may begin or go on in `folder`; `bench` itself also compares model and data."""
     check_creatable(folder)
     if resume == "required" and not (folder / "run.json").exists():
         raise InputNotFoundError(f"--resume required: no run.json in {folder}; name the folder of a run, or use auto")
     if resume == "never" and folder.exists() and any(folder.iterdir()):
         raise OutputError(f"output {folder} is not empty and --resume is never; remove it or name another")
+    check_settings(recipe, folder)
 
 
 def model_facts(name: str) -> dict[str, Any]:
@@ -90,7 +103,7 @@ def model_facts(name: str) -> dict[str, Any]:
 def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The grid: settings, cells in all and finished, training steps and bytes still to come."""
     settings = settings_of(recipe)
-    cells = {cell for setting in settings for cell in cells_of(recipe, setting)}
+    cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(), setting)}
     done = {Cell(*row.cell) for row in read_rows(folder / "rows.jsonl")} & cells
     trained = [cell for cell in cells - done if cell.arm != "none"]
     size = model_facts(recipe.run.model)["bytes"]
