@@ -24,6 +24,7 @@ OTHER = {  # another valid value of every field that decides a result
     "config_groups": {"group_0": {"weights": {"num_bits": 3, "group_size": 32}}},
     "actorder": None,
 }
+TOGETHER = {"sparsity": {"actorder": None}, "mask_structure": {"actorder": None, "sparsity": 0.5}}  # for GPTQ
 BY_THE_MODEL = {"apply_globally"}  # its shares come from the weights: `with_shares`
 
 
@@ -31,10 +32,12 @@ BY_THE_MODEL = {"apply_globally"}  # its shares come from the weights: `with_sha
 def test_no_field_that_decides_a_result_is_ignored(method: str) -> None:
     modifier = DEFAULTS[method]
     kept = {name for name, field in type(modifier).model_fields.items() if not field.exclude}
-    before = compression_of(modifier)
     for name in kept - BY_THE_MODEL:
-        other = type(modifier).model_validate(modifier.model_dump() | {name: OTHER[name]})
-        assert compression_of(other) != before, name
+        beside = TOGETHER.get(name, {}) if method == "gptq" else {}
+        other = type(modifier).model_validate(modifier.model_dump() | beside | {name: OTHER[name]})
+        without = {name: getattr(modifier, name)} if name != "mask_structure" else {name: "0:0"}
+        before = type(modifier).model_validate(modifier.model_dump() | beside | without)
+        assert compression_of(other) != compression_of(before), name
 
 
 @pytest.mark.parametrize("method", DEFAULTS)

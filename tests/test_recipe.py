@@ -383,6 +383,16 @@ def test_all_faults_come_at_once_each_with_its_place(write):
             {"scheme": "W4A16", "match_dense": 1.5},
             "match_dense: not less than or equal to 1, found 1.5",
         ),
+        (
+            "GPTQModifier",
+            {"scheme": "W4A16", "sparsity": 0.5},
+            "sparsity: weights are removed in the order of the inputs",
+        ),
+        (
+            "GPTQModifier",
+            {"scheme": "W4A16", "actorder": None, "mask_structure": "2:4", "sparsity": 0.4},
+            "sparsity: mask_structure 2:4 removes a share of 0.5, found 0.4",
+        ),
         ("GPTQModifier", {"scheme": "W4A16", "match_dense": True}, "match_dense: not a number, found True"),
         (
             "MagnitudePruningModifier",

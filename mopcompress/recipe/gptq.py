@@ -11,15 +11,18 @@ from mopcompress.recipe.fields import (
     Bits,
     KeysAndValues,
     Layers,
+    Share,
     Spec,
+    Structure,
     Switch,
     Targets,
     Towards,
     Unsupported,
     fault,
+    parse_structure,
 )
 from mopcompress.recipe.foreign import other_scheme
-from mopcompress.recipe.modifiers import BlockSize, Damping, changed
+from mopcompress.recipe.modifiers import BlockSize, Damping, changed, check_share
 
 GROUPED = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 SCHEMES = {
@@ -117,6 +120,8 @@ class GPTQModifier(Spec):
     block_size: BlockSize = 128
     dampening_frac: Damping = 0.01
     actorder: Annotated[Literal["static"] | None, BeforeValidator(_known_order)] = "static"
+    mask_structure: Structure = "0:0"
+    sparsity: Share = Field(0.0, validate_default=True)  # removed in the same sweep, as SparseGPT does
     match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
     scheme: Unsupported = None
     sequential_update: Switch = None
@@ -137,6 +142,14 @@ class GPTQModifier(Spec):
         if scheme is not None:
             raise fault(f"not one of {', '.join(SCHEMES)} (others need config_groups)", nearest(scheme, SCHEMES))
         return scheme
+
+    @field_validator("sparsity")
+    @classmethod
+    def _goes_from_left_to_right(cls, sparsity: float, info: Any) -> float:
+        check_share(sparsity, info.data.get("mask_structure", ""))
+        if sparsity and info.data.get("actorder"):
+            raise fault("weights are removed in the order of the inputs: write actorder: null beside it")
+        return sparsity
 
     @field_validator("config_groups")
     @classmethod
@@ -163,6 +176,11 @@ class GPTQModifier(Spec):
     def group_size(self) -> int | None:
         """Weights of a row that share one scale; None: the whole row."""
         return self._group.weights.group_size
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """`(n, m)`: n zeros in every m weights of a row; None when any weight may go."""
+        return parse_structure(self.mask_structure)
 
     @property
     def symmetric(self) -> bool:

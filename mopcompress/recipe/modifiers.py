@@ -47,6 +47,14 @@ def changed(modifier: AnyModifier, **changes: object) -> AnyModifier:
         raise RecipeError(lines(found.in_recipe(kind.__name__) for found in faults_of(error, kind))) from error
 
 
+def check_share(share: float, structure: str) -> None:
+    """Raise a fault when an N:M structure removes another share."""
+    pattern = parse_structure(structure)
+    removed = pattern[0] / pattern[1] if pattern else share
+    if not math.isclose(share, removed, abs_tol=0.01):  # 1:3 may be written 0.33
+        raise fault(f"mask_structure {structure} removes a share of {removed:g}", f"{removed:g}")
+
+
 class PruningModifier(Spec):
     """What the pruning modifiers have in common; the last two fields are ours."""
 
@@ -62,13 +70,8 @@ class PruningModifier(Spec):
     @classmethod
     def _agrees_with_structure_and_targets(cls, sparsity: Any, info: Any) -> Any:
         # `info` is pydantic's ValidationInfo, a protocol that beartype cannot check
-        pattern = parse_structure(info.data.get("mask_structure", ""))
-        removed = pattern[0] / pattern[1] if pattern else None
         for share in sparsity if isinstance(sparsity, tuple) else (sparsity,):
-            if removed is not None and not math.isclose(share, removed, abs_tol=0.01):  # 1:3 may be written 0.33
-                raise fault(
-                    f"mask_structure {info.data['mask_structure']} removes a share of {removed:g}", f"{removed:g}"
-                )
+            check_share(share, info.data.get("mask_structure", ""))
         targets = info.data.get("targets", ())
         if isinstance(sparsity, tuple) and targets and len(sparsity) != len(targets):
             raise fault(f"a list has one share a target, and there are {len(targets)} targets")

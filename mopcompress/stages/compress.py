@@ -115,6 +115,8 @@ def compression_of(modifier: Compressing) -> Compression:
             "block_size": modifier.block_size,
             "act_order": modifier.actorder == "static",
             "keep_zeros": True,  # of pruning before; a dense model has hardly any
+            "sparsity": modifier.sparsity,
+            "pattern": modifier.pattern,
         }
     else:
         options = {"sparsity": modifier.sparsity, "pattern": modifier.pattern}
