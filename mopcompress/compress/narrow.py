@@ -1,0 +1,243 @@
+"""Structured pruning of a model, block by block in one pass: whole MLP channels and whole key-value groups go.
+
+As in `walk`, a matrix is solved when its input arrives, calibrated on all that was narrowed before it, and every
+sub-layer is computed once: the matrix that reads the channels or heads is made smaller and given what it still reads;
+those that write them lose their rows when the block has run. Every block loses equally many, because the configuration
+has one number for all.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mopcompress.compress.statistics import InputGram
+from mopcompress.compress.structured import narrow
+from mopcompress.errors import DataError, MopError, NumericalError
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.widths import (
+    Linear,
+    Part,
+    attention_of,
+    channel_sizes,
+    check_twin,
+    head_sizes,
+    matrix_of,
+    mlp_of,
+    set_matrix,
+    take_sizes,
+    twin,
+)
+
+_SAME = 1e-3  # how far, relative to their size, hidden states may lie apart that are computed in another order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrowing:
+    """Shares of MLP channels and of key-value groups to remove from every block, and how to choose them."""
+
+    mlp_sparsity: float
+    head_sparsity: float = 0.0
+    score: str = "error"
+    damping: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowRow:
+    """What was done to the MLP or the attention of one block, counted afterwards."""
+
+    name: str  # of the matrix that reads the channels or heads
+    block: int
+    blocks: int
+    kind: str  # channels, or kv_groups
+    before: int
+    after: int
+    weights_before: int  # in all matrices around them
+    weights: int
+    error: float  # share of the reader's output that is lost on the calibration text: squared, against its own size
+    escalations: int  # how often the damping had to be raised
+    seconds: float
+
+
+@dataclass(frozen=True)
+class NarrowedModel:
+    """The rows, and the keys of `config.json` that say how many channels and heads there are now."""
+
+    rows: list[NarrowRow]
+    sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """So many groups of one kind to remove from every block, chosen in one way."""
+
+    kind: str
+    find: Callable[[LanguageModel, int], Part]
+    remove: int
+    score: str
+    damping: float
+
+
+def narrow_model(
+    model: LanguageModel,
+    tokens: Int[Tensor, "samples time"],
+    narrowing: Narrowing,
+    *,
+    progress: Callable[[NarrowRow], None] = lambda row: None,
+) -> NarrowedModel:
+    """Remove channels and heads from all decoder blocks in place, in the network's configuration too.
+
+    Raises `DataError`, before anything is changed, when the family cannot have fewer, or a share is none of them or
+    all; `NumericalError` naming the matrix when its calibration is beyond repair.
+    """
+    cuts, sizes = _planned(model, narrowing)
+    rows: list[NarrowRow] = []
+    if not cuts:
+        return NarrowedModel(rows, sizes)
+    narrower = _checked_twin(model, cuts, sizes)
+    hidden = None
+    with torch.no_grad():  # no inference tensors: prompts may be trained through the narrowed weights
+        for index in range(len(model.blocks)):
+            hidden, done = _narrow_block(model, tokens, hidden, index, cuts)
+            for row in done:
+                rows.append(row)
+                progress(row)
+        assert hidden is not None  # a model has blocks
+        take_sizes(model.network, narrower, sizes)
+        _check_same(model, tokens[:1], hidden[:1])
+    return NarrowedModel(rows, sizes)
+
+
+def _planned(model: LanguageModel, narrowing: Narrowing) -> tuple[list[Cut], dict[str, int]]:
+    cuts: list[Cut] = []
+    sizes: dict[str, int] = {}
+    for kind, share, find, keys in (
+        ("kv_groups", narrowing.head_sparsity, attention_of, head_sizes),
+        ("channels", narrowing.mlp_sparsity, mlp_of, channel_sizes),
+    ):
+        if share == 0:
+            continue
+        counts = {find(model, index).groups for index in range(len(model.blocks))}
+        if len(counts) > 1:
+            raise DataError(f"blocks have between {min(counts)} and {max(counts)} {kind}; they must have equally many")
+        count = counts.pop()
+        remove = round(share * count)
+        if not 0 < remove < count:
+            raise DataError(
+                f"a share of {share:g} of {count} {kind} is {'none' if remove == 0 else 'all'} of them; ask for 0, or "
+                f"for a whole number of {count}ths, with one left"
+            )
+        cuts.append(Cut(kind, find, remove, narrowing.score, narrowing.damping))
+        sizes |= keys(model, count - remove)
+    return cuts, sizes
+
+
+def _checked_twin(model: LanguageModel, cuts: Sequence[Cut], sizes: Mapping[str, int]) -> PreTrainedModel:
+    parts = [(cut.find(model, index), cut.remove) for index in range(len(model.blocks)) for cut in cuts]
+    narrower = twin(model.network, sizes)
+    shapes = {linear: shape for part, remove in parts for linear, shape in part.shapes(part.groups - remove).items()}
+    check_twin(model.network, narrower, shapes, sizes)
+    return narrower
+
+
+def _narrow_block(
+    model: LanguageModel,
+    tokens: Int[Tensor, "samples time"],
+    hidden: Float[Tensor, "samples time hidden"] | None,
+    index: int,
+    cuts: Sequence[Cut],
+) -> tuple[Float[Tensor, "samples time hidden"], list[NarrowRow]]:
+    parts = {part.reader: (part, cut) for cut in cuts for part in [cut.find(model, index)]}
+    before = {reader: part.weights for reader, (part, _) in parts.items()}
+    with narrowing_on_arrival(parts) as done:
+        hidden = model.through(tokens, hidden, index)
+    for part, _ in parts.values():
+        if part.reader not in done:
+            raise NumericalError(f"{part.name}: no calibration token reached it; use other text")
+    rows = []
+    for reader, settled in done.items():
+        part, cut = parts[reader]
+        width = len(settled.kept) // (part.groups - cut.remove)
+        part.cut_writers(settled.kept[::width] // width)
+        rows.append(
+            NarrowRow(
+                name=part.name,
+                block=index,
+                blocks=len(model.blocks),
+                kind=cut.kind,
+                before=part.groups,
+                after=matrix_of(reader).shape[1] // width,
+                weights_before=before[reader],
+                weights=part.weights,
+                error=settled.error,
+                escalations=settled.escalations,
+                seconds=settled.seconds,
+            )
+        )
+    return hidden, rows
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Which inputs a matrix still reads, and what that cost."""
+
+    kept: Int[Tensor, " kept"]
+    error: float
+    escalations: int
+    seconds: float
+
+
+@contextmanager
+def narrowing_on_arrival(parts: Mapping[Linear, tuple[Part, Cut]]) -> Iterator[dict[Linear, Settled]]:
+    """Inside the block, each of these matrices is narrowed when its input arrives, and then reads what is left."""
+    done: dict[Linear, Settled] = {}
+
+    def arrive(reader: Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if reader not in done:
+            part, cut = parts[reader]
+            try:
+                done[reader] = _settle(reader, inputs[0].flatten(0, -2), part.groups, cut)
+            except MopError as error:
+                raise type(error)(f"{part.name}: {error}") from error
+        return (inputs[0][..., done[reader].kept], *inputs[1:])
+
+    handles = [reader.register_forward_pre_hook(arrive) for reader in parts]
+    try:
+        yield done
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _settle(reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, cut: Cut) -> Settled:
+    """Narrow the matrix in place; its bias, if it has one, takes over the mean of what goes."""
+    start = time.perf_counter()
+    weight, bias = matrix_of(reader), reader.bias
+    seen = InputGram()
+    seen.update(inputs if bias is None else inputs - inputs.mean(0))
+    gram = seen.mean()
+    solved = narrow(weight, gram, groups=groups, remove=cut.remove, score=cut.score, damping=cut.damping)
+    lost = weight.clone()
+    lost[:, solved.kept] -= solved.weight
+    size = float((weight @ gram * weight).sum())
+    error = float((lost @ gram * lost).sum()) / size if size > 0 else 0.0
+    set_matrix(reader, solved.weight, None if bias is None else bias + lost @ inputs.mean(0))
+    return Settled(solved.kept, error, solved.escalations, time.perf_counter() - start)
+
+
+def _check_same(
+    model: LanguageModel, tokens: Int[Tensor, "samples time"], hidden: Float[Tensor, "samples time hidden"]
+) -> None:
+    """The narrowed network, run as a whole, must give what the blocks gave while they were narrowed."""
+    found = model.network.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    apart = float((found - hidden).norm() / hidden.norm())
+    if not apart <= _SAME:
+        raise DataError(
+            f"narrowed, {type(model.network).__name__} computes something else ({apart:.2g} apart): this family uses "
+            "its heads or channels in another way than is known here; leave head_sparsity or mlp_sparsity at 0"
+        )
