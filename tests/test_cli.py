@@ -102,10 +102,11 @@ def test_every_command_has_help(name: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "kind", "fields"),
     [
-        ([], "SparseGPTModifier", {"sparsity": 0.5, "mask_structure": "0:0"}),
-        (["--sparsity", 0.85], "SparseGPTModifier", {"sparsity": 0.85}),
-        (["--pattern", "2:4"], "SparseGPTModifier", {"sparsity": 0.5, "mask_structure": "2:4"}),
-        (["--pattern", "1:4"], "SparseGPTModifier", {"sparsity": 0.25, "mask_structure": "1:4"}),
+        ([], "ALPSModifier", {"sparsity": 0.5, "mask_structure": "0:0"}),
+        (["--sparsity", 0.85], "ALPSModifier", {"sparsity": 0.85}),
+        (["--pattern", "2:4"], "ALPSModifier", {"sparsity": 0.5, "mask_structure": "2:4"}),
+        (["--pattern", "1:4"], "ALPSModifier", {"sparsity": 0.25, "mask_structure": "1:4"}),
+        (["--method", "sparsegpt", "--sparsity", 0.6], "SparseGPTModifier", {"sparsity": 0.6}),
         (["--method", "wanda", "--sparsity", 0.6], "WandaPruningModifier", {"sparsity": 0.6}),
         (["--method", "magnitude", "--sparsity", 0.6], "MagnitudePruningModifier", {"final_sparsity": 0.6}),
     ],
@@ -240,7 +241,7 @@ def test_the_same_command_says_that_it_is_done(stories: Path, pruned: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--sparsity", 0.6], 73, "SparseGPTModifier.sparsity was 0.5, is 0.6"),
+        (["--sparsity", 0.6], 73, "ALPSModifier.sparsity was 0.5, is 0.6"),
         (["--seed", 1], 73, "run.seed was 0, is 1"),
         (["--resume", "never"], 73, "exists already and --resume is never"),
         (["--resume", "required"], 0, None),

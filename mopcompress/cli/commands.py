@@ -47,7 +47,7 @@ Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter th
 @command(app, MODEL, CALIBRATION, DATA, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def prune(
     common: Common,
-    method: Annotated[str | None, typer.Option(help="sparsegpt (default), alps, wanda or magnitude.")] = None,
+    method: Annotated[str | None, typer.Option(help="alps (default), sparsegpt, wanda or magnitude.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of weights removed (default 0.5).")] = None,
     pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights of a row.")] = None,
 ) -> None:

@@ -31,7 +31,7 @@ FLAG_OF = {  # fields that have another name on the command line
 def for_pruning(
     recipe: Recipe, *, method: str | None = None, sparsity: float | None = None, pattern: str | None = None
 ) -> Recipe:
-    """The recipe's pruning modifiers alone, in order; `method` picks one, the other flags go into each.
+    """The recipe's pruning modifiers alone, in order; `method` picks one (ALPS without a recipe), flags go into each.
 
     Raises `RecipeError` when the recipe compresses, but not by pruning.
     """
@@ -41,9 +41,11 @@ def for_pruning(
     chosen: Sequence[Spec] = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
     if method is not None:
         chosen = [recipe.modifier_for(method)]
+    elif recipe.stages == DEFAULT_STAGES:  # those are a bench's, which starts from SparseGPT as the paper does
+        chosen = [DEFAULTS["alps"]]
     elif not chosen:
         _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
-        chosen = [DEFAULTS["sparsegpt"]]
+        chosen = [DEFAULTS["alps"]]
     return _oneshot(recipe, [_pruned(one, sparsity, pattern) for one in chosen if isinstance(one, Pruning)])
 
 

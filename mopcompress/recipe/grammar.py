@@ -68,7 +68,7 @@ DEFAULTS: dict[str, Pruning | GPTQModifier] = {
     "alps": ALPSModifier(sparsity=0.5),
     "wanda": WandaPruningModifier(sparsity=0.5),
     "magnitude": MagnitudePruningModifier(final_sparsity=0.5),
-    "gptq": GPTQModifier.model_validate({"scheme": "W4A16"}).with_bits(4, 64),
+    "gptq": GPTQModifier.model_validate({"scheme": "W4A16", "match_dense": 1.0}).with_bits(4, 64),
 }
 DEFAULT_STAGES = (
     Stage("sparsity_stage", "oneshot", (Group("sparsity_modifiers", (DEFAULTS["sparsegpt"],)),)),

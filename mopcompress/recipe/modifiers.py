@@ -128,6 +128,7 @@ class ALPSModifier(PruningModifier):
     dampening_frac: Damping = 0.01
     iterations: Annotated[int, Field(ge=1, le=1000)] = 24
     refit_steps: Steps = 6
+    match_dense: Towards = 1.0
     preserve_sparsity_mask: bool = False
 
 
