@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mopcompress.cli.options import (
+    BACKEND,
     CALIBRATION,
     DATA,
     DRY_RUN,
@@ -26,11 +27,12 @@ from mopcompress.cli.options import (
     command,
 )
 from mopcompress.cli.output import print_bench, print_facts, print_json, print_scores
-from mopcompress.errors import UsageError
+from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe import GPTQModifier, Recipe, resolved
 from mopcompress.recipe.commands import for_pruning, for_quantizing, for_recovery, with_recovery
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.modifiers import Pruning
+from mopcompress.recipe.run import OURS
 from mopcompress.stages import plan
 
 app = typer.Typer(
@@ -44,7 +46,7 @@ app = typer.Typer(
 Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter that `recover` wrote for this model.")]
 
 
-@command(app, MODEL, CALIBRATION, DATA, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(app, MODEL, CALIBRATION, DATA, BACKEND, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def prune(
     common: Common,
     method: Annotated[str | None, typer.Option(help="alps (default), sparsegpt, wanda or magnitude.")] = None,
@@ -56,7 +58,7 @@ def prune(
     _compress(common, recipe, Path("runs/pruned"))
 
 
-@command(app, MODEL, CALIBRATION, DATA, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(app, MODEL, CALIBRATION, DATA, BACKEND, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def quantize(
     common: Common,
     bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 (default) or 8.")] = None,
@@ -80,7 +82,10 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
         _tell(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
         return
     with common.working() as progress:
-        from mopcompress.stages.compress import compress
+        if recipe.run.backend == OURS:
+            from mopcompress.stages.compress import compress
+        else:
+            from mopcompress.stages.backend import compress_elsewhere as compress
         from mopcompress.stages.resume import finished
 
         facts = finished(target, recipe, progress) if done else compress(recipe, modifiers, target, progress=progress)
@@ -138,6 +143,8 @@ def evaluate(common: Common, adapter: Adapter = None) -> None:
 def bench(common: Common) -> None:
     """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
     recipe = with_recovery(common.load(), common.recovery)
+    if recipe.run.backend != OURS:
+        raise RecipeError(f"run.backend: bench has no {recipe.run.backend}; prune with it, then evaluate its folder")
     folder = _target(recipe, Path("runs/bench"))
     plan.check_inputs(recipe.run, data=True, calibration=True)
     plan.check_bench_folder(folder, recipe, common.resume)

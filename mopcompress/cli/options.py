@@ -95,6 +95,11 @@ CALIBRATION = _run_fields(
     max_seq_length=("TOKENS", "Tokens of a window"),
     max_fallback=("SHARE", "Share of matrices that may need more damping than asked for"),
 )
+BACKEND = _run_fields(
+    "Backend",
+    backend=("NAME", "Who compresses: mopcompress, or llmcompressor or gptqmodel in a process of its own"),
+    backend_python=("FILE", "The python of the environment that has that library; this one if not given"),
+)
 GRID = _run_fields(
     "Grid",
     ratios=("SHARES", "Shares of weights removed"),

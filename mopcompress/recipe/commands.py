@@ -14,8 +14,8 @@ from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Spec, parse_structure
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.grammar import DEFAULT_STAGES, DEFAULTS, Recipe
-from mopcompress.recipe.modifiers import PromptRecoveryModifier, Pruning
-from mopcompress.recipe.run import PRUNING_METHODS
+from mopcompress.recipe.modifiers import PromptRecoveryModifier, Pruning, changed
+from mopcompress.recipe.run import OURS, PRUNING_METHODS
 from mopcompress.recipe.stage import Group, Stage
 
 Kind = TypeVar("Kind", bound=Spec)
@@ -42,10 +42,10 @@ def for_pruning(
     if method is not None:
         chosen = [recipe.modifier_for(method)]
     elif recipe.stages == DEFAULT_STAGES:  # those are a bench's, which starts from SparseGPT as the paper does
-        chosen = [DEFAULTS["alps"]]
+        chosen = [_default(recipe, "alps")]
     elif not chosen:
         _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
-        chosen = [DEFAULTS["alps"]]
+        chosen = [_default(recipe, "alps")]
     return _oneshot(recipe, [_pruned(one, sparsity, pattern) for one in chosen if isinstance(one, Pruning)])
 
 
@@ -56,7 +56,7 @@ def for_quantizing(recipe: Recipe, *, bits: int | None = None, group_size: int |
     """
     if not recipe.modifiers(GPTQModifier):
         _refuse_if_it_compresses(recipe, "GPTQModifier")
-        return _oneshot(recipe, [_quantized(DEFAULTS["gptq"], bits, group_size)])
+        return _oneshot(recipe, [_quantized(_default(recipe, "gptq"), bits, group_size)])
     chosen = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
     return _oneshot(recipe, [_quantized(one, bits, group_size) for one in chosen])
 
@@ -79,6 +79,14 @@ def with_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
         kept.append(replace(stage, groups=tuple(group for group in groups if group.modifiers)))
     others = [stage for stage in kept if stage.groups and stage.name != "recovery_stage"]
     return replace(recipe, stages=(*others, _recovery_stage(_with(recipe.recovery, flags))))
+
+
+def _default(recipe: Recipe, method: str) -> Pruning | GPTQModifier:
+    """Our best, or what every library has: SparseGPT for ALPS, and none that matches the dense model."""
+    if recipe.run.backend == OURS:
+        return DEFAULTS[method]
+    known = DEFAULTS["sparsegpt" if method == "alps" else method]
+    return changed(known, match_dense=0.0)
 
 
 def _pruned(modifier: Pruning, sparsity: float | None, pattern: str | None) -> Pruning:

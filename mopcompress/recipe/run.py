@@ -15,6 +15,8 @@ from mopcompress.recipe.fields import Bits, Distinct, FilePath, Listed, Name, Sh
 
 PRUNING_METHODS = ("sparsegpt", "alps", "wanda", "magnitude")
 ARMS = ("none", "single", "mop")
+OURS = "mopcompress"
+BACKENDS = (OURS, "llmcompressor", "gptqmodel")
 
 Rows = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=8, le=1_048_576)]  # tokens
@@ -46,6 +48,12 @@ def _device(name: str) -> str:
     return name
 
 
+def _backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise fault(f"not one of {', '.join(BACKENDS)}", nearest(name, BACKENDS))
+    return name
+
+
 class RunSpec(Spec):
     """What to run on; the defaults are those of `recipes/default.yaml`."""
 
@@ -70,6 +78,8 @@ class RunSpec(Spec):
     seed: Seed = 0
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16  # rows, in evaluation
     device: Annotated[str, AfterValidator(_device)] = "auto"
+    backend: Annotated[str, AfterValidator(_backend)] = OURS  # the library whose methods compress
+    backend_python: FilePath | None = None  # the interpreter that has it; None: this one
     output_dir: FilePath | None = None
     max_fallback: Annotated[float, Field(ge=0, le=1)] = (
         0.1  # share of matrices that may need more damping than asked for
@@ -77,7 +87,7 @@ class RunSpec(Spec):
 
 
 LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}
-WORDS = {"model", "data", "calibration", "methods", "arms", "device", "output_dir"}
+WORDS = {"model", "data", "calibration", "methods", "arms", "device", "backend", "backend_python", "output_dir"}
 
 
 def check_flags(flags: Mapping[str, object]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ ANYWAY = (
     "output_dir",
     "max_fallback",
     "batch_size",
+    "backend_python",
 )
 """Fields of `run:` that do not change what prune, quantize, recover and evaluate make."""
 

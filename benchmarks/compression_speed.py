@@ -1,0 +1,128 @@
+"""How much of this machine's GEMM peak our compression reaches: FLOPs needed over FLOPs that there was time for.
+
+    python benchmarks/compression_speed.py [--calibration TEXT] [--method sparsegpt] [--sparsity 0.5]
+
+Needed is what the method asks for when nothing is computed twice: every linear and the causal half of attention once,
+the lower half of each Gram matrix (one for linears that share their input), its Cholesky factor and the inverse of
+that, and the sweep or the solver's steps. Norms, rotary embeddings, softmax and the choice of masks count as nothing.
+The peak is the best of square float32 products before and after. Prints one JSON object; timing excludes loading.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from sparsegpt_reference import untokenised
+from torch import Tensor
+
+from mopcompress.compress.alps import _STEPS_A_PENALTY as STEPS_A_PENALTY
+from mopcompress.compress.compression import Compression
+from mopcompress.compress.walk import compress_model, linears_of, noting_inputs
+from mopcompress.data.calibration import text_windows
+from mopcompress.models.checkpoint import load_model, resolve_model
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import load_recipe
+from mopcompress.recipe.commands import for_pruning
+from mopcompress.recipe.fields import Spec
+from mopcompress.stages.compress import compression_of
+from mopcompress.stages.provenance import peak_bytes, provenance
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "lm"
+
+
+def main() -> None:
+    arguments = parse()
+    device = torch.device("cpu")
+    recipe = for_pruning(load_recipe(arguments.recipe), method=arguments.method, sparsity=arguments.sparsity)
+    compressions = [compression_of(one) for one in recipe.modifiers(Spec)]
+    model = load_model(resolve_model(arguments.model), device=device)
+    text = untokenised(arguments.calibration)
+    tokens = text_windows(text, model.tokenizer, samples=arguments.samples, length=arguments.length)
+    flops = needed(model, tokens, compressions)
+    before = gemm_peak()
+    start = time.perf_counter()
+    rows = compress_model(model, tokens, compressions)
+    seconds = time.perf_counter() - start
+    peak = max(before, gemm_peak())
+    total = sum(flops.values())
+    result = {
+        "methods": [one.method for one in compressions],
+        "sparsity": sum(row.zeros for row in rows) / sum(row.weights for row in rows),
+        "tokens": list(tokens.shape),
+        "seconds": seconds,
+        "seconds_in_solvers": sum(row.seconds for row in rows),
+        "needed_gflop": {name: count / 1e9 for name, count in flops.items()},
+        "gemm_peak_gflops": peak / 1e9,
+        "seconds_at_peak": total / peak,
+        "fraction_of_peak": total / peak / seconds,
+        "peak_bytes": peak_bytes(),
+        **provenance(device),
+    }
+    print(json.dumps(result, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", type=Path, default=DATA / "wikitext2_tokens_valid.txt")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--recipe", type=Path, help="its pruning modifiers, in the place of --method")
+    parser.add_argument("--method")
+    parser.add_argument("--sparsity", type=float)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    return parser.parse_args()
+
+
+def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compression]) -> Counter[str]:
+    """FLOPs by kind of work; a multiply-add is two. Grouped by the inputs that linears share."""
+    samples, length = tokens.shape
+    flops: Counter[str] = Counter()
+    config = model.config
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    with torch.inference_mode():
+        for index in range(len(model.blocks)):
+            names = linears_of(model, index)
+            with noting_inputs(names) as inputs:
+                model.through(tokens[:1, :1], None if index == 0 else torch.zeros(1, 1, model.hidden_size), index)
+            flops["attention"] += 2 * samples * length * length * width
+            rows_of: dict[int, int] = Counter()
+            size_of: dict[int, int] = {}
+            for linear, value in inputs.items():
+                rows_of[id(value)] += linear.weight.numel() // value.shape[-1]
+                size_of[id(value)] = value.shape[-1]
+                flops["linears"] += 2 * tokens.numel() * linear.weight.numel()
+            for key, rows in rows_of.items():
+                flops["grams"] += tokens.numel() * size_of[key] * (size_of[key] + 1)
+                for one in compressions:
+                    flops["solvers"] += solver_flops(one, rows, size_of[key])
+    return flops
+
+
+def solver_flops(compression: Compression, rows: int, size: int) -> int:
+    """Of one stack of linears with the same inputs, beyond their Gram matrix."""
+    options = compression.options
+    factor, product = 2 * size**3 // 3, 2 * rows * size**2
+    steps = {"sparsegpt": factor + product // 2, "gptq": factor + product // 2}.get(compression.method, 0)
+    if compression.method == "alps":
+        rounds = int(str(options["steps"]))
+        steps = (rounds + 1 + int(str(options["refit_steps"]))) * product + -(-rounds // STEPS_A_PENALTY) * size**3
+    return steps + compression.refit_steps * product
+
+
+def gemm_peak(size: int = 2048, repeats: int = 8) -> float:
+    """FLOPs a second of the best float32 product, with the threads that compression has."""
+    left, right, into = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(left, right, out=into)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+if __name__ == "__main__":
+    main()
