@@ -682,6 +682,7 @@ def test_flags_are_read_as_typed():
     ).run
     assert (run.ratios, run.bits, run.methods, run.seed) == ((), (4, 3), ("wanda", "sparsegpt"), 7)
     assert run.map == {"q": "instruction", "a": "output"}
+    assert load_recipe(None, {"group_size": "-1"}).run.group_size is None
     assert load_recipe(None, {"seeds": (3, 4), "model": "123"}).run.model == "123"
 
 

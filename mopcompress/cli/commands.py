@@ -76,6 +76,7 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
     plan.check_inputs(recipe.run, data=False, calibration=True)
     done = plan.is_done(target, recipe, common.resume)
     modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+    plan.check_shapes(recipe.run, modifiers)
     if common.dry_run:
         model = plan.model_facts(recipe.run.model)
         methods = "+".join(one.method for one in modifiers)
@@ -148,6 +149,7 @@ def bench(common: Common) -> None:
     folder = _target(recipe, Path("runs/bench"))
     plan.check_inputs(recipe.run, data=True, calibration=True)
     plan.check_bench_folder(folder, recipe, common.resume)
+    plan.check_grid(recipe)
     if common.dry_run:
         run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
         _tell(common, recipe, folder, False, {**run, **plan.bench_facts(recipe, folder)})

@@ -105,7 +105,7 @@ GRID = _run_fields(
     ratios=("SHARES", "Shares of weights removed"),
     methods=("NAMES", "sparsegpt, alps, wanda, magnitude"),
     bits=("LIST", "Bit widths to quantize to, such as 3,4"),
-    group_size=("N", "Weights that share a scale, with --bits"),
+    group_size=("N", "Weights that share a scale, with --bits; -1: the whole row"),
     arms=("NAMES", "none, single, mop"),
     seeds=("LIST", "Seeds of the trained arms"),
 )

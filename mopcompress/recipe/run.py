@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from mopcompress.errors import UsageError
 from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
@@ -34,6 +34,11 @@ def _not_dense(ratio: float) -> float:
     if ratio == 0:
         raise fault("not a share to remove: 0 is the dense model, which every bench measures; leave it out")
     return ratio
+
+
+def _whole_row(size: Any) -> Any:
+    """Weights of a row that share a scale; None, also written -1, is all of them."""
+    return None if size == -1 else size
 
 
 def _arm(name: str) -> str:
@@ -72,7 +77,7 @@ class RunSpec(Spec):
     methods: Annotated[tuple[Annotated[str, AfterValidator(_method)], ...], Listed, Distinct] = ("sparsegpt",)
     bits: Annotated[tuple[Bits, ...], Listed, Distinct] = ()
     joint: bool = False  # with bits: round what pruning left, not the dense model
-    group_size: Annotated[int, Field(ge=2, le=65536)] | None = 64  # weights of a row sharing a scale; None: all
+    group_size: Annotated[Annotated[int, Field(ge=2, le=65536)] | None, BeforeValidator(_whole_row)] = 64
     arms: Annotated[tuple[Annotated[str, AfterValidator(_arm)], ...], Listed, Distinct, Field(min_length=1)] = ARMS
     seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1)] = (0,)
     seed: Seed = 0

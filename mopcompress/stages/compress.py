@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Int
 from safetensors import safe_open
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from mopcompress import artifact
 from mopcompress.compress.compression import Compression
 from mopcompress.compress.magnitude import one_threshold
-from mopcompress.compress.walk import LayerRow, compress_model, planned
+from mopcompress.compress.walk import LayerRow, compress_model, linears_of, planned
 from mopcompress.errors import DataError, QualityGateError, StorageError
 from mopcompress.models.checkpoint import (
     check_output,
@@ -37,6 +38,7 @@ from mopcompress.recipe import (
 )
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.fitting import check_fit
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
 
@@ -69,6 +71,7 @@ def compress_into(
     progress: Progress,
 ) -> dict[str, Any]:
     """Compress a loaded model, in place, and publish it as a folder."""
+    check_fit(_inputs_of(model), modifiers)
     start = time.perf_counter()
     method = "+".join(modifier.method for modifier in modifiers)
     compressions = [with_shares(modifier, compression_of(modifier), model) for modifier in modifiers]
@@ -151,6 +154,11 @@ def with_shares(modifier: Compressing, compression: Compression, model: Language
     weights = {name: model.network.get_parameter(f"{name}.weight") for name in step.place}
     shares = one_threshold(weights, modifier.sparsity)
     return replace(compression, options={**compression.options, "sparsity": shares})
+
+
+def _inputs_of(model: LanguageModel) -> dict[str, int]:
+    every = [(name, linear) for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()]
+    return {name: one.weight.shape[0 if isinstance(one, Conv1D) else 1] for name, one in every}
 
 
 def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:

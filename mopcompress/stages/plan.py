@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from mopcompress.errors import InputNotFoundError, OutputError
 from mopcompress.grid import Cell, cells_of
 from mopcompress.models import smollm2
 from mopcompress.models.weight_files import weight_files
-from mopcompress.recipe import Recipe, RunSpec, resolved
+from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, resolved
+from mopcompress.recipe.modifiers import Pruning
 from mopcompress.results import read_rows
-from mopcompress.stages.grid import settings_of
+from mopcompress.stages.fitting import check_fit, inputs_on_disk
+from mopcompress.stages.grid import modifiers_of, settings_of
 from mopcompress.stages.manifest import check_settings, differences
 
 ANYWAY = (
@@ -44,6 +47,19 @@ def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
         local_path(run.data)
     if calibration and run.calibration not in {"self", "data"}:
         local_path(run.calibration)
+
+
+def check_shapes(run: RunSpec, modifiers: Sequence[Pruning | GPTQModifier]) -> None:
+    """Raise `RecipeError` when groups or structures do not fit the model, as far as its files on this machine tell."""
+    folder = model_facts(run.model)["folder"]
+    if folder is not None:
+        check_fit(inputs_on_disk(Path(folder)), modifiers)
+
+
+def check_grid(recipe: Recipe) -> None:
+    """The same for every setting of a bench."""
+    for setting in settings_of(recipe):
+        check_shapes(recipe.run, modifiers_of(recipe, setting))
 
 
 def check_creatable(target: Path) -> None:
