@@ -3,12 +3,19 @@
 import inspect
 
 import pytest
+from tiny import random_tokens, tiny_model
 
 from mopcompress.compress import METHODS
+from mopcompress.compress.walk import compress_model
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import ALPSModifier, SparseGPTModifier
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.grammar import DEFAULTS
+from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.compress import compression_of
+from mopcompress.stages.shares import with_shares
 
+TOKENS = random_tokens(6, 20)
 OTHER = {  # another valid value of every field that decides a result
     "sparsity": 0.25,
     "final_sparsity": 0.25,
@@ -25,7 +32,7 @@ OTHER = {  # another valid value of every field that decides a result
     "actorder": None,
 }
 TOGETHER = {"sparsity": {"actorder": None}, "mask_structure": {"actorder": None, "sparsity": 0.5}}  # for GPTQ
-BY_THE_MODEL = {"apply_globally"}  # its shares come from the weights: `with_shares`
+BY_THE_MODEL = {"apply_globally", "allocation", "owl_m", "allocation_spread"}  # see `with_shares`
 
 
 @pytest.mark.parametrize("method", DEFAULTS)
@@ -48,3 +55,45 @@ def test_the_options_are_the_keywords_of_the_function(method: str) -> None:
     options = compression_of(modifier).options
     assert own >= options.keys()
     assert own - options.keys() <= {"refit_steps"}
+
+
+# --- shares that the model decides on
+
+
+def shares_of(modifier: Pruning, model: LanguageModel) -> dict[str, float]:
+    return dict(with_shares(compression_of(modifier), modifier, model, TOKENS).options["sparsity"])
+
+
+@pytest.mark.parametrize("allocation", ["owl", "ramp", "error"])
+@pytest.mark.parametrize("kind", [SparseGPTModifier, ALPSModifier])
+def test_an_allocation_is_exact_over_all_and_not_uniform(kind: type[Pruning], allocation: str) -> None:
+    model = tiny_model(num_hidden_layers=3)
+    modifier = kind(sparsity=0.6, allocation=allocation, owl_m=2.0 if allocation == "owl" else 5.0)
+    shares = shares_of(modifier, model)
+    rows = compress_model(model, TOKENS, [with_shares(compression_of(modifier), modifier, model, TOKENS)])
+    assert len(set(shares.values())) > 1
+    assert {row.name: row.zeros / row.weights for row in rows} == pytest.approx(shares, abs=1e-12)
+    assert sum(row.zeros for row in rows) == round(0.6 * sum(row.weights for row in rows))
+
+
+def test_the_spread_of_an_allocation_reaches_it() -> None:
+    model = tiny_model(num_hidden_layers=3)
+    for allocation in ("ramp", "error"):
+        narrow, wide = (
+            shares_of(SparseGPTModifier(sparsity=0.6, allocation=allocation, allocation_spread=spread), model).values()
+            for spread in (0.01, 0.2)
+        )
+        assert max(narrow) - min(narrow) < 0.03 < max(wide) - min(wide)
+
+
+def test_the_first_blocks_of_a_ramp_keep_most() -> None:
+    shares = shares_of(SparseGPTModifier(sparsity=0.5, allocation="ramp", allocation_spread=0.1), tiny_model())
+    by_block = [shares[f"model.layers.{index}.mlp.up_proj"] for index in range(4)]
+    assert by_block == sorted(by_block)
+    assert by_block[-1] - by_block[0] == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_uniform_share_needs_no_look_at_the_model() -> None:
+    modifier = SparseGPTModifier(sparsity=0.5)
+    compression = compression_of(modifier)
+    assert with_shares(compression, modifier, tiny_model(), TOKENS) is compression

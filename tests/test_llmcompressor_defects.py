@@ -99,6 +99,20 @@ def test_2_magnitude_pruning_with_one_threshold_prunes_as_much(base, compressed)
         assert torch.equal(weight == 0, dense[name].abs() < kept), name
 
 
+@pytest.mark.parametrize("modifier", ["SparseGPTModifier", "WandaPruningModifier"])
+def test_3_owl_spares_blocks_with_outliers(compressed, modifier):
+    """There, `sparsity_profile: owl` always ends in an error."""
+    fields = "{sparsity: 0.6, sparsity_profile: owl, owl_m: 3, owl_lmbda: 0.08}"
+    _, weights = compressed(f"a_stage: {{b_modifiers: {{{modifier}: {fields}}}}}")
+    found = {name: float((weight == 0).double().mean()) for name, weight in projections(weights).items()}
+    first, last = (min(found[name] for name in found if f"layers.{index}." in name) for index in range(2))
+    assert abs(first - last) == pytest.approx(0.16, abs=0.02)
+    zeros = sum(int((weight == 0).sum()) for weight in projections(weights).values())
+    count = sum(weight.numel() for weight in projections(weights).values())
+    half_a_weight_a_row = sum(len(weight) for weight in projections(weights).values()) / 2  # Wanda counts by rows
+    assert zeros == pytest.approx(0.6 * count, abs=1 if modifier == "SparseGPTModifier" else half_a_weight_a_row)
+
+
 def test_4_every_group_of_two_in_four_survives_rounding(compressed):
     """There, GPTQ after SparseGPT fills 2.8 % of the groups."""
     _, weights = compressed(SPARSE_24_THEN_W4)

@@ -196,6 +196,16 @@ def test_a_list_has_one_share_a_target_and_survives(write):
     assert recipe.modifier_for("sparsegpt").with_sparsity(0.6).sparsity == 0.6
 
 
+def test_a_sparsity_profile_is_an_allocation(write):
+    fields = {"sparsity": 0.7, "sparsity_profile": "owl", "owl_m": 7, "owl_lmbda": 0.1}
+    recipe = load_recipe(write(in_group("SparseGPTModifier", fields)))
+    modifier = recipe.modifier_for("sparsegpt")
+    assert (modifier.allocation, modifier.owl_m, modifier.allocation_spread) == ("owl", 7, 0.1)
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+    unset = {"sparsity": 0.7, "sparsity_profile": None, "owl_m": None, "owl_lmbda": None}
+    assert load_recipe(write(in_group("WandaPruningModifier", unset))).modifier_for("wanda").allocation == "uniform"
+
+
 # What the bench makes of it
 
 
@@ -255,7 +265,18 @@ def test_a_copy_is_checked_too():
 
 
 def test_a_dumped_recipe_is_plain_and_loads_as_the_same(write):
-    for text in (TWO_FOUR_THEN_W4A16, ALTERNATING, "run: {model: '1e3', data: 'no', map: {q: instruction}}", "run: {}"):
+    at_once = {"scheme": "W3A16", "actorder": None, "sparsity": 0.5, "mask_structure": "2:4", "match_dense": 0.3}
+    allocated = {"final_sparsity": 0.6, "allocation": "error", "allocation_spread": 0.2, "refit_steps": 4}
+    ours = in_group("MagnitudePruningModifier", allocated) + in_group("GPTQModifier", at_once).replace(
+        "a_stage", "z_stage"
+    )
+    for text in (
+        TWO_FOUR_THEN_W4A16,
+        ALTERNATING,
+        ours,
+        "run: {model: '1e3', data: 'no', map: {q: instruction}}",
+        "run: {}",
+    ):
         recipe = load_recipe(write(text))
         dumped = dump_recipe(recipe)
         assert "!!" not in dumped
@@ -351,7 +372,33 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         ("WandaPruningModifier", {"sparsity": [50]}, "sparsity[0]: not a share of weights between 0 and 1, found 50"),
         ("WandaPruningModifier", {"sparsity": ["a"]}, "sparsity[0]: not a number, found 'a'"),
         ("WandaPruningModifier", {"sparsity": [0.6], "mask_structure": "2:4"}, "2:4 removes a share of 0.5"),
-        ("SparseGPTModifier", {"sparsity": 0.5, "sparsity_profile": "owl"}, "sparsity_profile: not supported yet"),
+        ("SparseGPTModifier", {"sparsity": 0.5, "sparsity_profile": "owls"}, "sparsity_profile: not 'owl', or another"),
+        (
+            "SparseGPTModifier",
+            {"sparsity": 0.5, "sparsity_profile": "owl", "allocation": "ramp"},
+            "write allocation alone",
+        ),
+        ("SparseGPTModifier", {"sparsity": 0.5, "owl_m": 3}, "say nothing without an allocation"),
+        (
+            "SparseGPTModifier",
+            {"sparsity": 0.5, "allocation": "olw"},
+            "allocation: not 'uniform', 'owl', 'ramp' or 'error'",
+        ),
+        (
+            "SparseGPTModifier",
+            {"sparsity": [0.5], "allocation": "owl"},
+            "allocation: owl and a list of sparsity both say what each layer loses",
+        ),
+        (
+            "ALPSModifier",
+            {"sparsity": 0.5, "mask_structure": "2:4", "allocation": "ramp"},
+            "ramp and mask_structure both",
+        ),
+        (
+            "MagnitudePruningModifier",
+            {"final_sparsity": 0.5, "apply_globally": True, "allocation": "error"},
+            "error and apply_globally both say",
+        ),
         ("SparseGPTModifier", {"sparsity": 0.85, "mask_structure": "2:4"}, "2:4 removes a share of 0.5, found 0.85"),
         ("SparseGPTModifier", {"sparsity": 0.5, "mask_structure": "4:2"}, "mask_structure: not N:M"),
         ("SparseGPTModifier", {"sparsity": 0.5, "mask_structure": "4:4"}, "mask_structure: not N:M"),

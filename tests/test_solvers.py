@@ -553,7 +553,7 @@ def test_one_threshold_takes_the_smallest_weights_of_all_matrices(sparsity, dtyp
     together = torch.cat([weight.flatten() for weight in weights.values()])
     gone = torch.zeros(len(together), dtype=torch.bool)
     gone[together.abs().argsort(stable=True)[: round(sparsity * len(together))]] = True
-    shares = one_threshold(weights, sparsity)
+    shares = one_threshold(weights.items, sparsity)
     for expected, (name, weight) in zip(
         gone.split([one.numel() for one in weights.values()]), weights.items(), strict=True
     ):
@@ -563,5 +563,5 @@ def test_one_threshold_takes_the_smallest_weights_of_all_matrices(sparsity, dtyp
 
 def test_one_threshold_gives_ties_to_earlier_matrices():
     ones = torch.ones(3, 4)
-    assert one_threshold({"a": ones, "b": -ones, "c": 2 * ones}, 0.5) == {"a": 1.0, "b": 0.5, "c": 0.0}
-    assert one_threshold({"a": torch.zeros(2, 2), "b": ones}, 0.25) == {"a": 1.0, "b": 0.0}
+    assert one_threshold({"a": ones, "b": -ones, "c": 2 * ones}.items, 0.5) == {"a": 1.0, "b": 0.5, "c": 0.0}
+    assert one_threshold({"a": torch.zeros(2, 2), "b": ones}.items, 0.25) == {"a": 1.0, "b": 0.0}

@@ -1,6 +1,6 @@
 """Magnitude pruning: the smallest weights of a matrix go. The baseline that looks at no data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from functools import reduce
 
 import torch
@@ -27,18 +27,18 @@ def magnitude(
     return Solved(weight.masked_fill(mask, 0.0))
 
 
-def one_threshold(weights: Mapping[str, Float[Tensor, "_ _"]], sparsity: float) -> dict[str, float]:
+def one_threshold(weights: Callable[[], Iterable[tuple[str, Tensor]]], sparsity: float) -> dict[str, float]:
     """The share that each matrix loses when the smallest weights of all of them go: `round(sparsity * weights)` in all.
 
-    Of equal magnitudes those of earlier matrices go first. Magnitudes are compared in float32, whose order is that of
-    their bits; three passes over the matrices, one held at a time.
+    `weights` gives all matrices, by name, each time that it is called: three times, and one is held at a time. Of equal
+    magnitudes those of earlier matrices go first. They are compared in float32, whose order is that of their bits.
     """
-    left = round(sparsity * sum(weight.numel() for weight in weights.values()))
-    upper, left = _bin_of(left, reduce(torch.add, (_counts(_bits(one) >> 16) for one in weights.values())))
-    inside = (bits[bits >> 16 == upper] & 0xFFFF for bits in map(_bits, weights.values()))
+    counts = reduce(torch.add, (_counts(_bits(one) >> 16) for _, one in weights()))
+    upper, left = _bin_of(round(sparsity * int(counts.sum())), counts)
+    inside = (bits[bits >> 16 == upper] & 0xFFFF for bits in (_bits(one) for _, one in weights()))
     lower, left = _bin_of(left, reduce(torch.add, map(_counts, inside)))
     threshold, shares = upper << 16 | lower, {}
-    for name, weight in weights.items():
+    for name, weight in weights():
         bits = _bits(weight)
         ties = min(left, int((bits == threshold).sum()))
         left -= ties

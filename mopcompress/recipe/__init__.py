@@ -4,14 +4,13 @@ from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.grammar import Recipe, dump_recipe, load_recipe, resolved
 from mopcompress.recipe.modifiers import (
     ALPSModifier,
-    ConstantPruningModifier,
     MagnitudePruningModifier,
-    PromptRecoveryModifier,
     SparseGPTModifier,
     WandaPruningModifier,
 )
 from mopcompress.recipe.run import RunSpec
 from mopcompress.recipe.stage import Group, Stage
+from mopcompress.recipe.training import ConstantPruningModifier, PromptRecoveryModifier
 
 __all__ = [
     "ALPSModifier",

@@ -14,9 +14,10 @@ from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Spec, parse_structure
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.grammar import DEFAULT_STAGES, DEFAULTS, Recipe
-from mopcompress.recipe.modifiers import PromptRecoveryModifier, Pruning, changed
+from mopcompress.recipe.modifiers import Pruning, changed
 from mopcompress.recipe.run import OURS, PRUNING_METHODS
 from mopcompress.recipe.stage import Group, Stage
+from mopcompress.recipe.training import PromptRecoveryModifier
 
 Kind = TypeVar("Kind", bound=Spec)
 

@@ -25,7 +25,6 @@ from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.modifiers import (
     ALPSModifier,
     MagnitudePruningModifier,
-    PromptRecoveryModifier,
     Pruning,
     SparseGPTModifier,
     WandaPruningModifier,
@@ -33,6 +32,7 @@ from mopcompress.recipe.modifiers import (
 from mopcompress.recipe.reading import PlainDumper, read_document
 from mopcompress.recipe.run import RunSpec, check_flags
 from mopcompress.recipe.stage import Group, Stage, check_order, read_stage, stranger
+from mopcompress.recipe.training import PromptRecoveryModifier
 
 FOREIGN = ("args", "metadata", "version")  # of other tools, at the top: they say nothing about what to do
 NO_FLAGS: Mapping[str, object] = MappingProxyType({})

@@ -26,7 +26,6 @@ from mopcompress.recipe.fields import (
     Targets,
     Time,
     Towards,
-    Unsupported,
     fault,
     parse_structure,
 )
@@ -56,7 +55,7 @@ def check_share(share: float, structure: str) -> None:
 
 
 class PruningModifier(Spec):
-    """What the pruning modifiers have in common; the last two fields are ours."""
+    """What the pruning modifiers have in common; from `refit_steps` on, fields are ours."""
 
     method: ClassVar[str]
     share_field: ClassVar[str] = "sparsity"
@@ -65,6 +64,40 @@ class PruningModifier(Spec):
     targets: Aims = ("Linear",)
     refit_steps: Steps = 0  # of conjugate gradients on the mask, towards its least-squares values
     match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
+    allocation: Literal["uniform", "owl", "ramp", "error"] = "uniform"
+    owl_m: Annotated[float, Field(gt=0, le=1e6)] = 5.0  # an outlier has this many times the mean score of its block
+    allocation_spread: Annotated[
+        float, Field(ge=0, le=1, validation_alias=AliasChoices("allocation_spread", "owl_lmbda"))
+    ] = 0.08  # how far a linear's share may lie from the one asked for, about
+
+    @model_validator(mode="before")
+    @classmethod
+    def _profile_is_an_allocation(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or not fields.keys() & {"sparsity_profile", "owl_m", "owl_lmbda"}:
+            return fields
+        unset = {name for name in ("sparsity_profile", "owl_m", "owl_lmbda") if fields.get(name) is None}
+        others = {name: field for name, field in fields.items() if name not in unset | {"sparsity_profile"}}
+        if "sparsity_profile" in unset:
+            return others
+        if fields["sparsity_profile"] != "owl" or others.setdefault("allocation", "owl") != "owl":
+            raise fault("sparsity_profile: not 'owl', or another than allocation; write allocation alone")
+        return others
+
+    @model_validator(mode="after")
+    def _one_way_to_share(self: AnyPruning) -> AnyPruning:
+        if self.allocation == "uniform":
+            if (self.owl_m, self.allocation_spread) != (5.0, 0.08):
+                raise fault("owl_m and allocation_spread say nothing without an allocation; add it, or take them out")
+            return self
+        taken = {
+            "a list of sparsity": isinstance(getattr(self, "sparsity", None), tuple),
+            "mask_structure": bool(self.pattern),
+            "apply_globally": getattr(self, "apply_globally", False),
+        }
+        other = next((what for what, there in taken.items() if there), None)
+        if other:
+            raise fault(f"allocation: {self.allocation} and {other} both say what each layer loses; keep one of them")
+        return self
 
     @field_validator("sparsity", "final_sparsity", check_fields=False)
     @classmethod
@@ -102,9 +135,6 @@ class SparseGPTModifier(PruningModifier):
     target_ids: Layers = None
     offload_hessians: Switch = None
     quantize: Rounding = None
-    sparsity_profile: Unsupported = None
-    owl_m: Unsupported = None
-    owl_lmbda: Unsupported = None
 
     @model_validator(mode="before")
     @classmethod
@@ -141,9 +171,6 @@ class WandaPruningModifier(PruningModifier):
     ignore: Targets = ()
     sequential_update: Switch = None
     sequential_targets: Layers = None
-    sparsity_profile: Unsupported = None
-    owl_m: Unsupported = None
-    owl_lmbda: Unsupported = None
 
 
 class MagnitudePruningModifier(PruningModifier):
@@ -180,34 +207,3 @@ class MagnitudePruningModifier(PruningModifier):
 
 
 Pruning = SparseGPTModifier | ALPSModifier | WandaPruningModifier | MagnitudePruningModifier
-
-
-class ConstantPruningModifier(Spec):
-    """Keep zeros while training. Always so here: recovery trains prompts and never touches a weight."""
-
-    targets: Targets = ("__ALL__",)
-    start: Time = None
-    end: Time = None
-    update: Time = None
-
-
-class PromptRecoveryModifier(Spec):
-    """Train prompts in front of a frozen compressed model: one prompt, or a mixture chosen by a gate."""
-
-    arm: Literal["single", "mop"] = "mop"
-    experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data
-    prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
-    layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
-    steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
-    prompt_learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.5
-    gate_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
-    gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
-    gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
-    log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
-    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-
-    def with_arm(self, arm: str) -> "PromptRecoveryModifier":
-        """The same settings for the other arm: equal prompts in all, steps and data."""
-        return changed(self, arm=arm)

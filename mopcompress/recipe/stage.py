@@ -12,13 +12,12 @@ from mopcompress.recipe.foreign import other_modifier
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.modifiers import (
     ALPSModifier,
-    ConstantPruningModifier,
     MagnitudePruningModifier,
-    PromptRecoveryModifier,
     Pruning,
     SparseGPTModifier,
     WandaPruningModifier,
 )
+from mopcompress.recipe.training import ConstantPruningModifier, PromptRecoveryModifier
 
 MODIFIERS: dict[str, type[Spec]] = {
     kind.__name__: kind

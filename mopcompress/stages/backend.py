@@ -29,9 +29,10 @@ from mopcompress.models.grid import write_grid
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import Recipe, resolved
 from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.compress import Compressing, compression_of, with_shares
+from mopcompress.stages.compress import Compressing, compression_of
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import provenance
+from mopcompress.stages.shares import with_shares
 
 CPU = torch.device("cpu")
 COMMON = ("method", "options", "targets", "ignore")  # what every library has of a `Compression`
@@ -52,9 +53,9 @@ def compress_elsewhere(
     source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, source)
     model = load_model(source, device=CPU)
-    shared = [with_shares(modifier, one, model) for modifier, one in zip(modifiers, compressions, strict=True)]
-    requests = requests_of(backend, model, shared)
     tokens, calibration = calibration_tokens(recipe.run, model, weights_hash(source), progress)
+    pairs = zip(compressions, modifiers, strict=True)
+    requests = requests_of(backend, model, [with_shares(one, modifier, model, tokens) for one, modifier in pairs])
     with tempfile.TemporaryDirectory(prefix="mopcompress-") as folder:
         progress(f"{backend.name} is compressing, in {python}", 0, 0)
         answer = run(backend, python, Path(folder), model=source, requests=requests, tokens=tokens)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mopcompress import artifact
 from mopcompress.compress.compression import Compression
-from mopcompress.compress.magnitude import one_threshold
-from mopcompress.compress.walk import LayerRow, compress_model, linears_of, planned
+from mopcompress.compress.walk import LayerRow, compress_model, linears_of
 from mopcompress.errors import DataError, QualityGateError, StorageError
 from mopcompress.models.checkpoint import (
     check_output,
@@ -31,7 +30,6 @@ from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import (
     ALPSModifier,
     GPTQModifier,
-    MagnitudePruningModifier,
     Recipe,
     SparseGPTModifier,
     resolved,
@@ -41,6 +39,7 @@ from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.fitting import check_fit
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
+from mopcompress.stages.shares import with_shares
 
 Compressing = Pruning | GPTQModifier
 
@@ -74,7 +73,7 @@ def compress_into(
     check_fit(_inputs_of(model), modifiers)
     start = time.perf_counter()
     method = "+".join(modifier.method for modifier in modifiers)
-    compressions = [with_shares(modifier, compression_of(modifier), model) for modifier in modifiers]
+    compressions = [with_shares(compression_of(one), one, model, tokens) for one in modifiers]
     rows = compress_model(model, tokens, compressions, progress=_told(progress, method))
     seconds = time.perf_counter() - start
     fallbacks = sum(row.escalations > 0 for row in rows)
@@ -144,16 +143,6 @@ def compression_of(modifier: Compressing) -> Compression:
         match_dense=modifier.match_dense,
         refit_steps=0 if isinstance(modifier, GPTQModifier | ALPSModifier) else modifier.refit_steps,
     )
-
-
-def with_shares(modifier: Compressing, compression: Compression, model: LanguageModel) -> Compression:
-    """The compression with a share of weights for each linear, where the model's weights decide on those."""
-    if not isinstance(modifier, MagnitudePruningModifier) or not modifier.apply_globally:
-        return compression
-    [step] = planned(model, [compression])
-    weights = {name: model.network.get_parameter(f"{name}.weight") for name in step.place}
-    shares = one_threshold(weights, modifier.sparsity)
-    return replace(compression, options={**compression.options, "sparsity": shares})
 
 
 def _inputs_of(model: LanguageModel) -> dict[str, int]:
