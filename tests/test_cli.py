@@ -150,6 +150,7 @@ def test_a_recipe_says_what_each_command_runs() -> None:
     assert [name for name, _ in plan("prune", *both)] == ["SparseGPTModifier"]
     assert [name for name, _ in plan("quantize", *both)] == ["SparseGPTModifier", "GPTQModifier"]
     assert [name for name, _ in plan("prune", *both, "--method", "wanda")] == ["WandaPruningModifier"]
+    assert [name for name, _ in plan("prune", "--recipe", RECIPES / "default.yaml")] == ["SparseGPTModifier"]
     assert [name for name, _ in plan("recover", "--recipe", RECIPES / "default.yaml")] == ["PromptRecoveryModifier"]
 
 

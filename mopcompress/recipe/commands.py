@@ -42,7 +42,7 @@ def for_pruning(
     chosen: Sequence[Spec] = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
     if method is not None:
         chosen = [recipe.modifier_for(method)]
-    elif recipe.stages == DEFAULT_STAGES:  # those are a bench's, which starts from SparseGPT as the paper does
+    elif recipe.stages is DEFAULT_STAGES:  # no recipe was given, and a bench's default is SparseGPT, as the paper's
         chosen = [_default(recipe, "alps")]
     elif not chosen:
         _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
