@@ -259,7 +259,8 @@ def test_what_a_backend_cannot_do(
     monkeypatch.chdir(tmp_path)
     Path("dense.yaml").write_text("a_stage: {a_modifiers: {SparseGPTModifier: {sparsity: 0.5, match_dense: 1.0}}}")
     Path("joint.yaml").write_text(
-        "a_stage: {a_modifiers: {GPTQModifier: {scheme: W4A16, sparsity: 0.5, actorder: null}}}"
+        "a_stage: {a_modifiers: {GPTQModifier: {sparsity: 0.5, actorder: null, config_groups: "
+        "{a: {targets: [Linear], weights: {num_bits: 4, strategy: group, group_size: 16}}}}}}"
     )
     outcome = invoke(words[0], base, *words[1:], "--output-dir", tmp_path / "out")
     assert outcome.code == code, outcome.err

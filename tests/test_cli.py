@@ -166,8 +166,10 @@ def test_a_model_is_named_once(stories: Path) -> None:
 
 
 def test_the_plan_of_a_bench_counts_its_cells(stories: Path, tmp_path: Path) -> None:
-    flags = {"ratios": (0.5, 0.9), "methods": ("wanda", "magnitude"), "bits": (3,), "seeds": (0, 1)}
-    words = [word for name, values in flags.items() for word in (f"--{name}", ",".join(map(str, values)))]
+    flags = {"ratios": (0.5, 0.9), "methods": ("wanda", "magnitude"), "bits": (3,), "group_size": (4,), "seeds": (0, 1)}
+    words = [
+        word for name, values in flags.items() for word in (f"--{name.replace('_', '-')}", ",".join(map(str, values)))
+    ]
     told = invoke("bench", stories, *words, "--dry-run", "--json").json
     pruned = [f"{method} {share}%" for method in ("wanda", "magnitude") for share in (50, 90)]
     assert told["settings"] == ["dense", *pruned, "gptq 3-bit"]
@@ -180,6 +182,7 @@ def test_the_plan_of_a_bench_counts_its_cells(stories: Path, tmp_path: Path) -> 
 def test_a_recipe_that_prunes_and_rounds_is_measured_whole(stories: Path) -> None:
     def settings(*more: object) -> list[str]:
         words = ("bench", stories, "--recipe", RECIPES / "two_four_then_w4a16.yaml", *more, "--dry-run", "--json")
+        words += ("--group-size", 4)
         return invoke(*words).json["settings"]
 
     assert settings() == ["dense", "sparsegpt 50% + gptq 4-bit"]
@@ -196,6 +199,8 @@ def test_a_recipe_that_prunes_and_rounds_is_measured_whole(stories: Path) -> Non
         "--bits",
         4,
         "--joint",
+        "--group-size",
+        4,
         "--dry-run",
         "--json",
     )

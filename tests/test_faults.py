@@ -209,11 +209,11 @@ def test_a_calibration_text_that_is_too_short(stories: Path, tmp_path: Path) -> 
 # --- outputs
 
 
-@pytest.mark.parametrize("name", ["prune", "quantize", "recover", "bench"])
-def test_an_output_that_cannot_be_made(stories: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("words", [["prune"], ["quantize", "--group-size", 4], ["recover"], ["bench"]])
+def test_an_output_that_cannot_be_made(stories: Path, tmp_path: Path, words: list[object]) -> None:
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"
-    fails(73, name, stories, "--output-dir", below, says=(str(below), "cannot be created", "--output-dir"))
+    fails(73, *words, stories, "--output-dir", below, says=(str(below), "cannot be created", "--output-dir"))
 
 
 def test_an_output_inside_the_model(stories: Path, tmp_path: Path) -> None:
