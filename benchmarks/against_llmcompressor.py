@@ -41,6 +41,10 @@ SETTINGS = {
     "3 bits": "quantize --bits 3 --group-size 64",
 }
 THEIRS, SAME, DEFAULT = "llm-compressor", "ours, same method", "ours, default"
+SAME_GPTQ = """gptq_stage:
+  gptq_modifiers:
+    GPTQModifier: {config_groups: {group_0: {weights: {num_bits: 3, strategy: group, group_size: 64}}}}
+"""  # our default matches the dense model too
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def main() -> None:
     source = resolve_model(arguments.model)
     text = folder / "calibration.txt"
     text.write_text(untokenised(arguments.data / "wikitext2_tokens_valid.txt"), encoding="utf-8")
+    (folder / "gptq.yaml").write_text(SAME_GPTQ, encoding="utf-8")
     rows = read_rows(folder)
     finished = [row["key"] for row in rows]
     for run in runs_of(arguments):
@@ -108,12 +113,12 @@ def runs_of(arguments: argparse.Namespace) -> list[Run]:
     for repeat in range(arguments.repeats):
         for setting in arguments.settings.split(","):
             words = SETTINGS[setting]
-            method = "" if words.startswith("quantize") else "--method sparsegpt"
-            for arm in arguments.arms.split(";"):
-                more = {THEIRS: f"{method} {backend}", SAME: method, DEFAULT: arguments.default}[arm]
-                if arm == DEFAULT and not method:
-                    continue  # `--default` says how to prune
-                runs.append(Run(setting, arm, repeat, " ".join(f"{words} {more}".split())))
+            rounds = words.startswith("quantize")
+            same = f"--recipe {shlex.quote(str(arguments.output / 'gptq.yaml'))}" if rounds else "--method sparsegpt"
+            more = {THEIRS: f"{same} {backend}", SAME: same, DEFAULT: "" if rounds else arguments.default}
+            runs += [
+                Run(setting, arm, repeat, " ".join(f"{words} {more[arm]}".split())) for arm in arguments.arms.split(";")
+            ]
     return runs
 
 
