@@ -4,8 +4,9 @@
 
 Needed is what the method asks for when nothing is computed twice: every linear and the causal half of attention once,
 the lower half of each Gram matrix (one for linears that share their input), its Cholesky factor and the inverse of
-that, and the sweep or the solver's steps. Norms, rotary embeddings, softmax and the choice of masks count as nothing.
-The peak is the best of square float32 products before and after. Prints one JSON object; timing excludes loading.
+that, and the sweep or the solver's steps; where the dense model is matched, its pass and the target too. Norms, rotary
+embeddings, softmax, the choice of masks and the survey of an allocation count as nothing. The peak is the best of
+square float32 products before and after. Prints one JSON object; timing excludes loading.
 """
 
 import argparse
@@ -28,8 +29,10 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import for_pruning
 from mopcompress.recipe.fields import Spec
+from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.compress import compression_of
 from mopcompress.stages.provenance import peak_bytes, provenance
+from mopcompress.stages.shares import with_shares
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "lm"
 
@@ -38,14 +41,16 @@ def main() -> None:
     arguments = parse()
     device = torch.device("cpu")
     recipe = for_pruning(load_recipe(arguments.recipe), method=arguments.method, sparsity=arguments.sparsity)
-    compressions = [compression_of(one) for one in recipe.modifiers(Spec)]
+    modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
     model = load_model(resolve_model(arguments.model), device=device)
     text = untokenised(arguments.calibration)
     tokens = text_windows(text, model.tokenizer, samples=arguments.samples, length=arguments.length)
+    compressions = [compression_of(one) for one in modifiers]
     flops = needed(model, tokens, compressions)
     before = gemm_peak()
     start = time.perf_counter()
-    rows = compress_model(model, tokens, compressions)
+    shared = [with_shares(one, how, model, tokens) for one, how in zip(compressions, modifiers, strict=True)]
+    rows = compress_model(model, tokens, shared)
     seconds = time.perf_counter() - start
     peak = max(before, gemm_peak())
     total = sum(flops.values())
@@ -83,34 +88,36 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compress
     flops: Counter[str] = Counter()
     config = model.config
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    matched = any(one.match_dense for one in compressions)
     with torch.inference_mode():
         for index in range(len(model.blocks)):
-            names = linears_of(model, index)
-            with noting_inputs(names) as inputs:
+            with noting_inputs(linears_of(model, index)) as inputs:
                 model.through(tokens[:1, :1], None if index == 0 else torch.zeros(1, 1, model.hidden_size), index)
-            flops["attention"] += 2 * samples * length * length * width
-            rows_of: dict[int, int] = Counter()
-            size_of: dict[int, int] = {}
+            size_of = {id(value): value.shape[-1] for value in inputs.values()}
+            rows_of: Counter[int] = Counter()
             for linear, value in inputs.items():
                 rows_of[id(value)] += linear.weight.numel() // value.shape[-1]
-                size_of[id(value)] = value.shape[-1]
-                flops["linears"] += 2 * tokens.numel() * linear.weight.numel()
-            for key, rows in rows_of.items():
-                flops["grams"] += tokens.numel() * size_of[key] * (size_of[key] + 1)
-                for one in compressions:
-                    flops["solvers"] += solver_flops(one, rows, size_of[key])
+            forward = 2 * tokens.numel() * sum(linear.weight.numel() for linear in inputs)
+            flops["attention"] += 2 * samples * length * length * width * (1 + matched)
+            flops["linears"] += forward * (1 + matched)
+            for key, size in size_of.items():
+                flops["grams"] += tokens.numel() * (size * (size + 1) + 2 * size**2 * matched)
+                flops["solvers"] += sum(solver_flops(one, rows_of[key], size) for one in compressions)
+                flops["solvers"] += (2 * size**3 // 3 + 4 * rows_of[key] * size**2) * matched
     return flops
 
 
 def solver_flops(compression: Compression, rows: int, size: int) -> int:
-    """Of one stack of linears with the same inputs, beyond their Gram matrix."""
+    """Of one stack of linears with the same inputs, beyond their Gram matrix and their target."""
     options = compression.options
     factor, product = 2 * size**3 // 3, 2 * rows * size**2
-    steps = {"sparsegpt": factor + product // 2, "gptq": factor + product // 2}.get(compression.method, 0)
+    flops = compression.refit_steps * product
+    if compression.method in {"sparsegpt", "gptq"}:
+        flops += factor + product // 2
     if compression.method == "alps":
-        rounds = int(str(options["steps"]))
-        steps = (rounds + 1 + int(str(options["refit_steps"]))) * product + -(-rounds // STEPS_A_PENALTY) * size**3
-    return steps + compression.refit_steps * product
+        steps, refit_steps = int(str(options["steps"])), int(str(options["refit_steps"]))
+        flops += (steps + 1 + refit_steps) * product + -(-steps // STEPS_A_PENALTY) * size**3
+    return flops
 
 
 def gemm_peak(size: int = 2048, repeats: int = 8) -> float:
