@@ -4,6 +4,7 @@ A folder is built beside its target and renamed into place; `manifest.json`, wit
 last. A folder without a manifest is not finished.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -43,6 +44,27 @@ def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         raise StorageError(f"writing {target} failed: {error}; free some space and run again") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def unfinished_folder(target: Path) -> Path:
+    """Where work on `target` lies that can be gone on with."""
+    return target.parent / f".{target.name}.unfinished"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be, and keep every other process out. Raises `OutputError` when one is in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "LOCK").open("w")
+    except OSError as error:
+        raise OutputError(f"output {folder} cannot be created: {error.strerror}; name another --output-dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(f"output {folder} is in use by another run; wait for it or name another") from error
+        yield
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -207,13 +207,13 @@ def test_the_stages_one_by_one_give_the_same_numbers(finished, recipe_of, tmp_pa
     assert found["gate"] == asdict(rows[CELLS[3]].gate)
 
 
-def test_too_many_fallbacks_are_refused_and_nothing_is_written(recipe_of, tmp_path):
+def test_too_many_fallbacks_are_refused_and_nothing_is_published(recipe_of, tmp_path):
     """A single calibration token cannot fill a Gram matrix, and with hardly any damping nothing mends it."""
     recipe = recipe_of(num_calibration_samples="1", max_seq_length="8", max_fallback="0")
     modifier = recipe.modifier_for("sparsegpt").model_copy(update={"dampening_frac": 1e-9})
     with pytest.raises(QualityGateError, match="--max-fallback"):
         compress(recipe, [modifier], tmp_path / "pruned")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".pruned.unfinished"]
 
 
 # --- rows on disk

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, word_tokenizer
+from tiny import saved, tiny_model, word_tokenizer
 
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example, Splits, assemble
 from mopcompress.errors import DataError
-from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import RunSpec
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.documents import encode_documents
@@ -80,22 +79,20 @@ def test_the_hash_of_the_scored_tokens_sees_every_token() -> None:
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
-    return tiny_model()
+    return saved(tiny_model(), tmp_path / "model")
 
 
-def test_own_text_is_sampled_once_and_depends_on_the_seed(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_text_is_sampled_once_and_depends_on_the_seed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunSpec(calibration="self", num_calibration_samples=3, max_seq_length=8)
-    first, facts = calibration_tokens(run, model, "hash", silent)
+    first, facts = calibration_tokens(run, source, "hash", silent)
     assert first.shape == (3, 8)
-    assert not set(first.flatten().tolist()) & set(model.tokenizer.all_special_ids)
-    other, _ = calibration_tokens(run.model_copy(update={"seed": 1}), model, "hash", silent)
+    assert not set(first.flatten().tolist()) & set(word_tokenizer().all_special_ids)
+    other, _ = calibration_tokens(run.model_copy(update={"seed": 1}), source, "hash", silent)
     assert not torch.equal(first, other)
     monkeypatch.setattr("mopcompress.stages.calibration.sample_text", None)  # a second sampling would fail
-    again, same_facts = calibration_tokens(run, model, "hash", silent)
+    again, same_facts = calibration_tokens(run, source, "hash", silent)
     assert torch.equal(first, again)
     assert facts == same_facts
 
@@ -116,17 +113,17 @@ def test_own_text_follows_the_models_distribution() -> None:
     assert float(entropy) < 4.1  # and it is not the uniform distribution
 
 
-def test_training_rows_and_text_files_calibrate(model: LanguageModel, tmp_path: Path) -> None:
+def test_training_rows_and_text_files_calibrate(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{3 + index % 60}" for index in range(40)))
     run = RunSpec(calibration=str(text), num_calibration_samples=4, max_seq_length=8)
-    tokens, facts = calibration_tokens(run, model, "hash", silent)
+    tokens, facts = calibration_tokens(run, source, "hash", silent)
     assert tokens[0].tolist() == list(range(3, 11))
     assert facts["source"] == str(text)
     run = RunSpec(calibration="data", data="skills", train_rows=30, num_calibration_samples=2, max_seq_length=8)
-    tokens, _ = calibration_tokens(run, model, "hash", silent)
+    tokens, _ = calibration_tokens(run, source, "hash", silent)
     from mopcompress.data.examples import load_examples, subset
 
     train = subset(load_examples("skills", rename={}, seed=0).train, 30, seed=0)
-    first = encode(train, model.tokenizer, max_length=512).documents[0]
+    first = encode(train, word_tokenizer(), max_length=512).documents[0]
     assert tokens[0].tolist() == list(first.tokens[:8])

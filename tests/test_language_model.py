@@ -20,8 +20,10 @@ from transformers import AutoConfig
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel, Standin
 from mopcompress.models.sampling import sample_text
+from mopcompress.recover.mixture import MixtureOfPrompts
 
 TOKENS = random_tokens(2, 9)
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -133,10 +135,26 @@ def test_soft_capped_attention_is_refused():
         ("gptj", {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
     ],
 )
-def test_attention_that_prompts_cannot_reach_is_refused(kind, sizes):
+def test_attention_that_prompts_cannot_reach_is_refused_when_prompts_come(kind, sizes):
     config = AutoConfig.for_model(kind, vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes)
+    model = LanguageModel(network_of(config, attention="eager"), word_tokenizer())
+    with torch.no_grad():
+        hidden = model.resume(model.enter(TOKENS, 1), 1)
+        assert_close(model.logits(hidden[0]), model.network(input_ids=TOKENS).logits[0], **CLOSE)
     with pytest.raises(DataError, match="attention"):
-        LanguageModel(network_of(config, attention="eager"), word_tokenizer())
+        model.check_promptable()
+    with pytest.raises(DataError, match="attention"):
+        MixtureOfPrompts(torch.zeros(1, 2, HIDDEN), 1, None).frozen(model)
+
+
+def test_finding_out_about_blocks_runs_the_first_alone(tiny_llama):
+    network = network_of(config_of("llama"))
+    for block in network.model.layers[1:]:
+        block.to("meta")
+    network.lm_head.to("meta")
+    model = LanguageModel(network, word_tokenizer())
+    with torch.no_grad():
+        assert torch.equal(model.through(TOKENS, None, 0), tiny_llama.through(TOKENS, None, 0))
 
 
 def test_a_network_without_one_list_of_blocks_is_refused():

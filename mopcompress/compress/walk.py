@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mopcompress.compress.compression import Compression, Step, solve_in_turn, steps_of
-from mopcompress.compress.solved import Solved
+from mopcompress.compress.solved import Quantised, Solved
 from mopcompress.errors import MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 
@@ -51,14 +51,26 @@ class Hidden:
     dense: Float[Tensor, "samples time hidden"] | None = None
 
 
+@dataclass(frozen=True)
+class CompressedBlock:
+    """What came of compressing a block, besides its weights."""
+
+    leaving: Hidden
+    rows: list[LayerRow]
+    scales: dict[str, Float[Tensor, "_ _"]]  # [out, groups] of every linear that ended on a grid
+
+
 def compress_model(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
     compressions: Sequence[Compression],
     *,
+    dtype: torch.dtype | None = None,
     progress: Callable[[LayerRow], None] = lambda row: None,
 ) -> list[LayerRow]:
     """Compress the linears of all decoder blocks in place; embeddings and head are never touched.
+
+    With a `dtype`, every block runs on with weights rounded to it, as they will be when they are stored and read again.
 
     Raises `DataError` when a target means no linear, `NumericalError` naming the layer when its calibration is beyond
     repair.
@@ -67,8 +79,9 @@ def compress_model(
     rows: list[LayerRow] = []
     hidden = Hidden()
     for index in range(len(model.blocks)):
-        hidden, done = compress_block(model, tokens, hidden, index, steps)
-        for row in done:
+        block = compress_block(model, tokens, hidden, index, steps, dtype=dtype)
+        hidden = block.leaving
+        for row in block.rows:
             rows.append(row)
             progress(row)
     return rows
@@ -95,8 +108,13 @@ def compress_block(
     hidden: Hidden,
     index: int,
     steps: Sequence[Step],
-) -> tuple[Hidden, list[LayerRow]]:
-    """Compress block `index` in place; returns what enters the next one, and a row for every compressed linear."""
+    *,
+    dtype: torch.dtype | None,
+) -> CompressedBlock:
+    """Compress block `index` in place.
+
+    With a `dtype`, it runs on with weights rounded to it, as they will be when they are stored and read again.
+    """
     names = {
         linear: name for linear, name in linears_of(model, index).items() if any(name in step.place for step in steps)
     }
@@ -112,7 +130,7 @@ def compress_block(
             dense = model.through(tokens, dense, index)
         # tokens are paired by position: what only some of them reach, such as an expert, keeps its own outputs
         dense_inputs = {one: value for one, value in dense_inputs.items() if value[..., 0].numel() == tokens.numel()}
-    with compressing_on_arrival(names, groups, dense_inputs, steps) as settled:
+    with compressing_on_arrival(names, groups, dense_inputs, steps, dtype) as settled:
         entering = model.through(tokens, entering, index)
     missed = names.keys() - {linear for linear, _, _ in settled}
     if missed:
@@ -121,7 +139,8 @@ def compress_block(
         _row(names[linear], index, len(model.blocks), steps, linear, solved, seconds)
         for linear, solved, seconds in settled
     ]
-    return Hidden(entering, dense), rows
+    scales = {names[linear]: solved.scales for linear, solved, _ in settled if isinstance(solved, Quantised)}
+    return CompressedBlock(Hidden(entering, dense), rows, scales)
 
 
 Settled = list[tuple[Linear, Solved, float]]
@@ -141,6 +160,7 @@ def compressing_on_arrival(
     groups: Sequence[Sequence[Linear]],
     dense_inputs: dict[Linear, Tensor],
     steps: Sequence[Step],
+    dtype: torch.dtype | None,
 ) -> Iterator[Settled]:
     """Inside the block, the linears of a group are compressed when the input that they share arrives at the first.
 
@@ -164,7 +184,7 @@ def compressing_on_arrival(
         seconds = (time.perf_counter() - start) / len(group)
         for one in group:
             solved = solutions[names[one]]
-            weight_of(one).copy_(solved.weight)
+            weight_of(one).copy_(solved.weight if dtype is None else solved.weight.to(dtype))
             settled.append((one, solved, seconds))
             del waiting[one]
 

@@ -9,11 +9,11 @@ The gate is read as a bias on the logits, ``softmax(s_ij + log g_e(j))`` with ``
 attention paid to a group; that the scaled weights are renormalised is our reading.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from mopcompress.errors import DataError
 
 NAME = "mopcompress"
+
+Made = TypeVar("Made")
 
 # what some families ask of their attention and `sdpa` either refuses or silently leaves out
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -64,6 +66,16 @@ def recording() -> Iterator[Recording]:
         yield seen
     finally:
         _recording.reset(token)
+
+
+def with_our_attention(make: Callable[..., Made]) -> Made:
+    """`make(attn_implementation=...)`: ours, or the family's own where it cannot be exchanged."""
+    try:
+        return make(attn_implementation=NAME)
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        return make()
 
 
 def prompted_attention(

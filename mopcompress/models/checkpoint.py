@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mopcompress import artifact
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
@@ -45,18 +52,18 @@ def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
     """
     check_folder(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation=attention.NAME,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
+        loaded: Any = attention.with_our_attention(
+            lambda **chosen: AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **chosen,
+            )
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"model {folder} cannot be loaded: {reason}; check that the folder is whole") from error
+        raise _not_loaded(folder, error) from error
     network, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -64,7 +71,33 @@ def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
     broken = [name for name, weight in network.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise DataError(f"model {folder}: {broken[0]} holds NaN or infinite weights; get the model again")
-    return LanguageModel(network.to(device), tokenizer)
+    return LanguageModel(network.to(device), load_tokenizer(folder))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Raises `DataError` when there is none that can be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _not_loaded(folder, error) from error
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """The network with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
+    check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            return attention.with_our_attention(
+                lambda **chosen: AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _not_loaded(folder, error) from error
+
+
+def _not_loaded(folder: Path, error: Exception) -> DataError:
+    reason = str(error).strip().split("\n")[0]
+    return DataError(f"model {folder} cannot be loaded: {reason}; check that the folder is whole")
 
 
 def check_folder(folder: Path) -> dict[str, object]:
@@ -115,6 +148,11 @@ def save_model(model: LanguageModel, source: Path, target: Path) -> None:
         for name, weight in model.network.state_dict().items()
     }
     model.network.save_pretrained(target, state_dict=weights)
+    copy_other_files(source, target)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy all that is neither weights nor a manifest of ours, byte for byte."""
     for path in source.iterdir():
         if path.is_file() and not _is_weights(path) and path.name != artifact.MANIFEST:
             shutil.copyfile(path, target / path.name)

@@ -23,12 +23,15 @@ class LanguageModel:
     """A frozen network and its tokenizer; `enter` runs the lower blocks, `resume` the upper ones, `logits` the head."""
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises `DataError` when the decoder blocks cannot be found, or prompts cannot reach their attention."""
+        """Raises `DataError` when the decoder blocks cannot be found.
+
+        Blocks but the first may still be without weights, on the meta device.
+        """
         self.network = network.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config = network.config.get_text_config()
-        self._decoder_name, self._blocks_name = _locate_blocks(network, self.config.num_hidden_layers)
-        self._block_gives_tuple = self._probe_block()
+        self._decoder_name, self._blocks_name = locate_blocks(network)
+        self._block_gives_tuple, self._attention_is_ours = self._probe_block()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -37,7 +40,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.network.device
+        return next(weight.device for weight in self.network.parameters() if not weight.is_meta)
 
     @property
     def hidden_size(self) -> int:
@@ -85,20 +88,32 @@ class LanguageModel:
         decoder._modules[self._blocks_name] = nn.ModuleList(blocks)
         return decoder
 
-    def _probe_block(self) -> bool:
-        outputs: list[object] = []
-        handle = self.blocks[0].register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
-        try:
-            with torch.no_grad(), recording() as attended:
-                self.network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
-        finally:
-            handle.remove()
-        if not attended:
+    def check_promptable(self) -> None:
+        """Raise `DataError` when prompts cannot reach the attention of this family."""
+        if not self._attention_is_ours:
             raise DataError(
                 f"{type(self.network).__name__} does not call the attention function {NAME!r}, so prompts cannot reach "
                 "it; load it with `load_model`, or use a family whose attention can be exchanged"
             )
-        return isinstance(outputs[0], tuple)
+
+    def _probe_block(self) -> tuple[bool, bool]:
+        """Run block 0 alone on one token: whether a block gives a tuple, and whether it calls our attention."""
+        outputs: list[object] = []
+        above = [Standin(block, gives_tuple=False) for block in self.blocks[1:]]
+
+        def note(_block: nn.Module, _inputs: object, output: object) -> None:
+            outputs.append(output)
+            for standin in above:
+                standin.gives_tuple = isinstance(output, tuple)
+
+        handle = self.blocks[0].register_forward_hook(note)
+        try:
+            with torch.no_grad(), recording() as attended:
+                tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                self._decoder([self.blocks[0], *above])(input_ids=tokens, use_cache=False)
+        finally:
+            handle.remove()
+        return isinstance(outputs[0], tuple), bool(attended)
 
 
 class Standin(nn.Module):
@@ -107,7 +122,7 @@ class Standin(nn.Module):
     def __init__(self, block: nn.Module, gives_tuple: bool) -> None:
         super().__init__()
         self._block = [block]  # in a list: not a submodule
-        self._gives_tuple = gives_tuple
+        self.gives_tuple = gives_tuple
         self.replacement: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +135,7 @@ class Standin(nn.Module):
     def forward(self, hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
         self.seen = hidden
         handed_on = hidden if self.replacement is None else self.replacement
-        return (handed_on,) if self._gives_tuple else handed_on
+        return (handed_on,) if self.gives_tuple else handed_on
 
 
 class _Given(nn.Module):
@@ -157,7 +172,9 @@ def _with_submodule(module: Module, name: str, submodule: nn.Module) -> Module:
     return view
 
 
-def _locate_blocks(network: PreTrainedModel, count: int) -> tuple[str, str]:
+def locate_blocks(network: PreTrainedModel) -> tuple[str, str]:
+    """The dotted name of the decoder, and the name in it of the list of its blocks. Raises `DataError` without one."""
+    count = network.config.get_text_config().num_hidden_layers
     decoder = network.get_decoder()
     names = {module: name for name, module in network.named_modules()}
     for name, child in decoder.named_children():

@@ -54,6 +54,7 @@ class MixtureOfPrompts(nn.Module):
         return self.log_opening + self.gate(summary).repeat_interleave(prompts, dim=1)
 
     def _keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        model.check_promptable()
         # the experts stand one after the other, as in one long prompt: without a gate they are exactly that
         with recording() as seen:
             model.resume(self.prompts.flatten(0, 1)[None], self.layer)

@@ -53,7 +53,7 @@ def compress_elsewhere(
     source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, source)
     model = load_model(source, device=CPU)
-    tokens, calibration = calibration_tokens(recipe.run, model, weights_hash(source), progress)
+    tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
     pairs = zip(compressions, modifiers, strict=True)
     requests = requests_of(backend, model, [with_shares(one, modifier, model, tokens) for one, modifier in pairs])
     with tempfile.TemporaryDirectory(prefix="mopcompress-") as folder:

@@ -4,16 +4,13 @@ A run can be stopped anywhere and started again: compressed models and rows that
 runs only what is new, and a run with other settings than those the folder was made with is refused.
 """
 
-import fcntl
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mopcompress import artifact
-from mopcompress.errors import OutputError
 from mopcompress.evaluation import macro_perplexity, micro, task_scores
 from mopcompress.grid import DENSE, Cell, Setting, cells_of
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
@@ -40,7 +37,7 @@ def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress
 
     Raises `RecipeError` when the folder was made with other settings, `OutputError` when another run is using it.
     """
-    with _locked(folder):
+    with artifact.locked(folder):
         for unfinished in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):
             shutil.rmtree(unfinished)  # what a killed run was building
         return _Bench(recipe, folder, command, progress).run()
@@ -60,9 +57,10 @@ class _Bench:
         start = time.perf_counter()
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
-        tokens, calibration = calibration_tokens(self.recipe.run, model, self.source_sha256, self.progress)
-        manifest = self._manifest(model.network.num_parameters(), documents, calibration)
+        weights = model.network.num_parameters()
         del model  # each setting loads its own
+        tokens, calibration = calibration_tokens(self.recipe.run, self.source, self.source_sha256, self.progress)
+        manifest = self._manifest(weights, documents, calibration)
         before = manifest["seconds"] or 0.0
         write_manifest(manifest, self.folder)
         for setting in settings_of(self.recipe):
@@ -83,11 +81,8 @@ class _Bench:
             return self.source
         target = self.folder / "models" / folder_of(setting)
         if artifact.read_manifest(target) is None:
-            model = load_model(self.source, device=self.device)
             modifiers = modifiers_of(self.recipe, setting)
-            compress_into(
-                target, model, self.source, modifiers, tokens, calibration, self.recipe, progress=self.progress
-            )
+            compress_into(target, self.source, modifiers, tokens, calibration, self.recipe, progress=self.progress)
         return target
 
     def _fill(self, setting: Setting, base: Path, documents: Documents, cells: Sequence[Cell]) -> None:
@@ -181,18 +176,3 @@ class _Bench:
             "seconds": None,
         }
         return continued(manifest, self.folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "LOCK").open("w")
-    except OSError as error:
-        raise OutputError(f"output {folder} cannot be created: {error.strerror}; name another --output-dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"output {folder} is in use by another run; wait for it or name another") from error
-        yield

@@ -1,5 +1,6 @@
 """Where calibration tokens come from: the model's own text, the training rows, or text that the user names."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,39 +10,41 @@ from torch import Tensor
 
 from mopcompress import artifact
 from mopcompress.data.calibration import document_windows, read_text, text_windows
-from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.checkpoint import load_model, load_tokenizer
 from mopcompress.models.sampling import sample_text
 from mopcompress.models.smollm2 import cache_folder
 from mopcompress.recipe import RunSpec
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.progress import Progress
+from mopcompress.stages.provenance import choose_device
 
 FILE = "tokens.safetensors"
 
 
 def calibration_tokens(
-    run: RunSpec, model: LanguageModel, model_sha256: str, progress: Progress
+    run: RunSpec, source: Path, model_sha256: str, progress: Progress
 ) -> tuple[Int[Tensor, "samples length"], dict[str, Any]]:
-    """The windows that compression is calibrated on, and what a report says of them."""
+    """The windows that compression is calibrated on, and what a report says of them.
+
+    The model is loaded, whole, only when it has to write its own text, and let go again.
+    """
     samples, length = run.num_calibration_samples, run.max_seq_length
     if run.calibration == "self":
-        tokens = _own_text(run, model, model_sha256, progress)
+        tokens = _own_text(run, source, model_sha256, progress)
     elif run.calibration == "data":
-        tokens = document_windows(load_documents(run, model.tokenizer).train, samples=samples, length=length)
+        tokens = document_windows(load_documents(run, load_tokenizer(source)).train, samples=samples, length=length)
     else:
-        tokens = text_windows(read_text(run.calibration), model.tokenizer, samples=samples, length=length)
+        tokens = text_windows(read_text(run.calibration), load_tokenizer(source), samples=samples, length=length)
     facts = {
         "source": run.calibration,
         "samples": samples,
         "length": length,
         "sha256": artifact.fingerprint({"tokens": tokens.tolist()}),
     }
-    return tokens.to(model.device), facts
+    return tokens.cpu(), facts
 
 
-def _own_text(
-    run: RunSpec, model: LanguageModel, model_sha256: str, progress: Progress
-) -> Int[Tensor, "samples length"]:
+def _own_text(run: RunSpec, source: Path, model_sha256: str, progress: Progress) -> Int[Tensor, "samples length"]:
     """Sampled once for a model and a seed, then read from the cache."""
     facts = {
         "kind": "calibration text sampled from the model",
@@ -55,7 +58,7 @@ def _own_text(
     if not (folder / artifact.MANIFEST).exists():
         what = "sampling calibration text from the dense model (once)"
         tokens = sample_text(
-            model,
+            load_model(source, device=choose_device(run.device)),
             samples=run.num_calibration_samples,
             length=run.max_seq_length,
             seed=run.seed,

@@ -2,31 +2,32 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
-from safetensors import safe_open
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from mopcompress import artifact
-from mopcompress.compress.compression import Compression
-from mopcompress.compress.walk import LayerRow, compress_model, linears_of
-from mopcompress.errors import DataError, QualityGateError, StorageError
+from mopcompress.compress.compression import Compression, Step
+from mopcompress.compress.walk import LayerRow, compress_block, linears_of, planned
+from mopcompress.errors import QualityGateError
 from mopcompress.models.checkpoint import (
+    check_folder,
     check_output,
-    load_model,
+    copy_other_files,
+    load_tokenizer,
     resolve_model,
-    save_model,
     weights_bytes,
     weights_hash,
 )
+from mopcompress.models.grid import FILE as GRID
+from mopcompress.models.grid import write_grid
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.weight_files import weight_files
+from mopcompress.models.streaming import StreamedModel
 from mopcompress.recipe import (
     ALPSModifier,
     GPTQModifier,
@@ -38,8 +39,9 @@ from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.fitting import check_fit
 from mopcompress.stages.progress import Progress, silent
-from mopcompress.stages.provenance import choose_device, provenance
+from mopcompress.stages.provenance import choose_device, peak_bytes, provenance
 from mopcompress.stages.shares import with_shares
+from mopcompress.stages.unfinished import Unfinished, unfinished
 
 Compressing = Pruning | GPTQModifier
 
@@ -49,18 +51,17 @@ def compress(
 ) -> dict[str, Any]:
     """Compress the recipe's model by `modifiers`, in order, into `target`; returns the manifest.
 
-    Raises `QualityGateError` when too many matrices needed more damping than asked for; then nothing is written.
+    Raises `QualityGateError` when too many matrices needed more damping than asked for; then nothing is published.
     """
     source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, source)
-    model = load_model(source, device=choose_device(recipe.run.device))
-    tokens, calibration = calibration_tokens(recipe.run, model, weights_hash(source), progress)
-    return compress_into(target, model, source, modifiers, tokens, calibration, recipe, progress=progress)
+    check_folder(source)
+    tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
+    return compress_into(target, source, modifiers, tokens, calibration, recipe, progress=progress)
 
 
 def compress_into(
     target: Path,
-    model: LanguageModel,
     source: Path,
     modifiers: Sequence[Compressing],
     tokens: Int[Tensor, "samples length"],
@@ -69,41 +70,78 @@ def compress_into(
     *,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Compress a loaded model, in place, and publish it as a folder."""
-    check_fit(_inputs_of(model), modifiers)
-    start = time.perf_counter()
+    """Compress a folder, block by block, into another; work that was stopped before goes on where it was."""
+    device = choose_device(recipe.run.device)
+    streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
+    check_fit(_inputs_of(streamed.model), modifiers)
+    compressions = [
+        with_shares(compression_of(one), one, streamed.model, tokens.to(device), present=streamed.block)
+        for one in modifiers
+    ]
+    steps = planned(streamed.model, compressions)
     method = "+".join(modifier.method for modifier in modifiers)
-    compressions = [with_shares(compression_of(one), one, model, tokens) for one in modifiers]
-    rows = compress_model(model, tokens, compressions, progress=_told(progress, method))
-    seconds = time.perf_counter() - start
+    base = {"folder": str(source), "sha256": weights_hash(source)}
+    made_by = provenance(device)
+    asked = {
+        "model": base["sha256"],
+        "calibration": calibration["sha256"],
+        "compressions": {str(number): asdict(one) for number, one in enumerate(compressions, start=1)},
+        "versions": made_by["versions"],
+        "commit": made_by["commit"],
+        "device": made_by["device"],
+    }
+    with unfinished(target, source, asked, streamed.places, lambda line: progress(line, 0, 0)) as job:
+        _run(streamed, tokens.to(device), steps, job, _told(progress, method))
+        facts: dict[str, Any] = {
+            "kind": "compressed model",
+            "method": method,
+            "base": base,
+            **_counts(job.rows, recipe.run.max_fallback),
+            "compress_seconds": job.seconds,
+            "peak_bytes": peak_bytes(),
+            "calibration": calibration,
+            "recipe": resolved(recipe),
+            **made_by,
+        }
+        with artifact.publish(target, facts) as scratch:
+            job.give(scratch)
+            copy_other_files(source, scratch)
+            _write_grid(scratch, job.scales, modifiers)
+            lines = [json.dumps(asdict(row)) for row in job.rows]
+            artifact.write_whole(scratch / "layers.jsonl", "\n".join(lines) + "\n")
+            facts["model_bytes"] = weights_bytes(scratch)
+            facts["sha256"] = weights_hash(scratch)
+    return facts
+
+
+def _run(
+    streamed: StreamedModel,
+    tokens: Int[Tensor, "samples length"],
+    steps: Sequence[Step],
+    job: Unfinished,
+    told: Callable[[LayerRow], None],
+) -> None:
+    """Compress the blocks that are not finished yet."""
+    for index in range(job.done, len(streamed.model.blocks)):
+        start = time.perf_counter()
+        with streamed.block(index):
+            dtype = streamed.dtype_of(index)
+            block = compress_block(streamed.model, tokens, job.hidden, index, steps, dtype=dtype)
+            job.finish(index, block, streamed.stored(index), time.perf_counter() - start)
+        for row in block.rows:
+            told(row)
+
+
+def _counts(rows: Sequence[LayerRow], max_fallback: float) -> dict[str, Any]:
+    """What was counted over all compressed linears. Raises `QualityGateError` when too many are worse than asked."""
     fallbacks = sum(row.escalations > 0 for row in rows)
-    if fallbacks > recipe.run.max_fallback * len(rows):
+    if fallbacks > max_fallback * len(rows):
         raise QualityGateError(
             f"{fallbacks} of {len(rows)} matrices needed more damping than asked for, --max-fallback allows "
-            f"{recipe.run.max_fallback:g} of them; calibrate on more tokens, or allow it"
+            f"{max_fallback:g} of them; calibrate on more tokens, or allow it: the work is kept"
         )
     weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
-    facts: dict[str, Any] = {
-        "kind": "compressed model",
-        "method": method,
-        "base": {"folder": str(source), "sha256": weights_hash(source)},
-        "weights": weights,
-        "zeros": zeros,
-        "sparsity": zeros / weights,
-        "fallbacks": fallbacks,
-        "compress_seconds": seconds,
-        "calibration": calibration,
-        "recipe": resolved(recipe),
-        **provenance(model.device),
-    }
-    with artifact.publish(target, facts) as scratch:
-        save_model(model, source, scratch)
-        _check_written(scratch, model, rows)
-        lines = [json.dumps(asdict(row)) for row in rows]
-        artifact.write_whole(scratch / "layers.jsonl", "\n".join(lines) + "\n")
-        facts["model_bytes"] = weights_bytes(scratch)
-        facts["sha256"] = weights_hash(scratch)
-    return facts
+    return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights, "fallbacks": fallbacks}
 
 
 def compression_of(modifier: Compressing) -> Compression:
@@ -155,17 +193,9 @@ def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:
     return lambda row: progress(what, row.block + 1, row.blocks)
 
 
-def _check_written(folder: Path, model: LanguageModel, rows: Sequence[LayerRow]) -> None:
-    """Re-open what was written and compare it with the weights in memory, so that success is not just assumed."""
-    weights = dict(model.network.state_dict())
-    seen = set()
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                written = file.get_tensor(name)
-                if name in weights and not torch.equal(written, weights[name].to(written.dtype).cpu()):
-                    raise StorageError(f"{path}: {name} was not written as it is in memory; run again on another disk")
-                seen.add(name)
-    missing = {f"{row.name}.weight" for row in rows} - seen
-    if missing:
-        raise DataError(f"{folder}: {min(missing)} was not written; this model's weights cannot be stored as they are")
+def _write_grid(folder: Path, scales: Mapping[str, Tensor], modifiers: Sequence[Compressing]) -> None:
+    """One file holds one kind of grid: a model with two of them cannot be exported without rounding anew."""
+    grids = {(one.bits, one.group_size) for one in modifiers if isinstance(one, GPTQModifier)}
+    if len(grids) == 1 and scales:
+        bits, group_size = grids.pop()
+        write_grid(folder / GRID, scales, bits=bits, group_size=group_size)

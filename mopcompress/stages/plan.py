@@ -77,13 +77,16 @@ def check_creatable(target: Path) -> None:
 def is_done(target: Path, recipe: Recipe, resume: str) -> bool:
     """Whether `target` was finished by the same recipe, the model and the grid apart.
 
-    Raises `OutputError` when something else is there or `resume` is never, `InputNotFoundError` when there is nothing
-    and `resume` is required.
+    Raises `OutputError` when something else is there or `resume` is never, `InputNotFoundError` when there is nothing,
+    not even begun, and `resume` is required.
     """
     check_creatable(target)
     manifest = artifact.read_manifest(target) if target.is_dir() else None
-    if resume == "required" and manifest is None:
+    begun = artifact.unfinished_folder(target)
+    if resume == "required" and manifest is None and not begun.exists():
         raise InputNotFoundError(f"--resume required: nothing finished in {target}; name its folder, or use auto")
+    if resume == "never" and begun.exists():
+        raise OutputError(f"output {target} is begun in {begun} and --resume is never; remove that or name another")
     if not target.exists():
         return False
     if resume == "never":

@@ -37,6 +37,7 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, base)
     model = load_model(base, device=choose_device(recipe.run.device))
+    model.check_promptable()
     documents = load_documents(recipe.run, model.tokenizer)
     layer = prompt_layer(recipe.recovery, model)
     states = cache_states(model, documents.train, layer, recipe.run.batch_size, "training rows", progress)

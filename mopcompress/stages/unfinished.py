@@ -1,0 +1,197 @@
+"""The work of a compression so far, in a folder beside its output, so that it can be stopped anywhere and go on.
+
+The folder `.NAME.unfinished` holds a copy of the source's weight files, in which finished blocks have taken the place
+of the dense ones, and the hidden states that enter the next block. A block counts as finished when its `block-*.json`
+is there, which is written last and whole. A job is bound to its source, tokens, settings and versions, and goes on with
+the very same numbers.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mopcompress import artifact
+from mopcompress.compress.walk import CompressedBlock, Hidden, LayerRow
+from mopcompress.errors import DataError, NumericalError, OutputError, StorageError
+from mopcompress.models.stored import Place, digest, overwrite
+from mopcompress.models.weight_files import INDEX, weight_files
+from mopcompress.stages.manifest import differences
+
+JOB = "job.json"
+SUFFIX = ".unfinished"  # of the weight files, so that nobody takes them for finished ones
+
+
+@contextmanager
+def unfinished(
+    target: Path, source: Path, facts: Mapping[str, Any], places: Mapping[str, Place], tell: Callable[[str], None]
+) -> Iterator["Unfinished"]:
+    """The job that is to become `target`, begun or gone on with; its folder is removed when the block ends well.
+
+    It is removed too when the block ends with an error that would come again. Raises `OutputError` when the folder
+    holds another job or another process works on it.
+    """
+    folder = artifact.unfinished_folder(target)
+    with artifact.locked(folder):
+        job = Unfinished(folder, source, json.loads(json.dumps(facts)), places, tell)
+        try:
+            yield job
+        except (DataError, NumericalError):
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+class Unfinished:
+    """`done` blocks are finished, and `hidden` enters the next one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Path,
+        facts: dict[str, Any],
+        places: Mapping[str, Place],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._folder = folder
+        self._places = {name: replace(place, file=place.file + SUFFIX) for name, place in places.items()}
+        self.rows: list[LayerRow] = []
+        self.scales: dict[str, Tensor] = {}
+        self.seconds = 0.0
+        self.done, self.hidden = 0, Hidden()
+        self._source, self._changed = source, set[str]()
+        before = _read_json(folder / JOB)
+        found = differences(before, facts) if before else []
+        if found:
+            raise OutputError(
+                f"{folder} holds the unfinished work of another job ({'; '.join(found)}); "
+                "run that command again to finish it, or remove the folder"
+            )
+        if before and not self._go_on(facts["device"]):
+            tell(f"{folder} is damaged: beginning again")
+            before = {}
+        if not before:
+            self._begin(facts)
+        elif self.done:
+            tell(f"going on after {self.done} finished blocks, from {folder}")
+
+    def finish(self, index: int, block: CompressedBlock, stored: Mapping[str, Tensor], seconds: float) -> None:
+        """Write what came of a block, whole or not at all. Raises `StorageError` when that fails."""
+        try:
+            digests = {name: overwrite(self._folder, self._places[name], tensor) for name, tensor in stored.items()}
+            states = _streams(block.leaving)
+            _save_whole(states, self._folder / _states(index))
+            _save_whole(dict(block.scales), self._folder / _scales(index))
+            facts = {
+                "rows": [asdict(row) for row in block.rows],
+                "seconds": seconds,
+                "tensors": digests,
+                "states": {name: _checksum(tensor) for name, tensor in states.items()},
+            }
+            artifact.write_whole(self._folder / _block(index), json.dumps(facts))
+        except OSError as error:
+            raise StorageError(f"writing {self._folder} failed: {error}; free some space and run again") from error
+        (self._folder / _states(index - 1)).unlink(missing_ok=True)
+        self._add(block.rows, block.scales, seconds)
+        self._changed |= stored.keys()
+        self.done, self.hidden = index + 1, block.leaving
+
+    def give(self, folder: Path) -> None:
+        """Put the weight files into the output: as further names of the same bytes, or copied where that cannot be.
+
+        Raises `StorageError` when a tensor that was not compressed differs from the source's.
+        """
+        for name, place in self._places.items():
+            before = replace(place, file=place.file.removesuffix(SUFFIX))
+            if name not in self._changed and digest(self._folder, place) != digest(self._source, before):
+                raise StorageError(f"{self._folder}: {name} was not copied whole; remove this folder and run again")
+        for path in self._folder.glob(f"*{SUFFIX}"):
+            there = folder / path.name.removesuffix(SUFFIX)
+            try:
+                os.link(path, there)
+            except OSError:
+                shutil.copyfile(path, there)
+
+    def _begin(self, facts: Mapping[str, Any]) -> None:
+        for path in self._folder.iterdir():
+            if path.name != "LOCK":
+                path.unlink()
+        self.rows, self.scales, self.seconds, self.done, self.hidden = [], {}, 0.0, 0, Hidden()
+        self._changed = set()
+        try:
+            for path in [*weight_files(self._source), *self._source.glob(INDEX)]:
+                shutil.copyfile(path, self._folder / f"{path.name}{SUFFIX}")
+            artifact.write_whole(self._folder / JOB, json.dumps(facts, indent=1))
+        except OSError as error:
+            raise StorageError(f"writing {self._folder} failed: {error}; free some space and run again") from error
+
+    def _go_on(self, device: str) -> bool:
+        """Take up what is finished; False when some of it is not as it was written."""
+        try:
+            while facts := _read_json(self._folder / _block(self.done)):
+                for name, expected in facts["tensors"].items():
+                    if digest(self._folder, self._places[name]) != expected:
+                        return False
+                rows = [LayerRow(**row) for row in facts["rows"]]
+                self._add(rows, load_file(self._folder / _scales(self.done)), facts["seconds"])
+                self._changed |= facts["tensors"].keys()
+                self.done += 1
+                checksums = facts["states"]
+            if self.done:
+                states = load_file(self._folder / _states(self.done - 1), device=device)
+                if {name: _checksum(tensor) for name, tensor in states.items()} != checksums:
+                    return False
+                self.hidden = Hidden(**states)
+        except (OSError, StorageError, SafetensorError, KeyError, TypeError, ValueError):
+            return False
+        return True
+
+    def _add(self, rows: list[LayerRow], scales: Mapping[str, Tensor], seconds: float) -> None:
+        self.rows += rows
+        self.scales |= scales
+        self.seconds += seconds
+
+
+def _streams(hidden: Hidden) -> dict[str, Tensor]:
+    streams = {"compressed": hidden.compressed, "dense": hidden.dense}
+    return {name: tensor for name, tensor in streams.items() if tensor is not None}
+
+
+def _block(index: int) -> str:
+    return f"block-{index:05}.json"
+
+
+def _states(index: int) -> str:
+    return f"states-{index:05}.safetensors"
+
+
+def _scales(index: int) -> str:
+    return f"scales-{index:05}.safetensors"
+
+
+def _save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    scratch = path.with_suffix(".partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
+    scratch.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+
+
+def _checksum(tensor: Tensor) -> int:
+    raw: Any = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(raw)
