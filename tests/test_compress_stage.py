@@ -6,14 +6,16 @@ import pytest
 from tiny import random_tokens, tiny_model
 
 from mopcompress.compress import METHODS
-from mopcompress.compress.walk import compress_model
+from mopcompress.compress.survey import errors_of, survey_model
+from mopcompress.compress.walk import compress_model, planned
+from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import ALPSModifier, SparseGPTModifier
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.grammar import DEFAULTS
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.compress import compression_of
-from mopcompress.stages.shares import with_shares
+from mopcompress.stages.shares import ALLOCATIONS, with_shares
 
 TOKENS = random_tokens(6, 20)
 OTHER = {  # another valid value of every field that decides a result
@@ -97,3 +99,22 @@ def test_a_uniform_share_needs_no_look_at_the_model() -> None:
     modifier = SparseGPTModifier(sparsity=0.5)
     compression = compression_of(modifier)
     assert with_shares(compression, modifier, tiny_model(), TOKENS) is compression
+
+
+def test_the_best_allocation_is_the_one_that_hurts_least_on_text_kept_back() -> None:
+    model, tokens = tiny_model(), random_tokens(8, 20)
+    modifier = SparseGPTModifier(sparsity=0.5, allocation="best", allocation_spread=0.2)
+    found = with_shares(compression_of(modifier), modifier, model, tokens)
+    names = list(planned(model, [found])[0].place)
+    surveys, norms = survey_model(model, tokens[:7], names, multiple=5.0)
+    tried = {name: allocate(surveys, 0.5, 0.2) for name, allocate in ALLOCATIONS.items()}
+    errors = errors_of(model, tokens[7:], tried, norms)
+    assert len(set(errors.values())) == len(ALLOCATIONS)
+    assert found.allocation == min(errors, key=lambda name: errors[name])
+    assert found.options["sparsity"] == tried[found.allocation]
+
+
+def test_the_best_allocation_needs_text_to_keep_back() -> None:
+    modifier = SparseGPTModifier(sparsity=0.5, allocation="best")
+    with pytest.raises(DataError, match="calibrate on 2 samples"):
+        with_shares(compression_of(modifier), modifier, tiny_model(), random_tokens(1, 20))

@@ -24,6 +24,7 @@ class Compression:
     targets: Sequence[str] = ("Linear",)
     ignore: Sequence[str] = ()
     match_dense: float = 0.0  # share of the way from the linear's own outputs (0) to the dense model's (1)
+    allocation: str = "uniform"  # where the shares in `sparsity` come from, for the record
     refit_steps: int = 0  # of conjugate gradients on the mask that the method found, for methods that prune
 
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from mopcompress.compress.compression import Compression, Step, solve_in_turn, steps_of
 from mopcompress.compress.solved import Quantised, Solved
 from mopcompress.errors import MopError, NumericalError
+from mopcompress.models.experts import Unstacked, expert_by_expert, unstacked
 from mopcompress.models.language_model import LanguageModel
 
 Linear = nn.Linear | Conv1D
@@ -36,7 +37,7 @@ class LayerRow:
     name: str
     block: int
     blocks: int
-    methods: Sequence[str]  # in the order in which they were applied
+    methods: Sequence[str]  # in the order in which they were applied; none when no calibration token reached an expert
     weights: int
     zeros: int
     escalations: int  # how often the damping had to be raised; 0 when the Gram matrix was well-conditioned
@@ -94,11 +95,19 @@ def planned(model: LanguageModel, compressions: Sequence[Compression]) -> list[S
 
 
 def linears_of(model: LanguageModel, index: int) -> Names:
-    """The linears of a block, with their dotted names."""
+    """The linears of a block, with their dotted names. Raises `DataError` for weights that are stacked unknown-how."""
+    return _named(model, index, unstacked(model.blocks[index]))
+
+
+def _named(model: LanguageModel, index: int, experts: Unstacked) -> Names:
     prefix = f"{model.blocks_prefix()}.{index}"
-    return {
+    names: Names = {
         linear: f"{prefix}.{name}" for name, linear in model.blocks[index].named_modules() if isinstance(linear, Linear)
     }
+    for name, (_, every) in experts.items():
+        for number, expert in enumerate(every):
+            names |= {linear: f"{prefix}.{name}.{number}.{part}" for part, linear in vars(expert).items()}
+    return names
 
 
 @torch.inference_mode()
@@ -111,34 +120,41 @@ def compress_block(
     *,
     dtype: torch.dtype | None,
 ) -> CompressedBlock:
-    """Compress block `index` in place.
+    """Compress block `index` in place. An expert that no token reaches stays as it is, and its rows say so.
 
     With a `dtype`, it runs on with weights rounded to it, as they will be when they are stored and read again.
     """
+    experts = unstacked(model.blocks[index])
     names = {
-        linear: name for linear, name in linears_of(model, index).items() if any(name in step.place for step in steps)
+        linear: name
+        for linear, name in _named(model, index, experts).items()
+        if any(name in step.place for step in steps)
     }
     entering, dense = hidden.compressed, hidden.dense
-    with noting_inputs(names) as first_inputs:
+    with expert_by_expert(experts), noting_inputs(names) as first_inputs:
         model.through(tokens[:1, :1], None if entering is None else entering[:1, :1], index)
     alone = [[linear] for linear in names if linear not in first_inputs]  # such as experts of another token
     groups = [*_sharing(first_inputs), *alone]
     dense_inputs: dict[Linear, Tensor] = {}
     if any(step.compression.match_dense for step in steps):
         matched = [group[0] for group in groups if any(_is_matched(names[one], steps) for one in group)]
-        with noting_inputs(matched) as dense_inputs:
+        with expert_by_expert(experts), noting_inputs(matched) as dense_inputs:
             dense = model.through(tokens, dense, index)
         # tokens are paired by position: what only some of them reach, such as an expert, keeps its own outputs
         dense_inputs = {one: value for one, value in dense_inputs.items() if value[..., 0].numel() == tokens.numel()}
-    with compressing_on_arrival(names, groups, dense_inputs, steps, dtype) as settled:
+    with expert_by_expert(experts), compressing_on_arrival(names, groups, dense_inputs, steps, dtype) as settled:
         entering = model.through(tokens, entering, index)
-    missed = names.keys() - {linear for linear, _, _ in settled}
-    if missed:
-        raise NumericalError(f"{names[missed.pop()]}: no calibration token reached it; use other text")
+    reached = {linear for linear, _, _ in settled}
+    idle = [linear for linear in names if linear not in reached]
+    routed = {linear for _, every in experts.values() for expert in every for linear in vars(expert).values()}
+    lost = next((names[linear] for linear in idle if linear not in routed), None)
+    if lost:
+        raise NumericalError(f"{lost}: no calibration token reached it; use other text")
     rows = [
         _row(names[linear], index, len(model.blocks), steps, linear, solved, seconds)
         for linear, solved, seconds in settled
     ]
+    rows += [_row(names[one], index, len(model.blocks), (), one, Solved(weight_of(one)), 0.0) for one in idle]
     scales = {names[linear]: solved.scales for linear, solved, _ in settled if isinstance(solved, Quantised)}
     return CompressedBlock(Hidden(entering, dense), rows, scales)
 

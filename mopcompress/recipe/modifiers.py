@@ -64,7 +64,7 @@ class PruningModifier(Spec):
     targets: Aims = ("Linear",)
     refit_steps: Steps = 0  # of conjugate gradients on the mask, towards its least-squares values
     match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
-    allocation: Literal["uniform", "owl", "ramp", "error"] = "uniform"
+    allocation: Literal["uniform", "owl", "ramp", "error", "best"] = "uniform"  # best: by a trial of the others
     owl_m: Annotated[float, Field(gt=0, le=1e6)] = 5.0  # an outlier has this many times the mean score of its block
     allocation_spread: Annotated[
         float, Field(ge=0, le=1, validation_alias=AliasChoices("allocation_spread", "owl_lmbda"))

@@ -95,6 +95,7 @@ def compress_into(
         facts: dict[str, Any] = {
             "kind": "compressed model",
             "method": method,
+            "allocation": "+".join(one.allocation for one in compressions),
             "base": base,
             **_counts(job.rows, recipe.run.max_fallback),
             "compress_seconds": job.seconds,
@@ -141,7 +142,14 @@ def _counts(rows: Sequence[LayerRow], max_fallback: float) -> dict[str, Any]:
             f"{max_fallback:g} of them; calibrate on more tokens, or allow it: the work is kept"
         )
     weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
-    return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights, "fallbacks": fallbacks}
+    unreached = [row.name for row in rows if not row.methods]  # experts that are as they were
+    return {
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights,
+        "fallbacks": fallbacks,
+        "unreached": unreached,
+    }
 
 
 def compression_of(modifier: Compressing) -> Compression:

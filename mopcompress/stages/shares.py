@@ -1,6 +1,6 @@
 """The share of its weights that each linear loses, where the model decides on it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from jaxtyping import Int
@@ -10,13 +10,15 @@ from mopcompress.compress import allocation
 from mopcompress.compress.allocation import Shares, Survey
 from mopcompress.compress.compression import Compression
 from mopcompress.compress.magnitude import one_threshold
-from mopcompress.compress.survey import Present, always, survey_model
+from mopcompress.compress.survey import Present, always, errors_of, survey_model
 from mopcompress.compress.walk import linears_of, planned, weight_of
+from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import GPTQModifier, MagnitudePruningModifier
 from mopcompress.recipe.modifiers import Pruning
 
 ALLOCATIONS: dict[str, Callable[[dict[str, Survey], float, float], Shares]] = {
+    "uniform": lambda surveys, sparsity, _spread: allocation.uniform(surveys, sparsity),
     "owl": lambda surveys, sparsity, spread: allocation.owl(surveys, sparsity, spread=spread),
     "ramp": lambda surveys, sparsity, spread: allocation.ramp(surveys, sparsity, rise=2 * spread),
     "error": lambda surveys, sparsity, spread: allocation.equal_cost(surveys, sparsity, spread=spread),
@@ -48,9 +50,30 @@ def with_shares(
 
     if isinstance(modifier, MagnitudePruningModifier) and modifier.apply_globally:
         shares = one_threshold(weights, modifier.sparsity)
-    elif modifier.allocation in ALLOCATIONS:
-        surveys, _ = survey_model(model, tokens, step.place, multiple=modifier.owl_m, present=present)
-        shares = ALLOCATIONS[modifier.allocation](surveys, modifier.sparsity, modifier.allocation_spread)
-    else:
+    elif modifier.allocation == "uniform":
         return compression
+    else:
+        allocated, shares = _allocated(modifier, model, tokens, step.place, present)
+        compression = replace(compression, allocation=allocated)
     return replace(compression, options={**compression.options, "sparsity": shares})
+
+
+def _allocated(
+    modifier: Pruning, model: LanguageModel, tokens: Int[Tensor, "samples time"], names: Iterable[str], present: Present
+) -> tuple[str, Shares]:
+    """The name of an allocation and its shares; for `best` an eighth of the text is kept for trying them all."""
+    trying = modifier.allocation == "best"
+    held_out = max(1, len(tokens) // 8) if trying else 0
+    if held_out == len(tokens):
+        raise DataError("allocation: best tries allocations on text that it has not surveyed; calibrate on 2 samples")
+    seen, unseen = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
+    surveys, norms = survey_model(model, seen, names, multiple=modifier.owl_m, present=present)
+    assert isinstance(modifier.sparsity, float)  # for mypy: a recipe with a list has no allocation
+    shares = {
+        name: allocate(surveys, modifier.sparsity, modifier.allocation_spread)
+        for name, allocate in ALLOCATIONS.items()
+        if trying or name == modifier.allocation
+    }
+    errors = errors_of(model, unseen, shares, norms, present=present) if trying else dict.fromkeys(shares, 0.0)
+    best = min(errors, key=lambda name: errors[name])
+    return best, shares[best]
