@@ -79,3 +79,12 @@ def test_dense_inputs_that_are_not_finite_are_refused():
     dense[3, 4] = torch.inf
     with pytest.raises(NumericalError, match="dense"):
         input_drift(inputs, dense)
+
+
+def test_zeros_by_chance_are_no_mask():
+    weight, inputs, dense = problem()
+    wide = torch.cat([weight] * 30)
+    wide[0, 0] = 0
+    gram, drift = gram_of(inputs), input_drift(inputs, dense)
+    kept, plain = (toward_dense(wide, gram, drift, share=1.0, keep_zeros=keep).weight for keep in (True, False))
+    assert torch.equal(kept, plain)

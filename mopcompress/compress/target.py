@@ -17,6 +17,7 @@ from mopcompress.compress.refit import refit
 from mopcompress.compress.solved import Solved
 from mopcompress.compress.statistics import with_ridge
 
+_PRUNED = 0.01  # with fewer zeros than this a weight was not pruned: they are there by chance
 _STEPS = 30  # of the refit, when some weights must stay zero
 
 
@@ -32,13 +33,14 @@ def toward_dense(
     """W + share (V* - W): 0 asks for the linear's own outputs, 1 for the dense model's.
 
     `drift` is C - G = mean (x_dense - x) xᵀ. The ridge, `damping` times the mean diagonal of the Gram matrix, draws
-    towards W: V* = W + W (C - G) (G + ridge)⁻¹, which is W to the bit when nothing drifted. With `keep_zeros`, V* is
-    the best among the matrices that are zero where W is. The ridge is ten times that of the solvers: V* is fitted to
-    what few tokens have in common, and overfits them sooner than a mask does (benchmarks/LOG.md).
+    towards W: V* = W + W (C - G) (G + ridge)⁻¹, which is W to the bit when nothing drifted. With `keep_zeros`, V* of a
+    pruned weight is the best among the matrices that are zero where W is. The ridge is ten times that of the solvers:
+    V* is fitted to what few tokens have in common, and overfits them sooner than a mask does (benchmarks/LOG.md).
     """
     factor = inverse_factor(gram.to(weight), damping=damping)
     change = weight @ drift.to(weight) @ factor.upper.T @ factor.upper
     zeros = weight == 0
-    if keep_zeros and bool(zeros.any()):
-        change = refit(weight + change, with_ridge(gram.to(weight), damping), zeros, weight, steps=_STEPS) - weight
+    if keep_zeros and float(zeros.float().mean()) >= _PRUNED:
+        best = weight + change
+        change = refit(best, with_ridge(gram.to(weight), damping), zeros, best, steps=_STEPS) - weight
     return Solved(weight + share * change, factor.escalations)
