@@ -382,7 +382,7 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         (
             "SparseGPTModifier",
             {"sparsity": 0.5, "allocation": "olw"},
-            "allocation: not 'uniform', 'owl', 'ramp' or 'error'",
+            "allocation: not 'uniform', 'owl', 'ramp', 'error' or 'best'",
         ),
         (
             "SparseGPTModifier",
