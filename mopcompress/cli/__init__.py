@@ -2,6 +2,7 @@
 
 options   what commands share: their options, and how a command is made of them
 commands  prune, quantize, recover, evaluate, bench, report, generate
+folders   export, verify
 output    JSON, lines and tables on stdout
 endings   errors and signals -> one line on stderr and an exit code
 """
@@ -11,9 +12,10 @@ from typing import Annotated
 import typer
 
 from mopcompress import __version__
+from mopcompress.cli import folders
 from mopcompress.cli.commands import app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "folders", "main"]
 
 
 def _show_version(asked: bool) -> bool:

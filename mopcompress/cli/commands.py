@@ -1,4 +1,4 @@
-"""The seven commands. Each checks all that is cheap, tells its plan or runs one stage, and prints what that gives.
+"""The commands that make and measure models. Each checks all that is cheap, then tells its plan or runs one stage.
 
 Stages are imported inside the commands: torch takes seconds to load, and a wrong flag should not wait for it.
 """

@@ -99,8 +99,8 @@ def _removals(
 def _on_grid(settled: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], escalations: int) -> Quantised:
     """Take the float residue off weights that are integers times their scale, up to that residue."""
     spread = scales.repeat_interleave(settled.shape[1] // scales.shape[1], dim=1)
-    codes = (settled / spread).round()
-    return Quantised(codes * spread, escalations, codes=codes.to(torch.int8), scales=scales)
+    codes = (settled / spread).round().to(torch.int8)  # an integer has one zero: no weight becomes -0.0
+    return Quantised(codes * spread, escalations, codes=codes, scales=scales)
 
 
 def _codes(column: Tensor, scale: Tensor, bits: int) -> Tensor:

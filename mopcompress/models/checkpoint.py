@@ -22,7 +22,7 @@ from mopcompress import artifact
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
 from mopcompress.models import attention, smollm2
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.weight_files import INDEX, SINGLE, weight_files
+from mopcompress.models.weight_files import INDEX, SINGLE, SPARSE, weight_files
 
 BUILT_IN = "smollm2"
 
@@ -114,7 +114,15 @@ def check_folder(folder: Path) -> dict[str, object]:
     if config.get("is_encoder_decoder"):
         raise DataError(f"{config_file}: an encoder-decoder; mopcompress works on decoder-only language models")
     if config.get("quantization_config"):
-        raise DataError(f"{config_file}: the model is quantised already; start from its unquantised folder")
+        raise DataError(
+            f"{config_file}: the model is quantised already; start from its unquantised folder, or make one with "
+            "`mopcompress export FOLDER --format dense` if mopcompress wrote it"
+        )
+    if list(folder.glob(f"{SPARSE}*.safetensors")):
+        raise DataError(
+            f"model {folder} is a sparse container; make a folder that loads everywhere of it: mopcompress export "
+            f"{folder} --format dense"
+        )
     if not weight_files(folder):
         pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
         if pickled:

@@ -26,13 +26,19 @@ class Grid:
 
     bits: int
     group_size: int | None  # consecutive inputs that share a scale; None: the whole row
-    scales: Mapping[str, Float[Tensor, "out groups"]]  # fp16, by the linear's dotted name
+    scales: Mapping[str, Tensor]  # fp16 [out, groups], by the linear's dotted name
+    transposed: frozenset[str] = frozenset()  # linears whose weight is [in, out], as GPT-2's Conv1D stores it
+
+    def codes(self, name: str, weight: Float[Tensor, "rows columns"]) -> Int[Tensor, "out in"]:
+        """The integers of a linear's stored weight. Raises `DataError` naming it when it is not on the grid."""
+        try:
+            return codes_of(weight.T if name in self.transposed else weight, self.scales[name], bits=self.bits)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
 
-def write_grid(
-    path: Path, scales: Mapping[str, Float[Tensor, "out groups"]], *, bits: int, group_size: int | None
-) -> None:
-    """Write the file; the scales must be numbers that fp16 can hold."""
+def write_grid(path: Path, scales: Mapping[str, Tensor], *, bits: int, group_size: int | None) -> None:
+    """Write the file; the scales [out, groups] must be numbers that fp16 can hold."""
     tensors = {f"{name}{_SUFFIX}": scale.half().cpu().contiguous() for name, scale in scales.items()}
     size = _WHOLE_ROW if group_size is None else str(group_size)
     save_file(tensors, path, {"format": "pt", "bits": str(bits), "group_size": size})

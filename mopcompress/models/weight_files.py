@@ -6,6 +6,7 @@ from pathlib import Path
 from mopcompress.errors import DataError, RefusedError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SPARSE = "sparse-"  # what our sparse container puts before the name of a weight file
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -37,12 +37,7 @@ ANYWAY = (
 
 def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
     """Raise `InputNotFoundError` when the model, the data or the calibration text is a path where nothing is."""
-    folder = Path(run.model).expanduser()
-    is_path = run.model.startswith((".", "/", "~")) or run.model.count("/") != 1
-    if is_path and run.model != "smollm2" and not folder.exists():
-        raise InputNotFoundError(f"model {run.model}: no such folder; name a Hugging Face folder, a hub id or smollm2")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise InputNotFoundError(f"model {folder}: no config.json there; name a Hugging Face folder")
+    check_model(run.model)
     if (data or (calibration and run.calibration == "data")) and run.data != "skills":
         local_path(run.data)
     if calibration and run.calibration not in {"self", "data"}:
@@ -60,6 +55,16 @@ def check_grid(recipe: Recipe) -> None:
     """The same for every setting of a bench."""
     for setting in settings_of(recipe):
         check_shapes(recipe.run, modifiers_of(recipe, setting))
+
+
+def check_model(name: str) -> None:
+    """Raise `InputNotFoundError` when the model is a path where none is."""
+    folder = Path(name).expanduser()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if is_path and name != "smollm2" and not folder.exists():
+        raise InputNotFoundError(f"model {name}: no such folder; name a Hugging Face folder, a hub id or smollm2")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise InputNotFoundError(f"model {folder}: no config.json there; name a Hugging Face folder")
 
 
 def check_creatable(target: Path) -> None:

@@ -1,0 +1,21 @@
+"""Formats: how the tensors of a dense folder are stored, so that they come back as they were.
+
+packing              small integers, masks and distances as bits
+gptq_v1              loads with transformers + gptqmodel, and with GPTQModel.load
+compressed_tensors   loads with transformers + compressed-tensors
+sparse               ours: where the weights are, and the weights
+folder               a folder in any of them, tensor by tensor
+runtime              linears that compute from their survivors alone
+"""
+
+from mopcompress.formats import compressed_tensors, gptq_v1, sparse
+from mopcompress.formats.layout import DENSE, Layout
+
+LAYOUTS: dict[str, Layout] = {
+    "dense": DENSE,
+    "gptq": gptq_v1.LAYOUT,
+    "compressed-tensors": compressed_tensors.LAYOUT,
+    "sparse": sparse.LAYOUT,
+}
+
+__all__ = ["LAYOUTS", "Layout"]
