@@ -5,6 +5,7 @@ The libraries themselves are not here: a small script plays the python of their 
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from invoking import CALIBRATED, Outcome, invoke, left_behind
 from safetensors.torch import load_file
 from tiny import random_tokens, saved, tiny_model
 
+from mopcompress.backends import child
 from mopcompress.backends.checks import fault_of, with_fp16_scales
 from mopcompress.backends.child import BACKENDS, Backend, Request, python_for, run
 from mopcompress.backends.gptqmodel_worker import fallbacks, left_out, unpacked
@@ -22,7 +24,9 @@ from mopcompress.errors import InputNotFoundError, NumericalError, OutOfMemoryEr
 from mopcompress.models.checkpoint import load_model
 from mopcompress.models.grid import codes_of, read_grid
 from mopcompress.recipe import run as run_spec
+from mopcompress.stages.provenance import peak_bytes
 
+WORKERS = Path(child.__file__).parent
 PLAYED = """#!{python}
 # plays `python -I -c PROBE` and `python -I WORKER FOLDER` of an environment that has the library
 import sys
@@ -82,7 +86,7 @@ def test_recipes_know_the_backends_that_there_are() -> None:
 
 def test_workers_are_there_and_import_nothing_of_ours() -> None:
     for backend in BACKENDS.values():
-        script = Path(sys.modules["mopcompress.backends"].__file__).with_name(backend.worker)
+        script = WORKERS / backend.worker
         assert "import mopcompress" not in script.read_text()
         assert "from mopcompress" not in script.read_text()
 
@@ -297,8 +301,6 @@ def test_a_child_dies_with_us(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 def _first(action):
     """`action` in the place of the first call only."""
-    import subprocess
-
     real, calls = subprocess.Popen.wait, []
 
     def wait(child, *more, **options):
@@ -407,6 +409,15 @@ def test_scales_become_numbers_that_fp16_holds() -> None:
     weight, kept = with_fp16_scales(codes * scales.repeat_interleave(2, 1), scales)
     assert torch.equal(kept, torch.tensor([[0.1, 2.0**-24], [3.3, 0.7]]).half().float())
     assert torch.equal(weight, codes * kept.repeat_interleave(2, 1))
+
+
+def test_peak_memory_is_that_of_the_process_alone() -> None:
+    """A child that has started from a large process begins with its parent's peak in getrusage."""
+    ballast = torch.ones(75_000_000)  # 300 MB
+    code = f"import sys; sys.path.insert(0, {str(WORKERS)!r}); import llmcompressor_worker as w; print(w.peak_bytes())"
+    told = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 1e6 < int(told) < 1e8
+    assert peak_bytes() > ballast.nbytes
 
 
 # --- llm-compressor's words

@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
     save_file(answer | scales, folder / "weights.safetensors")
     facts = {
         "seconds": seconds,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_bytes(),
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("gptqmodel", "transformers", "torch")},
         "fallbacks": fallbacks(told, step["linears"]),
@@ -89,6 +89,13 @@ def fields_of(words: Tensor, bits: int) -> Tensor:
     stream = (words[:, None] >> torch.arange(32, dtype=torch.int32)[:, None]) & 1
     places = 2 ** torch.arange(bits)
     return (stream.reshape(-1, bits, words.shape[1]) * places[:, None]).sum(1)
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process; Linux's getrusage may tell that of the process that started it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     save_file(answer, folder / "weights.safetensors")
     facts = {
         "seconds": seconds,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_bytes(),
         "threads": torch.get_num_threads(),
         "versions": {
             name: importlib.metadata.version(name)
@@ -104,6 +104,13 @@ def gptq_fields(options: dict[str, Any], linears: list[str]) -> dict[str, Any]:
         "dampening_frac": options["damping"],
         "actorder": "static" if options["act_order"] else None,
     }
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process; Linux's getrusage may tell that of the process that started it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 if __name__ == "__main__":
