@@ -71,12 +71,11 @@ def cheapest(weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], g
     shares = weight.new_zeros(size, remove * width)  # pivoted Cholesky factor, a group's columns at a time
     losses = weight.new_zeros(out, remove * width)  # what those columns did, seen through their pivots
     gone: list[int] = []
+    penalty = weight.new_zeros(groups)  # infinite for what is gone
     for step in range(remove):
-        costs = _traces(blocks, energy)
-        costs[gone] = torch.inf
-        gone.append(int(costs.argmin()))
-        here, done = slice(gone[-1] * width, (gone[-1] + 1) * width), slice(0, step * width)
-        pivot, failed = torch.linalg.cholesky_ex(blocks[gone[-1]])
+        group = int((_traces(blocks, energy) + penalty).argmin())
+        here, done = slice(group * width, (group + 1) * width), slice(0, step * width)
+        pivot, failed = torch.linalg.cholesky_ex(blocks[group])
         if failed or not bool(pivot.isfinite().all()):
             raise NumericalError("the inverse Gram matrix lost its positive definiteness; raise damping")
         share = _over(torch.addmm(inverse[:, here], shares[:, done], shares[here, done].T, alpha=-1), pivot)
@@ -86,7 +85,8 @@ def cheapest(weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], g
         blocks -= share @ share.mT
         both = share @ pull.mT
         energy += share @ (loss.T @ loss) @ share.mT - both - both.mT
-        blocks[gone], energy[gone] = torch.eye(width).to(blocks), 0.0
+        gone.append(group)
+        penalty[group], blocks[group], energy[group] = torch.inf, torch.eye(width).to(blocks), 0.0
         span = slice(step * width, (step + 1) * width)
         shares[:, span], losses[:, span] = share.view(size, width), loss
     return gone
