@@ -46,9 +46,9 @@ class GateReading:
 class BenchRow:
     """One cell of the grid ratio x method x arm x seed."""
 
-    ratio: float | None  # share of weights asked to be removed; 0 for dense; None when quantised alone
+    ratio: float | None  # share asked to be removed, of weights (structured: of channels); 0 dense; None only rounded
     bits: int | None  # bits asked for; None when pruned alone or dense
-    method: str  # dense, magnitude, wanda, sparsegpt, alps, gptq, or two of them: sparsegpt+gptq
+    method: str  # dense, magnitude, wanda, sparsegpt, alps, structured, gptq, or two: sparsegpt+gptq
     arm: str  # none, single, mop
     seed: int
     data: str
@@ -57,8 +57,8 @@ class BenchRow:
     exact_match: float  # share of documents
     documents: int
     scored_tokens: int
-    sparsity: float  # zeros / weights over the compressed linears, counted afterwards
-    weights: int  # weights in the compressed linears
+    sparsity: float  # zeros, or weights that are gone, of those in the dense linears, counted afterwards
+    weights: int  # weights in the compressed linears, gone ones too
     model_bytes: int  # safetensors on disk
     adapter_bytes: int
     trained_parameters: int  # the gate included

@@ -347,7 +347,7 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         "ALPSModifier, WandaPruningModifier, MagnitudePruningModifier, ConstantPruningModifier, GPTQModifier, "
         "PromptRecoveryModifier); did you mean 'SparseGPTModifier'?",
         "r.yaml: sparsity_stage.run_type: not oneshot or train, found 'oneshott'; did you mean 'oneshot'?",
-        "r.yaml: run.methods[0]: not one of sparsegpt, alps, wanda, magnitude, found 'sparsgpt'; "
+        "r.yaml: run.methods[0]: not one of sparsegpt, alps, wanda, magnitude, structured, found 'sparsgpt'; "
         "did you mean 'sparsegpt'?",
         "r.yaml: run.seeds[1]: not greater than or equal to 0, found -1",
         "r.yaml: run.ratio: no such field; did you mean 'ratios'?",
@@ -700,11 +700,11 @@ def test_a_message_stays_on_its_line_whatever_the_recipe_is_called(write):
         ({"bits": "4,17"}, "--bits: 17 is not one of 2, 3, 4, 8: no stock tool stores another width; did you mean 8?"),
         (
             {"methods": "wnada"},
-            "--methods: 'wnada' is not one of sparsegpt, alps, wanda, magnitude; did you mean 'wanda'?",
+            "--methods: 'wnada' is not one of sparsegpt, alps, wanda, magnitude, structured; did you mean 'wanda'?",
         ),
         (
             {"methods": "gptq"},
-            "--methods: 'gptq' is not one of sparsegpt, alps, wanda, magnitude; did you mean --bits?",
+            "--methods: 'gptq' is not one of sparsegpt, alps, wanda, magnitude, structured; did you mean --bits?",
         ),
         ({"arms": ["mop", "mop"]}, "stands twice"),
         ({"map": "question"}, "--map: 'question' is not column=field"),

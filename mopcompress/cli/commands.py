@@ -43,18 +43,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # it would show the values of variables, and those can hold tokens
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+NARROWED = ("channels", "kv_groups", "parameters")  # what structured pruning counts besides
 Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter that `recover` wrote for this model.")]
 
 
 @command(app, MODEL, CALIBRATION, DATA, BACKEND, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def prune(
     common: Common,
-    method: Annotated[str | None, typer.Option(help="alps (default), sparsegpt, wanda or magnitude.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of weights removed (default 0.5).")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="alps (default), sparsegpt, wanda, magnitude or structured.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of weights removed (default 0.5); structured: of MLP channels (0.25).")
+    ] = None,
     pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights of a row.")] = None,
+    head_sparsity: Annotated[
+        float | None, typer.Option(help="Structured: share of key-value heads removed, with their queries (default 0).")
+    ] = None,
 ) -> None:
     """Remove weights, block after block, into a normal Hugging Face folder."""
-    recipe = for_pruning(common.load(), method=method, sparsity=sparsity, pattern=pattern)
+    recipe = common.load()
+    recipe = for_pruning(recipe, method=method, sparsity=sparsity, pattern=pattern, head_sparsity=head_sparsity)
     _compress(common, recipe, Path("runs/pruned"))
 
 
@@ -90,7 +99,7 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
         from mopcompress.stages.resume import finished
 
         facts = finished(target, recipe, progress) if done else compress(recipe, modifiers, target, progress=progress)
-    shown = ("method", "sparsity", "weights", "fallbacks", "compress_seconds", "model_bytes")
+    shown = ("method", "sparsity", "weights", *NARROWED, "fallbacks", "compress_seconds", "model_bytes")
     _print_result(common, target, facts, shown)
 
 
@@ -238,4 +247,4 @@ def _print_result(common: Common, target: Path, facts: dict[str, Any], shown: tu
     if common.json:
         print_json({"output": str(target), **facts})
     else:
-        print_facts({**{name: facts[name] for name in shown}, "output": str(target)})
+        print_facts({**{name: facts.get(name) for name in shown}, "output": str(target)})

@@ -103,7 +103,7 @@ BACKEND = _run_fields(
 GRID = _run_fields(
     "Grid",
     ratios=("SHARES", "Shares of weights removed"),
-    methods=("NAMES", "sparsegpt, alps, wanda, magnitude"),
+    methods=("NAMES", "sparsegpt, alps, wanda, magnitude, structured"),
     bits=("LIST", "Bit widths to quantize to, such as 3,4"),
     group_size=("N", "Weights that share a scale, with --bits; -1: the whole row"),
     arms=("NAMES", "none, single, mop"),

@@ -143,13 +143,20 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type that a folder keeps its weights in."""
+    with safe_open(weight_files(folder)[0], framework="pt") as file:
+        dtypes = [file.get_tensor(name).dtype for name in sorted(file.keys())[:8]]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
 def save_model(model: LanguageModel, source: Path, target: Path) -> None:
     """Write the weights in the source's dtype; copy every other file of `source` byte for byte.
 
     Tokenizer and config files stay as their author wrote them, so that other tools load the result as they load the
     source.
     """
-    dtype = _stored_dtype(source)
+    dtype = stored_dtype(source)
     stored: dict[int, Tensor] = {}  # by address: weights that are tied stay tied, and are written once
     weights = {
         name: stored.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
@@ -172,12 +179,6 @@ def check_output(target: Path, source: Path) -> None:
         raise OutputError(f"output {target} exists already; remove it or name another --output-dir")
     if target.resolve().is_relative_to(source.resolve()):
         raise OutputError(f"output {target} lies inside the model folder {source}; name another --output-dir")
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    with safe_open(weight_files(folder)[0], framework="pt") as file:
-        dtypes = [file.get_tensor(name).dtype for name in sorted(file.keys())[:8]]
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
 def _is_weights(path: Path) -> bool:

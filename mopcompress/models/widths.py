@@ -4,8 +4,10 @@ Blocks are known by the names of their matrices, whatever the model is called. W
 model with other numbers is not looked up but tried: a twin without memory is built from the changed configuration.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,6 +159,13 @@ def take_sizes(network: PreTrainedModel, other: PreTrainedModel, sizes: Mapping[
                 setattr(module, name, value)
     for key, size in sizes.items():
         setattr(network.config, key, size)
+
+
+def write_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Put these keys into the folder's `config.json`; all others stay as their author wrote them."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | dict(sizes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def matrix_of(linear: Linear) -> Tensor:

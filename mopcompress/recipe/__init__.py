@@ -6,6 +6,7 @@ from mopcompress.recipe.modifiers import (
     ALPSModifier,
     MagnitudePruningModifier,
     SparseGPTModifier,
+    StructuredPruningModifier,
     WandaPruningModifier,
 )
 from mopcompress.recipe.run import RunSpec
@@ -23,6 +24,7 @@ __all__ = [
     "RunSpec",
     "SparseGPTModifier",
     "Stage",
+    "StructuredPruningModifier",
     "WandaPruningModifier",
     "dump_recipe",
     "load_recipe",

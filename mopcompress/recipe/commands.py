@@ -14,7 +14,7 @@ from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Spec, parse_structure
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.grammar import DEFAULT_STAGES, DEFAULTS, Recipe
-from mopcompress.recipe.modifiers import Pruning, changed
+from mopcompress.recipe.modifiers import Pruning, StructuredPruningModifier, changed
 from mopcompress.recipe.run import OURS, PRUNING_METHODS
 from mopcompress.recipe.stage import Group, Stage
 from mopcompress.recipe.training import PromptRecoveryModifier
@@ -23,6 +23,7 @@ Kind = TypeVar("Kind", bound=Spec)
 
 FLAG_OF = {  # fields that have another name on the command line
     "final_sparsity": "sparsity",
+    "mlp_sparsity": "sparsity",
     "mask_structure": "pattern",
     "num_bits": "bits",
     "batch_size": "rows_per_step",
@@ -30,7 +31,12 @@ FLAG_OF = {  # fields that have another name on the command line
 
 
 def for_pruning(
-    recipe: Recipe, *, method: str | None = None, sparsity: float | None = None, pattern: str | None = None
+    recipe: Recipe,
+    *,
+    method: str | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    head_sparsity: float | None = None,
 ) -> Recipe:
     """The recipe's pruning modifiers alone, in order; `method` picks one (ALPS without a recipe), flags go into each.
 
@@ -47,7 +53,8 @@ def for_pruning(
     elif not chosen:
         _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
         chosen = [_default(recipe, "alps")]
-    return _oneshot(recipe, [_pruned(one, sparsity, pattern) for one in chosen if isinstance(one, Pruning)])
+    pruning = [one for one in chosen if isinstance(one, Pruning)]
+    return _oneshot(recipe, [_pruned(one, sparsity, pattern, head_sparsity) for one in pruning])
 
 
 def for_quantizing(recipe: Recipe, *, bits: int | None = None, group_size: int | None = None) -> Recipe:
@@ -90,7 +97,13 @@ def _default(recipe: Recipe, method: str) -> Pruning | GPTQModifier:
     return changed(known, match_dense=0.0)
 
 
-def _pruned(modifier: Pruning, sparsity: float | None, pattern: str | None) -> Pruning:
+def _pruned(modifier: Pruning, sparsity: float | None, pattern: str | None, head_sparsity: float | None) -> Pruning:
+    if isinstance(modifier, StructuredPruningModifier):
+        if pattern is not None:
+            raise UsageError(f"--pattern: {pattern!r} is of single weights, and structured removes whole channels")
+        return _with(modifier, {"mlp_sparsity": sparsity, "head_sparsity": head_sparsity})
+    if head_sparsity is not None:
+        raise UsageError(f"--head-sparsity: {modifier.method} removes no heads; use --method structured")
     structure = parse_structure(pattern) if pattern else None
     share = structure[0] / structure[1] if structure and sparsity is None else sparsity
     return _with(modifier, {"mask_structure": pattern, modifier.share_field: share})

@@ -27,6 +27,7 @@ from mopcompress.recipe.modifiers import (
     MagnitudePruningModifier,
     Pruning,
     SparseGPTModifier,
+    StructuredPruningModifier,
     WandaPruningModifier,
 )
 from mopcompress.recipe.reading import PlainDumper, read_document
@@ -53,7 +54,7 @@ class Recipe:
         return tuple(one for one in everything if isinstance(one, kinds))
 
     def modifier_for(self, method: str) -> Pruning | GPTQModifier:
-        """The recipe's first modifier of this method, else one with the defaults (half the weights, or 4 bits)."""
+        """The recipe's first modifier of this method, else one with our defaults."""
         own = [one for one in self.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
         return next((one for one in own if one.method == method), DEFAULTS[method])
 
@@ -68,6 +69,7 @@ DEFAULTS: dict[str, Pruning | GPTQModifier] = {
     "alps": ALPSModifier(sparsity=0.5),
     "wanda": WandaPruningModifier(sparsity=0.5),
     "magnitude": MagnitudePruningModifier(final_sparsity=0.5),
+    "structured": StructuredPruningModifier(mlp_sparsity=0.25),
     "gptq": GPTQModifier.model_validate({"scheme": "W4A16", "match_dense": 1.0}).with_bits(4, 64),
 }
 DEFAULT_STAGES = (

@@ -13,7 +13,7 @@ from mopcompress.errors import UsageError
 from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
 
-PRUNING_METHODS = ("sparsegpt", "alps", "wanda", "magnitude")
+PRUNING_METHODS = ("sparsegpt", "alps", "wanda", "magnitude", "structured")
 ARMS = ("none", "single", "mop")
 OURS = "mopcompress"
 BACKENDS = (OURS, "llmcompressor", "gptqmodel")

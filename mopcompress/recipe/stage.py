@@ -15,6 +15,7 @@ from mopcompress.recipe.modifiers import (
     MagnitudePruningModifier,
     Pruning,
     SparseGPTModifier,
+    StructuredPruningModifier,
     WandaPruningModifier,
 )
 from mopcompress.recipe.training import ConstantPruningModifier, PromptRecoveryModifier
@@ -26,6 +27,7 @@ MODIFIERS: dict[str, type[Spec]] = {
         ALPSModifier,
         WandaPruningModifier,
         MagnitudePruningModifier,
+        StructuredPruningModifier,
         ConstantPruningModifier,
         GPTQModifier,
         PromptRecoveryModifier,
@@ -77,20 +79,30 @@ def read_stage(name: str, content: Any, faults: list[Fault]) -> Stage:
 
 
 def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
-    """Pruning comes before rounding, which it would undo, and one threshold for all layers before all else."""
+    """Pruning comes before rounding, which it would undo, and one threshold for all layers before all else.
+
+    Structured pruning stands alone: it makes another model, which a second command may compress.
+    """
+    placed = [
+        ((stage.name, group.name, type(one).__name__), one)
+        for stage in stages
+        for group in stage.groups
+        for one in group.modifiers
+        if isinstance(one, Pruning | GPTQModifier)
+    ]
     rounded = pruned = None
-    for stage in stages:
-        for group in stage.groups:
-            for one in group.modifiers:
-                path = (stage.name, group.name, type(one).__name__)
-                if rounded and isinstance(one, Pruning):
-                    what = f"would change weights that the GPTQModifier of {rounded} has rounded; put it before that"
-                    faults.append(Fault(path, what))
-                if pruned and isinstance(one, MagnitudePruningModifier) and one.apply_globally:
-                    what = f"its threshold is that of the given weights, and {pruned} changes them; put it first"
-                    faults.append(Fault((*path, "apply_globally"), what))
-                rounded = rounded or (stage.name if isinstance(one, GPTQModifier) else None)
-                pruned = pruned or (stage.name if isinstance(one, Pruning) else None)
+    for path, one in placed:
+        if isinstance(one, StructuredPruningModifier) and len(placed) > 1:
+            what = "makes a smaller model, and compresses it no further; leave it alone here, then compress its folder"
+            faults.append(Fault(path, what))
+        if rounded and isinstance(one, Pruning):
+            what = f"would change weights that the GPTQModifier of {rounded} has rounded; put it before that"
+            faults.append(Fault(path, what))
+        if pruned and isinstance(one, MagnitudePruningModifier) and one.apply_globally:
+            what = f"its threshold is that of the given weights, and {pruned} changes them; put it first"
+            faults.append(Fault((*path, "apply_globally"), what))
+        rounded = rounded or (path[0] if isinstance(one, GPTQModifier) else None)
+        pruned = pruned or (path[0] if isinstance(one, Pruning) else None)
 
 
 def stranger(name: str, content: Any) -> Fault:

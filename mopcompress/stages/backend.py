@@ -27,7 +27,8 @@ from mopcompress.models.checkpoint import (
 from mopcompress.models.grid import FILE as GRID
 from mopcompress.models.grid import write_grid
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recipe import Recipe, resolved
+from mopcompress.recipe import GPTQModifier, Recipe, StructuredPruningModifier, resolved
+from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.compress import Compressing, compression_of
 from mopcompress.stages.progress import Progress, silent
@@ -39,7 +40,7 @@ COMMON = ("method", "options", "targets", "ignore")  # what every library has of
 
 
 def compress_elsewhere(
-    recipe: Recipe, modifiers: Sequence[Compressing], target: Path, *, progress: Progress = silent
+    recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier], target: Path, *, progress: Progress = silent
 ) -> dict[str, Any]:
     """Have the recipe's backend compress the model by `modifiers`, in order, into `target`; returns the manifest.
 
@@ -47,14 +48,15 @@ def compress_elsewhere(
     `QualityGateError` when it did not do what it was asked for, or gave up its method for too many matrices.
     """
     backend = BACKENDS[recipe.run.backend]
-    compressions = [compression_of(modifier) for modifier in modifiers]
+    known = _without_structured(backend, modifiers)
+    compressions = [compression_of(modifier) for modifier in known]
     _check_methods(backend, compressions)
     python = python_for(backend, recipe.run.backend_python)
     source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, source)
     model = load_model(source, device=CPU)
     tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
-    pairs = zip(compressions, modifiers, strict=True)
+    pairs = zip(compressions, known, strict=True)
     requests = requests_of(backend, model, [with_shares(one, modifier, model, tokens) for one, modifier in pairs])
     with tempfile.TemporaryDirectory(prefix="mopcompress-") as folder:
         progress(f"{backend.name} is compressing, in {python}", 0, 0)
@@ -103,6 +105,13 @@ def requests_of(backend: Backend, model: LanguageModel, compressions: Sequence[C
             raise UsageError(f"--backend: {backend.name} cannot compress {strange}, a {type(kinds[strange]).__name__}")
         requests.append(Request(step.compression.method, step.options_for(names), names))
     return requests
+
+
+def _without_structured(backend: Backend, modifiers: Sequence[Pruning | GPTQModifier]) -> list[Compressing]:
+    known = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
+    if len(known) < len(modifiers):
+        raise UsageError(f"--backend: {backend.name} has no structured pruning; leave --backend out")
+    return known
 
 
 def _check_methods(backend: Backend, compressions: Sequence[Compression]) -> None:

@@ -35,19 +35,20 @@ from mopcompress.recipe import (
     SparseGPTModifier,
     resolved,
 )
-from mopcompress.recipe.modifiers import Pruning
+from mopcompress.recipe.modifiers import Masking, Pruning, StructuredPruningModifier
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.fitting import check_fit
+from mopcompress.stages.narrow import narrow_into
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, peak_bytes, provenance
 from mopcompress.stages.shares import with_shares
 from mopcompress.stages.unfinished import Unfinished, unfinished
 
-Compressing = Pruning | GPTQModifier
+Compressing = Masking | GPTQModifier
 
 
 def compress(
-    recipe: Recipe, modifiers: Sequence[Compressing], target: Path, *, progress: Progress = silent
+    recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier], target: Path, *, progress: Progress = silent
 ) -> dict[str, Any]:
     """Compress the recipe's model by `modifiers`, in order, into `target`; returns the manifest.
 
@@ -63,23 +64,30 @@ def compress(
 def compress_into(
     target: Path,
     source: Path,
-    modifiers: Sequence[Compressing],
+    modifiers: Sequence[Pruning | GPTQModifier],
     tokens: Int[Tensor, "samples length"],
     calibration: dict[str, Any],
     recipe: Recipe,
     *,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Compress a folder, block by block, into another; work that was stopped before goes on where it was."""
+    """Compress a folder, block by block, into another; work that was stopped before goes on where it was.
+
+    Structured pruning, which stands alone, makes matrices smaller, and begins anew.
+    """
     device = choose_device(recipe.run.device)
+    masking = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
+    for one in modifiers:
+        if isinstance(one, StructuredPruningModifier):
+            return narrow_into(target, source, one, tokens, calibration, recipe, progress=progress)
     streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
-    check_fit(_inputs_of(streamed.model), modifiers)
+    check_fit(_inputs_of(streamed.model), masking)
     compressions = [
         with_shares(compression_of(one), one, streamed.model, tokens.to(device), present=streamed.block)
-        for one in modifiers
+        for one in masking
     ]
     steps = planned(streamed.model, compressions)
-    method = "+".join(modifier.method for modifier in modifiers)
+    method = "+".join(modifier.method for modifier in masking)
     base = {"folder": str(source), "sha256": weights_hash(source)}
     made_by = provenance(device)
     asked = {
@@ -107,7 +115,7 @@ def compress_into(
         with artifact.publish(target, facts) as scratch:
             job.give(scratch)
             copy_other_files(source, scratch)
-            _write_grid(scratch, job.scales, modifiers)
+            _write_grid(scratch, job.scales, masking)
             lines = [json.dumps(asdict(row)) for row in job.rows]
             artifact.write_whole(scratch / "layers.jsonl", "\n".join(lines) + "\n")
             facts["model_bytes"] = weights_bytes(scratch)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from mopcompress.errors import RecipeError
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import GPTQModifier
-from mopcompress.recipe.modifiers import Pruning
+from mopcompress.recipe.modifiers import Pruning, StructuredPruningModifier
 from mopcompress.targets import meant
 
 # Files of these families name their weights as the network does; others' are looked at when the model is loaded.
@@ -26,6 +26,8 @@ def check_fit(inputs: Mapping[str, int], modifiers: Sequence[Pruning | GPTQModif
     Raises `RecipeError` saying which linear does not fit, and what does.
     """
     for modifier in modifiers:
+        if isinstance(modifier, StructuredPruningModifier):
+            continue  # has neither
         ignored = {name for pattern in modifier.ignore for name in meant([*inputs], pattern)}
         aimed = {name for pattern in modifier.targets for name in meant([*inputs], pattern)}
         sizes = {name: size for name, size in inputs.items() if name in aimed - ignored}

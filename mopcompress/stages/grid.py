@@ -11,6 +11,8 @@ def settings_of(recipe: Recipe) -> list[Setting]:
 
     Raises `RecipeError` when a modifier has no one share of weights to remove, `UsageError` when the grid is empty.
     """
+    if recipe.run.joint and recipe.run.bits and "structured" in recipe.run.methods:
+        raise RecipeError("run.joint: structured pruning is measured alone; leave joint or the method structured out")
     for method in recipe.run.methods:
         modifier = recipe.modifier_for(method)
         if isinstance(modifier, Pruning) and isinstance(modifier.sparsity, tuple):

@@ -15,7 +15,7 @@ from mopcompress.compress.walk import linears_of, planned, weight_of
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import GPTQModifier, MagnitudePruningModifier
-from mopcompress.recipe.modifiers import Pruning
+from mopcompress.recipe.modifiers import Masking
 
 ALLOCATIONS: dict[str, Callable[[dict[str, Survey], float, float], Shares]] = {
     "uniform": lambda surveys, sparsity, _spread: allocation.uniform(surveys, sparsity),
@@ -27,7 +27,7 @@ ALLOCATIONS: dict[str, Callable[[dict[str, Survey], float, float], Shares]] = {
 
 def with_shares(
     compression: Compression,
-    modifier: Pruning | GPTQModifier,
+    modifier: Masking | GPTQModifier,
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
     *,

@@ -1,0 +1,119 @@
+"""`prune --method structured`: a dense folder in, a folder of a smaller model out, which stock `from_pretrained` loads.
+
+The model is in memory as a whole, and a stopped run begins anew.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mopcompress import artifact
+from mopcompress.compress.narrow import Narrowing, NarrowRow, narrow_model
+from mopcompress.compress.walk import linears_of
+from mopcompress.errors import QualityGateError, StorageError
+from mopcompress.models.checkpoint import load_model, save_model, stored_dtype, weights_bytes, weights_hash
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.widths import write_sizes
+from mopcompress.recipe import Recipe, StructuredPruningModifier, resolved
+from mopcompress.stages.progress import Progress
+from mopcompress.stages.provenance import choose_device, peak_bytes, provenance
+
+
+def narrow_into(
+    target: Path,
+    source: Path,
+    modifier: StructuredPruningModifier,
+    tokens: Int[Tensor, "samples length"],
+    calibration: dict[str, Any],
+    recipe: Recipe,
+    *,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Narrow a folder's model into another folder; returns the manifest.
+
+    Raises `QualityGateError` when too many matrices needed more damping than asked for; then nothing is written.
+    """
+    device = choose_device(recipe.run.device)
+    model = load_model(source, device=device)
+    parameters, weights = model.network.num_parameters(), _weights(model)
+    start = time.perf_counter()
+    done = narrow_model(model, tokens.to(device), narrowing_of(modifier), progress=_told(progress))
+    seconds = time.perf_counter() - start
+    fallbacks = sum(row.escalations > 0 for row in done.rows)
+    if fallbacks > recipe.run.max_fallback * len(done.rows):
+        raise QualityGateError(
+            f"{fallbacks} of {len(done.rows)} matrices needed more damping than asked for, --max-fallback allows "
+            f"{recipe.run.max_fallback:g} of them; calibrate on more tokens, or allow it"
+        )
+    facts: dict[str, Any] = {
+        "kind": "compressed model",
+        "method": modifier.method,
+        "base": {"folder": str(source), "sha256": weights_hash(source)},
+        "weights": weights,
+        "sparsity": 1 - _weights(model) / weights,
+        "channels": _counted(done.rows, "channels", modifier.mlp_sparsity),
+        "kv_groups": _counted(done.rows, "kv_groups", modifier.head_sparsity),
+        "parameters": {"before": parameters, "after": model.network.num_parameters()},
+        "base_bytes": weights_bytes(source),
+        "fallbacks": fallbacks,
+        "compress_seconds": seconds,
+        "peak_bytes": peak_bytes(),
+        "calibration": calibration,
+        "recipe": resolved(recipe),
+        **provenance(device),
+    }
+    with artifact.publish(target, facts) as scratch:
+        save_model(model, source, scratch)
+        if done.sizes:
+            write_sizes(scratch, done.sizes)
+        _check_written(scratch, model)
+        artifact.write_whole(scratch / "layers.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in done.rows))
+        facts["model_bytes"] = weights_bytes(scratch)
+        facts["sha256"] = weights_hash(scratch)
+    return facts
+
+
+def narrowing_of(modifier: StructuredPruningModifier) -> Narrowing:
+    """A modifier's settings in the words of the walk."""
+    return Narrowing(
+        mlp_sparsity=modifier.mlp_sparsity,
+        head_sparsity=modifier.head_sparsity,
+        score=modifier.score,
+        damping=modifier.dampening_frac,
+    )
+
+
+def _weights(model: LanguageModel) -> int:
+    """Weights of all linears in the blocks."""
+    blocks = range(len(model.blocks))
+    return sum(linear.weight.numel() for index in blocks for linear in linears_of(model, index))
+
+
+def _counted(rows: Sequence[NarrowRow], kind: str, share: float) -> dict[str, Any] | None:
+    """How many a block had and has, and the share that was asked for; None when none were to go."""
+    counts = {(row.before, row.after) for row in rows if row.kind == kind}
+    if not counts:
+        return None
+    [(before, after)] = counts  # equally many in every block
+    return {"before": before, "after": after, "removed_share": 1 - after / before, "asked_share": share}
+
+
+def _told(progress: Progress) -> Callable[[NarrowRow], None]:
+    return lambda row: progress("structured: calibrating and narrowing block by block", row.block + 1, row.blocks)
+
+
+def _check_written(folder: Path, model: LanguageModel) -> None:
+    """Load what was written as anybody would, and compare every weight with the one in memory."""
+    dtype = stored_dtype(folder)
+    read = load_model(folder, device=torch.device("cpu")).network.state_dict()
+    for name, weight in model.network.state_dict().items():
+        wanted = weight.to(dtype).to(weight.dtype) if weight.is_floating_point() else weight
+        if not torch.equal(read[name], wanted.cpu()):
+            raise StorageError(f"{folder}: {name} was not written as it is in memory; run again on another disk")
