@@ -5,7 +5,7 @@ from test_walk import input_of, linears, weight_of
 from tiny import FAMILIES, GROUPED, SHAPE, TOKENS, hooks, network_of, random_tokens, tiny_model, word_tokenizer
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, GemmaConfig, Phi3Config, PhiConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BloomConfig, GemmaConfig, Phi3Config, PhiConfig, Qwen2Config
 
 from mopcompress.compress.narrow import Narrowing, narrow_model
 from mopcompress.compress.structured import narrow
@@ -28,6 +28,9 @@ HALF_THE_HEADS = Narrowing(mlp_sparsity=0.0, head_sparsity=0.5)
 
 
 def model_of(family, **changes):
+    if family == "bloom":  # has an attention of its own
+        config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4)
+        return LanguageModel(network_of(config, attention="eager"), word_tokenizer())
     if family not in MORE:
         return tiny_model(family, **changes)
     return LanguageModel(network_of(MORE[family]()), word_tokenizer())
@@ -225,6 +228,8 @@ def test_prompts_can_be_trained_through_a_narrowed_model():
         ("gpt_neox", HALF_THE_HEADS, "found 0 attention parts"),
         ("gpt2", HALF_THE_HEADS, "found 0 attention parts"),
         ("opt", HALF_THE_HEADS, "configuration cannot say"),
+        ("bloom", QUARTER, "configuration of BloomForCausalLM has no number of MLP channels"),
+        ("bloom", HALF_THE_HEADS, "found 0 attention parts"),
     ],
 )
 def test_a_family_that_cannot_say_it_is_refused_and_untouched(family, narrowing, reason):

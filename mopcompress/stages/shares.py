@@ -59,7 +59,7 @@ def with_shares(
 
 
 def _allocated(
-    modifier: Pruning, model: LanguageModel, tokens: Int[Tensor, "samples time"], names: Iterable[str], present: Present
+    modifier: Masking, model: LanguageModel, tokens: Int[Tensor, "samples time"], names: Iterable[str], present: Present
 ) -> tuple[str, Shares]:
     """The name of an allocation and its shares; for `best` an eighth of the text is kept for trying them all."""
     trying = modifier.allocation == "best"
