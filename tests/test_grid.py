@@ -46,6 +46,14 @@ def test_the_codes_come_back_from_stored_weights(bits, group_size, dtype):
     assert torch.equal(codes_of(one.weight.to(dtype), one.scales.half(), bits=bits), one.codes)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_weight_that_is_rounded_to_zero_has_no_sign(bits):
+    one = solved(bits, 32)
+    zeros = one.weight[one.codes == 0]
+    assert len(zeros)
+    assert not torch.signbit(zeros).any()
+
+
 def test_codes_at_both_ends_and_below_the_normal_range_of_fp16_come_back():
     codes = torch.arange(-128, 128, dtype=torch.int8).expand(3, 256)
     scales = torch.tensor([[2.0**-24], [2.0**-15], [500.0]]).half()

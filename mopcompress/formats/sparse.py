@@ -9,7 +9,8 @@ A file is safetensors. A matrix `N` that is smaller so is not there by its own n
     N.scales   fp16  [out, groups]            the grid's scales
 
 whichever is smallest, and the header's entry `N` says the rest as JSON. `packing` defines bits and gaps. Every other
-tensor is there as it was. Nothing is ever rounded: codes are only for weights that lie on a grid already.
+tensor is there as it was. Nothing is ever rounded: codes are only for weights that lie on a grid already. (Experts that
+the files call otherwise than the network, as Mixtral's, are stored as values: their grid is not found.)
 """
 
 import json
@@ -19,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from mopcompress.formats.layout import WEIGHT, Encoded, Layout, OpenFile, dtype_name, on_grid, plain
@@ -48,39 +49,40 @@ def encode(name: str, tensor: Tensor, grid: Grid | None) -> Encoded:
     """The smallest of the ways to store a tensor."""
     if tensor.ndim < 2 or not tensor.is_floating_point():
         return plain(name, tensor)
-    facts: dict[str, Any] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor)}
     module = on_grid(name, grid)
     if grid is not None and module is not None:
+        codes = grid.codes(module, tensor)
+        places, facts = _places(codes != 0, grid.bits)
+        kept = codes[codes != 0] if places else codes.flatten()
+        values = {
+            "codes": pack_bits(kept[None].short() + 2 ** (grid.bits - 1), grid.bits)[0],
+            "scales": grid.scales[module].contiguous(),
+        }
         facts["transposed"] = module in grid.transposed
-        stored = _codes(grid.codes(module, tensor), grid.bits, facts) | {"scales": grid.scales[module].contiguous()}
     else:
         matrix = tensor.reshape(-1, tensor.shape[-1])
         survives = _has_a_bit(matrix)
-        stored = _places(survives, 8 * tensor.dtype.itemsize, facts)
-        if not stored:
+        places, facts = _places(survives, 8 * tensor.dtype.itemsize)
+        if not places:
             return plain(name, tensor)
-        stored["values"] = matrix[survives]
-    return Encoded({f"{name}.{part}": one for part, one in stored.items()}, {name: json.dumps(facts)})
+        values = {"values": matrix[survives]}
+    facts |= {"shape": list(tensor.shape), "dtype": dtype_name(tensor)}
+    parts = {f"{name}.{part}": one for part, one in (places | values).items()}
+    return Encoded(parts, {name: json.dumps(facts)})
 
 
-def _codes(codes: Int[Tensor, "out in"], bits: int, facts: dict[str, Any]) -> dict[str, Tensor]:
-    stored = _places(codes != 0, bits, facts)
-    kept = codes[codes != 0] if stored else codes.flatten()
-    return stored | {"codes": pack_bits(kept[None].short() + 2 ** (bits - 1), bits)[0]}
-
-
-def _places(survives: Bool[Tensor, "rows columns"], value_bits: int, facts: dict[str, Any]) -> dict[str, Tensor]:
-    """Where the survivors are, in the fewest bits; nothing when to store the zeros too takes fewer still."""
+def _places(survives: Bool[Tensor, "rows columns"], value_bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Where the survivors are, in the fewest bits, and what to know of it; all places when the zeros cost fewer."""
     packed = pack_mask(survives)
     gap_bits, gaps_size = narrowest_gaps(survives.flatten())
     zeros = survives.numel() - int(survives.sum())
     sizes = {"all": value_bits * zeros, "bitmask": 8 * packed.numel(), "gaps": gaps_size}
-    facts["places"] = min(sizes, key=lambda way: sizes[way])
-    if facts["places"] == "gaps":
+    way = min(sizes, key=lambda way: sizes[way])
+    if way == "gaps":
         steps = gaps_of(survives.flatten(), gap_bits)
-        facts |= {"gap_bits": gap_bits, "steps": len(steps)}
-        return {"gaps": pack_bits(steps[None], gap_bits)[0]}
-    return {"bitmask": packed} if facts["places"] == "bitmask" else {}
+        facts = {"places": way, "gap_bits": gap_bits, "steps": len(steps)}
+        return {"gaps": pack_bits(steps[None], gap_bits)[0]}, facts
+    return {"bitmask": packed} if way == "bitmask" else {}, {"places": way}
 
 
 def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
