@@ -14,6 +14,7 @@ from mopcompress.recipe import GPTQModifier, Recipe, dump_recipe, load_recipe
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.compress import compress
+from mopcompress.stages.export import export
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}  # 32 and 64: groups of 32 fit
 SPARSE_24_THEN_W4 = """
@@ -31,7 +32,8 @@ quantization_stage:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a tiny Llama whose head is not tied to its embeddings."""
-    return saved(tiny_model(**SHAPE, tie_word_embeddings=False), tmp_path_factory.mktemp("models") / "base")
+    model = tiny_model(**SHAPE, tie_word_embeddings=False)
+    return saved(model, tmp_path_factory.mktemp("models") / "base", torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,21 @@ def test_4_every_group_of_two_in_four_survives_rounding(compressed):
         assert max(len(group.unique()) for group in weight.unflatten(1, (-1, 32)).flatten(0, 1)) <= 16, name
 
 
+@pytest.mark.parametrize(("sparsity", "smaller"), [(0.5, 1.6), (0.85, 3.5)])
+def test_5_a_sparse_checkpoint_is_smaller_on_disk(base, compressed, tmp_path, sparsity, smaller):
+    """There, a model with half of its weights gone takes as many bytes as the dense one."""
+    recipe = f"a_stage: {{b_modifiers: {{SparseGPTModifier: {{sparsity: {sparsity}}}}}}}"
+    _, weights = compressed(recipe)
+    facts = export(str(tmp_path / "out"), "sparse", tmp_path / "sparse")
+    assert facts["matrices_dense_bytes"] == sum(weight.nbytes for weight in projections(weights).values())
+    assert facts["matrices_dense_bytes"] > smaller * facts["matrices_bytes"]
+    stored = {file: sum(path.stat().st_size for path in file.glob("*.safetensors")) for file in tmp_path.iterdir()}
+    assert stored[tmp_path / "sparse"] < stored[tmp_path / "out"]
+    export(str(tmp_path / "sparse"), "dense", tmp_path / "again")
+    for name, weight in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert torch.equal(weight, weights[name]), name
+
+
 def test_6_a_recipe_that_is_written_back_is_plain_and_the_same(compressed, tmp_path):
     """There, two stages come back as one, with a tag that `yaml.safe_load` refuses."""
     recipe, _ = compressed(SPARSE_24_THEN_W4)
@@ -155,5 +172,9 @@ def test_8_a_rounded_checkpoint_loads_in_stock_transformers(base, compressed, tm
     assert not any(loading.values())
     for name, weight in network.named_parameters():
         assert torch.equal(weight, weights[name]), name
+    export(str(tmp_path / "out"), "compressed-tensors", tmp_path / "packed")
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert [group["weights"]["symmetric"] for group in settings["config_groups"].values()] == [True]
+    assert not [name for name in load_file(tmp_path / "packed" / "model.safetensors") if "zero_point" in name]
     tokens = random_tokens(1, 5)
     assert not torch.equal(network(tokens).logits, AutoModelForCausalLM.from_pretrained(base)(tokens).logits)
