@@ -1,11 +1,11 @@
-"""Tokens a second on a CPU: dense linears in fp32 against linears that compute from their survivors (`torch.sparse_csr`).
+"""Tokens a second on a CPU: linears dense in fp32, against `torch.sparse_csr` linears of their survivors.
 
     python benchmarks/csr_runtime.py [--rounds 7] [--new-tokens 32] [--ratios 0.5,0.85,0.95]
 
 SmolLM2, its linears pruned by magnitude; the head and the embeddings stay dense in both. Generation is greedy with a
-key-value cache, batch 1, from a prompt of 32 tokens, its own time left out; prefill is one forward of 1 x 32 and 1 x 256
-tokens. Both networks are in this process and take turns, after one turn each that is not counted. Prints one JSON object,
-medians with the least and greatest, and on stderr a table; a ratio below 1 is a loss.
+key-value cache, batch 1, from a prompt of 32 tokens, its own time left out; prefill is one forward of 1 x 32 and 1 x
+256 tokens. Both networks are in this process and take turns, after one turn each that is not counted. Prints one JSON
+object, medians with the least and greatest, and on stderr a table; a ratio below 1 is a loss.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/disk_size.py [FOLDER...]
 
-FOLDERs are models that `prune` and `quantize` made. Without any, SmolLM2's linears are pruned by magnitude, each matrix to
-50, 85 and 95 %, and kept in fp16 or rounded to 4 bits with a scale for every 64, 96 or 192 inputs (128 does not divide
-its 576): real masks, no calibration, useless models. Sizes are those of files and tensors that were written, read back
-and compared. A bitmask's size is the same for every mask of a ratio; gaps take less where zeros lie in runs, so methods
-that empty whole inputs come out smaller. Prints one JSON object and, on stderr, a table.
+FOLDERs are models that `prune` and `quantize` made. Without any, SmolLM2's linears are pruned by magnitude, each
+matrix to 50, 85 and 95 %, and kept in fp16 or rounded to 4 bits with a scale for every 64, 96 or 192 inputs (128 does
+not divide its 576): real masks, no calibration, useless models. Sizes are those of files and tensors that were
+written, read back and compared. A bitmask's size is the same for every mask of a ratio; gaps take less where zeros
+lie in runs, so methods that empty whole inputs come out smaller. Prints one JSON object and, on stderr, a table.
 """
 
 import argparse

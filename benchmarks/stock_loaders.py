@@ -2,10 +2,10 @@
 
     GPTQMODEL_CPU_WORKERS=2 python benchmarks/stock_loaders.py
 
-Needs the extra `gptq`. A small random Llama (2 blocks, hidden 256) in fp16 is pruned to 50 %, rounded by our GPTQ solver
-and exported; every loader computes the same tokens in fp32 where it can. Prints one JSON object. `dense_fp16` and
-`dense_bf16` say how far the dense folder itself is from its fp32 logits when it computes in that dtype: gptqmodel computes
-4 bits on CPUs, and `GPTQModel.load` everything, in bf16.
+Needs the extra `gptq`. A small random Llama (2 blocks, hidden 256) in fp16 is pruned to 50 %, rounded by our GPTQ
+solver and exported; every loader computes the same tokens in fp32 where it can. Prints one JSON object. `dense_fp16`
+and `dense_bf16` say how far the dense folder itself is from its fp32 logits when it computes in that dtype: gptqmodel
+computes 4 bits on CPUs, and `GPTQModel.load` everything, in bf16.
 """
 
 import importlib.metadata
