@@ -11,7 +11,7 @@ import torch
 from tiny import TOKENS, network_of, saved, tiny_model, word_tokenizer
 from transformers import LlamaConfig
 
-HIDDEN, INNER, BLOCKS, SAMPLES, LENGTH = 384, 1152, 60, 8, 32
+HIDDEN, INNER, BLOCKS, SAMPLES, LENGTH = 384, 1152, 28, 8, 32
 MEGABYTE = 2**20
 BLOCK = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)  # bytes of its weights in fp32
 
@@ -62,6 +62,6 @@ def test_the_peak_is_a_blocks_working_set_whatever_the_number_of_blocks(tmp_path
     # the largest solve: a Gram matrix, its factor and what they are made with; a stacked weight, its errors and copies
     working_set = BLOCK + 5 * 4 * INNER**2 + 5 * 4 * 2 * INNER * HIDDEN
     activations = 4 * SAMPLES * LENGTH * (12 * HIDDEN + 4 * INNER)
-    bound = 1.3 * working_set + activations + 160 * MEGABYTE  # what the allocator keeps for itself
+    bound = 1.3 * working_set + activations + 64 * MEGABYTE
     assert bound < BLOCKS * BLOCK / 1.3  # the weights alone would break it
     assert peak - before < bound, (peak - before) / MEGABYTE

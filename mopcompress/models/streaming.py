@@ -6,6 +6,8 @@ which tensors of the files make up a block and, backwards, what its changed weig
 example, lie in the files one by one and in the network stacked.
 """
 
+import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from mopcompress.models.checkpoint import without_weights
 from mopcompress.models.language_model import LanguageModel, locate_blocks
 from mopcompress.models.stored import Place, places, read, read_rows
 
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 AROUND = -1  # the part of the network that is no block
 
 
@@ -140,7 +143,7 @@ class StreamedModel:
         config = LoadStateDictConfig(
             device_map={"": self._device}, dtype=torch.float32, weight_mapping=self._conversions
         )
-        with _without_bars():
+        with _one_by_one():
             info, _ = convert_and_load_state_dict_in_model(self._network, state, load_config=config)
         for name, _, shape in info.mismatched_keys:
             raise DataError(f"model {self._folder}: {name} is not of shape {tuple(shape)}; get the model again")
@@ -165,6 +168,7 @@ class StreamedModel:
             for name, weight in module.named_parameters(recurse=False):
                 module.register_parameter(name, nn.Parameter(weight.to("meta"), requires_grad=False))
         self._held = None
+        _give_memory_back()
 
     def _weights(self, part: int) -> list[tuple[str, Tensor]]:
         return [
@@ -189,12 +193,24 @@ def _name_of(network: PreTrainedModel, embedding: nn.Module) -> str:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers draws a bar for every loading, which here is every block."""
-    drawn = logging.is_progress_bar_enabled()
+def _one_by_one() -> Iterator[None]:
+    """No threads, which would read a whole block before they convert it, and no bar, which would come every block."""
+    drawn, threads = logging.is_progress_bar_enabled(), os.environ.get(_NO_THREADS)
     logging.disable_progress_bar()
+    os.environ[_NO_THREADS] = "1"
     try:
         yield
     finally:
+        if threads is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = threads
         if drawn:
             logging.enable_progress_bar()
+
+
+def _give_memory_back() -> None:
+    """glibc keeps freed memory that lies below memory in use, and after some blocks that is as much as the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
