@@ -6,17 +6,22 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from mopcompress.data.encoding import Encoded
@@ -50,6 +55,18 @@ def config_of(family: str, **changes: object) -> PretrainedConfig:
             return MistralConfig(**TOKENS | SHAPE | GROUPED | {"sliding_window": 4} | changes)
         case "mixtral":
             return MixtralConfig(**TOKENS | SHAPE | GROUPED | {"num_local_experts": 3} | changes)
+        case "qwen2":
+            return Qwen2Config(**TOKENS | SHAPE | {"num_key_value_heads": 2} | changes)
+        case "qwen3_moe":
+            sizes = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            return Qwen3MoeConfig(**TOKENS | SHAPE | sizes | changes)
+        case "gemma":
+            return GemmaConfig(**TOKENS | SHAPE | GROUPED | changes)
+        case "phi":
+            return PhiConfig(**TOKENS | SHAPE | changes)
+        case "bloom":
+            sizes = {"hidden_size": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "initializer_range": 0.2}
+            return BloomConfig(**TOKENS | sizes | changes)
         case "gemma2":
             return Gemma2Config(**TOKENS | SHAPE | GROUPED | SLIDING | {"attn_logit_softcapping": None} | changes)
         case "gemma3":

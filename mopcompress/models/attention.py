@@ -69,13 +69,18 @@ def recording() -> Iterator[Recording]:
 
 
 def with_our_attention(make: Callable[..., Made]) -> Made:
-    """`make(attn_implementation=...)`: ours, or the family's own where it cannot be exchanged."""
+    """`make(attn_implementation=...)`: ours, or the family's own where it cannot be exchanged.
+
+    Some of those families refuse another name; others take it and only leave out the mask that their own code needs.
+    """
     try:
-        return make(attn_implementation=NAME)
+        made = make(attn_implementation=NAME)
     except KeyError as error:
         if error.args != (NAME,):
             raise
         return make()
+    network: Any = made[0] if isinstance(made, tuple) else made
+    return made if network._can_set_attn_implementation() else make()
 
 
 def prompted_attention(
