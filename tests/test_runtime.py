@@ -5,8 +5,6 @@ from torch import nn
 
 from mopcompress.formats.runtime import SparseLinear, use_sparse_linears
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")  # torch says so once a process
-
 
 def linear_of(sparsity, *, bias, seed=0):
     with torch.random.fork_rng(devices=[]):

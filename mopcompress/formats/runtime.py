@@ -1,8 +1,10 @@
 """Linears that compute from their survivors alone, with `torch.sparse_csr`, on CPUs.
 
-Worth it where few are left: at 95 % sparsity it is faster than the dense product, at 50 % slower, for a batch of
-tokens much slower. `benchmarks/csr_runtime.py` measures it. For inference: the weights are not trained.
+Worth it where few are left: faster than the dense product at 95 % sparsity, slower at 50 %, and the more tokens there
+are at once the more must be gone. `benchmarks/csr_runtime.py` measures it. For inference: the weights are not trained.
 """
+
+import warnings
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ class SparseLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", linear.weight.detach().to_sparse_csr(), persistent=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            self.register_buffer("weight", linear.weight.detach().to_sparse_csr(), persistent=False)
         self.bias = linear.bias
 
     def forward(self, inputs: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
