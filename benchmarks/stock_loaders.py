@@ -1,13 +1,15 @@
 """What we write, loaded by the tools that others use: the greatest difference of a logit from the dense folder's.
 
-    GPTQMODEL_CPU_WORKERS=2 python benchmarks/stock_loaders.py
+    GPTQMODEL_CPU_WORKERS=2 python benchmarks/stock_loaders.py RESULT.json [FOLDER...]
 
-Needs the extra `gptq`. A small random Llama (2 blocks, hidden 256) in fp16 is pruned to 50 %, rounded by our GPTQ
-solver and exported; every loader computes the same tokens in fp32 where it can. Prints one JSON object. `dense_fp16`
-and `dense_bf16` say how far the dense folder itself is from its fp32 logits when it computes in that dtype: gptqmodel
-computes 4 bits on CPUs, and `GPTQModel.load` everything, in bf16.
+Needs the extra `gptq`. FOLDERs are models that `quantize` made; without any, a small random Llama (2 blocks, hidden
+256) in fp16 is pruned to 50 %, rounded by our GPTQ solver to 2, 3, 4 and 8 bits, and exported. Every loader computes
+the same tokens in fp32 where it can. Writes one JSON object. `dense_fp16` and `dense_bf16` say how far the dense folder
+itself is from its fp32 logits when it computes in that dtype: gptqmodel computes 4 bits on CPUs, and `GPTQModel.load`
+everything, in bf16.
 """
 
+import argparse
 import importlib.metadata
 import json
 import tempfile
@@ -16,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from mopcompress.compress.gptq import gptq
 from mopcompress.models.grid import FILE, write_grid
@@ -30,17 +33,25 @@ PACKAGES = ("gptqmodel", "optimum", "compressed-tensors")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", type=Path)  # gptqmodel talks on stdout
+    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
+    asked = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for bits in (2, 3, 4, 8):
-            for group_size in (64, None):
-                rows += measure(Path(folder) / f"{bits}-{group_size}", bits, group_size)
+        sources = asked.folders or [
+            compressed(Path(folder) / f"{bits} bits, groups of {group_size}", bits, group_size)
+            for bits in (2, 3, 4, 8)
+            for group_size in (64, None)
+        ]
+        for source in sources:
+            rows += measure(source, Path(folder) / "exports" / source.name)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    print(json.dumps({"rows": rows, **provenance(torch.device("cpu")), "loaders": versions}, indent=1))
+    content = {"rows": rows, **provenance(torch.device("cpu")), "loaders": versions}
+    asked.result.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(folder: Path, bits: int, group_size: int | None) -> list[dict[str, Any]]:
-    dense = compressed(folder / "dense", bits, group_size)
+def measure(dense: Path, targets: Path) -> list[dict[str, Any]]:
     expected = stock(dense, torch.float32)
     loaders: dict[str, tuple[str, Callable[[Path], Tensor]]] = {
         "dense_fp16": ("dense", lambda folder: stock(folder, torch.float16)),
@@ -51,11 +62,10 @@ def measure(folder: Path, bits: int, group_size: int | None) -> list[dict[str, A
     }
     rows = []
     for loader, (format, load) in loaders.items():
-        target = folder / format
-        if not target.exists():
-            export(str(dense), format, target)
-        difference = float((load(target) - expected).abs().max())
-        rows.append({"format": format, "bits": bits, "group_size": group_size, "loader": loader, "max": difference})
+        if not (targets / format).exists():
+            export(str(dense), format, targets / format)
+        difference = float((load(targets / format) - expected).abs().max())
+        rows.append({"name": dense.name, "format": format, "loader": loader, "max": difference})
     return [row | {"logit_max": float(expected.abs().max())} for row in rows]
 
 
@@ -72,6 +82,8 @@ def compressed(folder: Path, bits: int, group_size: int | None) -> Path:
             linear.weight.data = solved.weight
             scales[f"model.{name}"] = solved.scales
     network.half().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))  # GPTQModel.load wants one
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
     write_grid(folder / FILE, scales, bits=bits, group_size=group_size)
     return folder
 
