@@ -29,7 +29,7 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import for_pruning
 from mopcompress.recipe.fields import Spec
-from mopcompress.recipe.modifiers import Pruning
+from mopcompress.recipe.modifiers import Masking
 from mopcompress.stages.compress import compression_of
 from mopcompress.stages.provenance import peak_bytes, provenance
 from mopcompress.stages.shares import with_shares
@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parse()
     device = torch.device("cpu")
     recipe = for_pruning(load_recipe(arguments.recipe), method=arguments.method, sparsity=arguments.sparsity)
-    modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
+    modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Masking)]
     model = load_model(resolve_model(arguments.model), device=device)
     text = untokenised(arguments.calibration)
     tokens = text_windows(text, model.tokenizer, samples=arguments.samples, length=arguments.length)
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, default=DATA / "wikitext2_tokens_valid.txt")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--recipe", type=Path, help="its pruning modifiers, in the place of --method")
-    parser.add_argument("--method")
+    parser.add_argument("--method", choices=("magnitude", "wanda", "sparsegpt", "alps"))
     parser.add_argument("--sparsity", type=float)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)

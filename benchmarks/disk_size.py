@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mopcompress.formats.folder import header_of, open_stored
 from mopcompress.models.checkpoint import copy_other_files, resolve_model
-from mopcompress.models.grid import FILE, read_grid, write_grid
+from mopcompress.models.scales import FILE, read_grid, write_grid
 from mopcompress.models.skeleton import skeleton_of
 from mopcompress.models.weight_files import SINGLE
 from mopcompress.stages.export import export

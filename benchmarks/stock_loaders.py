@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from mopcompress.compress.gptq import gptq
-from mopcompress.models.grid import FILE, write_grid
+from mopcompress.models.scales import FILE, write_grid
 from mopcompress.stages.export import export
 from mopcompress.stages.provenance import provenance
 

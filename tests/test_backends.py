@@ -22,7 +22,7 @@ from mopcompress.backends.gptqmodel_worker import fallbacks, left_out, unpacked
 from mopcompress.backends.llmcompressor_worker import Listener, gptq_fields
 from mopcompress.errors import InputNotFoundError, NumericalError, OutOfMemoryError, UnavailableError
 from mopcompress.models.checkpoint import load_model
-from mopcompress.models.grid import codes_of, read_grid
+from mopcompress.models.scales import codes_of, read_grid
 from mopcompress.recipe import run as run_spec
 from mopcompress.stages.provenance import peak_bytes
 

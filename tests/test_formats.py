@@ -19,7 +19,7 @@ from mopcompress.formats import LAYOUTS, compressed_tensors, gptq_v1, sparse
 from mopcompress.formats.folder import open_stored
 from mopcompress.formats.layout import plain
 from mopcompress.models.checkpoint import load_model
-from mopcompress.models.grid import FILE, Grid, codes_of, read_grid
+from mopcompress.models.scales import FILE, Grid, codes_of, read_grid
 from mopcompress.models.skeleton import Skeleton, skeleton_of
 from mopcompress.stages.export import export
 from mopcompress.stages.verify import verify

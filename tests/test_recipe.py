@@ -380,6 +380,7 @@ def test_all_faults_come_at_once_each_with_its_place(write):
             "write allocation alone",
         ),
         ("SparseGPTModifier", {"sparsity": 0.5, "owl_m": 3}, "say nothing without an allocation"),
+        ("SparseGPTModifier", {"sparsity": 0.5, "allocation": "ramp", "owl_m": 3}, "owl_m says nothing"),
         (
             "SparseGPTModifier",
             {"sparsity": 0.5, "allocation": "olw"},

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from mopcompress import artifact
 from mopcompress.compress.walk import compress_block, compress_model
 from mopcompress.errors import DataError, NumericalError, OutputError, QualityGateError, StorageError
-from mopcompress.models.grid import read_grid
+from mopcompress.models.scales import read_grid
 from mopcompress.models.stored import places
 from mopcompress.recipe import GPTQModifier, SparseGPTModifier, load_recipe
 from mopcompress.stages import unfinished
@@ -311,7 +311,7 @@ def test_an_error_that_would_come_again_leaves_nothing(source, recipe, tmp_path,
 
 def test_work_that_failed_the_quality_gate_is_kept(source, whole, recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        counts = "mopcompress.stages.compress._counts"
+        counts = "mopcompress.stages.compress.check_fallbacks"
         patch.setattr(counts, lambda *_arguments: (_ for _ in ()).throw(QualityGateError("too many")))
         with pytest.raises(QualityGateError):
             run(source, tmp_path / "out", recipe)

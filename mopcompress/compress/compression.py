@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.compress import METHODS, Method, Solved
+from mopcompress.compress.matching import toward_dense
 from mopcompress.compress.refit import refit
 from mopcompress.compress.statistics import Statistic, input_drift, with_ridge
-from mopcompress.compress.target import toward_dense
 from mopcompress.errors import DataError
 from mopcompress.targets import chosen
+
+DAMPING = 0.01  # of the refit, for methods that have none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ def solve_in_turn(
         weights = [solved[name].weight for name in names]
         together = method.solve_together(weights, statistics.of(method), **step.options_for(names))
         if step.compression.refit_steps:
-            together = _refitted(weights, statistics.gram(), together, step.compression.refit_steps)
+            together = _refitted(weights, statistics.gram(), together, step.compression)
         for name, one in zip(names, together, strict=True):
             solved[name] = replace(one, escalations=solved[name].escalations + one.escalations)
     return solved
@@ -107,11 +110,12 @@ def _moved_towards_dense(
 
 
 def _refitted(
-    weights: Sequence[Tensor], gram: Float[Tensor, "in in"], pruned: Sequence[Solved], steps: int
+    weights: Sequence[Tensor], gram: Float[Tensor, "in in"], pruned: Sequence[Solved], compression: Compression
 ) -> list[Solved]:
-    """The least-squares values for the weights that pruning kept."""
+    """The least-squares values for the weights that pruning kept, with the method's own damping if it has one."""
+    damping: Any = compression.options.get("damping", DAMPING)
     stack, found = torch.cat(list(weights)), torch.cat([one.weight for one in pruned])
-    best = refit(stack, with_ridge(gram.to(stack), 0.01), found == 0, found, steps=steps)
+    best = refit(stack, with_ridge(gram.to(stack), damping), found == 0, found, steps=compression.refit_steps)
     parts = torch.split(best, [len(weight) for weight in weights])
     return [replace(one, weight=part) for one, part in zip(pruned, parts, strict=True)]
 

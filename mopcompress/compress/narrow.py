@@ -20,16 +20,14 @@ from mopcompress.compress.statistics import InputGram
 from mopcompress.compress.structured import narrow
 from mopcompress.errors import DataError, MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import Linear, set_weight, weight_of
 from mopcompress.models.widths import (
-    Linear,
     Part,
     attention_of,
     channel_sizes,
     check_twin,
     head_sizes,
-    matrix_of,
     mlp_of,
-    set_matrix,
     take_sizes,
     twin,
 )
@@ -171,7 +169,7 @@ def _narrow_block(
                 blocks=len(model.blocks),
                 kind=cut.kind,
                 before=part.groups,
-                after=matrix_of(reader).shape[1] // width,
+                after=weight_of(reader).shape[1] // width,
                 weights_before=before[reader],
                 weights=part.weights,
                 error=settled.error,
@@ -217,7 +215,7 @@ def narrowing_on_arrival(parts: Mapping[Linear, tuple[Part, Cut]]) -> Iterator[d
 def _settle(reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, cut: Cut) -> Settled:
     """Narrow the matrix in place; its bias, if it has one, takes over the mean of what goes."""
     start = time.perf_counter()
-    weight, bias = matrix_of(reader), reader.bias
+    weight, bias = weight_of(reader), reader.bias
     seen = InputGram()
     seen.update(inputs if bias is None else inputs - inputs.mean(0))
     gram = seen.mean()
@@ -226,7 +224,7 @@ def _settle(reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, cut
     lost[:, solved.kept] -= solved.weight
     size = float((weight @ gram * weight).sum())
     error = float((lost @ gram * lost).sum()) / size if size > 0 else 0.0
-    set_matrix(reader, solved.weight, None if bias is None else bias + lost @ inputs.mean(0))
+    set_weight(reader, solved.weight, None if bias is None else bias + lost @ inputs.mean(0))
     return Settled(solved.kept, error, solved.escalations, time.perf_counter() - start)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from mopcompress.compress.allocation import Shares, Survey, survey_block
 from mopcompress.compress.masks import lowest_overall
 from mopcompress.compress.statistics import InputNorms
-from mopcompress.compress.walk import linears_of, noting_inputs, weight_of
+from mopcompress.compress.walk import linears_of, noting_inputs
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import weight_of
 
 Present = Callable[[int], AbstractContextManager[None]]
 """Inside `present(index)`, block `index` of the model has its weights."""

@@ -6,7 +6,7 @@ every sub-layer is computed exactly once. SparseGPT's released code and llm-comp
 calibrate all linears of a block on that block's dense weights. Several compressions of a linear, such as pruning and
 then rounding, follow each other on the same statistic: a whole recipe is one pass.
 
-Only when a compression asks to match the dense model (see `target`) do the dense hidden states walk along, and every
+Only when a compression asks to match the dense model (see `matching`) do the dense hidden states walk along, and every
 block is run twice: dense, where the inputs of its linears are noted, then compressed.
 """
 
@@ -17,16 +17,15 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from mopcompress.compress.compression import Compression, Step, solve_in_turn, steps_of
 from mopcompress.compress.solved import Quantised, Solved
 from mopcompress.errors import MopError, NumericalError
 from mopcompress.models.experts import Unstacked, expert_by_expert, unstacked
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import Linear, weight_of
 
-Linear = nn.Linear | Conv1D
 Names = dict[Linear, str]
 
 
@@ -210,7 +209,7 @@ def compressing_on_arrival(
 
 @contextmanager
 def _before(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -> Iterator[None]:
-    """Inside the block, `act(linear, input)` runs before each linear. Hooks exist here and nowhere else."""
+    """Inside the block, `act(linear, input)` runs before each linear. Narrowing has hooks of its own: they replace."""
     handles = [
         linear.register_forward_pre_hook(lambda linear, inputs: _nothing(act(linear, inputs[0]))) for linear in linears
     ]
@@ -235,11 +234,6 @@ def _is_matched(name: str, steps: Sequence[Step]) -> bool:
 
 def _nothing(_result: object) -> None:
     """A hook's answer would replace the input."""
-
-
-def weight_of(linear: Linear) -> Tensor:
-    """The weight as [out, in]; GPT-2's Conv1D stores it transposed."""
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
 def _row(

@@ -29,7 +29,7 @@ from mopcompress.formats.layout import (
     quantised,
 )
 from mopcompress.formats.packing import pack_bits, unpack_bits
-from mopcompress.models.grid import Grid
+from mopcompress.models.scales import Grid
 from mopcompress.models.skeleton import Skeleton
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape")

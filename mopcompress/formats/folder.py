@@ -17,7 +17,7 @@ from torch import Tensor
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.formats import LAYOUTS
 from mopcompress.formats.layout import OpenFile, dtype_name
-from mopcompress.models.grid import Grid, read_grid
+from mopcompress.models.scales import Grid, read_grid
 from mopcompress.models.weight_files import SPARSE, weight_files
 
 FORMAT, BITS, GROUP_SIZE = "mopcompress", "bits", "group_size"  # entries of a file's header

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mopcompress.errors import DataError
-from mopcompress.models.grid import Grid
+from mopcompress.models.scales import Grid
 from mopcompress.models.skeleton import Skeleton
 
 WEIGHT = ".weight"

@@ -33,7 +33,7 @@ from mopcompress.formats.packing import (
     unpack_bits,
     unpack_mask,
 )
-from mopcompress.models.grid import Grid
+from mopcompress.models.scales import Grid
 from mopcompress.models.skeleton import Skeleton
 from mopcompress.models.weight_files import SPARSE
 

@@ -15,12 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
-
-Linear = nn.Linear | Conv1D
+from mopcompress.models.linears import Linear, set_weight, weight_of
 
 MLPS = (  # names of the matrices that write the inner features, and of the one that reads them
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
@@ -58,7 +56,7 @@ class Part:
             rows = torch.arange(sum(segments), device=kept.device).split(segments)
             left = torch.cat([segment.view(self.groups, -1)[kept].flatten() for segment in rows])
             bias = None if writer.bias is None else writer.bias[left]
-            set_matrix(writer, matrix_of(writer)[left], bias)
+            set_weight(writer, weight_of(writer)[left], bias)
 
     @property
     def weights(self) -> int:
@@ -69,17 +67,17 @@ class Part:
         """[out, in] of every matrix when `kept` groups are left."""
         written = [sum(segments) // self.groups * kept for segments in self.segments]
         rows = {
-            writer: (count, matrix_of(writer).shape[1]) for writer, count in zip(self.writers, written, strict=True)
+            writer: (count, weight_of(writer).shape[1]) for writer, count in zip(self.writers, written, strict=True)
         }
-        out, width = matrix_of(self.reader).shape
+        out, width = weight_of(self.reader).shape
         return {**rows, self.reader: (out, width // self.groups * kept)}
 
 
 def mlp_of(model: LanguageModel, index: int) -> Part:
     """The MLP of a block; every channel is a group. Raises `DataError` when there is none of a known form."""
     name, writers, reader = _found(model.blocks_prefix(), index, model.blocks[index], MLPS, "MLP")
-    width = matrix_of(reader).shape[1]
-    rows = [len(matrix_of(writer)) for writer in writers]
+    width = weight_of(reader).shape[1]
+    rows = [len(weight_of(writer)) for writer in writers]
     if any(count % width for count in rows):
         raise DataError(f"{name}: reads {width} channels, but {rows} are written; this MLP cannot be narrowed")
     return Part(name, writers, reader, width, tuple((width,) * (count // width) for count in rows))
@@ -89,10 +87,10 @@ def attention_of(model: LanguageModel, index: int) -> Part:
     """The attention of a block; a group is a key-value head with all its query heads. Raises `DataError` likewise."""
     name, writers, reader = _found(model.blocks_prefix(), index, model.blocks[index], ATTENTIONS, "attention")
     heads, groups = _heads(model.config)
-    width = matrix_of(reader).shape[1]
+    width = weight_of(reader).shape[1]
     values = width // heads * groups
     segments = ((width, values, values),) if len(writers) == 1 else ((width,), (values,), (values,))
-    rows = [len(matrix_of(writer)) for writer in writers]
+    rows = [len(weight_of(writer)) for writer in writers]
     if width % heads or heads % groups or rows != [sum(one) for one in segments]:
         raise DataError(
             f"{name}: {width} inputs and {rows} rows do not fit {heads} heads on {groups} key-value heads; "
@@ -115,7 +113,7 @@ def channel_sizes(model: LanguageModel, kept: int) -> dict[str, int]:
 def head_sizes(model: LanguageModel, kept: int) -> dict[str, int]:
     """The keys of the configuration that change when `kept` key-value groups stay; the size of a head does not."""
     heads, groups = _heads(model.config)
-    head_dim = matrix_of(attention_of(model, 0).reader).shape[1] // heads
+    head_dim = weight_of(attention_of(model, 0).reader).shape[1] // heads
     return {"num_attention_heads": heads // groups * kept, "num_key_value_heads": kept, "head_dim": head_dim}
 
 
@@ -144,7 +142,7 @@ def check_twin(
     for name, module in network.named_modules():
         wanted = [shapes[module]] if module in shapes else _own_shapes(module)
         found = theirs.get(name)
-        if found is None or wanted != ([tuple(matrix_of(found).shape)] if module in shapes else _own_shapes(found)):
+        if found is None or wanted != ([tuple(weight_of(found).shape)] if module in shapes else _own_shapes(found)):
             raise DataError(
                 f"a {type(network).__name__} with {_shown(sizes)} has no {name} of shape {wanted}: its configuration "
                 "cannot say what is asked for; leave that share at 0"
@@ -166,19 +164,6 @@ def write_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | dict(sizes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def matrix_of(linear: Linear) -> Tensor:
-    """The weight as [out, in]; GPT-2's Conv1D stores it transposed."""
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-
-
-def set_matrix(linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear another weight [out, in] and bias, in place."""
-    stored = weight.T if isinstance(linear, Conv1D) else weight
-    linear.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
 
 
 def _found(

@@ -89,6 +89,8 @@ class PruningModifier(Spec):
             if (self.owl_m, self.allocation_spread) != (5.0, 0.08):
                 raise fault("owl_m and allocation_spread say nothing without an allocation; add it, or take them out")
             return self
+        if self.owl_m != 5.0 and self.allocation not in {"owl", "best"}:
+            raise fault(f"owl_m says nothing with allocation: {self.allocation}; take it out, or choose owl or best")
         taken = {
             "a list of sparsity": isinstance(getattr(self, "sparsity", None), tuple),
             "mask_structure": bool(self.pattern),

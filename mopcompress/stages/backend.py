@@ -1,6 +1,5 @@
 """`prune` and `quantize` by another library: the same recipe in, the same kind of folder and manifest out."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopcompress import artifact
 from mopcompress.backends.checks import read_given, with_fp16_scales
 from mopcompress.backends.child import BACKENDS, Answer, Backend, Request, python_for, run
 from mopcompress.compress.compression import Compression
@@ -21,16 +19,14 @@ from mopcompress.models.checkpoint import (
     load_model,
     resolve_model,
     save_model,
-    weights_bytes,
     weights_hash,
 )
-from mopcompress.models.grid import FILE as GRID
-from mopcompress.models.grid import write_grid
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recipe import GPTQModifier, Recipe, StructuredPruningModifier, resolved
+from mopcompress.recipe import GPTQModifier, Recipe, StructuredPruningModifier
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.compress import Compressing, compression_of
+from mopcompress.stages.compressed import keep_scales, mask_facts, published, request_facts
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import provenance
 from mopcompress.stages.shares import with_shares
@@ -68,29 +64,18 @@ def compress_elsewhere(
             f"{answer.fallbacks[0]}, and says so in its log only; --max-fallback allows {recipe.run.max_fallback:g} of "
             "them; calibrate on more tokens, ask for more damping, or allow it"
         )
-    weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
     facts: dict[str, Any] = {
-        "kind": "compressed model",
-        "method": "+".join(modifier.method for modifier in modifiers),
-        "base": {"folder": str(source), "sha256": weights_hash(source)},
-        "weights": weights,
-        "zeros": zeros,
-        "sparsity": zeros / weights,
+        **request_facts(source, modifiers, calibration, recipe),
+        **mask_facts(rows),
         "fallbacks": len(answer.fallbacks),
         "compress_seconds": answer.seconds,
         "peak_bytes": answer.peak_bytes,
         "backend": {"name": backend.name, "python": str(python), **_told(answer)},
-        "calibration": calibration,
-        "recipe": resolved(recipe),
         **provenance(CPU),
     }
-    with artifact.publish(target, facts) as scratch:
+    with published(target, facts, rows) as scratch:
         save_model(model, source, scratch)
-        _write_grid(scratch / GRID, scales, requests)
-        lines = [json.dumps(asdict(row)) for row in rows]
-        artifact.write_whole(scratch / "layers.jsonl", "\n".join(lines) + "\n")
-        facts["model_bytes"] = weights_bytes(scratch)
-        facts["sha256"] = weights_hash(scratch)
+        keep_scales(scratch, scales, [(one.bits, one.group_size) for one in known if isinstance(one, GPTQModifier)])
     return facts
 
 
@@ -155,13 +140,6 @@ def _take_over(
                 )
             )
     return rows, given.scales
-
-
-def _write_grid(path: Path, scales: dict[str, Tensor], requests: Sequence[Request]) -> None:
-    """One file holds one width: a recipe that rounds twice gets none."""
-    rounding = [one.options for one in requests if one.method == "gptq"]
-    if len(rounding) == 1:
-        write_grid(path, scales, bits=int(rounding[0]["bits"]), group_size=rounding[0]["group_size"])
 
 
 def _told(answer: Answer) -> dict[str, Any]:

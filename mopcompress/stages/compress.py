@@ -1,42 +1,36 @@
 """`prune` and `quantize`: a dense folder in, a compressed folder that stock `from_pretrained` loads out."""
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from mopcompress import artifact
 from mopcompress.compress.compression import Compression, Step
 from mopcompress.compress.walk import LayerRow, compress_block, linears_of, planned
-from mopcompress.errors import QualityGateError
 from mopcompress.models.checkpoint import (
     check_folder,
     check_output,
     copy_other_files,
     load_tokenizer,
     resolve_model,
-    weights_bytes,
     weights_hash,
 )
-from mopcompress.models.grid import FILE as GRID
-from mopcompress.models.grid import write_grid
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import weight_of
 from mopcompress.models.streaming import StreamedModel
 from mopcompress.recipe import (
     ALPSModifier,
     GPTQModifier,
     Recipe,
     SparseGPTModifier,
-    resolved,
 )
 from mopcompress.recipe.modifiers import Masking, Pruning, StructuredPruningModifier
 from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.compressed import check_fallbacks, keep_scales, mask_facts, published, request_facts
 from mopcompress.stages.fitting import check_fit
 from mopcompress.stages.narrow import narrow_into
 from mopcompress.stages.progress import Progress, silent
@@ -75,11 +69,11 @@ def compress_into(
 
     Structured pruning, which stands alone, makes matrices smaller, and begins anew.
     """
+    structured = next((one for one in modifiers if isinstance(one, StructuredPruningModifier)), None)
+    if structured:
+        return narrow_into(target, source, structured, tokens, calibration, recipe, progress=progress)
     device = choose_device(recipe.run.device)
     masking = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
-    for one in modifiers:
-        if isinstance(one, StructuredPruningModifier):
-            return narrow_into(target, source, one, tokens, calibration, recipe, progress=progress)
     streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
     check_fit(_inputs_of(streamed.model), masking)
     compressions = [
@@ -87,11 +81,9 @@ def compress_into(
         for one in masking
     ]
     steps = planned(streamed.model, compressions)
-    method = "+".join(modifier.method for modifier in masking)
-    base = {"folder": str(source), "sha256": weights_hash(source)}
-    made_by = provenance(device)
+    requested, made_by = request_facts(source, modifiers, calibration, recipe), provenance(device)
     asked = {
-        "model": base["sha256"],
+        "model": requested["base"]["sha256"],
         "calibration": calibration["sha256"],
         "compressions": {str(number): asdict(one) for number, one in enumerate(compressions, start=1)},
         "versions": made_by["versions"],
@@ -99,27 +91,23 @@ def compress_into(
         "device": made_by["device"],
     }
     with unfinished(target, source, asked, streamed.places, lambda line: progress(line, 0, 0)) as job:
-        _run(streamed, tokens.to(device), steps, job, _told(progress, method))
+        _run(streamed, tokens.to(device), steps, job, _told(progress, requested["method"]))
         facts: dict[str, Any] = {
-            "kind": "compressed model",
-            "method": method,
+            **requested,
             "allocation": "+".join(one.allocation for one in compressions),
-            "base": base,
-            **_counts(job.rows, recipe.run.max_fallback),
+            **mask_facts(job.rows),
+            "fallbacks": check_fallbacks(job.rows, recipe.run.max_fallback, ": the work is kept"),
+            "unreached": [row.name for row in job.rows if not row.methods],  # experts that are as they were
             "compress_seconds": job.seconds,
             "peak_bytes": peak_bytes(),
-            "calibration": calibration,
-            "recipe": resolved(recipe),
             **made_by,
         }
-        with artifact.publish(target, facts) as scratch:
+        with published(target, facts, job.rows) as scratch:
             job.give(scratch)
             copy_other_files(source, scratch)
-            _write_grid(scratch, job.scales, masking)
-            lines = [json.dumps(asdict(row)) for row in job.rows]
-            artifact.write_whole(scratch / "layers.jsonl", "\n".join(lines) + "\n")
-            facts["model_bytes"] = weights_bytes(scratch)
-            facts["sha256"] = weights_hash(scratch)
+            keep_scales(
+                scratch, job.scales, [(one.bits, one.group_size) for one in masking if isinstance(one, GPTQModifier)]
+            )
     return facts
 
 
@@ -139,25 +127,6 @@ def _run(
             job.finish(index, block, streamed.stored(index), time.perf_counter() - start)
         for row in block.rows:
             told(row)
-
-
-def _counts(rows: Sequence[LayerRow], max_fallback: float) -> dict[str, Any]:
-    """What was counted over all compressed linears. Raises `QualityGateError` when too many are worse than asked."""
-    fallbacks = sum(row.escalations > 0 for row in rows)
-    if fallbacks > max_fallback * len(rows):
-        raise QualityGateError(
-            f"{fallbacks} of {len(rows)} matrices needed more damping than asked for, --max-fallback allows "
-            f"{max_fallback:g} of them; calibrate on more tokens, or allow it: the work is kept"
-        )
-    weights, zeros = sum(row.weights for row in rows), sum(row.zeros for row in rows)
-    unreached = [row.name for row in rows if not row.methods]  # experts that are as they were
-    return {
-        "weights": weights,
-        "zeros": zeros,
-        "sparsity": zeros / weights,
-        "fallbacks": fallbacks,
-        "unreached": unreached,
-    }
 
 
 def compression_of(modifier: Compressing) -> Compression:
@@ -201,17 +170,9 @@ def compression_of(modifier: Compressing) -> Compression:
 
 def _inputs_of(model: LanguageModel) -> dict[str, int]:
     every = [(name, linear) for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()]
-    return {name: one.weight.shape[0 if isinstance(one, Conv1D) else 1] for name, one in every}
+    return {name: weight_of(one).shape[1] for name, one in every}
 
 
 def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:
     what = f"{method}: calibrating and compressing block by block"
     return lambda row: progress(what, row.block + 1, row.blocks)
-
-
-def _write_grid(folder: Path, scales: Mapping[str, Tensor], modifiers: Sequence[Compressing]) -> None:
-    """One file holds one kind of grid: a model with two of them cannot be exported without rounding anew."""
-    grids = {(one.bits, one.group_size) for one in modifiers if isinstance(one, GPTQModifier)}
-    if len(grids) == 1 and scales:
-        bits, group_size = grids.pop()
-        write_grid(folder / GRID, scales, bits=bits, group_size=group_size)

@@ -13,7 +13,7 @@ from mopcompress.errors import DataError, InputNotFoundError, OutputError, Stora
 from mopcompress.formats import LAYOUTS
 from mopcompress.formats.folder import Sizes, Stored, digests, open_stored, write_file
 from mopcompress.models.checkpoint import check_output, copy_other_files, resolve_model
-from mopcompress.models.grid import FILE, Grid, write_grid
+from mopcompress.models.scales import FILE, Grid, write_grid
 from mopcompress.models.skeleton import skeleton_of
 from mopcompress.models.weight_files import INDEX, SINGLE
 from mopcompress.stages.progress import Progress, silent

@@ -3,10 +3,8 @@
 The model is in memory as a whole, and a stopped run begins anew.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mopcompress import artifact
 from mopcompress.compress.narrow import Narrowing, NarrowRow, narrow_model
 from mopcompress.compress.walk import linears_of
-from mopcompress.errors import QualityGateError, StorageError
-from mopcompress.models.checkpoint import load_model, save_model, stored_dtype, weights_bytes, weights_hash
+from mopcompress.errors import StorageError
+from mopcompress.models.checkpoint import load_model, save_model, stored_dtype, weights_bytes
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.widths import write_sizes
-from mopcompress.recipe import Recipe, StructuredPruningModifier, resolved
+from mopcompress.recipe import Recipe, StructuredPruningModifier
+from mopcompress.stages.compressed import check_fallbacks, published, request_facts
 from mopcompress.stages.progress import Progress
 from mopcompress.stages.provenance import choose_device, peak_bytes, provenance
 
@@ -46,37 +44,24 @@ def narrow_into(
     start = time.perf_counter()
     done = narrow_model(model, tokens.to(device), narrowing_of(modifier), progress=_told(progress))
     seconds = time.perf_counter() - start
-    fallbacks = sum(row.escalations > 0 for row in done.rows)
-    if fallbacks > recipe.run.max_fallback * len(done.rows):
-        raise QualityGateError(
-            f"{fallbacks} of {len(done.rows)} matrices needed more damping than asked for, --max-fallback allows "
-            f"{recipe.run.max_fallback:g} of them; calibrate on more tokens, or allow it"
-        )
     facts: dict[str, Any] = {
-        "kind": "compressed model",
-        "method": modifier.method,
-        "base": {"folder": str(source), "sha256": weights_hash(source)},
+        **request_facts(source, [modifier], calibration, recipe),
         "weights": weights,
         "sparsity": 1 - _weights(model) / weights,
         "channels": _counted(done.rows, "channels", modifier.mlp_sparsity),
         "kv_groups": _counted(done.rows, "kv_groups", modifier.head_sparsity),
         "parameters": {"before": parameters, "after": model.network.num_parameters()},
         "base_bytes": weights_bytes(source),
-        "fallbacks": fallbacks,
+        "fallbacks": check_fallbacks(done.rows, recipe.run.max_fallback),
         "compress_seconds": seconds,
         "peak_bytes": peak_bytes(),
-        "calibration": calibration,
-        "recipe": resolved(recipe),
         **provenance(device),
     }
-    with artifact.publish(target, facts) as scratch:
+    with published(target, facts, done.rows) as scratch:
         save_model(model, source, scratch)
         if done.sizes:
             write_sizes(scratch, done.sizes)
         _check_written(scratch, model)
-        artifact.write_whole(scratch / "layers.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in done.rows))
-        facts["model_bytes"] = weights_bytes(scratch)
-        facts["sha256"] = weights_hash(scratch)
     return facts
 
 

@@ -11,9 +11,10 @@ from mopcompress.compress.allocation import Shares, Survey
 from mopcompress.compress.compression import Compression
 from mopcompress.compress.magnitude import one_threshold
 from mopcompress.compress.survey import Present, always, errors_of, survey_model
-from mopcompress.compress.walk import linears_of, planned, weight_of
+from mopcompress.compress.walk import linears_of, planned
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import weight_of
 from mopcompress.recipe import GPTQModifier, MagnitudePruningModifier
 from mopcompress.recipe.modifiers import Masking
 
@@ -37,9 +38,13 @@ def with_shares(
 
     `model` is as it was before any compression.
     """
-    if isinstance(modifier, GPTQModifier) or isinstance(modifier.sparsity, tuple):
+    if isinstance(modifier, GPTQModifier):
+        return compression
+    globally = isinstance(modifier, MagnitudePruningModifier) and modifier.apply_globally
+    if modifier.allocation == "uniform" and not globally:
         return compression
     [step] = planned(model, [compression])
+    assert isinstance(modifier.sparsity, float)  # for mypy: a list is one share a target already
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for index in range(len(model.blocks)):
@@ -48,10 +53,8 @@ def with_shares(
                     (name, weight_of(one)) for one, name in linears_of(model, index).items() if name in step.place
                 )
 
-    if isinstance(modifier, MagnitudePruningModifier) and modifier.apply_globally:
+    if globally:
         shares = one_threshold(weights, modifier.sparsity)
-    elif modifier.allocation == "uniform":
-        return compression
     else:
         allocated, shares = _allocated(modifier, model, tokens, step.place, present)
         compression = replace(compression, allocation=allocated)

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from mopcompress.compress.gptq import gptq
 from mopcompress.errors import DataError, RefusedError
-from mopcompress.models.grid import FILE, codes_of, read_grid, write_grid
+from mopcompress.models.scales import FILE, codes_of, read_grid, write_grid
 from mopcompress.models.weight_files import weight_files
 
 

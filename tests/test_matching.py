@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mopcompress.compress.matching import toward_dense
 from mopcompress.compress.statistics import input_drift
-from mopcompress.compress.target import toward_dense
 from mopcompress.errors import NumericalError
 
 
@@ -81,10 +81,12 @@ def test_dense_inputs_that_are_not_finite_are_refused():
         input_drift(inputs, dense)
 
 
-def test_zeros_by_chance_are_no_mask():
+def test_zeros_by_chance_stay_zero_and_leave_the_others_alone():
     weight, inputs, dense = problem()
     wide = torch.cat([weight] * 30)
     wide[0, 0] = 0
     gram, drift = gram_of(inputs), input_drift(inputs, dense)
     kept, plain = (toward_dense(wide, gram, drift, share=1.0, keep_zeros=keep).weight for keep in (True, False))
+    assert plain[0, 0] != 0
+    plain[0, 0] = 0
     assert torch.equal(kept, plain)

@@ -17,7 +17,7 @@ from mopcompress.compress.refit import refit
 from mopcompress.compress.solved import Solved
 from mopcompress.compress.statistics import with_ridge
 
-_PRUNED = 0.01  # with fewer zeros than this a weight was not pruned: they are there by chance
+_PRUNED = 0.01  # fewer zeros than this are kept without a refit of the others, which would hardly move
 _STEPS = 30  # of the refit, when some weights must stay zero
 
 
@@ -40,7 +40,8 @@ def toward_dense(
     factor = inverse_factor(gram.to(weight), damping=damping)
     change = weight @ drift.to(weight) @ factor.upper.T @ factor.upper
     zeros = weight == 0
-    if keep_zeros and float(zeros.float().mean()) >= _PRUNED:
+    if keep_zeros and bool(zeros.any()):
         best = weight + change
-        change = refit(best, with_ridge(gram.to(weight), damping), zeros, best, steps=_STEPS) - weight
+        steps = _STEPS if float(zeros.float().mean()) >= _PRUNED else 0
+        change = refit(best, with_ridge(gram.to(weight), damping), zeros, best, steps=steps) - weight
     return Solved(weight + share * change, factor.escalations)

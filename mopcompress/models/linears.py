@@ -1,0 +1,19 @@
+"""The linears of a network, however they are stored: a weight is [out, in]."""
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Linear = nn.Linear | Conv1D
+
+
+def weight_of(linear: Linear) -> Tensor:
+    """The weight as [out, in]; GPT-2's Conv1D stores it transposed."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def set_weight(linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear another weight [out, in] and bias, in place."""
+    stored = weight.T if isinstance(linear, Conv1D) else weight
+    linear.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
