@@ -1,4 +1,4 @@
-"""Perplexity and exact match of a model, with or without prompts, over the same scored tokens.
+"""Perplexity and exact match of a model, with or without an adapter, over the same scored tokens.
 
 Exact match needs no generation: greedy decoding gives exactly the reference tokens (the end of turn included) if and
 only if every reference token is the most likely one after those before it.
@@ -7,38 +7,27 @@ only if every reference token is the most likely one after those before it.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mopcompress.errors import NumericalError
-from mopcompress.models.attention import Prefix, attending_to
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.results import DocumentScores, TaskScore
-from mopcompress.scoring import score_response
-from mopcompress.states import CachedStates, batches_by_length
-
-
-@runtime_checkable  # so that the test run can check it
-class Prompts(Protocol):
-    """Anything that gives a prefix for what the gate reads."""
-
-    def frozen(self, model: LanguageModel) -> Callable[[Float[Tensor, "batch hidden"]], Prefix]:
-        """Run the prompts through the upper blocks once; only the gate is left to compute an example."""
-        ...
+from mopcompress.scoring import score_responses
+from mopcompress.states import Applied, CachedStates, batches_by_length
 
 
 def evaluate(
     model: LanguageModel,
     states: CachedStates,
-    prompts: Prompts | None = None,
+    applied: Applied | None = None,
     *,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> DocumentScores:
-    """Score every document's response. `progress` is told how many documents are done.
+    """Score every document's response, under a compiled adapter if one is given.
+
+    `progress` is told how many documents are done.
 
     Raises `NumericalError` when a document's likelihood is not a number.
     """
@@ -46,12 +35,10 @@ def evaluate(
     nats, exact = [0.0] * len(documents), [False] * len(documents)
     done = 0
     with torch.inference_mode():
-        prefix_for = prompts.frozen(model) if prompts else None
         for rows in batches_by_length(documents, batch_size, generator=None):
             batch = states.batch(rows)
-            with attending_to(prefix_for(batch.summary)) if prefix_for else nullcontext():
-                left = model.resume(batch.hidden, states.layer)
-            scores = score_response(model, left, batch)
+            with applied(batch.instructions) if applied else nullcontext():
+                scores = score_responses(model, batch, states.layer)
             sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(
                 0, batch.example.cpu(), scores.nats.double().cpu()
             )

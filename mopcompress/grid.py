@@ -57,9 +57,7 @@ def compressed_settings(run: Mapping[str, Any]) -> list[Setting]:
 
 
 def cells_of(run: Mapping[str, Any], setting: Setting) -> list[Cell]:
-    """`none` does not depend on the seed, and stands under 0; the dense model is scored without prompts only."""
-    if setting == DENSE:
-        return [Cell(setting.name, "none", 0)]
-    arms = run.get("arms") or ()
+    """`none` does not depend on the seed, and stands under 0; the dense model has arms of its own, `none` always."""
+    arms = ("none", *(run.get("dense_arms") or ())) if setting == DENSE else run.get("arms") or ()
     cells = [Cell(setting.name, "none", 0)] if "none" in arms else []
     return cells + [Cell(setting.name, arm, seed) for seed in run.get("seeds") or () for arm in arms if arm != "none"]

@@ -18,8 +18,9 @@ class TokenScores:
     greedy: Bool[Tensor, " scored"]  # it is the most likely token
 
 
-def score_response(model: LanguageModel, left: Float[Tensor, "batch time hidden"], batch: Batch) -> TokenScores:
-    """Score the response tokens of `batch` from the model's last hidden states. The head sees no other position."""
+def score_responses(model: LanguageModel, batch: Batch, layer: int) -> TokenScores:
+    """Run the blocks from `layer` on, and score the response tokens. The head sees no other position."""
+    left = model.resume(batch.hidden, layer)
     logits = model.logits(left[batch.example, batch.position])
     nats = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")
     return TokenScores(nats, logits.argmax(-1) == batch.target)

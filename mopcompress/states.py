@@ -1,11 +1,13 @@
 """Hidden states half-way up, computed once a document.
 
-The blocks below the prompts are frozen and never see a prompt, so their output is the same for every step, arm and seed
-on one compressed model: about a third of the depth is paid for once. The gate reads the same states.
+The blocks below an adapter are frozen and never see it, so their output is the same for every step, arm and seed on one
+compressed model: about a third of the depth is paid for once. Gates read the same states. At layer 0 they are
+embeddings.
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,25 @@ from mopcompress.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
+class Instructions:
+    """All that an adapter may read of its examples: nothing of it depends on a response."""
+
+    hidden: Float[Tensor, "batch time hidden"]  # instruction tokens at the adapter's layer; zeros after their end
+    tokens: Int[Tensor, " batch"]  # how many there are
+    summary: Float[Tensor, "batch hidden"]  # their mean
+    tasks: Sequence[str] | None = None  # the true ones, where they are known
+
+
+Applied = Callable[[Instructions], AbstractContextManager[object]]
+"""Inside `applied(instructions)`, a trained adapter acts on the network."""
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Right-padded documents at the prompts' layer, with what is to be predicted from them."""
+    """Right-padded documents at an adapter's layer, with what is to be predicted from them."""
 
     hidden: Float[Tensor, "batch time hidden"]
-    summary: Float[Tensor, "batch hidden"]  # what the gate reads: the mean over instruction tokens alone
+    instructions: Instructions
     example: Int[Tensor, " scored"]  # which document of the batch each scored token belongs to
     position: Int[Tensor, " scored"]  # the position that predicts it: one before its own
     target: Int[Tensor, " scored"]  # the response token itself
@@ -62,17 +78,26 @@ class CachedStates:
         documents = [self.documents[row] for row in rows]
         longest = max(len(document.tokens) for document in documents)
         hidden = torch.zeros(len(rows), longest, self._hidden.shape[1])
+        contexts = [document.context_tokens for document in documents]
+        instructions = torch.zeros(len(rows), max(contexts), self._hidden.shape[1])
         example: list[int] = []
         position: list[int] = []
         target: list[int] = []
         for index, (row, document) in enumerate(zip(rows, documents, strict=True)):
             hidden[index, : len(document.tokens)] = self._of(row)
+            instructions[index, : document.context_tokens] = hidden[index, : document.context_tokens]
             scored = range(document.context_tokens, len(document.tokens))
             example += [index] * len(scored)
             position += [time - 1 for time in scored]
             target += document.tokens[document.context_tokens :]
         indices = torch.tensor([example, position, target], device=self.device)
-        return Batch(hidden.to(self.device), self.summaries[list(rows)], *indices)
+        read = Instructions(
+            hidden=instructions.to(self.device),
+            tokens=torch.tensor(contexts, device=self.device),
+            summary=self.summaries[list(rows)],
+            tasks=[document.task for document in documents],
+        )
+        return Batch(hidden.to(self.device), read, *indices)
 
     def some_states(self, rows: Sequence[int], count: int, generator: torch.Generator) -> Float[Tensor, "count hidden"]:
         """States at `count` random instruction positions; never the first, which attention uses as a sink."""

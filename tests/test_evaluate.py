@@ -26,7 +26,8 @@ def mixture_of(log_opening=0.0, hidden=HIDDEN):
 
 
 def scored(model, documents, mixture=None, *, batch_size=4):
-    return evaluate(model, CachedStates(model, documents, LAYER, batch_size=4), mixture, batch_size=batch_size)
+    applied = mixture.compiled(model) if mixture else None
+    return evaluate(model, CachedStates(model, documents, LAYER, batch_size=4), applied, batch_size=batch_size)
 
 
 def counting_documents(count=5):

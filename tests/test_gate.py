@@ -2,11 +2,13 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import HIDDEN, random_documents
+from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.recover.arms import Start, begin, expert_domains
+from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.gate import Gate, cluster, pretrain
+from mopcompress.recover.prompts import begin, expert_domains
+from mopcompress.recover.start import Material, Start
 from mopcompress.states import CachedStates
 
 TASKS = ("add", "sort", "tell")
@@ -124,6 +126,7 @@ def test_more_clusters_than_distinct_points_leave_some_empty():
 
 DOCUMENTS = random_documents(24, tasks=TASKS)
 LAYER = 2
+MODEL = tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +135,17 @@ def states(tiny_llama):
 
 
 def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0):
-    start = Start(
+    config = AdapterConfig(
         arm=arm,
         experts=experts,
         prompts_per_expert=2,
-        gate_pretraining_steps=20,
-        gate_temper=temper,
-        log_opening=log_opening,
-        seed=seed,
+        layer=LAYER,
+        hidden_size=HIDDEN,
+        base_sha256="",
+        tasks=(),
     )
-    return begin(states, TASKS, start)
+    start = Start(gate_pretraining_steps=20, gate_temper=temper, log_opening=log_opening, seed=seed)
+    return begin(config, Material(MODEL, states, TASKS), start)
 
 
 @pytest.mark.parametrize("experts", [2, EXPERTS, 5])

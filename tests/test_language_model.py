@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig
 
 from mopcompress.errors import DataError
+from mopcompress.models.attention import recording
 from mopcompress.models.language_model import LanguageModel, Standin
 from mopcompress.models.sampling import sample_text
 from mopcompress.recover.mixture import MixtureOfPrompts
@@ -36,17 +37,34 @@ def head(model, hidden):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", range(1, BLOCKS))
+@pytest.mark.parametrize("layer", range(BLOCKS))
 def test_the_taken_apart_model_is_the_model_to_the_bit(model, layer):
     whole = model.network(input_ids=TOKENS, use_cache=False).logits
     assert torch.equal(head(model, model.resume(model.enter(TOKENS, layer), layer)), whole)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", range(BLOCKS))
+@pytest.mark.parametrize("layer", range(1, BLOCKS))
 def test_what_enters_a_block_is_what_the_network_says(model, layer):
     seen = model.network(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states
     assert torch.equal(model.enter(TOKENS, layer), seen[layer])
+
+
+@torch.no_grad()
+def test_rotary_positions_can_begin_anywhere_and_others_cannot(model):
+    """Only differences of positions count, so the whole text may be moved."""
+    hidden = model.enter(TOKENS, 2)
+    if model.network.config.model_type in {"gpt2", "opt"}:
+        with pytest.raises(DataError, match="no rotary positions"):
+            model.resume(hidden, 2, first_position=-3)
+    else:
+        moved = model.resume(hidden, 2, first_position=-3)
+        assert_close(moved, model.resume(hidden, 2), rtol=1e-4, atol=1e-4)
+        with recording() as seen:
+            model.resume(hidden, 2, first_position=-3)
+        with recording() as unmoved:
+            model.resume(hidden, 2)
+        assert not torch.allclose(seen[2][0], unmoved[2][0], atol=1e-2)
 
 
 @torch.no_grad()
@@ -144,7 +162,7 @@ def test_attention_that_prompts_cannot_reach_is_refused_when_prompts_come(kind, 
     with pytest.raises(DataError, match="attention"):
         model.check_promptable()
     with pytest.raises(DataError, match="attention"):
-        MixtureOfPrompts(torch.zeros(1, 2, HIDDEN), 1, None).frozen(model)
+        MixtureOfPrompts(torch.zeros(1, 2, HIDDEN), 1, None).compiled(model)
 
 
 def test_finding_out_about_blocks_runs_the_first_alone(tiny_llama):

@@ -11,11 +11,11 @@ from mopcompress import artifact
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.evaluation import evaluate
-from mopcompress.models.attention import attending_to
-from mopcompress.recover.adapter import AdapterConfig, load_adapter, save_adapter
+from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.folder import load_adapter, save_adapter
 from mopcompress.recover.gate import Gate
 from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.scoring import score_response
+from mopcompress.scoring import score_responses
 from mopcompress.states import CachedStates
 
 EXPERTS, PROMPTS, LAYER = 3, 2, 2
@@ -48,9 +48,8 @@ def states(tiny_llama):
 def nats(model, states, mixture):
     """Nats of every response token, document after document."""
     batch = states.batch(range(len(DOCUMENTS)))
-    with attending_to(mixture.prefix(model, batch.summary)):
-        left = model.resume(batch.hidden, states.layer)
-    return score_response(model, left, batch).nats
+    with mixture.applied(model, batch.instructions):
+        return score_responses(model, batch, states.layer).nats
 
 
 # --- what the gate weighs
@@ -84,7 +83,7 @@ def test_one_expert_with_a_gate_is_the_plain_prompt(tiny_llama, states):
 @pytest.mark.parametrize("build", [mixture_of, plain_of])
 def test_unopened_prompts_are_no_prompts(tiny_llama, states, build):
     batch = states.batch(range(len(DOCUMENTS)))
-    bare = score_response(tiny_llama, tiny_llama.resume(batch.hidden, LAYER), batch).nats
+    bare = score_responses(tiny_llama, batch, LAYER).nats
     assert_close(nats(tiny_llama, states, build(log_opening=-1e4)), bare, rtol=1e-5, atol=1e-5)
 
 
@@ -101,44 +100,42 @@ def test_an_expert_that_the_gate_closes_is_absent(tiny_llama, states):
 # --- the stream of prompts
 
 
-def test_prompts_reach_every_layer_from_their_own_on(tiny_llama, states):
-    prefix = mixture_of().prefix(tiny_llama, states.summaries)
-    assert sorted(prefix.keys) == sorted(prefix.values) == list(range(LAYER, BLOCKS))
+def test_prompts_reach_every_layer_from_their_own_on(tiny_llama):
+    keys, values = mixture_of().keys_and_values(tiny_llama)
+    assert sorted(keys) == sorted(values) == list(range(LAYER, BLOCKS))
 
 
-def test_prompts_see_the_prompts_before_them_and_no_others(tiny_llama, states):
+def test_prompts_see_the_prompts_before_them_and_no_others(tiny_llama):
     mixture, changed = mixture_of(), mixture_of()
     with torch.no_grad():
         changed.prompts[1] += 1.0
-    before, after = (one.prefix(tiny_llama, states.summaries) for one in (mixture, changed))
+    (keys, values), (new_keys, new_values) = (one.keys_and_values(tiny_llama) for one in (mixture, changed))
     first, second, third = (slice(expert * PROMPTS, (expert + 1) * PROMPTS) for expert in range(EXPERTS))
     for layer in range(LAYER, BLOCKS):
-        assert torch.equal(before.keys[layer][:, first], after.keys[layer][:, first])
-        assert torch.equal(before.values[layer][:, first], after.values[layer][:, first])
-        assert not torch.allclose(before.keys[layer][:, second], after.keys[layer][:, second], atol=1e-2)
+        assert torch.equal(keys[layer][:, first], new_keys[layer][:, first])
+        assert torch.equal(values[layer][:, first], new_values[layer][:, first])
+        assert not torch.allclose(keys[layer][:, second], new_keys[layer][:, second], atol=1e-2)
     # in its own layer a prompt is still what was trained; above it has seen the one before
-    assert torch.equal(before.keys[LAYER][:, third], after.keys[LAYER][:, third])
-    assert not torch.allclose(before.keys[LAYER + 1][:, third], after.keys[LAYER + 1][:, third], atol=1e-2)
+    assert torch.equal(keys[LAYER][:, third], new_keys[LAYER][:, third])
+    assert not torch.allclose(keys[LAYER + 1][:, third], new_keys[LAYER + 1][:, third], atol=1e-2)
 
 
-def test_the_stream_of_prompts_is_a_text_of_its_own(tiny_llama, states):
+def test_the_stream_of_prompts_is_a_text_of_its_own(tiny_llama):
     """Prompts that are the hidden states of a text get the keys and values of that text."""
     tokens = torch.tensor([DOCUMENTS[0].tokens[:4]])
     cache = tiny_llama.network(input_ids=tokens, use_cache=True).past_key_values
     mixture = MixtureOfPrompts(tiny_llama.enter(tokens, LAYER), LAYER, None)
-    prefix = mixture.prefix(tiny_llama, states.summaries)
+    keys, values = mixture.keys_and_values(tiny_llama)
     for layer in range(LAYER, BLOCKS):
-        assert_close(prefix.keys[layer], cache.layers[layer].keys[0])
-        assert_close(prefix.values[layer], cache.layers[layer].values[0])
+        assert_close(keys[layer], cache.layers[layer].keys[0])
+        assert_close(values[layer], cache.layers[layer].values[0])
 
 
 def test_compiled_prompts_are_the_trained_ones(tiny_llama, states):
-    mixture = mixture_of(log_opening=-1.0)
-    direct, compiled = mixture.prefix(tiny_llama, states.summaries), mixture.frozen(tiny_llama)(states.summaries)
-    assert torch.equal(direct.log_gate, compiled.log_gate)
-    for layer in range(LAYER, BLOCKS):
-        assert torch.equal(direct.keys[layer], compiled.keys[layer])
-        assert torch.equal(direct.values[layer], compiled.values[layer])
+    mixture, batch = mixture_of(log_opening=-1.0), states.batch(range(len(DOCUMENTS)))
+    with mixture.compiled(tiny_llama)(batch.instructions):
+        compiled = score_responses(tiny_llama, batch, LAYER).nats
+    assert torch.equal(compiled, nats(tiny_llama, states, mixture))
 
 
 # --- no peeking
@@ -180,8 +177,8 @@ def test_a_gradient_reaches_prompts_opening_and_gate_and_nothing_else(states):
 
 def test_trained_parameters_count_prompts_opening_and_gate():
     gate = HIDDEN * 128 + 128 + 128 * EXPERTS + EXPERTS
-    assert mixture_of().trained_parameters == EXPERTS * PROMPTS * HIDDEN + 1 + gate
-    assert plain_of().trained_parameters == EXPERTS * PROMPTS * HIDDEN + 1
+    assert trained_parameters(mixture_of()) == EXPERTS * PROMPTS * HIDDEN + 1 + gate
+    assert trained_parameters(plain_of()) == EXPERTS * PROMPTS * HIDDEN + 1
 
 
 # --- on disk
@@ -195,7 +192,6 @@ CONFIG = AdapterConfig(
     base_sha256="base",
     tasks=["add", "sort", "tell"],
 )
-CPU = torch.device("cpu")
 
 
 def stored(folder, mixture, config):
@@ -210,32 +206,33 @@ def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
     if arm == "mop":
         mixture.gate.standardise_by(states.summaries)
     folder = stored(tmp_path / "adapter", mixture, replace(CONFIG, arm=arm))
-    again, config = load_adapter(folder, base_sha256="base", device=CPU)
+    again, config = load_adapter(folder, tiny_llama, base_sha256="base")
     assert config == replace(CONFIG, arm=arm)
     assert again.layer == LAYER
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in mixture.state_dict().items())
-    assert evaluate(tiny_llama, states, again, batch_size=4) == evaluate(tiny_llama, states, mixture, batch_size=4)
+    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (again, mixture)]
+    assert scores[0] == scores[1]
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path):
+def test_an_adapter_of_another_model_is_refused(tiny_llama, tmp_path):
     folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
     with pytest.raises(DataError, match=r"weights base, .* other"):
-        load_adapter(folder, base_sha256="other", device=CPU)
+        load_adapter(folder, tiny_llama, base_sha256="other")
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json"])
-def test_a_corrupted_adapter_is_refused(tmp_path, name):
+def test_a_corrupted_adapter_is_refused(tiny_llama, tmp_path, name):
     folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
     whole = bytearray((folder / name).read_bytes())
     whole[-3] ^= 1
     (folder / name).write_bytes(bytes(whole))
     with pytest.raises(DataError, match=name):
-        load_adapter(folder, base_sha256="base", device=CPU)
+        load_adapter(folder, tiny_llama, base_sha256="base")
 
 
-def test_an_adapter_that_is_not_there_is_not_found(tmp_path):
+def test_an_adapter_that_is_not_there_is_not_found(tiny_llama, tmp_path):
     with pytest.raises(InputNotFoundError, match="mopcompress recover"):
-        load_adapter(tmp_path, base_sha256="base", device=CPU)
+        load_adapter(tmp_path, tiny_llama, base_sha256="base")
 
 
 def republished(folder, target):
@@ -246,18 +243,18 @@ def republished(folder, target):
     return target
 
 
-def test_weights_that_do_not_fit_their_config_are_refused(tmp_path):
+def test_weights_that_do_not_fit_their_config_are_refused(tiny_llama, tmp_path):
     folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
     weights = load_file(folder / "adapter.safetensors")
     for number, wrong in enumerate(({"prompts": weights["prompts"]}, weights | {"prompts": torch.zeros(2, 2, 2)})):
         save_file(wrong, folder / "adapter.safetensors")
         with pytest.raises(DataError, match="train it again"):
-            load_adapter(republished(folder, tmp_path / str(number)), base_sha256="base", device=CPU)
+            load_adapter(republished(folder, tmp_path / str(number)), tiny_llama, base_sha256="base")
 
 
-def test_a_config_with_unknown_fields_is_refused(tmp_path):
+def test_a_config_with_unknown_fields_is_refused(tiny_llama, tmp_path):
     folder = stored(tmp_path / "adapter", mixture_of(), CONFIG)
     config = json.loads((folder / "adapter.json").read_text())
     (folder / "adapter.json").write_text(json.dumps(config | {"surprise": 1}))
     with pytest.raises(DataError, match="train it again"):
-        load_adapter(republished(folder, tmp_path / "again"), base_sha256="base", device=CPU)
+        load_adapter(republished(folder, tmp_path / "again"), tiny_llama, base_sha256="base")

@@ -479,10 +479,10 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         (
             "PromptRecoveryModifier",
             {"arm": "mpo"},
-            "not 'single' or 'mop', found 'mpo'; did you mean 'mop'?",
+            "found 'mpo'; did you mean 'mop'?",
         ),
-        ("PromptRecoveryModifier", {"arm": "none"}, "not 'single' or 'mop', found 'none'"),
-        ("PromptRecoveryModifier", {"prompt_learning_rate": 0}, "greater than 0, found 0"),
+        ("PromptRecoveryModifier", {"arm": "none"}, "found 'none'"),
+        ("PromptRecoveryModifier", {"learning_rate": 0}, "greater than 0, found 0"),
         ("PromptRecoveryModifier", {"warmup_fraction": 1.5}, "less than or equal to 1, found 1.5"),
         ("PromptRecoveryModifier", {"expert": 3}, "no such field; did you mean 'experts'?"),
         ("SmoothQuantModifier", {}, "SmoothQuantModifier: not done here: prepares the rounding of activations"),

@@ -26,7 +26,7 @@ def test_a_batch_holds_the_states_of_each_document_alone(tiny_llama, states):
 
 def test_the_summary_is_the_mean_over_the_instruction_alone(tiny_llama, states):
     batch = states.batch([5, 2])
-    for found, row in zip(batch.summary, [5, 2], strict=True):
+    for found, row in zip(batch.instructions.summary, [5, 2], strict=True):
         instruction = torch.tensor([DOCUMENTS[row].tokens[: DOCUMENTS[row].context_tokens]])
         assert_close(found, tiny_llama.enter(instruction, LAYER)[0].mean(0), rtol=1e-5, atol=1e-5)
 

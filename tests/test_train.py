@@ -2,19 +2,22 @@ import math
 
 import pytest
 import torch
-from tiny import random_documents, tiny_model
+from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.errors import NumericalError
 from mopcompress.evaluation import evaluate, micro
 from mopcompress.models.attention import attending_to
-from mopcompress.recover.arms import Start, begin
+from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.prompts import begin
+from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, _rate, fit
 from mopcompress.states import CachedStates
 
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(12, tasks=TASKS)
 LAYER = 2
+MODEL = tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def training(**changes):
     settings = {
         "steps": 6,
         "batch_size": 4,
-        "prompt_learning_rate": 0.1,
+        "learning_rate": 0.1,
         "gate_learning_rate": 1e-2,
         "warmup_fraction": 0.1,
         "clip_norm": 1.0,
@@ -36,24 +39,25 @@ def training(**changes):
 
 
 def begun(states, arm="mop", *, seed=0):
-    start = Start(
+    config = AdapterConfig(
         arm=arm,
         experts=3,
         prompts_per_expert=2,
-        gate_pretraining_steps=5,
-        gate_temper=0.3,
-        log_opening=-1.0,
-        seed=seed,
+        layer=LAYER,
+        hidden_size=HIDDEN,
+        base_sha256="",
+        tasks=(),
     )
-    return begin(states, TASKS, start)
+    start = Start(gate_pretraining_steps=5, gate_temper=0.3, log_opening=-1.0, seed=seed)
+    return begin(config, Material(MODEL, states, TASKS), start)
 
 
 @pytest.mark.parametrize("arm", ["single", "mop"])
 def test_a_small_problem_is_learnt_by_heart(tiny_llama, states, arm):
     mixture = begun(states, arm)
-    before = micro(evaluate(tiny_llama, states, mixture, batch_size=12)).perplexity
-    fit(mixture, tiny_llama, states, training(steps=150, batch_size=12, prompt_learning_rate=0.3))
-    after = micro(evaluate(tiny_llama, states, mixture, batch_size=12)).perplexity
+    before = micro(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
+    fit(mixture, tiny_llama, states, training(steps=150, batch_size=12, learning_rate=0.3))
+    after = micro(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
     assert math.log(after) < 0.6 * math.log(before)
 
 
@@ -92,7 +96,7 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
     second = [torch.zeros_like(weight) for weight in weights]
     for step, rows in enumerate(order, start=1):
         batch = states.batch(rows)
-        with attending_to(mixture.prefix(tiny_llama, batch.summary)):
+        with attending_to(mixture.prefix(tiny_llama, batch.instructions.summary)):
             left = tiny_llama.resume(batch.hidden, LAYER)
         logits = tiny_llama.network.lm_head(left[batch.example, batch.position])
         loss = -logits.log_softmax(-1)[range(len(batch.target)), batch.target].mean()
@@ -138,7 +142,7 @@ def test_every_epoch_holds_every_document_once(tiny_llama, states, monkeypatch):
 
 def test_the_loss_of_a_step_is_the_metric_before_it(tiny_llama, states):
     mixture = begun(states)
-    scores = evaluate(tiny_llama, states, mixture, batch_size=12)
+    scores = evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)
     (row,) = fit(mixture, tiny_llama, states, training(steps=1, batch_size=12))
     assert row.nats == pytest.approx(math.fsum(scores.nats) / sum(scores.scored_tokens), rel=1e-5)
 
@@ -155,7 +159,7 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_rate(tiny_llama, 
     mixture = begun(states)
     with torch.no_grad():
         mixture.prompts[0, 0, 0] = torch.nan
-    with pytest.raises(NumericalError, match=r"step 1: the loss is nan with --prompt-learning-rate 0\.1"):
+    with pytest.raises(NumericalError, match=r"step 1: the loss is nan with --learning-rate 0\.1"):
         fit(mixture, tiny_llama, states, training())
 
 
@@ -179,7 +183,7 @@ def test_gate_and_prompts_have_their_own_rates(tiny_llama, states):
     """After one step of AdamW every weight with a gradient has moved by its rate."""
     mixture = begun(states)
     before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
-    fit(mixture, tiny_llama, states, training(steps=1, prompt_learning_rate=0.5, gate_learning_rate=1e-4))
+    fit(mixture, tiny_llama, states, training(steps=1, learning_rate=0.5, gate_learning_rate=1e-4))
     moved = {name: (tensor - before[name]).abs() for name, tensor in mixture.state_dict().items()}
     assert float(moved["prompts"].median()) == pytest.approx(0.5, rel=1e-2)
     assert float(moved["log_opening"]) == pytest.approx(0.5, rel=1e-2)

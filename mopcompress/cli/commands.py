@@ -29,6 +29,7 @@ from mopcompress.cli.options import (
 from mopcompress.cli.output import print_bench, print_facts, print_json, print_scores
 from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe import GPTQModifier, Recipe, resolved
+from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.commands import for_pruning, for_quantizing, for_recovery, with_recovery
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.modifiers import Pruning
@@ -106,7 +107,7 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
 @command(app, MODEL, DATA, RECOVERY, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def recover(
     common: Common,
-    arm: Annotated[str | None, typer.Option(help="single: one prompt; mop (default): gated experts.")] = None,
+    arm: Annotated[str | None, typer.Option(help=f"{', '.join(TRAINED)}; mop if not given.")] = None,
 ) -> None:
     """Train prompts for a compressed model, into a small adapter folder; the model stays as it is."""
     recipe = for_recovery(common.load(), {"arm": arm, **common.recovery})

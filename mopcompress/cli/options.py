@@ -18,6 +18,7 @@ from mopcompress.cli.endings import plain_endings
 from mopcompress.console import progress_on
 from mopcompress.errors import UsageError
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, RunSpec, load_recipe
+from mopcompress.recipe.arms import ARMS
 from mopcompress.stages.progress import Progress
 
 Options = Mapping[str, Any]
@@ -106,7 +107,8 @@ GRID = _run_fields(
     methods=("NAMES", "sparsegpt, alps, wanda, magnitude, structured"),
     bits=("LIST", "Bit widths to quantize to, such as 3,4"),
     group_size=("N", "Weights that share a scale, with --bits; -1: the whole row"),
-    arms=("NAMES", "none, single, mop"),
+    arms=("NAMES", ", ".join(ARMS)),
+    dense_arms=("NAMES", "Arms of the dense model, which is always scored"),
     seeds=("LIST", "Seeds of the trained arms"),
 )
 JOINT: Options = {
@@ -126,8 +128,8 @@ RECOVERY = _recovery_fields(
     prompts_per_expert=("prompts_per_expert", int, "Prompt tokens of an expert"),
     layer=("layer", int, "Block that prompts enter; 10/32 of the depth if not given"),
     rows_per_step=("batch_size", int, "Rows of a training step"),
-    prompt_learning_rate=("prompt_learning_rate", float, "Learning rate of the prompts"),
-    gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate"),
+    learning_rate=("learning_rate", float, "Learning rate of all but the gate; the arm's own if not given"),
+    gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate, 0 to freeze it"),
     gate_pretraining_steps=("gate_pretraining_steps", int, "Steps that teach the gate the tasks"),
     gate_temper=("gate_temper", float, "Factor on the pre-trained gate's logits"),
     log_opening=("log_opening", float, "Log weight that prompts begin with"),

@@ -51,7 +51,9 @@ class LanguageModel:
         return f"{self._decoder_name}.{self._blocks_name}"
 
     def enter(self, tokens: Int[Tensor, "batch time"], layer: int) -> Float[Tensor, "batch time hidden"]:
-        """The hidden states that enter block `layer`. Right padding is harmless: attention is causal."""
+        """The hidden states that enter block `layer`, at 0 the embeddings. Right padding is harmless: all is causal."""
+        if layer == 0:
+            return self.network.get_input_embeddings()(tokens)
         above = self._standins(layer, len(self.blocks))
         self._decoder([*self.blocks[:layer], *above])(input_ids=tokens, use_cache=False)
         return above[0].seen
@@ -66,13 +68,31 @@ class LanguageModel:
         left = self._decoder([*below, self.blocks[layer], *above])(input_ids=tokens, use_cache=False)
         return above[0].seen if above else left.last_hidden_state
 
-    def resume(self, hidden: Float[Tensor, "batch time hidden"], layer: int) -> Float[Tensor, "batch time hidden"]:
-        """Run block `layer` (not 0) and all above it, and the final norm, on the hidden states that enter it."""
+    def resume(
+        self, hidden: Float[Tensor, "batch time hidden"], layer: int, *, first_position: int = 0
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Run block `layer` and all above it, and the final norm, on the hidden states that enter it.
+
+        Positions count from `first_position`. Raises `DataError` when that is not 0 and they are not rotary.
+        """
+        where = self._positions(hidden, first_position) if first_position else {}
+        if layer == 0:
+            return self._decoder([*self.blocks])(inputs_embeds=hidden, use_cache=False, **where).last_hidden_state
         below = self._standins(0, layer)
         below[-1].replacement = hidden
         # the tokens only say how many positions there are: the last stand-in drops what comes of them
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        return self._decoder([*below, *self.blocks[layer:]])(input_ids=tokens, use_cache=False).last_hidden_state
+        upper = self._decoder([*below, *self.blocks[layer:]])
+        return upper(input_ids=tokens, use_cache=False, **where).last_hidden_state
+
+    def _positions(self, hidden: Tensor, first: int) -> dict[str, Tensor]:
+        """A negative position is as good as another where only differences count: those of rotary embeddings."""
+        if not any("rotary" in name for name, _ in self.network.named_modules()):
+            raise DataError(
+                f"{type(self.network).__name__} has no rotary positions, so nothing can stand before its text; "
+                "use a family that has them"
+            )
+        return {"position_ids": torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]}
 
     def logits(self, hidden: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocab"]:
         """The network's own head (scaling and soft-capping included) on normed hidden states at chosen positions."""

@@ -10,14 +10,15 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from mopcompress.errors import UsageError
+from mopcompress.recipe.arms import known_arm
 from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
 
 PRUNING_METHODS = ("sparsegpt", "alps", "wanda", "magnitude", "structured")
-ARMS = ("none", "single", "mop")
 OURS = "mopcompress"
 BACKENDS = (OURS, "llmcompressor", "gptqmodel")
 
+Arms = Annotated[tuple[Annotated[str, AfterValidator(known_arm)], ...], Listed, Distinct]
 Rows = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=8, le=1_048_576)]  # tokens
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -39,12 +40,6 @@ def _not_dense(ratio: float) -> float:
 def _whole_row(size: Any) -> Any:
     """Weights of a row that share a scale; None, also written -1, is all of them."""
     return None if size == -1 else size
-
-
-def _arm(name: str) -> str:
-    if name not in ARMS:
-        raise fault(f"not one of {', '.join(ARMS)}", nearest(name, ARMS))
-    return name
 
 
 def _device(name: str) -> str:
@@ -78,7 +73,8 @@ class RunSpec(Spec):
     bits: Annotated[tuple[Bits, ...], Listed, Distinct] = ()
     joint: bool = False  # with bits: round what pruning left, not the dense model
     group_size: Annotated[Annotated[int, Field(ge=2, le=65536)] | None, BeforeValidator(_whole_row)] = 64
-    arms: Annotated[tuple[Annotated[str, AfterValidator(_arm)], ...], Listed, Distinct, Field(min_length=1)] = ARMS
+    arms: Annotated[Arms, Field(min_length=1)] = ("none", "single", "mop")
+    dense_arms: Arms = ("none",)  # of the dense model: what it learns of the data tells recovery from adaptation
     seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1)] = (0,)
     seed: Seed = 0
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16  # rows, in evaluation
@@ -92,7 +88,18 @@ class RunSpec(Spec):
 
 
 LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}
-WORDS = {"model", "data", "calibration", "methods", "arms", "device", "backend", "backend_python", "output_dir"}
+WORDS = {
+    "model",
+    "data",
+    "calibration",
+    "methods",
+    "arms",
+    "dense_arms",
+    "device",
+    "backend",
+    "backend_python",
+    "output_dir",
+}
 
 
 def check_flags(flags: Mapping[str, object]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Modifiers that train, or that mean nothing where weights are not trained."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from mopcompress.recipe.arms import TRAINED, trained_arm
 from mopcompress.recipe.fields import Spec, Targets, Time
 from mopcompress.recipe.modifiers import changed
 
@@ -18,22 +19,27 @@ class ConstantPruningModifier(Spec):
 
 
 class PromptRecoveryModifier(Spec):
-    """Train prompts in front of a frozen compressed model: one prompt, or a mixture chosen by a gate."""
+    """Train an adapter on a frozen compressed model: one prompt, or a mixture chosen by a gate, or a rival."""
 
-    arm: Literal["single", "mop"] = "mop"
+    arm: Annotated[str, AfterValidator(trained_arm)] = "mop"
     experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
-    prompt_learning_rate: Annotated[float, Field(gt=0, le=10)] = 0.5
-    gate_learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None  # of all but the gate; None: the arm's own
+    gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
     log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
 
+    @property
+    def rate(self) -> float:
+        """The learning rate: the recipe's, or the arm's own."""
+        return TRAINED[self.arm].learning_rate if self.learning_rate is None else self.learning_rate
+
     def with_arm(self, arm: str) -> "PromptRecoveryModifier":
-        """The same settings for the other arm: equal prompts in all, steps and data."""
+        """The same settings for another arm: equal prompts in all, steps and data."""
         return changed(self, arm=arm)

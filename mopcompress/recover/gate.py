@@ -23,19 +23,24 @@ class Gate(nn.Module):
     mean: Float[Tensor, " hidden"]
     deviation: Float[Tensor, " hidden"]
 
-    def __init__(self, hidden: int, experts: int, *, generator: torch.Generator) -> None:
+    def __init__(self, hidden: int, experts: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(hidden))
         self.register_buffer("deviation", torch.ones(hidden))
         self.inner = nn.Linear(hidden, WIDTH)
         self.outer = nn.Linear(WIDTH, experts)
-        with torch.no_grad():
-            for linear in (self.inner, self.outer):
-                linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)
-                linear.bias.zero_()
+        self.draw(generator or torch.Generator())
 
     def forward(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:
         return self.logits(summary).log_softmax(-1) + math.log(self.outer.out_features)
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """Random weights, in place; equal states of the generator give equal weights on every device."""
+        for linear in (self.inner, self.outer):
+            drawn = torch.empty(linear.weight.shape).normal_(std=linear.in_features**-0.5, generator=generator)
+            linear.weight.copy_(drawn)
+            linear.bias.zero_()
 
     def logits(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:
         """Unnormalised scores of the experts."""

@@ -1,4 +1,4 @@
-"""Text from a model and its prompts, through the network's own `generate`.
+"""Text from a model and its adapter, through the network's own `generate`.
 
 The gate reads each instruction once, by itself and unpadded, before the first token; then its weights stand.
 """
@@ -9,21 +9,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import GenerationConfig
 
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example
 from mopcompress.errors import DataError
-from mopcompress.models.attention import attending_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.adapter import Adapter
+from mopcompress.states import Instructions
 
 
 def generate(
     model: LanguageModel,
-    mixture: MixtureOfPrompts | None,
+    adapter: Adapter | None,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -31,7 +29,7 @@ def generate(
 ) -> list[str]:
     """The greedy answer to each instruction, without special tokens and outer white space.
 
-    An answer ends with the turn, or after `max_new_tokens`. Without a mixture it is the stock model's. Raises
+    An answer ends with the turn, or after `max_new_tokens`. Without an adapter it is the stock model's. Raises
     `DataError` when an instruction and its answer do not fit the model's context.
     """
     if not prompts:
@@ -51,8 +49,8 @@ def generate(
     tokens = [[settings.pad_token_id] * (longest - len(context)) + [*context] for context in contexts]
     mask = [[0] * (longest - len(context)) + [1] * len(context) for context in contexts]
     with torch.inference_mode():
-        prefix = mixture.frozen(model)(_summaries(model, contexts, mixture.layer)) if mixture else None
-        with attending_to(prefix) if prefix else nullcontext():
+        applied = adapter.compiled(model)(_instructions(model, contexts, adapter.layer)) if adapter else nullcontext()
+        with applied:
             written = model.network.generate(
                 input_ids=torch.tensor(tokens, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
@@ -75,11 +73,14 @@ def _contexts(model: LanguageModel, prompts: Sequence[str]) -> tuple[list[tuple[
     )
 
 
-def _summaries(
-    model: LanguageModel, contexts: Sequence[tuple[int, ...]], layer: int
-) -> Float[Tensor, "prompts hidden"]:
-    """What the gate reads: the mean over the instruction's own tokens of the states that enter `layer`."""
-    return torch.cat([model.enter(torch.tensor([context], device=model.device), layer).mean(1) for context in contexts])
+def _instructions(model: LanguageModel, contexts: Sequence[tuple[int, ...]], layer: int) -> Instructions:
+    """What the adapter reads of the prompts: their own tokens' states that enter `layer`."""
+    states = [model.enter(torch.tensor([context], device=model.device), layer)[0] for context in contexts]
+    return Instructions(
+        hidden=torch.nn.utils.rnn.pad_sequence(states, batch_first=True),
+        tokens=torch.tensor([len(context) for context in contexts], device=model.device),
+        summary=torch.stack([one.mean(0) for one in states]),
+    )
 
 
 def _check_fits(model: LanguageModel, contexts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:

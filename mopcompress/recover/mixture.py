@@ -5,15 +5,16 @@ them and never the text (ours), so their keys and values do not depend on the in
 a whole batch, and after training they are constants. A mixture whose gate has no preference is exactly a plain prompt.
 """
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.models.attention import Prefix, recording
+from mopcompress.models.attention import Prefix, attending_to, recording
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.gate import Gate
+from mopcompress.states import Applied, Instructions
 
 
 class MixtureOfPrompts(nn.Module):
@@ -32,19 +33,24 @@ class MixtureOfPrompts(nn.Module):
         self.layer = layer
         self.gate = gate
 
-    @property
-    def trained_parameters(self) -> int:
-        """All that training changes: the prompts and the gate."""
-        return sum(parameter.numel() for parameter in self.parameters())
+    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+        """Inside it, text attends to the prompts, with gradients to prompts and gate."""
+        return attending_to(self.prefix(model, instructions.summary))
+
+    def compiled(self, model: LanguageModel) -> Applied:
+        """Compile the prompts to constants; what is left an example is the gate."""
+        with torch.no_grad():
+            keys, values = self.keys_and_values(model)
+        return lambda instructions: attending_to(Prefix(keys, values, self.log_gate(instructions.summary)))
 
     def prefix(self, model: LanguageModel, summary: Float[Tensor, "batch hidden"]) -> Prefix:
-        """Keys, values and log gate for a batch, with gradients to prompts and gate."""
-        return Prefix(*self._keys_and_values(model), self.log_gate(summary))
+        """What text attends to."""
+        return Prefix(*self.keys_and_values(model), self.log_gate(summary))
 
-    def frozen(self, model: LanguageModel) -> Callable[[Float[Tensor, "batch hidden"]], Prefix]:
-        """Compile the prompts to constants; what is left an example is the gate."""
-        keys, values = self._keys_and_values(model)
-        return lambda summary: Prefix(keys, values, self.log_gate(summary))
+    def learned(self) -> dict[str, list[nn.Parameter]]:
+        """Prompts with their opening, and the gate."""
+        gate = [] if self.gate is None else list(self.gate.parameters())
+        return {"adapter": [self.prompts, self.log_opening], "gate": gate}
 
     def log_gate(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch prompts"]:
         """The gate's log weight of each prompt: equal within an expert, 0 for a plain prompt."""
@@ -53,7 +59,8 @@ class MixtureOfPrompts(nn.Module):
             return self.log_opening.expand(len(summary), experts * prompts)
         return self.log_opening + self.gate(summary).repeat_interleave(prompts, dim=1)
 
-    def _keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """What text attends to, by layer: [kv_heads, prompts, head]. Raises `DataError` for some families."""
         model.check_promptable()
         # the experts stand one after the other, as in one long prompt: without a gate they are exactly that
         with recording() as seen:

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 import torch
 
 from mopcompress.errors import NumericalError
-from mopcompress.models.attention import attending_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.scoring import score_response
+from mopcompress.recover.adapter import Adapter
+from mopcompress.scoring import score_responses
 from mopcompress.states import CachedStates, batches_by_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How prompts and gate are trained."""
+    """How an adapter is trained."""
 
     steps: int
     batch_size: int
-    prompt_learning_rate: float
+    learning_rate: float  # of all but the gate
     gate_learning_rate: float
     warmup_fraction: float
     clip_norm: float
@@ -40,20 +39,21 @@ class TrainRow:
 
 
 def fit(
-    mixture: MixtureOfPrompts,
+    adapter: Adapter,
     model: LanguageModel,
     states: CachedStates,
     training: Training,
     *,
     progress: Callable[[TrainRow], None] = lambda row: None,
 ) -> list[TrainRow]:
-    """Train prompts and gate, in place, by cross-entropy on response tokens; the model stays frozen.
+    """Train an adapter, in place, by cross-entropy on response tokens; the model stays frozen.
 
     AdamW without weight decay, linear warm-up, cosine decay to zero. Raises `NumericalError` when a loss is not finite.
     """
-    groups = [{"params": [mixture.prompts, mixture.log_opening], "lr": training.prompt_learning_rate}]
-    if mixture.gate is not None:
-        groups.append({"params": list(mixture.gate.parameters()), "lr": training.gate_learning_rate})
+    rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
+    learned = adapter.learned()
+    parameters = [parameter for group in learned.values() for parameter in group]
+    groups = [{"params": list(group), "lr": rates[name]} for name, group in learned.items() if group]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, training))
     rows = []
@@ -62,17 +62,16 @@ def fit(
         start = time.perf_counter()
         chosen = next(order)
         batch = states.batch(chosen)
-        with attending_to(mixture.prefix(model, batch.summary)):
-            left = model.resume(batch.hidden, mixture.layer)
-        loss = score_response(model, left, batch).nats.mean()
+        with adapter.applied(model, batch.instructions):
+            loss = score_responses(model, batch, states.layer).nats.mean()
         if not bool(torch.isfinite(loss)):
             raise NumericalError(
-                f"training step {step}: the loss is {loss.item()} with --prompt-learning-rate "
-                f"{training.prompt_learning_rate:g}; lower it"
+                f"training step {step}: the loss is {loss.item()} with --learning-rate "
+                f"{training.learning_rate:g}; lower it"
             )
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(mixture.parameters(), training.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
         optimiser.step()
         schedule.step()
         row = TrainRow(

@@ -17,7 +17,8 @@ from mopcompress.models.checkpoint import load_model, resolve_model, weights_byt
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
 from mopcompress.recipe import Recipe, resolved
-from mopcompress.recover.adapter import adapter_bytes
+from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.folder import adapter_bytes
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, read_rows, write_documents
 from mopcompress.stages.calibration import calibration_tokens
@@ -28,7 +29,7 @@ from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
 from mopcompress.stages.manifest import continued, protocol, write_manifest
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
-from mopcompress.stages.recover import Recovered, cache_states, prompt_layer, publish_adapter, train_arm
+from mopcompress.stages.recover import Recovered, cache_states, first_layer, publish_adapter, train_arm
 from mopcompress.states import CachedStates
 
 
@@ -89,19 +90,23 @@ class _Bench:
         """Train and score the missing cells of one setting, on states that they share."""
         model = load_model(base, device=self.device)
         facts = (artifact.read_manifest(base) or {}) if setting != DENSE else {}
-        run, layer = self.recipe.run, prompt_layer(self.recipe.recovery, model)
-        test = cache_states(model, documents.test, layer, run.batch_size, "test rows", self.progress)
-        train: CachedStates | None = None
+        cached: dict[tuple[int, str], CachedStates] = {}
+
+        def states(layer: int, rows: tuple[Any, ...], which: str) -> CachedStates:
+            if (layer, which) not in cached:
+                size = self.recipe.run.batch_size
+                cached[layer, which] = cache_states(model, rows, layer, size, which, self.progress)
+            return cached[layer, which]
+
         for cell in cells:
-            recovered = None
+            recovered, modifier = None, self.recipe.recovery
             if cell.arm != "none":
-                train = train or cache_states(
-                    model, documents.train, layer, run.batch_size, "training rows", self.progress
-                )
-                modifier = self.recipe.recovery.with_arm(cell.arm)
+                modifier = modifier.with_arm(cell.arm)
+                train = states(first_layer(modifier, model), documents.train, "training rows")
                 recovered = train_arm(
                     model, train, documents.tasks, modifier, weights_hash(base), cell.seed, self.progress
                 )
+            test = states(first_layer(modifier, model), documents.test, "test rows")
             self._score(setting, base, facts, documents, test, model, cell, recovered)
 
     def _score(
@@ -115,9 +120,9 @@ class _Bench:
         cell: Cell,
         recovered: Recovered | None,
     ) -> None:
-        mixture = recovered.mixture if recovered else None
+        trained = recovered.adapter if recovered else None
         start = time.perf_counter()
-        scores = score(model, test, mixture, self.recipe.run.batch_size, self.progress)
+        scores = score(model, test, trained, self.recipe.run.batch_size, self.progress)
         seconds = time.perf_counter() - start
         name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
         adapter = self.folder / "adapters" / name
@@ -141,7 +146,7 @@ class _Bench:
             weights=facts.get("weights", 0),
             model_bytes=weights_bytes(base),
             adapter_bytes=adapter_bytes(adapter) if recovered else 0,
-            trained_parameters=mixture.trained_parameters if mixture else 0,
+            trained_parameters=trained_parameters(trained) if trained else 0,
             train_steps=len(recovered.rows) if recovered else 0,
             train_seconds=recovered.seconds if recovered else 0.0,
             compress_seconds=facts.get("compress_seconds", 0.0),
@@ -149,7 +154,7 @@ class _Bench:
             fallbacks=facts.get("fallbacks", 0),
             peak_bytes=peak_bytes(),
             per_task=task_scores(scores),
-            gate=read_gate(mixture, test, tuple(domains)) if mixture else None,
+            gate=read_gate(trained, test, tuple(domains)) if trained else None,
             documents_file=f"documents/{name}.json",
         )
         append_row(row, self.folder / "rows.jsonl")

@@ -10,13 +10,14 @@ from mopcompress.evaluation import evaluate, macro_perplexity, micro, task_score
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import Recipe
-from mopcompress.recover.adapter import load_adapter
+from mopcompress.recover.adapter import Adapter
+from mopcompress.recover.folder import load_adapter
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.results import DocumentScores, GateReading
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device
-from mopcompress.stages.recover import cache_states, prompt_layer
+from mopcompress.stages.recover import cache_states, first_layer
 from mopcompress.states import CachedStates
 
 
@@ -24,14 +25,14 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     """Score the recipe's model on its test rows, with an adapter if one is named; a JSON-able summary."""
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     model = load_model(base, device=choose_device(recipe.run.device))
-    mixture, config = None, None
+    loaded, config = None, None
     if adapter is not None:
-        mixture, config = load_adapter(adapter, base_sha256=weights_hash(base), device=model.device)
+        loaded, config = load_adapter(adapter, model, base_sha256=weights_hash(base))
     documents = load_documents(recipe.run, model.tokenizer)
-    layer = config.layer if config else prompt_layer(recipe.recovery, model)
+    layer = config.layer if config else first_layer(recipe.recovery, model)
     states = cache_states(model, documents.test, layer, recipe.run.batch_size, "test rows", progress)
-    scores = score(model, states, mixture, recipe.run.batch_size, progress)
-    reading = read_gate(mixture, states, tuple(config.tasks)) if mixture and config else None
+    scores = score(model, states, loaded, recipe.run.batch_size, progress)
+    reading = read_gate(loaded, states, tuple(config.tasks)) if loaded and config else None
     return {
         "model": recipe.run.model,
         "adapter": str(adapter) if adapter else None,
@@ -48,25 +49,25 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
 
 
 def score(
-    model: LanguageModel, states: CachedStates, mixture: MixtureOfPrompts | None, batch_size: int, progress: Progress
+    model: LanguageModel, states: CachedStates, adapter: Adapter | None, batch_size: int, progress: Progress
 ) -> DocumentScores:
     """Evaluate with progress."""
     total = len(states.documents)
     return evaluate(
         model,
         states,
-        mixture,
+        adapter.compiled(model) if adapter else None,
         batch_size=batch_size,
         progress=lambda done: progress("scoring test rows", done, total),
     )
 
 
-def read_gate(mixture: MixtureOfPrompts, states: CachedStates, domains: tuple[str, ...]) -> GateReading | None:
+def read_gate(adapter: Adapter, states: CachedStates, domains: tuple[str, ...]) -> GateReading | None:
     """What the gate does on these rows; None without a gate. `domains` are the experts' tasks, if they have any."""
-    if mixture.gate is None:
+    if not isinstance(adapter, MixtureOfPrompts) or adapter.gate is None:
         return None
     with torch.inference_mode():
-        weights = mixture.gate(states.summaries).exp().cpu()
+        weights = adapter.gate(states.summaries).exp().cpu()
     tasks = sorted({document.task for document in states.documents})
     task_of = [document.task for document in states.documents]
     shares = weights / weights.shape[1]

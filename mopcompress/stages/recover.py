@@ -12,9 +12,11 @@ from mopcompress.errors import UsageError
 from mopcompress.models.checkpoint import check_output, load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
-from mopcompress.recover.adapter import AdapterConfig, adapter_bytes, save_adapter
-from mopcompress.recover.arms import Start, begin
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.recover.adapter import Adapter, AdapterConfig, trained_parameters
+from mopcompress.recover.arms import ARMS
+from mopcompress.recover.folder import adapter_bytes, save_adapter
+from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, TrainRow, fit
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.progress import Progress, silent
@@ -24,9 +26,9 @@ from mopcompress.states import CachedStates
 
 @dataclass(frozen=True)
 class Recovered:
-    """Trained prompts, and how they were trained."""
+    """A trained adapter, and how it was trained."""
 
-    mixture: MixtureOfPrompts
+    adapter: Adapter
     config: AdapterConfig
     rows: list[TrainRow]
     seconds: float  # the start (gate pre-training included) and all steps; not the shared cache of lower states
@@ -37,9 +39,8 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, base)
     model = load_model(base, device=choose_device(recipe.run.device))
-    model.check_promptable()
     documents = load_documents(recipe.run, model.tokenizer)
-    layer = prompt_layer(recipe.recovery, model)
+    layer = first_layer(recipe.recovery, model)
     states = cache_states(model, documents.train, layer, recipe.run.batch_size, "training rows", progress)
     base_sha256 = weights_hash(base)
     recovered = train_arm(model, states, documents.tasks, recipe.recovery, base_sha256, seed, progress)
@@ -65,35 +66,6 @@ def train_arm(
     """Begin and train one arm on cached states."""
     start = time.perf_counter()
     experts = modifier.experts or len(tasks)
-    mixture = begin(
-        states,
-        tasks,
-        Start(
-            arm=modifier.arm,
-            experts=experts,
-            prompts_per_expert=modifier.prompts_per_expert,
-            gate_pretraining_steps=modifier.gate_pretraining_steps,
-            gate_temper=modifier.gate_temper,
-            log_opening=modifier.log_opening,
-            seed=seed,
-        ),
-    )
-    what = f"training {modifier.arm}, seed {seed}"
-    rows = fit(
-        mixture,
-        model,
-        states,
-        Training(
-            steps=modifier.steps,
-            batch_size=modifier.batch_size,
-            prompt_learning_rate=modifier.prompt_learning_rate,
-            gate_learning_rate=modifier.gate_learning_rate,
-            warmup_fraction=modifier.warmup_fraction,
-            clip_norm=modifier.clip_norm,
-            seed=seed,
-        ),
-        progress=lambda row: progress(what, row.step, row.steps),
-    )
     config = AdapterConfig(
         arm=modifier.arm,
         experts=experts,
@@ -103,7 +75,36 @@ def train_arm(
         base_sha256=base_sha256,
         tasks=tasks if experts == len(tasks) else (),
     )
-    return Recovered(mixture.requires_grad_(False), config, rows, time.perf_counter() - start)
+    adapter = ARMS[modifier.arm].begin(
+        config,
+        Material(model, states, tasks),
+        Start(
+            gate_pretraining_steps=modifier.gate_pretraining_steps,
+            gate_temper=modifier.gate_temper,
+            log_opening=modifier.log_opening,
+            seed=seed,
+        ),
+    )
+    what = f"training {modifier.arm}, seed {seed}"
+    rows = fit(
+        adapter,
+        model,
+        states,
+        Training(
+            steps=modifier.steps,
+            batch_size=modifier.batch_size,
+            learning_rate=modifier.rate,
+            gate_learning_rate=modifier.gate_learning_rate,
+            warmup_fraction=modifier.warmup_fraction,
+            clip_norm=modifier.clip_norm,
+            seed=seed,
+        ),
+        progress=lambda row: progress(what, row.step, row.steps),
+    )
+    for group in adapter.learned().values():
+        for parameter in group:
+            parameter.requires_grad_(False)
+    return Recovered(adapter, config, rows, time.perf_counter() - start)
 
 
 def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -111,24 +112,26 @@ def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -
     manifest = {
         "kind": "adapter",
         "arm": recovered.config.arm,
-        "trained_parameters": recovered.mixture.trained_parameters,
+        "trained_parameters": trained_parameters(recovered.adapter),
         "train_steps": len(recovered.rows),
         "train_seconds": recovered.seconds,
         "final_nats": recovered.rows[-1].nats,
         **facts,
     }
     with artifact.publish(target, manifest) as scratch:
-        save_adapter(recovered.mixture, recovered.config, scratch)
+        save_adapter(recovered.adapter, recovered.config, scratch)
         manifest["adapter_bytes"] = adapter_bytes(scratch)
     return manifest
 
 
-def prompt_layer(modifier: PromptRecoveryModifier, model: LanguageModel) -> int:
-    """Where prompts enter: the paper's tenth of 32 layers, in proportion; never the first block.
+def first_layer(modifier: PromptRecoveryModifier, model: LanguageModel) -> int:
+    """The first block that the arm changes: the paper's tenth of 32 layers, in proportion; 0 for arms at the input.
 
     Raises `UsageError` when the model has no such block.
     """
     blocks = len(model.blocks)
+    if TRAINED[modifier.arm].at_input:
+        return 0
     if modifier.layer is None:
         return max(1, round(10 / 32 * blocks))
     if not 0 < modifier.layer < blocks:

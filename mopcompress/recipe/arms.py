@@ -1,0 +1,38 @@
+"""The arms that a recipe can name, and what each needs to be compared fairly: a learning rate of its own.
+
+A shared rate for all would choose the winner by accident. How each was found: benchmarks/README.md.
+"""
+
+from dataclasses import dataclass
+
+from mopcompress.recipe.faults import nearest
+from mopcompress.recipe.fields import fault
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSettings:
+    """What is different from arm to arm unless a recipe says otherwise."""
+
+    learning_rate: float
+    at_input: bool = False  # it changes the network from its embeddings on, not from the middle
+
+
+TRAINED = {
+    "single": ArmSettings(learning_rate=0.5),
+    "mop": ArmSettings(learning_rate=0.5),
+}
+ARMS = ("none", *TRAINED)
+
+
+def known_arm(name: str) -> str:
+    """The name, if a bench can have it."""
+    if name not in ARMS:
+        raise fault(f"not one of {', '.join(ARMS)}", nearest(name, ARMS))
+    return name
+
+
+def trained_arm(name: str) -> str:
+    """The name, if there is something to train."""
+    if name not in TRAINED:
+        raise fault(f"not one of {', '.join(TRAINED)}", nearest(name, tuple(TRAINED)))
+    return name

@@ -1,0 +1,35 @@
+"""From what, and how, an adapter begins."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.adapter import Adapter, AdapterConfig
+from mopcompress.states import CachedStates
+
+
+@dataclass(frozen=True)
+class Material:
+    """What there is to begin with."""
+
+    model: LanguageModel
+    states: CachedStates  # of the training documents, at the adapter's layer
+    tasks: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The choices that an adapter's first values depend on, and its shapes do not."""
+
+    gate_pretraining_steps: int
+    gate_temper: float
+    log_opening: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a comparison."""
+
+    build: Callable[[LanguageModel, AdapterConfig], Adapter]  # its shapes; the values are loaded into it
+    begin: Callable[[AdapterConfig, Material, Start], Adapter]  # as it is before the first step
