@@ -66,6 +66,7 @@ class BenchRow:
     train_seconds: float
     compress_seconds: float
     evaluate_seconds: float
+    text_perplexity: float | None = None  # on plain text that no arm was trained on; None where none was asked for
     fallbacks: int  # matrices that needed more damping than asked for
     peak_bytes: int  # peak resident memory of the process so far
     per_task: dict[str, TaskScore]

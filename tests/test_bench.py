@@ -4,10 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mopcompress import artifact
+from mopcompress.data.calibration import text_windows
 from mopcompress.errors import OutputError, QualityGateError, RecipeError
+from mopcompress.models.checkpoint import load_model
 from mopcompress.recipe import load_recipe
 from mopcompress.results import BenchRow, append_row, read_documents, read_rows
 from mopcompress.stages.bench import bench
@@ -233,3 +236,21 @@ def test_a_row_takes_the_place_of_an_unfinished_line(finished, tmp_path):
         (tmp_path / "rows.jsonl").write_bytes(left)
         append_row(read_rows(finished / "rows.jsonl")[1], tmp_path / "rows.jsonl")
         assert (tmp_path / "rows.jsonl").read_bytes() == (first if left.startswith(first) else b"") + second
+
+
+def test_plain_text_and_the_dense_models_arms_are_scored_besides(recipe_of, tmp_path, stories):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog who liked to run in the park. " * 60)
+    recipe = recipe_of(arms=("none",), dense_arms=("single",), text=str(text), text_samples=2)
+    rows = {row.cell: row for row in bench(recipe, tmp_path / "run")}
+    assert list(rows) == [("dense", "none", 0), ("dense", "single", 0), ("sparsegpt 50%", "none", 0)]
+    model = load_model(stories, device=torch.device("cpu"))
+    windows = text_windows(text.read_text(), model.tokenizer, samples=2, length=256)
+    with torch.inference_mode():
+        logits = model.network(input_ids=windows).logits[:, 31:-1]
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 32:].flatten())
+    assert rows["dense", "none", 0].text_perplexity == pytest.approx(float(nats.exp()), rel=1e-4)
+    others = {rows[cell].text_perplexity for cell in rows}
+    assert len(others) == 3
+    assert None not in others
+    assert "plain text" in (tmp_path / "run" / "report.md").read_text()

@@ -88,6 +88,8 @@ DATA = _run_fields(
     test_rows=("N", "Test rows"),
     max_length=("TOKENS", "Longer rows are dropped and counted"),
     longest_row=("TOKENS", "Use only rows of at most so many tokens"),
+    text=("TEXT", "Plain text that no arm is trained on, to be scored too"),
+    text_samples=("N", "Windows of it"),
 )
 CALIBRATION = _run_fields(
     "Calibration",

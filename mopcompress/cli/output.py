@@ -64,6 +64,7 @@ def print_scores(summary: dict[str, Any]) -> None:
             "perplexity": f"{summary['perplexity']:.4g} (macro {summary['perplexity_macro']:.4g})",
             "exact_match": f"{100 * summary['exact_match']:.1f} % of {summary['documents']} documents",
             "scored_tokens": summary["scored_tokens"],
+            "text_perplexity": summary["text_perplexity"],
         }
     )
     print_table(

@@ -65,6 +65,8 @@ class RunSpec(Spec):
     test_rows: Rows | None = 144
     max_length: Length = 512  # tokens of a row; longer rows are dropped, a response alone over it is an error
     longest_row: Length | None = None  # a choice of rows: only those of at most so many tokens take part
+    text: FilePath | None = None  # plain text that no arm is trained on, scored besides the test rows
+    text_samples: Rows = 24  # windows of it
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     max_seq_length: Length = 512  # tokens of a calibration sample
@@ -92,6 +94,7 @@ WORDS = {
     "model",
     "data",
     "calibration",
+    "text",
     "methods",
     "arms",
     "dense_arms",

@@ -1,5 +1,6 @@
 """Pivots to tables of text, which Markdown and HTML then only have to draw."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from mopcompress.report.tables import DENSE, Comparison, Grid, Spread, best_arms
 from mopcompress.results import BenchRow
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
+PLAIN_TEXT = "Plain text: perplexity of text that no arm was trained on. "
 TOO_FEW = "too few documents a task for an interval"
 
 
@@ -54,6 +56,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
     """Setting x arm: what was counted and what was scored, the dense line on top."""
     against = {(c.setting, c.first): c for c in comparisons if c.second == "single"}
     against |= {(c.setting, c.second): _reversed(c) for c in comparisons if c.first == "single"}
+    texts = any(row.text_perplexity for rows in grid.cells.values() for row in rows)
     lines = []
     for setting, arm, first in _order(grid):
         rows = grid.rows(setting, arm)
@@ -63,6 +66,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
             _perplexity(rows, lambda row: row.perplexity),
             _perplexity(rows, lambda row: row.perplexity_macro),
             _over_seeds(rows, lambda row: row.exact_match, share),
+            *([_perplexity(rows, lambda row: row.text_perplexity or math.nan)] if texts else []),
             Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained)),
             _against_single(arm, against.get((setting, arm)), measured=bool(rows)),
         )
@@ -75,12 +79,14 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
         "perplexity",
         "macro",
         "exact match",
+        *(["plain text"] if texts else []),
         "recovery",
         "perplexity against single",
     )
     note = (
         "Mean over seeds, with the least and the greatest in small type. Bold: the lowest perplexity of a setting; "
-        "whether the difference is shown, the interval says. Sparsity is counted in the compressed weights, not "
+        f"whether the difference is shown, the interval says. {PLAIN_TEXT if texts else ''}"
+        "Sparsity is counted in the compressed weights, not "
         "copied from the request."
     )
     return Table("Results", note, columns, 2, tuple(lines))

@@ -106,8 +106,10 @@ class _Bench:
                 recovered = train_arm(
                     model, train, documents.tasks, modifier, weights_hash(base), cell.seed, self.progress
                 )
-            test = states(first_layer(modifier, model), documents.test, "test rows")
-            self._score(setting, base, facts, documents, test, model, cell, recovered)
+            layer = first_layer(modifier, model)
+            test = states(layer, documents.test, "test rows")
+            text = states(layer, documents.text, "windows of text") if documents.text else None
+            self._score(setting, base, facts, documents, test, text, model, cell, recovered)
 
     def _score(
         self,
@@ -116,6 +118,7 @@ class _Bench:
         facts: dict[str, Any],
         documents: Documents,
         test: CachedStates,
+        text: CachedStates | None,
         model: LanguageModel,
         cell: Cell,
         recovered: Recovered | None,
@@ -124,6 +127,7 @@ class _Bench:
         start = time.perf_counter()
         scores = score(model, test, trained, self.recipe.run.batch_size, self.progress)
         seconds = time.perf_counter() - start
+        on_text = micro(score(model, text, trained, self.recipe.run.batch_size, self.progress)) if text else None
         name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
         adapter = self.folder / "adapters" / name
         if recovered and artifact.read_manifest(adapter) is None:
@@ -151,6 +155,7 @@ class _Bench:
             train_seconds=recovered.seconds if recovered else 0.0,
             compress_seconds=facts.get("compress_seconds", 0.0),
             evaluate_seconds=seconds,
+            text_perplexity=on_text.perplexity if on_text else None,
             fallbacks=facts.get("fallbacks", 0),
             peak_bytes=peak_bytes(),
             per_task=task_scores(scores),

@@ -6,20 +6,24 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mopcompress.data.calibration import read_text, text_windows
 from mopcompress.data.encoding import Encoded, encode, template_name
 from mopcompress.data.examples import load_examples
 from mopcompress.data.splits import Example, Splits, subset
 from mopcompress.errors import DataError
 from mopcompress.recipe import RunSpec
 
+TEXT_TOKENS, TEXT_CONTEXT = 256, 32  # of a window of plain text; the context is what a gate reads
+
 
 @dataclass(frozen=True)
 class Documents:
-    """Encoded splits. `facts` is what a report says of them."""
+    """Encoded splits, and windows of plain text if there are any. `facts` is what a report says of them."""
 
     train: tuple[Encoded, ...]
     validation: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
+    text: tuple[Encoded, ...]
     tasks: tuple[str, ...]
     facts: dict[str, Any]
 
@@ -63,10 +67,25 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
         "passed_over_rows": passed_over,  # over --longest-row, before the last row that was taken
         "tasks_without_rows": sorted({example.task for example in splits.train} - set(tasks)),
         "scored_tokens": sum(map(len, scored)),
-        "scored_sha256": hashlib.sha256(repr(scored).encode()).hexdigest()[:16],
+        "scored_sha256": _digest(scored),
         "template": template_name(tokenizer),
     }
-    return Documents(**kept, tasks=tasks, facts=facts)
+    text = _text(run, tokenizer)
+    if text:
+        facts["text"] = {"name": run.text, "windows": len(text), "sha256": _digest([one.tokens for one in text])}
+    return Documents(**kept, text=text, tasks=tasks, facts=facts)
+
+
+def _text(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded, ...]:
+    """Windows of the run's plain text: the first tokens stand for an instruction, the others are scored."""
+    if run.text is None:
+        return ()
+    windows = text_windows(read_text(str(run.text)), tokenizer, samples=run.text_samples, length=TEXT_TOKENS)
+    return tuple(Encoded("text", tuple(window), TEXT_CONTEXT) for window in windows.tolist())
+
+
+def _digest(tokens: list[tuple[int, ...]]) -> str:
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
 
 
 def _thinned(

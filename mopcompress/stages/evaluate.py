@@ -32,6 +32,10 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     layer = config.layer if config else first_layer(recipe.recovery, model)
     states = cache_states(model, documents.test, layer, recipe.run.batch_size, "test rows", progress)
     scores = score(model, states, loaded, recipe.run.batch_size, progress)
+    text = None
+    if documents.text:
+        windows = cache_states(model, documents.text, layer, recipe.run.batch_size, "windows of text", progress)
+        text = micro(score(model, windows, loaded, recipe.run.batch_size, progress)).perplexity
     reading = read_gate(loaded, states, tuple(config.tasks)) if loaded and config else None
     return {
         "model": recipe.run.model,
@@ -41,6 +45,7 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
         "perplexity": micro(scores).perplexity,
         "perplexity_macro": macro_perplexity(scores),
         "exact_match": micro(scores).exact_match,
+        "text_perplexity": text,
         "documents": micro(scores).documents,
         "scored_tokens": micro(scores).scored_tokens,
         "per_task": {task: vars(one) for task, one in task_scores(scores).items()},

@@ -15,6 +15,7 @@ GRID = (
     "bits",
     "joint",
     "arms",
+    "dense_arms",
     "seeds",
     "output_dir",
     "max_fallback",

@@ -26,6 +26,7 @@ ANYWAY = (
     "joint",
     "group_size",
     "arms",
+    "dense_arms",
     "seeds",
     "output_dir",
     "max_fallback",
@@ -40,6 +41,8 @@ def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
     check_model(run.model)
     if (data or (calibration and run.calibration == "data")) and run.data != "skills":
         local_path(run.data)
+    if data and run.text is not None:
+        local_path(run.text)
     if calibration and run.calibration not in {"self", "data"}:
         local_path(run.calibration)
 
