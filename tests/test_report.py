@@ -334,6 +334,18 @@ def test_recovery_is_nought_at_none_and_one_at_dense(tmp_path: Path) -> None:
     assert recovery(grid, "dense", "none") is None
 
 
+def test_recovery_is_held_against_the_dense_model_with_the_same_arm_too(tmp_path: Path) -> None:
+    dense, none, single = small_run(tmp_path, {"none": 3.0, "single": 2.0}, dense=1.0).rows
+    trained = replace(dense, arm="single", perplexity=dense.perplexity / 2)
+    grid = make_grid([dense, trained, none, single], {})
+    found = recovery(grid, "wanda 50%", "single", dense_arm="single")
+    lost = math.log(none.perplexity / trained.perplexity)
+    assert found == pytest.approx(math.log(none.perplexity / single.perplexity) / lost)
+    table = results_table(grid, ())
+    cell = dict(zip(table.columns, table.lines[-1].cells, strict=True))["recovery"]
+    assert cell.minor == f"{found:.2f} of the dense model with single"
+
+
 def test_recovery_is_not_available_without_dense_or_with_infinity(tmp_path: Path) -> None:
     dense, none, mop = small_run(tmp_path, {"none": 3.0, "mop": 2.0}, dense=1.0).rows
     assert recovery(make_grid([none, mop], {}), "wanda 50%", "mop") is None
@@ -369,6 +381,16 @@ def test_an_arm_without_training_is_not_missing_under_other_seeds(folder: Path) 
     run = read_run(folder)
     spec = dict(run.spec) | {"seeds": [7, 0, 1, 2], "arms": ["none"]}
     assert not make_grid(run.rows, spec).missing
+
+
+def test_rivals_are_compared_with_our_arms_and_the_baselines_alone(tmp_path: Path) -> None:
+    arms = {"none": 4.0, "single": 3.0, "lora": 2.8, "norms": 2.9, "mop": 2.5, "mop+": 2.2}
+    run = small_run(tmp_path, arms)
+    pairs = [(one.first, one.second) for one in compare(run, make_grid(run.rows, {}))]
+    ours = [("mop+", other) for other in ("mop", "lora", "norms", "single", "none")]
+    ours += [("mop", other) for other in ("lora", "norms", "single", "none")]
+    rivals = [(arm, other) for arm in ("lora", "norms") for other in ("single", "none")]
+    assert pairs == [*ours, *rivals, ("single", "none")]
 
 
 def test_results_stand_in_their_columns(tmp_path: Path) -> None:

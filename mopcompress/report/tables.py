@@ -13,7 +13,8 @@ from mopcompress.report.run import Cell, Run
 from mopcompress.results import BenchRow
 
 DENSE = "dense"
-ARMS = ("none", "single", "mop")
+ARMS = ("none", "single", "mop", "mop+")
+OURS, BASELINES = ("mop+", "mop"), ("single", "none")
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 
 
@@ -97,13 +98,13 @@ def perplexity_spread(rows: Sequence[BenchRow], value: Callable[[BenchRow], floa
     return Spread(math.exp(sum(map(math.log, values)) / len(values)), min(values), max(values))
 
 
-def recovery(grid: Grid, setting: str, arm: str) -> float | None:
+def recovery(grid: Grid, setting: str, arm: str, *, dense_arm: str = "none") -> float | None:
     """(log ppl_none - log ppl_arm) / (log ppl_none - log ppl_dense), micro; None where it is undefined.
 
-    0 = as good as the compressed model, 1 = as good as the dense model without an adapter. It can exceed 1: arms also
-    adapt to the task.
+    0 = as good as the compressed model, 1 = as good as the dense model. Against the dense model without an adapter it
+    can exceed 1, for arms also adapt to the task; the dense model with the same arm tells the two apart.
     """
-    groups = [grid.rows(setting, "none"), grid.rows(setting, arm), grid.rows(DENSE, "none")]
+    groups = [grid.rows(setting, "none"), grid.rows(setting, arm), grid.rows(DENSE, dense_arm)]
     if setting == DENSE or not all(groups):
         return None
     none, this, dense = (math.log(perplexity_spread(rows, lambda row: row.perplexity).mean) for rows in groups)
@@ -124,18 +125,20 @@ def best_arms(grid: Grid, setting: str) -> set[str]:
 
 
 def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
-    """Every pair of measured arms in every setting, the mixture first, by paired bootstrap."""
+    """Our arms against every other, and every arm against the baselines, by paired bootstrap."""
     scores = next(iter(run.documents.values()))
     bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
     tokens = sum(scores.scored_tokens)
     found = []
     for setting in grid.settings:
         measured = [arm for arm in grid.arms if grid.rows(setting, arm)]
-        order = sorted(measured, key=lambda arm: {"mop": 0, "single": 2, "none": 3}.get(arm, 1))
+        order = sorted(measured, key=lambda arm: {OURS[0]: 0, OURS[1]: 1, "single": 3, "none": 4}.get(arm, 2))
         nats = {arm: {row.seed: _nats(run, row) for row in grid.rows(setting, arm)} for arm in order}
         means = {arm: np.mean(list(by_seed.values()), axis=0) for arm, by_seed in nats.items()}
         for place, first in enumerate(order):
             for second in order[place + 1 :]:
+                if first not in OURS and second not in BASELINES:
+                    continue
                 micro = bootstrap.micro(means[first], means[second])
                 macro = bootstrap.macro(means[first], means[second])
                 seeds = _seed_differences(nats[first], nats[second], tokens=tokens)

@@ -61,13 +61,15 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
     for setting, arm, first in _order(grid):
         rows = grid.rows(setting, arm)
         regained = recovery(grid, setting, arm)
+        trained = None if arm == "none" else recovery(grid, setting, arm, dense_arm=arm)
+        alike = "" if trained is None else f"{ratio(trained)} of the dense model with {arm}"
         values = (
             _over_seeds(rows, lambda row: row.sparsity, lambda value: share(value, decimals=2)),
             _perplexity(rows, lambda row: row.perplexity),
             _perplexity(rows, lambda row: row.perplexity_macro),
             _over_seeds(rows, lambda row: row.exact_match, share),
             *([_perplexity(rows, lambda row: row.text_perplexity or math.nan)] if texts else []),
-            Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained)),
+            Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained), alike),
             _against_single(arm, against.get((setting, arm)), measured=bool(rows)),
         )
         name = Text(arm, f"{len(rows)} seeds" if len(rows) > 1 else "")
