@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mopcompress.compress.alps import _STEPS_A_PENALTY as STEPS_A_PENALTY
 from mopcompress.compress.compression import Compression
-from mopcompress.compress.walk import compress_model, linears_of, noting_inputs
+from mopcompress.compress.dense_pass import noting_inputs
+from mopcompress.compress.walk import compress_model, linears_of
 from mopcompress.data.calibration import text_windows
 from mopcompress.models.checkpoint import load_model, resolve_model
 from mopcompress.models.language_model import LanguageModel

@@ -130,8 +130,13 @@ def masked_least_squares(weight: Tensor, gram: Tensor, removed: Tensor) -> Tenso
     return solved
 
 
-def alps_slowly(weight: Tensor, gram: Tensor, count: int, *, steps: int, every: int, growth: float) -> Tensor:
-    """ADMM with the multiplier written out, on an already damped Gram matrix, then exact masked least squares."""
+def alps_slowly(
+    weight: Tensor, gram: Tensor, count: int, *, steps: int, first: float, every: int, growth: float, relaxation: float
+) -> Tensor:
+    """ADMM with the multiplier written out, on an already damped Gram matrix, then exact masked least squares.
+
+    Over-relaxed as in Boyd et al., Distributed Optimization and Statistical Learning via ADMM, sec. 3.4.3.
+    """
     scale = gram.diagonal().sqrt()
     hessian, target = gram / torch.outer(scale, scale), weight * scale
 
@@ -139,12 +144,13 @@ def alps_slowly(weight: Tensor, gram: Tensor, count: int, *, steps: int, every: 
         chosen = lowest_by_sorting(matrix.abs().flatten().tolist(), count)
         return matrix.masked_fill(torch.tensor(chosen).reshape(matrix.shape), 0.0)
 
-    penalty, sparse, multiplier = 0.1, keep_largest(target), torch.zeros_like(target)
+    penalty, sparse, multiplier = first, keep_largest(target), torch.zeros_like(target)
     for step in range(steps):
         if step and step % every == 0:
             penalty *= growth
         system = hessian + penalty * torch.eye(len(gram), dtype=gram.dtype)
         free = torch.linalg.solve(system, (target @ hessian - multiplier + penalty * sparse).T).T
+        free = relaxation * free + (1 - relaxation) * sparse
         sparse = keep_largest(free + multiplier / penalty)
         multiplier = multiplier + penalty * (free - sparse)
     return masked_least_squares(weight, gram, sparse == 0)

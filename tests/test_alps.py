@@ -82,7 +82,8 @@ def test_alps_is_its_definition(sparsity):
     weight, inputs = problem()
     gram = gram_of(inputs)
     count = round(sparsity * weight.numel())
-    slow = alps_slowly(weight, damped(gram, 0.01), count, steps=9, every=3, growth=1.35)
+    schedule = {"first": 0.2, "every": 4, "growth": 1.7, "relaxation": 1.4}
+    slow = alps_slowly(weight, damped(gram, 0.01), count, steps=9, **schedule)
     found = alps(weight, gram, sparsity=sparsity, steps=9, refit_steps=200).weight
     assert_close(found, slow)
 

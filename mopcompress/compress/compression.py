@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.compress import METHODS, Method, Solved
-from mopcompress.compress.matching import toward_dense
+from mopcompress.compress.matching import DenseSide, toward_dense
 from mopcompress.compress.refit import refit
-from mopcompress.compress.statistics import Statistic, input_drift, with_ridge
+from mopcompress.compress.statistics import Statistic, with_ridge
 from mopcompress.errors import DataError
 from mopcompress.targets import chosen
 
@@ -63,7 +63,7 @@ def steps_of(compressions: Sequence[Compression], names: Sequence[str]) -> list[
 def solve_in_turn(
     linears: Mapping[str, Float[Tensor, "_ in"]],
     inputs: Float[Tensor, "tokens in"],
-    dense_inputs: Float[Tensor, "tokens in"] | None,
+    dense: DenseSide | None,
     steps: Sequence[Step],
 ) -> dict[str, Solved]:
     """Compress linears that share `inputs`, each by those steps that go to it, one after the other.
@@ -73,8 +73,9 @@ def solve_in_turn(
     """
     statistics = _Statistics(inputs)
     solved = {name: Solved(weight) for name, weight in linears.items()}
-    if dense_inputs is not None:
-        solved |= _moved_towards_dense(linears, statistics, input_drift(inputs, dense_inputs), steps)
+    if dense is not None:
+        pull = dense.pull(torch.cat(list(linears.values())), inputs, statistics.gram())
+        solved |= _moved_towards_dense(linears, statistics.gram(), pull, steps)
     for step in steps:
         names = [name for name in linears if name in step.place]
         if not names:
@@ -90,9 +91,10 @@ def solve_in_turn(
 
 
 def _moved_towards_dense(
-    weights: Mapping[str, Tensor], statistics: "_Statistics", drift: Tensor, steps: Sequence[Step]
+    weights: Mapping[str, Tensor], gram: Tensor, pull: Float[Tensor, "rows in"], steps: Sequence[Step]
 ) -> dict[str, Solved]:
-    """Those linears of which a step asks it; equal wishes are granted together."""
+    """Those linears of which a step asks it; equal wishes are granted together. `pull` has the rows of all of them."""
+    pulls = dict(zip(weights, torch.split(pull, [len(weight) for weight in weights.values()]), strict=True))
     wishes: dict[tuple[float, bool], list[str]] = {}
     for name in weights:
         going = [step.compression for step in steps if name in step.place]
@@ -103,7 +105,8 @@ def _moved_towards_dense(
     moved: dict[str, Solved] = {}
     for (share, keep_zeros), names in wishes.items():
         stack = torch.cat([weights[name] for name in names])
-        target = toward_dense(stack, statistics.gram(), drift, share=share, keep_zeros=keep_zeros)
+        pulled = torch.cat([pulls[name] for name in names])
+        target = toward_dense(stack, gram, pulled, share=share, keep_zeros=keep_zeros)
         parts = torch.split(target.weight, [len(weights[name]) for name in names])
         moved |= {name: Solved(part, target.escalations) for name, part in zip(names, parts, strict=True)}
     return moved

@@ -36,25 +36,38 @@ def inverse_factor(gram: Float[Tensor, "in in"], *, damping: float, max_escalati
     """Upper Cholesky factor of the inverse of `gram + damping * mean(diag) I`, without forming the inverse.
 
     Reverse rows and columns, factorise as L Lᵀ, reverse back: gram = R Rᵀ with R upper triangular, hence
-    gram⁻¹ = R⁻ᵀ R⁻¹, and R⁻¹ is the factor. One Cholesky and one triangular inverse: 2/3 in³ multiply-adds.
+    gram⁻¹ = R⁻ᵀ R⁻¹, and R⁻¹ is the factor. One Cholesky and one triangular inverse: 2/3 in³ multiply-adds. Damped as
+    by `cholesky`.
+    """
+    lower, escalations = cholesky(gram, damping=damping, max_escalations=max_escalations, backwards=True)
+    return Factor(_triangular_inverse(lower).flip(0, 1), escalations)
+
+
+def cholesky(
+    gram: Float[Tensor, "in in"], *, damping: float, max_escalations: int = 4, backwards: bool = False
+) -> tuple[Float[Tensor, "in in"], int]:
+    """Lower Cholesky factor of `gram + damping * mean(diag) I`, and how often damping was raised.
+
+    `backwards` is for the factor of the matrix with its rows and columns in reverse order.
 
     Inputs that never fire (zero diagonal) are decoupled from the rest; the mean is taken over the others. When the
     matrix is not positive definite, damping is raised tenfold up to `max_escalations` times and the raises are counted;
     then, or when the matrix is no Gram matrix at all, `NumericalError` is raised.
     """
     size = len(gram)
-    diagonal = gram.diagonal()
     check_gram(gram)
+    diagonal = gram.diagonal()
     dead = diagonal == 0
     scale = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
     ridge = damping
     for escalations in range(max_escalations + 1):
-        flipped = gram.flip(0, 1)
-        flipped.diagonal().add_(scale * (dead + ridge).flip(0))
-        lower, failed = torch.linalg.cholesky_ex(flipped)
-        noise = 8 * torch.finfo(gram.dtype).eps * flipped.diagonal()  # a few roundings
+        damped = gram.clone()
+        damped.diagonal().add_(scale * (dead + ridge))
+        damped = damped.flip(0, 1) if backwards else damped
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        noise = 8 * torch.finfo(gram.dtype).eps * damped.diagonal()  # a few roundings
         if not failed and bool((lower.diagonal().square() > noise).all()):
-            return Factor(_triangular_inverse(lower).flip(0, 1), escalations)
+            return lower, escalations
         ridge = max(10 * ridge, _FIRST_DAMPING)
     raise NumericalError(
         f"the {size}x{size} input Gram matrix is not positive definite with damping {damping:g}, nor after raising it "

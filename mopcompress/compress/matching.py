@@ -9,22 +9,48 @@ another matrix: with G = mean x xᵀ and C = mean x_dense xᵀ, V* = W C G⁻¹ 
 so every solver may take V* in the place of W and need not know.
 """
 
+from dataclasses import dataclass
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.compress.feedback import inverse_factor
+from mopcompress.compress.feedback import cholesky
 from mopcompress.compress.refit import refit
 from mopcompress.compress.solved import Solved
-from mopcompress.compress.statistics import with_ridge
+from mopcompress.compress.statistics import cross_mean, input_drift, with_ridge
 
 _PRUNED = 0.01  # fewer zeros than this are kept without a refit of the others, which would hardly move
 _STEPS = 30  # of the refit, when some weights must stay zero
 
 
+@dataclass(frozen=True)
+class DenseSide:
+    """What the dense model had where linears share their inputs, token by token.
+
+    Their inputs; or their outputs side by side, biases left out, where these are fewer: W C = mean (W x_dense) xᵀ.
+    """
+
+    values: Float[Tensor, "tokens in_or_out"]
+    are_outputs: bool
+
+    def pull(
+        self, weight: Float[Tensor, "out in"], inputs: Float[Tensor, "tokens in"], gram: Float[Tensor, "in in"]
+    ) -> Float[Tensor, "out in"]:
+        """W (C - G), how the linears' outputs moved, for all of them stacked.
+
+        From inputs, nothing that drifted gives 0 to the bit. From outputs, W C and W G are summed in different orders:
+        a few roundings of W G remain.
+        """
+        if self.are_outputs:
+            return cross_mean(self.values, inputs) - weight @ gram.to(weight)
+        return weight @ input_drift(inputs, self.values).to(weight)
+
+
 def toward_dense(
     weight: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
-    drift: Float[Tensor, "in in"],
+    pull: Float[Tensor, "out in"],
     *,
     share: float,
     keep_zeros: bool,
@@ -32,16 +58,16 @@ def toward_dense(
 ) -> Solved:
     """W + share (V* - W): 0 asks for the linear's own outputs, 1 for the dense model's.
 
-    `drift` is C - G = mean (x_dense - x) xᵀ. The ridge, `damping` times the mean diagonal of the Gram matrix, draws
-    towards W: V* = W + W (C - G) (G + ridge)⁻¹, which is W to the bit when nothing drifted. With `keep_zeros`, V* of a
+    `pull` is W (C - G) = mean W (x_dense - x) xᵀ. The ridge, `damping` times the Gram matrix's mean diagonal, draws
+    towards W: V* = W + W (C - G) (G + ridge)⁻¹, which is W to the bit when nothing pulls. With `keep_zeros`, V* of a
     pruned weight is the best among the matrices that are zero where W is. The ridge is ten times that of the solvers:
     V* is fitted to what few tokens have in common, and overfits them sooner than a mask does (benchmarks/LOG.md).
     """
-    factor = inverse_factor(gram.to(weight), damping=damping)
-    change = weight @ drift.to(weight) @ factor.upper.T @ factor.upper
+    lower, escalations = cholesky(gram.to(weight), damping=damping)
+    change = torch.cholesky_solve(pull.to(weight).T, lower).T
     zeros = weight == 0
     if keep_zeros and bool(zeros.any()):
         best = weight + change
         steps = _STEPS if float(zeros.float().mean()) >= _PRUNED else 0
         change = refit(best, with_ridge(gram.to(weight), damping), zeros, best, steps=steps) - weight
-    return Solved(weight + share * change, factor.escalations)
+    return Solved(weight + share * change, escalations)

@@ -104,6 +104,14 @@ def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens
     return drift / len(inputs)
 
 
+def cross_mean(outputs: Float[Tensor, "tokens out"], inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "out in"]:
+    """Mean of y xᵀ. Raises `NumericalError` when an output is not finite."""
+    mean = _at_least_float32(outputs).T @ _at_least_float32(inputs) / len(inputs)
+    if not bool(mean.sum().isfinite()):
+        raise NumericalError("the dense model's layer outputs are not finite on the calibration data; use other text")
+    return mean
+
+
 def _at_least_float32(inputs: Tensor) -> Tensor:
     return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
 

@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mopcompress.compress.allocation import Shares, Survey, survey_block
+from mopcompress.compress.dense_pass import noting_inputs
 from mopcompress.compress.masks import lowest_overall
 from mopcompress.compress.statistics import InputNorms
-from mopcompress.compress.walk import linears_of, noting_inputs
+from mopcompress.compress.walk import linears_of
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import weight_of

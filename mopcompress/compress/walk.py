@@ -11,7 +11,7 @@ block is run twice: dense, where the inputs of its linears are noted, then compr
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mopcompress.compress.compression import Compression, Step, solve_in_turn, steps_of
+from mopcompress.compress.dense_pass import before, dense_sides, noting_inputs
+from mopcompress.compress.matching import DenseSide
 from mopcompress.compress.solved import Quantised, Solved
 from mopcompress.errors import MopError, NumericalError
 from mopcompress.models.experts import Unstacked, expert_by_expert, unstacked
@@ -134,14 +136,12 @@ def compress_block(
         model.through(tokens[:1, :1], None if entering is None else entering[:1, :1], index)
     alone = [[linear] for linear in names if linear not in first_inputs]  # such as experts of another token
     groups = [*_sharing(first_inputs), *alone]
-    dense_inputs: dict[Linear, Tensor] = {}
+    sides: dict[Linear, DenseSide] = {}
     if any(step.compression.match_dense for step in steps):
-        matched = [group[0] for group in groups if any(_is_matched(names[one], steps) for one in group)]
-        with expert_by_expert(experts), noting_inputs(matched) as dense_inputs:
-            dense = model.through(tokens, dense, index)
-        # tokens are paired by position: what only some of them reach, such as an expert, keeps its own outputs
-        dense_inputs = {one: value for one, value in dense_inputs.items() if value[..., 0].numel() == tokens.numel()}
-    with expert_by_expert(experts), compressing_on_arrival(names, groups, dense_inputs, steps, dtype) as settled:
+        matched = [group for group in groups if any(_is_matched(names[one], steps) for one in group)]
+        with expert_by_expert(experts):
+            dense, sides = dense_sides(model, tokens, dense, index, matched)
+    with expert_by_expert(experts), compressing_on_arrival(names, groups, sides, steps, dtype) as settled:
         entering = model.through(tokens, entering, index)
     reached = {linear for linear, _, _ in settled}
     idle = [linear for linear in names if linear not in reached]
@@ -162,24 +162,16 @@ Settled = list[tuple[Linear, Solved, float]]
 
 
 @contextmanager
-def noting_inputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
-    """Inside the block, note the first input of each linear."""
-    seen: dict[Linear, Tensor] = {}
-    with _before(linears, lambda linear, value: seen.setdefault(linear, value)):
-        yield seen
-
-
-@contextmanager
 def compressing_on_arrival(
     names: Names,
     groups: Sequence[Sequence[Linear]],
-    dense_inputs: dict[Linear, Tensor],
+    sides: dict[Linear, DenseSide],
     steps: Sequence[Step],
     dtype: torch.dtype | None,
 ) -> Iterator[Settled]:
     """Inside the block, the linears of a group are compressed when the input that they share arrives at the first.
 
-    `dense_inputs` has a group's dense input under its first linear, and is emptied on the way.
+    `sides` has what the dense model had there under a group's first linear, and is emptied on the way.
     """
     waiting = {linear: group for group in groups for linear in group}
     settled: Settled = []
@@ -189,11 +181,11 @@ def compressing_on_arrival(
         if group is None:
             return
         start = time.perf_counter()
-        dense = dense_inputs.pop(group[0], None)
-        paired = None if dense is None or dense.shape != inputs.shape else dense.flatten(0, -2)
+        tokens, side = inputs.flatten(0, -2), sides.pop(group[0], None)
+        paired = None if side is None or len(side.values) != len(tokens) else side
         weights = {names[one]: weight_of(one) for one in group}
         try:
-            solutions = solve_in_turn(weights, inputs.flatten(0, -2), paired, steps)
+            solutions = solve_in_turn(weights, tokens, paired, steps)
         except MopError as error:
             raise type(error)(f"{names[linear]}: {error}") from error
         seconds = (time.perf_counter() - start) / len(group)
@@ -203,21 +195,8 @@ def compressing_on_arrival(
             settled.append((one, solved, seconds))
             del waiting[one]
 
-    with _before(waiting, arrive):
+    with before(waiting, arrive):
         yield settled
-
-
-@contextmanager
-def _before(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -> Iterator[None]:
-    """Inside the block, `act(linear, input)` runs before each linear. Narrowing has hooks of its own: they replace."""
-    handles = [
-        linear.register_forward_pre_hook(lambda linear, inputs: _nothing(act(linear, inputs[0]))) for linear in linears
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sharing(inputs: Mapping[Linear, Tensor]) -> list[list[Linear]]:
@@ -230,10 +209,6 @@ def _sharing(inputs: Mapping[Linear, Tensor]) -> list[list[Linear]]:
 
 def _is_matched(name: str, steps: Sequence[Step]) -> bool:
     return any(step.compression.match_dense and name in step.place for step in steps)
-
-
-def _nothing(_result: object) -> None:
-    """A hook's answer would replace the input."""
 
 
 def _row(

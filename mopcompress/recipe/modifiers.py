@@ -158,7 +158,7 @@ class ALPSModifier(PruningModifier):
     sparsity: Shares
     ignore: Targets = ()
     dampening_frac: Damping = 0.01
-    iterations: Annotated[int, Field(ge=1, le=1000)] = 24
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 12
     refit_steps: Steps = 6
     match_dense: Towards = 1.0
     preserve_sparsity_mask: bool = False
