@@ -4,9 +4,10 @@
 
 Needed is what the method asks for when nothing is computed twice: every linear and the causal half of attention once,
 the lower half of each Gram matrix (one for linears that share their input), its Cholesky factor and the inverse of
-that, and the sweep or the solver's steps; where the dense model is matched, its pass and the target too. Norms, rotary
-embeddings, softmax, the choice of masks and the survey of an allocation count as nothing. The peak is the best of
-square float32 products before and after. Prints one JSON object; timing excludes loading.
+that, and the sweep or the solver's steps; where the dense model is matched, its pass, the product of its inputs (or
+outputs, where fewer) with the inputs, and the target too. Norms, rotary embeddings, softmax, the choice of masks and
+the survey of an allocation count as nothing. The peak is the best of square float32 products before and after. Prints
+one JSON object; timing excludes loading.
 """
 
 import argparse
@@ -102,9 +103,10 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compress
             flops["attention"] += 2 * samples * length * length * width * (1 + matched)
             flops["linears"] += forward * (1 + matched)
             for key, size in size_of.items():
-                flops["grams"] += tokens.numel() * (size * (size + 1) + 2 * size**2 * matched)
+                flops["grams"] += tokens.numel() * size * (size + 1)
+                flops["grams"] += 2 * tokens.numel() * size * min(size, rows_of[key]) * matched
                 flops["solvers"] += sum(solver_flops(one, rows_of[key], size) for one in compressions)
-                flops["solvers"] += (2 * size**3 // 3 + 4 * rows_of[key] * size**2) * matched
+                flops["solvers"] += (size**3 // 3 + 4 * rows_of[key] * size**2) * matched
     return flops
 
 

@@ -340,6 +340,18 @@ def test_a_matched_linear_starts_from_the_least_squares_fit_of_dense_outputs(fam
         assert_close(weight_of(linear), expected, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("at_a_time", [1, 60, 1000])
+def test_how_many_tokens_of_the_dense_model_run_at_a_time_does_not_matter(monkeypatch, at_a_time):
+    whole, pieces = tiny_model("llama"), tiny_model("llama")
+    for model in (whole, pieces):
+        model.network.double()
+    compress_model(whole, TOKENS, compression(match_dense=1.0))
+    monkeypatch.setattr("mopcompress.compress.dense_pass._TOKENS", at_a_time)
+    compress_model(pieces, TOKENS, compression(match_dense=1.0))
+    for name, linear in linears(pieces).items():
+        assert_close(linear.weight, linears(whole)[name].weight)
+
+
 def test_before_anything_is_compressed_matching_changes_nothing():
     first = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     models = [tiny_model(), tiny_model()]
@@ -376,7 +388,9 @@ def test_a_refit_keeps_the_mask_and_brings_the_outputs_closer(method):
     assert (inputs @ (dense - after).T).norm() < 0.95 * (inputs @ (dense - before).T).norm()
 
 
-def test_what_only_some_tokens_reach_keeps_its_own_outputs():
+@pytest.mark.parametrize("at_a_time", [1, 1000])
+def test_what_only_some_tokens_reach_keeps_its_own_outputs(monkeypatch, at_a_time):
+    monkeypatch.setattr("mopcompress.compress.dense_pass._TOKENS", at_a_time)
     routed = [tiny_model(), tiny_model()]
     for model, share in zip(routed, (0.0, 1.0), strict=True):
         torch.manual_seed(0)
