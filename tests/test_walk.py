@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mopcompress.compress import METHODS
 from mopcompress.compress.compression import Compression
+from mopcompress.compress.dense_pass import dense_sides
 from mopcompress.compress.walk import compress_model, linears_of
 from mopcompress.errors import DataError, NumericalError
 from mopcompress.targets import chosen
@@ -350,6 +351,19 @@ def test_how_many_tokens_of_the_dense_model_run_at_a_time_does_not_matter(monkey
     compress_model(pieces, TOKENS, compression(match_dense=1.0))
     for name, linear in linears(pieces).items():
         assert_close(linear.weight, linears(whole)[name].weight)
+
+
+@torch.no_grad()
+def test_outputs_are_noted_where_they_are_fewer():
+    model = tiny_model("gpt2")  # its linears have biases
+    up, down = model.blocks[0].mlp.c_fc, model.blocks[0].mlp.c_proj
+    down.bias.normal_()
+    _, sides = dense_sides(model, TOKENS, None, 0, [[up], [down]])
+    inputs = input_of(model, down)
+    assert not sides[up].are_outputs
+    assert_close(sides[up].values, input_of(model, up))
+    assert sides[down].are_outputs
+    assert_close(sides[down].values, inputs @ down.weight, atol=1e-5, rtol=1e-5)
 
 
 def test_before_anything_is_compressed_matching_changes_nothing():
