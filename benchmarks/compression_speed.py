@@ -90,7 +90,7 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compress
     flops: Counter[str] = Counter()
     config = model.config
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    matched = any(one.match_dense for one in compressions)
+    seen = max(one.dense_samples(samples) for one in compressions)  # by the dense model
     with torch.inference_mode():
         for index in range(len(model.blocks)):
             with noting_inputs(linears_of(model, index)) as inputs:
@@ -99,14 +99,13 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compress
             rows_of: Counter[int] = Counter()
             for linear, value in inputs.items():
                 rows_of[id(value)] += linear.weight.numel() // value.shape[-1]
-            forward = 2 * tokens.numel() * sum(linear.weight.numel() for linear in inputs)
-            flops["attention"] += 2 * samples * length * length * width * (1 + matched)
-            flops["linears"] += forward * (1 + matched)
+            flops["attention"] += 2 * (samples + seen) * length * length * width
+            flops["linears"] += 2 * (samples + seen) * length * sum(linear.weight.numel() for linear in inputs)
             for key, size in size_of.items():
                 flops["grams"] += tokens.numel() * size * (size + 1)
-                flops["grams"] += 2 * tokens.numel() * size * min(size, rows_of[key]) * matched
+                flops["grams"] += 2 * seen * length * size * min(size, 2 * rows_of[key])  # by inputs or by outputs
                 flops["solvers"] += sum(solver_flops(one, rows_of[key], size) for one in compressions)
-                flops["solvers"] += (size**3 // 3 + 4 * rows_of[key] * size**2) * matched
+                flops["solvers"] += (size**3 // 3 + 4 * rows_of[key] * size**2) * bool(seen)
     return flops
 
 

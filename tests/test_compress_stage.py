@@ -30,6 +30,7 @@ OTHER = {  # another valid value of every field that decides a result
     "iterations": 7,
     "refit_steps": 3,
     "match_dense": 0.5,
+    "match_samples": 0.25,
     "config_groups": {"group_0": {"weights": {"num_bits": 3, "group_size": 32}}},
     "actorder": None,
 }

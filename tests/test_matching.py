@@ -61,7 +61,7 @@ def test_inputs_that_did_not_drift_ask_for_nothing(keep_zeros):
     weight, inputs, _ = problem()
     weight[0, 0] = 0
     gram = gram_of(inputs)
-    pull = DenseSide(inputs.clone(), are_outputs=False).pull(weight, inputs, gram)
+    pull = DenseSide(inputs.clone(), are_outputs=False).pull(weight, inputs)
     assert torch.equal(toward_dense(weight, gram, pull, share=1.0, keep_zeros=keep_zeros).weight, weight)
 
 
@@ -99,11 +99,19 @@ def test_zeros_by_chance_stay_zero_and_leave_the_others_alone():
 
 def test_outputs_pull_as_inputs_do():
     weight, inputs, dense = problem()
-    gram = gram_of(inputs)
     by_inputs, by_outputs = DenseSide(dense, are_outputs=False), DenseSide(dense @ weight.T, are_outputs=True)
     expected = weight @ (dense - inputs).T @ inputs / len(inputs)
-    assert_close(by_inputs.pull(weight, inputs, gram), expected)
-    assert_close(by_outputs.pull(weight, inputs, gram), expected)
+    assert_close(by_inputs.pull(weight, inputs), expected)
+    assert_close(by_outputs.pull(weight, inputs), expected)
+
+
+@pytest.mark.parametrize("are_outputs", [False, True])
+def test_the_first_tokens_alone_tell_the_drift_when_the_dense_model_saw_no_more(are_outputs):
+    weight, inputs, dense = problem()
+    seen = dense[: len(dense) // 3]
+    side = DenseSide(seen @ weight.T if are_outputs else seen, are_outputs=are_outputs)
+    expected = weight @ (seen - inputs[: len(seen)]).T @ inputs[: len(seen)] / len(seen)
+    assert_close(side.pull(weight, inputs), expected)
 
 
 def test_outputs_that_did_not_move_ask_for_a_few_roundings():
@@ -112,7 +120,7 @@ def test_outputs_that_did_not_move_ask_for_a_few_roundings():
     weight, inputs = weight.float(), inputs.float()
     inputs[:, 5] *= 1000
     gram = gram_of(inputs)
-    pull = DenseSide(inputs @ weight.T, are_outputs=True).pull(weight, inputs, gram)
+    pull = DenseSide(inputs @ weight.T, are_outputs=True).pull(weight, inputs)
     found = toward_dense(weight, gram, pull, share=1.0, keep_zeros=False).weight
     assert float((found - weight).norm() / weight.norm()) < 1e-4
 
@@ -122,4 +130,4 @@ def test_dense_outputs_that_are_not_finite_are_refused():
     outputs = dense @ weight.T
     outputs[3, 4] = torch.inf
     with pytest.raises(NumericalError, match="dense"):
-        DenseSide(outputs, are_outputs=True).pull(weight, inputs, gram_of(inputs))
+        DenseSide(outputs, are_outputs=True).pull(weight, inputs)

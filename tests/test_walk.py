@@ -402,14 +402,36 @@ def test_a_refit_keeps_the_mask_and_brings_the_outputs_closer(method):
     assert (inputs @ (dense - after).T).norm() < 0.95 * (inputs @ (dense - before).T).norm()
 
 
+@pytest.mark.parametrize("match_samples", [0.01, 0.5])
+def test_the_dense_model_sees_as_many_samples_as_it_is_asked_to(monkeypatch, match_samples):
+    """What matching all samples of a shorter calibration gives, but for the Gram matrices and what enters."""
+    seen = []
+
+    def noted(model, tokens, hidden, index, groups):
+        seen.append((len(tokens), None if hidden is None else len(hidden)))
+        return dense_sides(model, tokens, hidden, index, groups)
+
+    monkeypatch.setattr("mopcompress.compress.walk.dense_sides", noted)
+    models = [tiny_model() for _ in range(3)]
+    tokens = random_tokens(5, 20)
+    for model, share, part in zip(models, (0.0, 1.0, 1.0), (1.0, 1.0, match_samples), strict=True):
+        compress_model(model, tokens, compression(match_dense=share, match_samples=part))
+    some = 1 if match_samples == 0.01 else 3
+    assert seen == [(5, None), *[(5, 5)] * 3, (some, None), *[(some, some)] * 3]
+    own, whole, part = (linears(model)["model.layers.2.mlp.down_proj"].weight for model in models)
+    assert not torch.equal(part, whole)
+    assert not torch.equal(part, own)
+
+
+@pytest.mark.parametrize("match_samples", [0.01, 1.0])
 @pytest.mark.parametrize("at_a_time", [1, 1000])
-def test_what_only_some_tokens_reach_keeps_its_own_outputs(monkeypatch, at_a_time):
+def test_what_only_some_tokens_reach_keeps_its_own_outputs(monkeypatch, at_a_time, match_samples):
     monkeypatch.setattr("mopcompress.compress.dense_pass._TOKENS", at_a_time)
     routed = [tiny_model(), tiny_model()]
     for model, share in zip(routed, (0.0, 1.0), strict=True):
         torch.manual_seed(0)
         model.blocks[3].mlp = Routed(32).requires_grad_(False)
         names = ["model.layers.3.mlp.up", "model.layers.3.mlp.down"]
-        compress_model(model, TOKENS, [*compression(targets=names, match_dense=share)])
+        compress_model(model, TOKENS, compression(targets=names, match_dense=share, match_samples=match_samples))
     for name in names:
         assert torch.equal(linears(routed[0])[name].weight, linears(routed[1])[name].weight)

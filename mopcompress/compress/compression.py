@@ -1,5 +1,6 @@
 """What is to be done to which linears, and doing it to linears that share their inputs."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +28,13 @@ class Compression:
     targets: Sequence[str] = ("Linear",)
     ignore: Sequence[str] = ()
     match_dense: float = 0.0  # share of the way from the linear's own outputs (0) to the dense model's (1)
+    match_samples: float = 1.0  # share of the calibration samples that the dense model sees for it
     allocation: str = "uniform"  # where the shares in `sparsity` come from, for the record
     refit_steps: int = 0  # of conjugate gradients on the mask that the method found, for methods that prune
+
+    def dense_samples(self, samples: int) -> int:
+        """How many of the calibration samples the dense model must see."""
+        return math.ceil(self.match_samples * samples) if self.match_dense else 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def solve_in_turn(
     statistics = _Statistics(inputs)
     solved = {name: Solved(weight) for name, weight in linears.items()}
     if dense is not None:
-        pull = dense.pull(torch.cat(list(linears.values())), inputs, statistics.gram())
+        pull = dense.pull(torch.cat(list(linears.values())), inputs)
         solved |= _moved_towards_dense(linears, statistics.gram(), pull, steps)
     for step in steps:
         names = [name for name in linears if name in step.place]

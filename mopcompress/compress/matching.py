@@ -26,7 +26,7 @@ _STEPS = 30  # of the refit, when some weights must stay zero
 
 @dataclass(frozen=True)
 class DenseSide:
-    """What the dense model had where linears share their inputs, token by token.
+    """What the dense model had where linears share their inputs, for the first tokens of the calibration or all.
 
     Their inputs; or their outputs side by side, biases left out, where these are fewer: W C = mean (W x_dense) xᵀ.
     """
@@ -34,17 +34,16 @@ class DenseSide:
     values: Float[Tensor, "tokens in_or_out"]
     are_outputs: bool
 
-    def pull(
-        self, weight: Float[Tensor, "out in"], inputs: Float[Tensor, "tokens in"], gram: Float[Tensor, "in in"]
-    ) -> Float[Tensor, "out in"]:
-        """W (C - G), how the linears' outputs moved, for all of them stacked.
+    def pull(self, weight: Float[Tensor, "out in"], inputs: Float[Tensor, "all_tokens in"]) -> Float[Tensor, "out in"]:
+        """W (C - G) = mean (W x_dense - W x) xᵀ, how the linears' outputs moved, for all of them stacked.
 
-        From inputs, nothing that drifted gives 0 to the bit. From outputs, W C and W G are summed in different orders:
-        a few roundings of W G remain.
+        The mean is over the tokens that the dense model saw. From inputs, nothing that drifted gives 0 to the bit; from
+        outputs, 0 to the roundings between a product of all tokens and one of a few.
         """
+        same = inputs[: len(self.values)]
         if self.are_outputs:
-            return cross_mean(self.values, inputs) - weight @ gram.to(weight)
-        return weight @ input_drift(inputs, self.values).to(weight)
+            return cross_mean(self.values - same @ weight.T, same)
+        return weight @ input_drift(same, self.values).to(weight)
 
 
 def toward_dense(

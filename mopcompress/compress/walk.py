@@ -47,10 +47,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What enters a block: from the compressed blocks below, and from the dense ones when they are to be matched."""
+    """What enters a block: from the compressed blocks below, and from the dense ones for the samples to be matched."""
 
     compressed: Float[Tensor, "samples time hidden"] | None = None  # None: nothing ran yet
-    dense: Float[Tensor, "samples time hidden"] | None = None
+    dense: Float[Tensor, "some_samples time hidden"] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,13 @@ def compress_block(
     alone = [[linear] for linear in names if linear not in first_inputs]  # such as experts of another token
     groups = [*_sharing(first_inputs), *alone]
     sides: dict[Linear, DenseSide] = {}
-    if any(step.compression.match_dense for step in steps):
+    samples = max((step.compression.dense_samples(len(tokens)) for step in steps), default=0)
+    if samples:
         matched = [group for group in groups if any(_is_matched(names[one], steps) for one in group)]
         with expert_by_expert(experts):
-            dense, sides = dense_sides(model, tokens, dense, index, matched)
-    with expert_by_expert(experts), compressing_on_arrival(names, groups, sides, steps, dtype) as settled:
+            dense, sides = dense_sides(model, tokens[:samples], dense, index, matched)
+    arriving = compressing_on_arrival(names, groups, sides, steps, tokens=tokens.numel(), dtype=dtype)
+    with expert_by_expert(experts), arriving as settled:
         entering = model.through(tokens, entering, index)
     reached = {linear for linear, _, _ in settled}
     idle = [linear for linear in names if linear not in reached]
@@ -167,11 +169,14 @@ def compressing_on_arrival(
     groups: Sequence[Sequence[Linear]],
     sides: dict[Linear, DenseSide],
     steps: Sequence[Step],
+    *,
+    tokens: int,
     dtype: torch.dtype | None,
 ) -> Iterator[Settled]:
     """Inside the block, the linears of a group are compressed when the input that they share arrives at the first.
 
-    `sides` has what the dense model had there under a group's first linear, and is emptied on the way.
+    `sides` has what the dense model had there under a group's first linear, and is emptied on the way; it is of no use
+    to a group that fewer than all `tokens` reach, for tokens are paired by position.
     """
     waiting = {linear: group for group in groups for linear in group}
     settled: Settled = []
@@ -181,11 +186,10 @@ def compressing_on_arrival(
         if group is None:
             return
         start = time.perf_counter()
-        tokens, side = inputs.flatten(0, -2), sides.pop(group[0], None)
-        paired = None if side is None or len(side.values) != len(tokens) else side
+        flat, side = inputs.flatten(0, -2), sides.pop(group[0], None)
         weights = {names[one]: weight_of(one) for one in group}
         try:
-            solutions = solve_in_turn(weights, tokens, paired, steps)
+            solutions = solve_in_turn(weights, flat, side if len(flat) == tokens else None, steps)
         except MopError as error:
             raise type(error)(f"{names[linear]}: {error}") from error
         seconds = (time.perf_counter() - start) / len(group)

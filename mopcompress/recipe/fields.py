@@ -118,6 +118,7 @@ Shares = Annotated[Annotated[Share, Tag(ONE)] | Annotated[tuple[Share, ...], Lis
 Distinct = AfterValidator(_distinct)
 Steps = Annotated[int, Field(ge=0, le=1000)]
 Towards = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
 Structure = Annotated[str, AfterValidator(_structure)]
 Damping = Annotated[float, Field(gt=0, le=10)]
 BlockSize = Annotated[int, Field(ge=1, le=65536)]

@@ -11,6 +11,7 @@ from mopcompress.recipe.fields import (
     Bits,
     KeysAndValues,
     Layers,
+    Part,
     Share,
     Spec,
     Structure,
@@ -123,6 +124,7 @@ class GPTQModifier(Spec):
     mask_structure: Structure = "0:0"
     sparsity: Share = Field(0.0, validate_default=True)  # removed in the same sweep, as SparseGPT does
     match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
+    match_samples: Part = 1.0  # share of the calibration samples that the dense model sees for it
     scheme: Unsupported = None
     sequential_update: Switch = None
     sequential_targets: Layers = None

@@ -14,6 +14,7 @@ from mopcompress.recipe.faults import faults_of, lines
 from mopcompress.recipe.fields import (
     Aims,
     Layers,
+    Part,
     Rounding,
     Schedule,
     ScheduleFields,
@@ -64,6 +65,7 @@ class PruningModifier(Spec):
     targets: Aims = ("Linear",)
     refit_steps: Steps = 0  # of conjugate gradients on the mask, towards its least-squares values
     match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
+    match_samples: Part = 1.0  # share of the calibration samples that the dense model sees for it
     allocation: Literal["uniform", "owl", "ramp", "error", "best"] = "uniform"  # best: by a trial of the others
     owl_m: Annotated[float, Field(gt=0, le=1e6)] = 5.0  # an outlier has this many times the mean score of its block
     allocation_spread: Annotated[
@@ -161,6 +163,7 @@ class ALPSModifier(PruningModifier):
     iterations: Annotated[int, Field(ge=1, le=1000)] = 12
     refit_steps: Steps = 6
     match_dense: Towards = 1.0
+    match_samples: Part = 0.5  # what half of them tell of the drift is nearly all
     preserve_sparsity_mask: bool = False
 
 

@@ -164,6 +164,7 @@ def compression_of(modifier: Compressing) -> Compression:
         targets=modifier.targets,
         ignore=modifier.ignore,
         match_dense=modifier.match_dense,
+        match_samples=modifier.match_samples,
         refit_steps=0 if isinstance(modifier, GPTQModifier | ALPSModifier) else modifier.refit_steps,
     )
 
