@@ -44,6 +44,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # it would show the values of variables, and those can hold tokens
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+RepairRank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Rank of a matrix beside each compressed linear that repairs its outputs; none if not given."
+    ),
+]
 NARROWED = ("channels", "kv_groups", "parameters")  # what structured pruning counts besides
 Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter that `recover` wrote for this model.")]
 
@@ -61,10 +67,18 @@ def prune(
     head_sparsity: Annotated[
         float | None, typer.Option(help="Structured: share of key-value heads removed, with their queries (default 0).")
     ] = None,
+    repair_rank: RepairRank = None,
 ) -> None:
     """Remove weights, block after block, into a normal Hugging Face folder."""
     recipe = common.load()
-    recipe = for_pruning(recipe, method=method, sparsity=sparsity, pattern=pattern, head_sparsity=head_sparsity)
+    recipe = for_pruning(
+        recipe,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        head_sparsity=head_sparsity,
+        repair_rank=repair_rank,
+    )
     _compress(common, recipe, Path("runs/pruned"))
 
 
@@ -75,9 +89,10 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale (default 64); -1: the whole row.")
     ] = None,
+    repair_rank: RepairRank = None,
 ) -> None:
     """Round weights with GPTQ, block after block, into a normal Hugging Face folder."""
-    recipe = for_quantizing(common.load(), bits=bits, group_size=group_size)
+    recipe = for_quantizing(common.load(), bits=bits, group_size=group_size, repair_rank=repair_rank)
     _compress(common, recipe, Path("runs/quantized"))
 
 
@@ -86,10 +101,10 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
     plan.check_inputs(recipe.run, data=False, calibration=True)
     done = plan.is_done(target, recipe, common.resume)
     modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
-    plan.check_shapes(recipe.run, modifiers)
+    plan.check_shapes(recipe, modifiers)
     if common.dry_run:
         model = plan.model_facts(recipe.run.model)
-        methods = "+".join(one.method for one in modifiers)
+        methods = "+".join([one.method for one in modifiers] + ([recipe.repair.method] if recipe.repair else []))
         _tell(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
         return
     with common.working() as progress:
@@ -100,7 +115,7 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
         from mopcompress.stages.resume import finished
 
         facts = finished(target, recipe, progress) if done else compress(recipe, modifiers, target, progress=progress)
-    shown = ("method", "sparsity", "weights", *NARROWED, "fallbacks", "compress_seconds", "model_bytes")
+    shown = ("method", "sparsity", "weights", *NARROWED, "repair", "fallbacks", "compress_seconds", "model_bytes")
     _print_result(common, target, facts, shown)
 
 

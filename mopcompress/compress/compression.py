@@ -10,13 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.compress import METHODS, Method, Solved
+from mopcompress.compress.eora import eora
 from mopcompress.compress.matching import DenseSide, toward_dense
 from mopcompress.compress.refit import refit
 from mopcompress.compress.statistics import Statistic, with_ridge
 from mopcompress.errors import DataError
+from mopcompress.models.repair import LowRank
 from mopcompress.targets import chosen
 
 DAMPING = 0.01  # of the refit, for methods that have none
+REPAIR = "eora"  # the method that changes no weight: it makes what is computed beside those that others compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +65,21 @@ class Step:
 
 
 def steps_of(compressions: Sequence[Compression], names: Sequence[str]) -> list[Step]:
-    """Which of a model's linears each compression goes to. Raises `DataError` when a target means none of them."""
-    return [Step(one, chosen(names, one.targets, one.ignore)) for one in compressions]
+    """Which of a model's linears each compression goes to. Raises `DataError` when a target means none of them.
+
+    A repair goes to linears that were compressed before, and is the last step: another would take no notice of it.
+    """
+    if REPAIR in [one.method for one in compressions[:-1]]:
+        raise DataError("a repair is of all that was lost; put it after all that compresses")
+    steps: list[Step] = []
+    for one in compressions:
+        place = chosen(names, one.targets, one.ignore)
+        if one.method == REPAIR:
+            place = {name: index for name, index in place.items() if any(name in before.place for before in steps)}
+            if not place:
+                raise DataError(f"nothing to repair: no linear of {list(one.targets)} is compressed; name others")
+        steps.append(Step(one, place))
+    return steps
 
 
 def solve_in_turn(
@@ -76,15 +92,23 @@ def solve_in_turn(
 
     The inputs are looked at once, whatever the number of linears and steps. Before its first step a
     linear is moved towards the dense model, as far as any of them asks: later ones then keep to what became of that.
+    A repair is towards what the first step was given, since that has the outputs that are wanted on these inputs:
+    towards the dense weight, it would undo what the linear was moved for.
     """
     statistics = _Statistics(inputs)
     solved = {name: Solved(weight) for name, weight in linears.items()}
     if dense is not None:
         pull = dense.pull(torch.cat(list(linears.values())), inputs)
         solved |= _moved_towards_dense(linears, statistics.gram(), pull, steps)
+    wanted = {name: one.weight for name, one in solved.items()}
     for step in steps:
         names = [name for name in linears if name in step.place]
         if not names:
+            continue
+        if step.compression.method == REPAIR:
+            for name in names:
+                repair = eora(wanted[name], solved[name].weight, statistics.gram(), **step.options_for([name]))
+                solved[name] = replace(solved[name], repair=LowRank(*repair))
             continue
         method = METHODS[step.compression.method]
         weights = [solved[name].weight for name in names]

@@ -5,13 +5,19 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mopcompress.models.repair import LowRank
+
 
 @dataclass(frozen=True)
 class Solved:
-    """A compressed weight. `escalations` counts how often damping had to be raised to factorise the Gram matrix."""
+    """A compressed weight. `escalations` counts how often damping had to be raised to factorise the Gram matrix.
+
+    `repair` is what is to be computed beside it, if that was asked for.
+    """
 
     weight: Float[Tensor, "out in"]
     escalations: int = 0
+    repair: LowRank | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ block is run twice: dense, where the inputs of its linears are noted, then compr
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +24,10 @@ from mopcompress.compress.dense_pass import before, dense_sides, noting_inputs
 from mopcompress.compress.matching import DenseSide
 from mopcompress.compress.solved import Quantised, Solved
 from mopcompress.errors import MopError, NumericalError
-from mopcompress.models.experts import Unstacked, expert_by_expert, unstacked
+from mopcompress.models.experts import Unstacked, expert_by_expert, named_linears, unstacked
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
+from mopcompress.models.repair import LowRank, attach, beside
 
 Names = dict[Linear, str]
 
@@ -43,6 +44,8 @@ class LayerRow:
     zeros: int
     escalations: int  # how often the damping had to be raised; 0 when the Gram matrix was well-conditioned
     seconds: float
+    repair_rank: int = 0  # of the low-rank matrix beside it, which has so many parameters:
+    repair_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class CompressedBlock:
     leaving: Hidden
     rows: list[LayerRow]
     scales: dict[str, Float[Tensor, "_ _"]]  # [out, groups] of every linear that ended on a grid
+    repairs: dict[str, LowRank] = field(default_factory=dict)  # of those that have one, in the dtype of the weights
 
 
 def compress_model(
@@ -70,7 +74,7 @@ def compress_model(
     dtype: torch.dtype | None = None,
     progress: Callable[[LayerRow], None] = lambda row: None,
 ) -> list[LayerRow]:
-    """Compress the linears of all decoder blocks in place; embeddings and head are never touched.
+    """Compress the linears of all decoder blocks in place, and put repairs beside; embeddings and head stay.
 
     With a `dtype`, every block runs on with weights rounded to it, as they will be when they are stored and read again.
 
@@ -83,6 +87,7 @@ def compress_model(
     for index in range(len(model.blocks)):
         block = compress_block(model, tokens, hidden, index, steps, dtype=dtype)
         hidden = block.leaving
+        attach(model, block.repairs)
         for row in block.rows:
             rows.append(row)
             progress(row)
@@ -101,14 +106,7 @@ def linears_of(model: LanguageModel, index: int) -> Names:
 
 
 def _named(model: LanguageModel, index: int, experts: Unstacked) -> Names:
-    prefix = f"{model.blocks_prefix()}.{index}"
-    names: Names = {
-        linear: f"{prefix}.{name}" for name, linear in model.blocks[index].named_modules() if isinstance(linear, Linear)
-    }
-    for name, (_, every) in experts.items():
-        for number, expert in enumerate(every):
-            names |= {linear: f"{prefix}.{name}.{number}.{part}" for part, linear in vars(expert).items()}
-    return names
+    return named_linears(model.blocks[index], experts, f"{model.blocks_prefix()}.{index}")
 
 
 @torch.inference_mode()
@@ -122,6 +120,8 @@ def compress_block(
     dtype: torch.dtype | None,
 ) -> CompressedBlock:
     """Compress block `index` in place. An expert that no token reaches stays as it is, and its rows say so.
+
+    Repairs act while the tokens go through, so that later linears are calibrated with them, and are given back.
 
     With a `dtype`, it runs on with weights rounded to it, as they will be when they are stored and read again.
     """
@@ -157,7 +157,9 @@ def compress_block(
     ]
     rows += [_row(names[one], index, len(model.blocks), (), one, Solved(weight_of(one)), 0.0) for one in idle]
     scales = {names[linear]: solved.scales for linear, solved, _ in settled if isinstance(solved, Quantised)}
-    return CompressedBlock(Hidden(entering, dense), rows, scales)
+    repairs = {names[linear]: solved.repair for linear, solved, _ in settled if solved.repair}
+    kept = {name: repair if dtype is None else repair.copied(dtype) for name, repair in repairs.items()}
+    return CompressedBlock(Hidden(entering, dense), rows, scales, kept)
 
 
 Settled = list[tuple[Linear, Solved, float]]
@@ -196,10 +198,13 @@ def compressing_on_arrival(
         for one in group:
             solved = solutions[names[one]]
             weight_of(one).copy_(solved.weight if dtype is None else solved.weight.to(dtype))
+            if solved.repair:
+                rounded = solved.repair if dtype is None else solved.repair.copied(dtype).to(one.weight.dtype)
+                repaired.enter_context(beside(one, rounded))  # acts on the call that has just begun, too
             settled.append((one, solved, seconds))
             del waiting[one]
 
-    with before(waiting, arrive):
+    with ExitStack() as repaired, before(waiting, arrive):
         yield settled
 
 
@@ -233,4 +238,6 @@ def _row(
         zeros=int((linear.weight == 0).sum()),
         escalations=solved.escalations,
         seconds=seconds,
+        repair_rank=solved.repair.rank if solved.repair else 0,
+        repair_parameters=solved.repair.parameters_stored if solved.repair else 0,
     )

@@ -9,6 +9,8 @@ import warnings
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mopcompress.models.repair import put_beside, repair_of
+
 
 class SparseLinear(nn.Module):
     """Takes the place of an `nn.Linear`; the same numbers up to the order of summation."""
@@ -40,5 +42,8 @@ def use_sparse_linears(network: nn.Module, *, sparsity: float) -> int:
     }
     for name, linear in chosen.items():
         parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, SparseLinear(linear))
+        sparse, repair = SparseLinear(linear), repair_of(linear)
+        if repair is not None:
+            put_beside(sparse, repair)
+        setattr(network.get_submodule(parent), child, sparse)
     return len(chosen)

@@ -22,7 +22,8 @@ from mopcompress import artifact
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
 from mopcompress.models import attention, smollm2
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.weight_files import INDEX, SINGLE, SPARSE, weight_files
+from mopcompress.models.repair import attach, read_repairs
+from mopcompress.models.weight_files import INDEX, REPAIR, SINGLE, SPARSE, weight_files
 
 BUILT_IN = "smollm2"
 
@@ -45,7 +46,7 @@ def resolve_model(name: str, *, progress: Callable[[str], None] = lambda line: N
 
 
 def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
-    """Load a folder in fp32, ready to be taken apart and prompted.
+    """Load a folder in fp32, ready to be taken apart and prompted; a repair is computed beside its weights.
 
     Raises `RefusedError` for pickled weights and remote code, `DataError` for a folder that holds no causal language
     model, or not all of it.
@@ -71,7 +72,9 @@ def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
     broken = [name for name, weight in network.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise DataError(f"model {folder}: {broken[0]} holds NaN or infinite weights; get the model again")
-    return LanguageModel(network.to(device), load_tokenizer(folder))
+    model = LanguageModel(network.to(device), load_tokenizer(folder))
+    attach(model, read_repairs(folder))
+    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -134,13 +137,17 @@ def check_folder(folder: Path) -> dict[str, object]:
 
 
 def weights_hash(folder: Path) -> str:
-    """One hash over the names and contents of the folder's weight files."""
-    return artifact.fingerprint({path.name: artifact.sha256(path) for path in weight_files(folder)})
+    """One hash over the names and contents of the folder's weight files, and of the repair beside them."""
+    return artifact.fingerprint({path.name: artifact.sha256(path) for path in _used(folder)})
 
 
 def weights_bytes(folder: Path) -> int:
-    """Bytes of the folder's weight files."""
-    return sum(path.stat().st_size for path in weight_files(folder))
+    """Bytes of the folder's weight files, and of the repair beside them."""
+    return sum(path.stat().st_size for path in _used(folder))
+
+
+def _used(folder: Path) -> list[Path]:
+    return [*weight_files(folder), *folder.glob(REPAIR)]
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

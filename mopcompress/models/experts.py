@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mopcompress.errors import DataError
+from mopcompress.models.linears import Linear
 
 _LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 _STACKS = {"gate_up_proj", "down_proj"}
@@ -50,13 +51,29 @@ def unstacked(block: nn.Module) -> Unstacked:
 @contextmanager
 def expert_by_expert(experts: Unstacked) -> Iterator[None]:
     """Inside, these modules call the linears of their experts, one expert after the other, so that hooks see them."""
-    for module, every in experts.values():
-        module.forward = partial(_forward, module, every)
+    call_one_by_one(experts)
     try:
         yield
     finally:
         for module, _ in experts.values():
             del module.forward
+
+
+def call_one_by_one(experts: Unstacked) -> None:
+    """Let these modules call the linears of their experts from now on, in place."""
+    for module, every in experts.values():
+        module.forward = partial(_forward, module, every)
+
+
+def named_linears(block: nn.Module, experts: Unstacked, prefix: str) -> dict[Linear, str]:
+    """All linears of a block with their dotted names, those of its stacked experts too."""
+    names: dict[Linear, str] = {
+        linear: f"{prefix}.{name}" for name, linear in block.named_modules() if isinstance(linear, Linear)
+    }
+    for name, (_, every) in experts.items():
+        for number, expert in enumerate(every):
+            names |= {linear: f"{prefix}.{name}.{number}.{part}" for part, linear in vars(expert).items()}
+    return names
 
 
 def _forward(module: Any, experts: list[Expert], hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from mopcompress.errors import DataError, RefusedError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SPARSE = "sparse-"  # what our sparse container puts before the name of a weight file
+REPAIR = "repair.safetensors"  # low-rank matrices beside the weights; see `models.repair`
 
 
 def weight_files(folder: Path) -> list[Path]:

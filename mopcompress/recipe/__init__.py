@@ -9,6 +9,7 @@ from mopcompress.recipe.modifiers import (
     StructuredPruningModifier,
     WandaPruningModifier,
 )
+from mopcompress.recipe.repair import LowRankRepairModifier
 from mopcompress.recipe.run import RunSpec
 from mopcompress.recipe.stage import Group, Stage
 from mopcompress.recipe.training import ConstantPruningModifier, PromptRecoveryModifier
@@ -18,6 +19,7 @@ __all__ = [
     "ConstantPruningModifier",
     "GPTQModifier",
     "Group",
+    "LowRankRepairModifier",
     "MagnitudePruningModifier",
     "PromptRecoveryModifier",
     "Recipe",

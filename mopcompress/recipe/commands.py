@@ -15,6 +15,7 @@ from mopcompress.recipe.fields import Spec, parse_structure
 from mopcompress.recipe.gptq import GPTQModifier
 from mopcompress.recipe.grammar import DEFAULT_STAGES, DEFAULTS, Recipe
 from mopcompress.recipe.modifiers import Pruning, StructuredPruningModifier, changed
+from mopcompress.recipe.repair import LowRankRepairModifier
 from mopcompress.recipe.run import OURS, PRUNING_METHODS
 from mopcompress.recipe.stage import Group, Stage
 from mopcompress.recipe.training import PromptRecoveryModifier
@@ -27,6 +28,7 @@ FLAG_OF = {  # fields that have another name on the command line
     "mask_structure": "pattern",
     "num_bits": "bits",
     "batch_size": "rows_per_step",
+    "rank": "repair_rank",
 }
 
 
@@ -37,8 +39,11 @@ def for_pruning(
     sparsity: float | None = None,
     pattern: str | None = None,
     head_sparsity: float | None = None,
+    repair_rank: int | None = None,
 ) -> Recipe:
     """The recipe's pruning modifiers alone, in order; `method` picks one (ALPS without a recipe), flags go into each.
+
+    The recipe's repair belongs to them unless it rounds, too: then it is of both, and `for_quantizing` has it.
 
     Raises `RecipeError` when the recipe compresses, but not by pruning.
     """
@@ -54,19 +59,23 @@ def for_pruning(
         _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
         chosen = [_default(recipe, "alps")]
     pruning = [one for one in chosen if isinstance(one, Pruning)]
-    return _oneshot(recipe, [_pruned(one, sparsity, pattern, head_sparsity) for one in pruning])
+    given = [_pruned(one, sparsity, pattern, head_sparsity) for one in pruning]
+    return _oneshot(recipe, given, None if recipe.modifiers(GPTQModifier) else recipe.repair, repair_rank)
 
 
-def for_quantizing(recipe: Recipe, *, bits: int | None = None, group_size: int | None = None) -> Recipe:
+def for_quantizing(
+    recipe: Recipe, *, bits: int | None = None, group_size: int | None = None, repair_rank: int | None = None
+) -> Recipe:
     """The recipe's compressing modifiers, in order, the flags in its GPTQ ones; 4 bits in groups of 64 without any.
 
     `group_size` -1 is one scale for a whole row. Raises `RecipeError` when the recipe compresses, but without GPTQ.
     """
     if not recipe.modifiers(GPTQModifier):
         _refuse_if_it_compresses(recipe, "GPTQModifier")
-        return _oneshot(recipe, [_quantized(_default(recipe, "gptq"), bits, group_size)])
-    chosen = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
-    return _oneshot(recipe, [_quantized(one, bits, group_size) for one in chosen])
+        chosen: Sequence[Pruning | GPTQModifier] = [_default(recipe, "gptq")]
+    else:
+        chosen = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+    return _oneshot(recipe, [_quantized(one, bits, group_size) for one in chosen], recipe.repair, repair_rank)
 
 
 def for_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
@@ -138,13 +147,27 @@ def _flag(found: Fault) -> str:
     return FLAG_OF.get(field, field)
 
 
-def _oneshot(recipe: Recipe, modifiers: Sequence[Spec]) -> Recipe:
+def _oneshot(
+    recipe: Recipe, modifiers: Sequence[Spec], repair: LowRankRepairModifier | None, rank: int | None
+) -> Recipe:
+    if rank is not None:
+        repair = _with(repair or LowRankRepairModifier(rank=1), {"rank": rank})
+    if repair:
+        _check_repairable(recipe, modifiers)
+        modifiers = [*modifiers, repair]
     # a stage each: a group cannot hold two modifiers of one name
     stages = [
         Stage(f"compression_{number}_stage", "oneshot", (Group("compression_modifiers", (one,)),))
         for number, one in enumerate(modifiers, start=1)
     ]
     return replace(recipe, stages=tuple(stages))
+
+
+def _check_repairable(recipe: Recipe, modifiers: Sequence[Spec]) -> None:
+    if any(isinstance(one, StructuredPruningModifier) for one in modifiers):
+        raise UsageError("--repair-rank: structured refits what it keeps, and makes no repair; use another --method")
+    if recipe.run.backend != OURS:
+        raise UsageError(f"--repair-rank: {recipe.run.backend} makes no repair; leave it or --backend out")
 
 
 def _recovery_stage(modifier: PromptRecoveryModifier) -> Stage:

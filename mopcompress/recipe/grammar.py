@@ -31,6 +31,7 @@ from mopcompress.recipe.modifiers import (
     WandaPruningModifier,
 )
 from mopcompress.recipe.reading import PlainDumper, read_document
+from mopcompress.recipe.repair import LowRankRepairModifier
 from mopcompress.recipe.run import RunSpec, check_flags
 from mopcompress.recipe.stage import Group, Stage, check_order, read_stage, stranger
 from mopcompress.recipe.training import PromptRecoveryModifier
@@ -57,6 +58,11 @@ class Recipe:
         """The recipe's first modifier of this method, else one with our defaults."""
         own = [one for one in self.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
         return next((one for one in own if one.method == method), DEFAULTS[method])
+
+    @property
+    def repair(self) -> LowRankRepairModifier | None:
+        """The recipe's low-rank repair of what it compresses, if it has one."""
+        return next(iter(self.modifiers(LowRankRepairModifier)), None)
 
     @property
     def recovery(self) -> PromptRecoveryModifier:

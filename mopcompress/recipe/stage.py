@@ -18,6 +18,7 @@ from mopcompress.recipe.modifiers import (
     StructuredPruningModifier,
     WandaPruningModifier,
 )
+from mopcompress.recipe.repair import LowRankRepairModifier, misplaced_repairs
 from mopcompress.recipe.training import ConstantPruningModifier, PromptRecoveryModifier
 
 MODIFIERS: dict[str, type[Spec]] = {
@@ -30,6 +31,7 @@ MODIFIERS: dict[str, type[Spec]] = {
         StructuredPruningModifier,
         ConstantPruningModifier,
         GPTQModifier,
+        LowRankRepairModifier,
         PromptRecoveryModifier,
     )
 }
@@ -81,14 +83,14 @@ def read_stage(name: str, content: Any, faults: list[Fault]) -> Stage:
 def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
     """Pruning comes before rounding, which it would undo, and one threshold for all layers before all else.
 
-    Structured pruning stands alone: it makes another model, which a second command may compress.
+    Structured pruning stands alone: it makes another model, which a second command may compress. A repair comes last.
     """
     placed = [
         ((stage.name, group.name, type(one).__name__), one)
         for stage in stages
         for group in stage.groups
         for one in group.modifiers
-        if isinstance(one, Pruning | GPTQModifier)
+        if isinstance(one, Pruning | GPTQModifier | LowRankRepairModifier)
     ]
     rounded = pruned = None
     for path, one in placed:
@@ -103,6 +105,7 @@ def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
             faults.append(Fault((*path, "apply_globally"), what))
         rounded = rounded or (path[0] if isinstance(one, GPTQModifier) else None)
         pruned = pruned or (path[0] if isinstance(one, Pruning) else None)
+    faults += misplaced_repairs(placed)
 
 
 def stranger(name: str, content: Any) -> Fault:
@@ -124,7 +127,7 @@ def _misplaced(stage: Stage, run_type: object) -> list[Fault]:
     for group in stage.groups:
         for one in group.modifiers:
             path = (stage.name, group.name, type(one).__name__)
-            if run_type == "train" and isinstance(one, Pruning | GPTQModifier):
+            if run_type == "train" and isinstance(one, Pruning | GPTQModifier | LowRankRepairModifier):
                 advice = "compresses at once, never while training; put it in a stage with run_type: oneshot"
                 found.append(Fault(path, advice))
             if run_type in AT_ONCE and isinstance(one, PromptRecoveryModifier):

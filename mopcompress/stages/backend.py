@@ -27,6 +27,7 @@ from mopcompress.recipe.modifiers import Pruning
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.compress import Compressing, compression_of
 from mopcompress.stages.compressed import keep_scales, mask_facts, published, request_facts
+from mopcompress.stages.fitting import check_not_repaired
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import provenance
 from mopcompress.stages.shares import with_shares
@@ -44,12 +45,15 @@ def compress_elsewhere(
     `QualityGateError` when it did not do what it was asked for, or gave up its method for too many matrices.
     """
     backend = BACKENDS[recipe.run.backend]
+    if recipe.repair:
+        raise UsageError(f"--backend: {backend.name} makes no low-rank repair; leave one of them out")
     known = _without_structured(backend, modifiers)
     compressions = [compression_of(modifier) for modifier in known]
     _check_methods(backend, compressions)
     python = python_for(backend, recipe.run.backend_python)
     source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, source)
+    check_not_repaired(source)
     model = load_model(source, device=CPU)
     tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
     pairs = zip(compressions, known, strict=True)

@@ -9,8 +9,9 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from mopcompress.compress.compression import Compression, Step
+from mopcompress.compress.compression import REPAIR, Compression, Step
 from mopcompress.compress.walk import LayerRow, compress_block, linears_of, planned
+from mopcompress.errors import RecipeError
 from mopcompress.models.checkpoint import (
     check_folder,
     check_output,
@@ -25,13 +26,21 @@ from mopcompress.models.streaming import StreamedModel
 from mopcompress.recipe import (
     ALPSModifier,
     GPTQModifier,
+    LowRankRepairModifier,
     Recipe,
     SparseGPTModifier,
 )
 from mopcompress.recipe.modifiers import Masking, Pruning, StructuredPruningModifier
 from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.compressed import check_fallbacks, keep_scales, mask_facts, published, request_facts
-from mopcompress.stages.fitting import check_fit
+from mopcompress.stages.compressed import (
+    check_fallbacks,
+    keep_repairs,
+    keep_scales,
+    mask_facts,
+    published,
+    request_facts,
+)
+from mopcompress.stages.fitting import check_fit, check_not_repaired
 from mopcompress.stages.narrow import narrow_into
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, peak_bytes, provenance
@@ -69,23 +78,29 @@ def compress_into(
 
     Structured pruning, which stands alone, makes matrices smaller, and begins anew.
     """
+    check_not_repaired(source)
     structured = next((one for one in modifiers if isinstance(one, StructuredPruningModifier)), None)
+    repair = [] if recipe.repair is None else [recipe.repair]
+    if structured and repair:
+        raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
     if structured:
         return narrow_into(target, source, structured, tokens, calibration, recipe, progress=progress)
     device = choose_device(recipe.run.device)
     masking = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
     streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
-    check_fit(_inputs_of(streamed.model), masking)
+    check_fit(_shapes_of(streamed.model), masking, recipe.repair)
     compressions = [
         with_shares(compression_of(one), one, streamed.model, tokens.to(device), present=streamed.block)
         for one in masking
     ]
-    steps = planned(streamed.model, compressions)
-    requested, made_by = request_facts(source, modifiers, calibration, recipe), provenance(device)
+    steps = planned(streamed.model, [*compressions, *map(repairing, repair)])
+    requested, made_by = request_facts(source, [*modifiers, *repair], calibration, recipe), provenance(device)
     asked = {
         "model": requested["base"]["sha256"],
         "calibration": calibration["sha256"],
-        "compressions": {str(number): asdict(one) for number, one in enumerate(compressions, start=1)},
+        "compressions": {
+            str(number): asdict(one) for number, one in enumerate([step.compression for step in steps], start=1)
+        },
         "versions": made_by["versions"],
         "commit": made_by["commit"],
         "device": made_by["device"],
@@ -108,6 +123,7 @@ def compress_into(
             keep_scales(
                 scratch, job.scales, [(one.bits, one.group_size) for one in masking if isinstance(one, GPTQModifier)]
             )
+            facts["repair"] = keep_repairs(scratch, job.repairs)
     return facts
 
 
@@ -169,9 +185,14 @@ def compression_of(modifier: Compressing) -> Compression:
     )
 
 
-def _inputs_of(model: LanguageModel) -> dict[str, int]:
+def repairing(modifier: LowRankRepairModifier) -> Compression:
+    """The last step, in the words of its function."""
+    return Compression(method=REPAIR, options={"rank": modifier.rank}, targets=modifier.targets, ignore=modifier.ignore)
+
+
+def _shapes_of(model: LanguageModel) -> dict[str, tuple[int, int]]:
     every = [(name, linear) for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()]
-    return {name: weight_of(one).shape[1] for name, one in every}
+    return {name: (weight_of(one).shape[0], weight_of(one).shape[1]) for name, one in every}
 
 
 def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:

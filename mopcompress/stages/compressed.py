@@ -14,13 +14,18 @@ from mopcompress.compress.narrow import NarrowRow
 from mopcompress.compress.walk import LayerRow
 from mopcompress.errors import QualityGateError
 from mopcompress.models.checkpoint import weights_bytes, weights_hash
+from mopcompress.models.repair import Repairs, read_repairs, write_repairs
 from mopcompress.models.scales import FILE, write_grid
-from mopcompress.recipe import GPTQModifier, Recipe, resolved
+from mopcompress.models.weight_files import REPAIR
+from mopcompress.recipe import GPTQModifier, LowRankRepairModifier, Recipe, resolved
 from mopcompress.recipe.modifiers import Pruning
 
 
 def request_facts(
-    source: Path, modifiers: Sequence[Pruning | GPTQModifier], calibration: Mapping[str, Any], recipe: Recipe
+    source: Path,
+    modifiers: Sequence[Pruning | GPTQModifier | LowRankRepairModifier],
+    calibration: Mapping[str, Any],
+    recipe: Recipe,
 ) -> dict[str, Any]:
     """What a manifest says of what was asked for."""
     return {
@@ -70,3 +75,17 @@ def keep_scales(folder: Path, scales: Mapping[str, Tensor], grids: Sequence[tupl
     if len(set(grids)) == 1 and scales:
         bits, group_size = grids[0]
         write_grid(folder / FILE, scales, bits=bits, group_size=group_size)
+
+
+def keep_repairs(folder: Path, repairs: Repairs) -> dict[str, Any] | None:
+    """Write the repairs, if there are any; what is counted in the file as it is read again."""
+    if not repairs:
+        return None
+    write_repairs(folder / REPAIR, repairs)
+    written = read_repairs(folder)
+    return {
+        "rank": max(one.rank for one in written.values()),
+        "linears": len(written),
+        "parameters": sum(one.parameters_stored for one in written.values()),
+        "bytes": (folder / REPAIR).stat().st_size,
+    }

@@ -1,6 +1,10 @@
-"""`export`: the same weights in another format. Nothing is rounded; all is read back before it is published."""
+"""`export`: the same weights in another format. Nothing is rounded; all is read back before it is published.
+
+A low-rank repair goes along unchanged, so that a dense folder made of any export is the model that was measured.
+"""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,10 @@ from mopcompress.errors import DataError, InputNotFoundError, OutputError, Stora
 from mopcompress.formats import LAYOUTS
 from mopcompress.formats.folder import Sizes, Stored, digests, open_stored, write_file
 from mopcompress.models.checkpoint import check_output, copy_other_files, resolve_model
+from mopcompress.models.repair import read_repairs
 from mopcompress.models.scales import FILE, Grid, write_grid
 from mopcompress.models.skeleton import skeleton_of
-from mopcompress.models.weight_files import INDEX, SINGLE
+from mopcompress.models.weight_files import INDEX, REPAIR, SINGLE
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import provenance
 
@@ -39,6 +44,7 @@ def export(
     facts: dict[str, Any] = {"kind": KIND, "format": format, **origin, **provenance(torch.device("cpu"))}
     with artifact.publish(target, facts) as scratch:
         copy_other_files(folder, scratch)
+        facts["repair"] = _carry_repair(folder, scratch, progress)
         _write_config(scratch, settings, source.format)
         sizes = Sizes()
         weight_map: dict[str, str] = {}
@@ -62,7 +68,7 @@ def _origin(folder: Path) -> dict[str, Any]:
     if manifest is not None:
         artifact.verify(folder)
     stored = open_stored(folder)
-    sha256 = artifact.fingerprint({path.name: artifact.sha256(path) for path in stored.files})
+    sha256 = artifact.fingerprint({path.name: artifact.sha256(path) for path in (*stored.files, *folder.glob(REPAIR))})
     made = {name: value for name, value in (manifest or {}).items() if name not in ("files", "tensors")}
     dense = sha256 if stored.format == "dense" else made.get("dense_sha256")
     return {"source": {"folder": str(folder), "sha256": sha256, "manifest": made or None}, "dense_sha256": dense}
@@ -115,6 +121,16 @@ def _write_index(scratch: Path, weight_map: Mapping[str, str]) -> None:
     size = sum((scratch / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _carry_repair(folder: Path, scratch: Path, progress: Progress) -> dict[str, Any] | None:
+    """Copy the repair, byte for byte; what a manifest says of it."""
+    repairs = read_repairs(folder)
+    if not repairs:
+        return None
+    shutil.copyfile(folder / REPAIR, scratch / REPAIR)
+    progress(f"{REPAIR} goes along: other tools load the model without it", 0, 0)
+    return {"linears": len(repairs), "bytes": (scratch / REPAIR).stat().st_size}
 
 
 def _compared(source: Stored, scratch: Path, progress: Progress) -> dict[str, str]:

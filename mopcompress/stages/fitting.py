@@ -1,4 +1,4 @@
-"""Whether groups and N:M structures fit the linears that they go to: known from shapes alone, before any work."""
+"""Whether groups, N:M structures and ranks fit the linears that they go to: known from shapes, before any work."""
 
 import json
 import re
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mopcompress.errors import RecipeError
-from mopcompress.models.weight_files import weight_files
-from mopcompress.recipe import GPTQModifier
+from mopcompress.errors import DataError, RecipeError
+from mopcompress.models.weight_files import REPAIR, weight_files
+from mopcompress.recipe import GPTQModifier, LowRankRepairModifier
 from mopcompress.recipe.modifiers import Pruning, StructuredPruningModifier
 from mopcompress.targets import meant
 
@@ -19,18 +19,20 @@ SAME_NAMES = re.compile(
 )
 GROUP_SIZES = (32, 64, 128)
 
+Shapes = Mapping[str, tuple[int, int]]  # (out, in) of each linear of the blocks, by name
 
-def check_fit(inputs: Mapping[str, int], modifiers: Sequence[Pruning | GPTQModifier]) -> None:
-    """`inputs` are the inputs of each linear of the blocks, by name.
 
-    Raises `RecipeError` saying which linear does not fit, and what does.
-    """
+def check_fit(
+    shapes: Shapes, modifiers: Sequence[Pruning | GPTQModifier], repair: LowRankRepairModifier | None = None
+) -> None:
+    """Raises `RecipeError` saying which linear does not fit, and what does."""
+    compressed: set[str] = set()
     for modifier in modifiers:
         if isinstance(modifier, StructuredPruningModifier):
             continue  # has neither
-        ignored = {name for pattern in modifier.ignore for name in meant([*inputs], pattern)}
-        aimed = {name for pattern in modifier.targets for name in meant([*inputs], pattern)}
-        sizes = {name: size for name, size in inputs.items() if name in aimed - ignored}
+        aimed = _aimed(shapes, modifier.targets, modifier.ignore)
+        compressed |= aimed
+        sizes = {name: size for name, (_, size) in shapes.items() if name in aimed}
         group = modifier.group_size if isinstance(modifier, GPTQModifier) else None
         if group and (found := _misfits(sizes, group)):
             fitting = [str(size) for size in GROUP_SIZES if not _misfits(sizes, size)]
@@ -39,10 +41,28 @@ def check_fit(inputs: Mapping[str, int], modifiers: Sequence[Pruning | GPTQModif
         if modifier.pattern and (found := _misfits(sizes, modifier.pattern[1])):
             structure = f"mask_structure {modifier.mask_structure}"
             raise RecipeError(f"{structure} does not divide the {found}; choose another, or ignore those linears")
+    if repair:
+        aimed = _aimed(shapes, repair.targets, repair.ignore) & compressed
+        sides = {name: min(shape) for name, shape in shapes.items() if name in aimed}
+        least = min(sides, key=lambda name: sides[name], default=None)
+        if least and sides[least] < repair.rank:
+            raise RecipeError(
+                f"rank {repair.rank} is more than the {sides[least]} of {least}, whose shape is {shapes[least]}; "
+                "choose a smaller one, or ignore such linears"
+            )
 
 
-def inputs_on_disk(folder: Path) -> dict[str, int]:
-    """The inputs of the blocks' linears, from the headers of the weight files; those that can be told without loading.
+def check_not_repaired(folder: Path) -> None:
+    """Raise `DataError` for a model with a repair: compressed again, it would lose what the repair is for."""
+    if (folder / REPAIR).exists():
+        raise DataError(
+            f"model {folder} has a low-rank repair ({REPAIR}) of its weights as they are; compress the model that it "
+            "was made of, in one recipe with the repair last"
+        )
+
+
+def shapes_on_disk(folder: Path) -> dict[str, tuple[int, int]]:
+    """The shapes of the blocks' linears, from the headers of the weight files; those that can be told without loading.
 
     Mixtures of experts are left out: files hold experts one by one, networks may not.
     """
@@ -55,10 +75,18 @@ def inputs_on_disk(folder: Path) -> dict[str, int]:
                     shape = file.get_slice(name).get_shape()
                     match = SAME_NAMES.fullmatch(name)
                     if match and len(shape) == 2 and "expert" not in name:
-                        found[name.removesuffix(".weight")] = shape[0 if transposed else 1]
+                        found[name.removesuffix(".weight")] = (
+                            (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+                        )
     except (OSError, ValueError, AttributeError, SafetensorError):
         return {}  # loading says what is wrong with the folder
     return found
+
+
+def _aimed(shapes: Shapes, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
+    names = [*shapes]
+    ignored = {name for pattern in ignore for name in meant(names, pattern)}
+    return {name for pattern in targets for name in meant(names, pattern)} - ignored
 
 
 def _misfits(sizes: Mapping[str, int], divisor: int) -> str:

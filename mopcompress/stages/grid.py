@@ -13,6 +13,8 @@ def settings_of(recipe: Recipe) -> list[Setting]:
     """
     if recipe.run.joint and recipe.run.bits and "structured" in recipe.run.methods:
         raise RecipeError("run.joint: structured pruning is measured alone; leave joint or the method structured out")
+    if recipe.repair and "structured" in recipe.run.methods:
+        raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
     for method in recipe.run.methods:
         modifier = recipe.modifier_for(method)
         if isinstance(modifier, Pruning) and isinstance(modifier.sparsity, tuple):

@@ -66,7 +66,7 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def protocol(recipe: Recipe) -> list[str]:
     """What a reader must know of how the arms are compared."""
-    recovery = recipe.recovery
+    recovery, repair = recipe.recovery, recipe.repair
     return [
         "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
         "the response before it.",
@@ -77,6 +77,7 @@ def protocol(recipe: Recipe) -> list[str]:
         "instruction tokens alone. Trained parameters count the gate.",
         "Learning rates are the recipe's for both arms: they were not swept for this run.",
         "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
+        *([f"Every compressed model has a low-rank repair of rank {repair.rank} beside it."] if repair else []),
     ]
 
 

@@ -15,7 +15,7 @@ from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, resolved
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.results import read_rows
-from mopcompress.stages.fitting import check_fit, inputs_on_disk
+from mopcompress.stages.fitting import check_fit, check_not_repaired, shapes_on_disk
 from mopcompress.stages.grid import modifiers_of, settings_of
 from mopcompress.stages.manifest import check_settings, differences
 
@@ -47,17 +47,21 @@ def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
         local_path(run.calibration)
 
 
-def check_shapes(run: RunSpec, modifiers: Sequence[Pruning | GPTQModifier]) -> None:
-    """Raise `RecipeError` when groups or structures do not fit the model, as far as its files on this machine tell."""
-    folder = model_facts(run.model)["folder"]
+def check_shapes(recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier]) -> None:
+    """Raise `RecipeError` when groups, structures or ranks do not fit the model, as far as its files here tell.
+
+    Raises `DataError` for a model that cannot be compressed again.
+    """
+    folder = model_facts(recipe.run.model)["folder"]
     if folder is not None:
-        check_fit(inputs_on_disk(Path(folder)), modifiers)
+        check_not_repaired(Path(folder))
+        check_fit(shapes_on_disk(Path(folder)), modifiers, recipe.repair)
 
 
 def check_grid(recipe: Recipe) -> None:
     """The same for every setting of a bench."""
     for setting in settings_of(recipe):
-        check_shapes(recipe.run, modifiers_of(recipe, setting))
+        check_shapes(recipe, modifiers_of(recipe, setting))
 
 
 def check_model(name: str) -> None:

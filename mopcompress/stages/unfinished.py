@@ -24,11 +24,13 @@ from torch import Tensor
 from mopcompress import artifact
 from mopcompress.compress.walk import CompressedBlock, Hidden, LayerRow
 from mopcompress.errors import DataError, NumericalError, OutputError, StorageError
+from mopcompress.models.repair import LowRank, Repairs, repairs_in, tensors_of
 from mopcompress.models.stored import Place, digest, overwrite
 from mopcompress.models.weight_files import INDEX, weight_files
 from mopcompress.stages.manifest import differences
 
 JOB = "job.json"
+_SCALES = ".scales"  # after a linear's name
 SUFFIX = ".unfinished"  # of the weight files, so that nobody takes them for finished ones
 
 
@@ -67,6 +69,7 @@ class Unfinished:
         self._places = {name: replace(place, file=place.file + SUFFIX) for name, place in places.items()}
         self.rows: list[LayerRow] = []
         self.scales: dict[str, Tensor] = {}
+        self.repairs: dict[str, LowRank] = {}
         self.seconds = 0.0
         self.done, self.hidden = 0, Hidden()
         self._source, self._changed = source, set[str]()
@@ -89,20 +92,21 @@ class Unfinished:
         """Write what came of a block, whole or not at all. Raises `StorageError` when that fails."""
         try:
             digests = {name: overwrite(self._folder, self._places[name], tensor) for name, tensor in stored.items()}
-            states = _streams(block.leaving)
+            states, beside = _streams(block.leaving), _beside(block)
             _save_whole(states, self._folder / _states(index))
-            _save_whole(dict(block.scales), self._folder / _scales(index))
+            _save_whole(beside, self._folder / _beside_file(index))
             facts = {
                 "rows": [asdict(row) for row in block.rows],
                 "seconds": seconds,
                 "tensors": digests,
-                "states": {name: _checksum(tensor) for name, tensor in states.items()},
+                "states": _checksums(states),
+                "beside": _checksums(beside),
             }
             artifact.write_whole(self._folder / _block(index), json.dumps(facts))
         except OSError as error:
             raise StorageError(f"writing {self._folder} failed: {error}; free some space and run again") from error
         (self._folder / _states(index - 1)).unlink(missing_ok=True)
-        self._add(block.rows, block.scales, seconds)
+        self._add(block.rows, block.scales, block.repairs, seconds)
         self._changed |= stored.keys()
         self.done, self.hidden = index + 1, block.leaving
 
@@ -126,8 +130,8 @@ class Unfinished:
         for path in self._folder.iterdir():
             if path.name != "LOCK":
                 path.unlink()
-        self.rows, self.scales, self.seconds, self.done, self.hidden = [], {}, 0.0, 0, Hidden()
-        self._changed = set()
+        self.rows, self.scales, self.repairs, self._changed = [], {}, {}, set()
+        self.seconds, self.done, self.hidden = 0.0, 0, Hidden()
         try:
             for path in [*weight_files(self._source), *self._source.glob(INDEX)]:
                 shutil.copyfile(path, self._folder / f"{path.name}{SUFFIX}")
@@ -142,29 +146,40 @@ class Unfinished:
                 for name, expected in facts["tensors"].items():
                     if digest(self._folder, self._places[name]) != expected:
                         return False
+                beside = load_file(self._folder / _beside_file(self.done))
+                if _checksums(beside) != facts["beside"]:
+                    return False
                 rows = [LayerRow(**row) for row in facts["rows"]]
-                self._add(rows, load_file(self._folder / _scales(self.done)), facts["seconds"])
+                scales = {name.removesuffix(_SCALES): one for name, one in beside.items() if name.endswith(_SCALES)}
+                repairs = repairs_in({name: one for name, one in beside.items() if not name.endswith(_SCALES)})
+                self._add(rows, scales, repairs, facts["seconds"])
                 self._changed |= facts["tensors"].keys()
                 self.done += 1
                 checksums = facts["states"]
             if self.done:
                 states = load_file(self._folder / _states(self.done - 1), device=device)
-                if {name: _checksum(tensor) for name, tensor in states.items()} != checksums:
+                if _checksums(states) != checksums:
                     return False
                 self.hidden = Hidden(**states)
         except (OSError, StorageError, SafetensorError, KeyError, TypeError, ValueError):
             return False
         return True
 
-    def _add(self, rows: list[LayerRow], scales: Mapping[str, Tensor], seconds: float) -> None:
+    def _add(self, rows: list[LayerRow], scales: Mapping[str, Tensor], repairs: Repairs, seconds: float) -> None:
         self.rows += rows
         self.scales |= scales
+        self.repairs |= repairs
         self.seconds += seconds
 
 
 def _streams(hidden: Hidden) -> dict[str, Tensor]:
     streams = {"compressed": hidden.compressed, "dense": hidden.dense}
     return {name: tensor for name, tensor in streams.items() if tensor is not None}
+
+
+def _beside(block: CompressedBlock) -> dict[str, Tensor]:
+    """What is stored beside a block's weights: scales, and repairs."""
+    return {f"{name}{_SCALES}": one for name, one in block.scales.items()} | tensors_of(block.repairs)
 
 
 def _block(index: int) -> str:
@@ -175,8 +190,8 @@ def _states(index: int) -> str:
     return f"states-{index:05}.safetensors"
 
 
-def _scales(index: int) -> str:
-    return f"scales-{index:05}.safetensors"
+def _beside_file(index: int) -> str:
+    return f"beside-{index:05}.safetensors"
 
 
 def _save_whole(tensors: dict[str, Tensor], path: Path) -> None:
@@ -190,6 +205,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: _checksum(tensor) for name, tensor in tensors.items()}
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.formats import LAYOUTS
 from mopcompress.formats.folder import digest, open_stored, opened
 from mopcompress.formats.layout import on_grid
+from mopcompress.models.repair import read_repairs
 from mopcompress.models.skeleton import skeleton_of
 from mopcompress.stages.progress import Progress, silent
 
@@ -57,7 +58,7 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
     missing = sorted((expected or {}).keys() - found)
     if missing:
         raise DataError(f"{folder} holds no {missing[0]}; make the folder again")
-    return len(found)
+    return len(found) + 2 * len(read_repairs(folder))
 
 
 def _check_file(path: Path) -> int:
