@@ -345,7 +345,7 @@ def test_all_faults_come_at_once_each_with_its_place(write):
         "r.yaml: sparsity_stage.sparsity_modifiers.SparseGPTModifier.sparsty: no such field; did you mean 'sparsity'?",
         "r.yaml: sparsity_stage.sparsity_modifiers.SparseGTPModifier: no such modifier here (SparseGPTModifier, "
         "ALPSModifier, WandaPruningModifier, MagnitudePruningModifier, StructuredPruningModifier, "
-        "ConstantPruningModifier, GPTQModifier, "
+        "ConstantPruningModifier, GPTQModifier, LowRankRepairModifier, "
         "PromptRecoveryModifier); did you mean 'SparseGPTModifier'?",
         "r.yaml: sparsity_stage.run_type: not oneshot or train, found 'oneshott'; did you mean 'oneshot'?",
         "r.yaml: run.methods[0]: not one of sparsegpt, alps, wanda, magnitude, structured, found 'sparsgpt'; "
