@@ -106,8 +106,9 @@ def solve_in_turn(
         if not names:
             continue
         if step.compression.method == REPAIR:
+            rank: Any = step.compression.options["rank"]
             for name in names:
-                repair = eora(wanted[name], solved[name].weight, statistics.gram(), **step.options_for([name]))
+                repair = eora(wanted[name], solved[name].weight, statistics.gram(), rank=rank)
                 solved[name] = replace(solved[name], repair=LowRank(*repair))
             continue
         method = METHODS[step.compression.method]
