@@ -40,6 +40,9 @@ class GateReading:
     weights: Sequence[Sequence[float]]  # [task][expert], mean over documents; 1 = as in a plain prompt
     accuracy: float | None  # share of documents whose strongest expert is their task's; None without a one-to-one map
     entropy_nats: float  # mean over documents; log(experts) when the gate has no preference
+    confusion: Sequence[Sequence[int]] = ()  # [task][expert], documents for which this expert weighs most
+    load: Sequence[float] = ()  # [expert], mean weight over all documents
+    domains: Sequence[str] = ()  # [expert], its task; empty without a one-to-one map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class BenchRow:
     ratio: float | None  # share asked to be removed, of weights (structured: of channels); 0 dense; None only rounded
     bits: int | None  # bits asked for; None when pruned alone or dense
     method: str  # dense, magnitude, wanda, sparsegpt, alps, structured, gptq, or two: sparsegpt+gptq
-    arm: str  # none, single, mop
+    arm: str  # none, single, mop, ...
     seed: int
     data: str
     perplexity: float  # exp of mean nats over all scored tokens (micro)

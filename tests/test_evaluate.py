@@ -3,7 +3,16 @@ from collections import defaultdict
 
 import pytest
 import torch
-from tiny import HIDDEN, VOCABULARY, counting_model, next_of, random_documents, random_tokens, tiny_model
+from tiny import (
+    HIDDEN,
+    VOCABULARY,
+    counting_model,
+    instructions_of,
+    next_of,
+    random_documents,
+    random_tokens,
+    tiny_model,
+)
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import NumericalError
@@ -83,11 +92,11 @@ def slowly(model, document, mixture):
     """Nats of the response from one document's own forward, prompts or not."""
     tokens = torch.tensor([document.tokens])
     with torch.no_grad():
-        summary = model.enter(tokens, LAYER)[:, : document.context_tokens].mean(1)
+        read = instructions_of(model, tokens[:, : document.context_tokens], LAYER)
         if mixture is None:
             logits = model.network(input_ids=tokens).logits[0]
         else:
-            with attending_to(mixture.prefix(model, summary)):
+            with attending_to(mixture.prefix(model, read)):
                 logits = model.network(input_ids=tokens).logits[0]
     total = 0.0
     for place in range(document.context_tokens, len(document.tokens)):
@@ -118,8 +127,8 @@ def test_exact_match_is_greedy_generation(tiny_llama):
             if prompts is None:
                 answer = network.generate(tokens, **inputs)[0].tolist()
             else:
-                summary = tiny_llama.enter(tokens, LAYER).mean(1)
-                with attending_to(prompts.prefix(tiny_llama, summary)):
+                read = instructions_of(tiny_llama, tokens, LAYER)
+                with attending_to(prompts.prefix(tiny_llama, read)):
                     answer = network.generate(tokens, **inputs)[0].tolist()
             if number % 2:
                 answer[-1 - number // 2] = 3 + (answer[-1 - number // 2] + 1) % 60

@@ -142,7 +142,7 @@ def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0)
         layer=LAYER,
         hidden_size=HIDDEN,
         base_sha256="",
-        tasks=(),
+        tasks=TASKS if experts == EXPERTS else (),
     )
     start = Start(gate_pretraining_steps=20, gate_temper=temper, log_opening=log_opening, seed=seed)
     return begin(config, Material(MODEL, states, TASKS), start)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import HIDDEN, tiny_model, word_tokenizer
+from tiny import HIDDEN, instructions_of, tiny_model, word_tokenizer
 
 from mopcompress.errors import DataError
 from mopcompress.models.attention import attending_to
@@ -26,9 +26,9 @@ def step_by_step(model: LanguageModel, prompts: MixtureOfPrompts, context: list[
     """Greedy decoding by the definition, as evaluation sees it: all states anew for each token, no cache, no batch."""
     tokens = list(context)
     with torch.inference_mode():
-        summary = model.enter(torch.tensor([context]), LAYER).mean(1)
+        read = instructions_of(model, torch.tensor([context]), LAYER)
         for _ in range(count):
-            with attending_to(prompts.prefix(model, summary)):
+            with attending_to(prompts.prefix(model, read)):
                 left = model.resume(model.enter(torch.tensor([tokens]), LAYER), LAYER)
             tokens.append(int(model.logits(left[0, -1:]).argmax()))
     return tokens[len(context) :]

@@ -45,6 +45,10 @@ def states(tiny_llama):
     return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
 
 
+def everything(states):
+    return states.batch(range(len(DOCUMENTS))).instructions
+
+
 def nats(model, states, mixture):
     """Nats of every response token, document after document."""
     batch = states.batch(range(len(DOCUMENTS)))
@@ -56,18 +60,23 @@ def nats(model, states, mixture):
 
 
 def test_gates_sum_to_the_number_of_experts_for_each_example(states):
-    weights = mixture_of().log_gate(states.summaries).exp().detach()
-    assert weights.shape == (len(DOCUMENTS), EXPERTS * PROMPTS)
-    assert_close(weights.sum(1) / PROMPTS, torch.full((len(DOCUMENTS),), float(EXPERTS)))
+    weights = mixture_of().log_weights(everything(states)).exp().detach()
+    assert weights.shape == (len(DOCUMENTS), EXPERTS)
+    assert_close(weights.sum(1), torch.full((len(DOCUMENTS),), float(EXPERTS)))
     assert float(weights.std(0).min()) > 0.01  # they differ between examples
-    by_expert = weights.unflatten(1, (EXPERTS, PROMPTS))
+
+
+def test_a_gate_weighs_the_prompts_of_an_expert_alike(tiny_llama, states):
+    prefix = mixture_of().prefix(tiny_llama, everything(states))
+    by_expert = prefix.log_gate.unflatten(1, (EXPERTS, PROMPTS))
+    assert_close(by_expert[..., 0], mixture_of().log_weights(everything(states)))
     assert torch.equal(by_expert[..., 0], by_expert[..., 1])
 
 
-def test_the_opening_is_added_to_every_prompt_of_both_arms(states):
+def test_the_opening_is_added_to_every_prompt_of_both_arms(tiny_llama, states):
     for build in (mixture_of, plain_of):
-        shifted = build(log_opening=-3.0).log_gate(states.summaries)
-        assert_close(shifted, build().log_gate(states.summaries) - 3)
+        shifted = build(log_opening=-3.0).prefix(tiny_llama, everything(states)).log_gate
+        assert_close(shifted, build().prefix(tiny_llama, everything(states)).log_gate - 3)
 
 
 def test_a_gate_without_preference_is_the_plain_prompt(tiny_llama, states):
@@ -154,7 +163,7 @@ def test_no_peeking(tiny_llama, states):
             altered = list(DOCUMENTS)
             altered[row] = Encoded(document.task, tuple(tokens), document.context_tokens)
             others = CachedStates(tiny_llama, altered, LAYER, batch_size=4)
-            assert torch.equal(mixture.log_gate(others.summaries), mixture.log_gate(states.summaries))
+            assert torch.equal(mixture.log_weights(everything(others)), mixture.log_weights(everything(states)))
             found, kept = nats(tiny_llama, others, mixture), place - document.context_tokens
             before = slice(firsts[row], firsts[row] + kept)
             assert torch.equal(found[before], original[before])

@@ -46,7 +46,7 @@ def begun(states, arm="mop", *, seed=0):
         layer=LAYER,
         hidden_size=HIDDEN,
         base_sha256="",
-        tasks=(),
+        tasks=TASKS,
     )
     start = Start(gate_pretraining_steps=5, gate_temper=0.3, log_opening=-1.0, seed=seed)
     return begin(config, Material(MODEL, states, TASKS), start)
@@ -96,7 +96,7 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
     second = [torch.zeros_like(weight) for weight in weights]
     for step, rows in enumerate(order, start=1):
         batch = states.batch(rows)
-        with attending_to(mixture.prefix(tiny_llama, batch.instructions.summary)):
+        with attending_to(mixture.prefix(tiny_llama, batch.instructions)):
             left = tiny_llama.resume(batch.hidden, LAYER)
         logits = tiny_llama.network.lm_head(left[batch.example, batch.position])
         loss = -logits.log_softmax(-1)[range(len(batch.target)), batch.target].mean()

@@ -27,6 +27,7 @@ from transformers import (
 from mopcompress.data.encoding import Encoded
 from mopcompress.models.attention import NAME
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.states import Instructions
 
 VOCABULARY, HIDDEN, BLOCKS = 64, 32, 4
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -133,6 +134,12 @@ def random_documents(
         words = torch.randint(len(SPECIAL), VOCABULARY, (context + response,), generator=generator).tolist()
         documents.append(Encoded(tasks[index % len(tasks)], (*words, 2), context))
     return tuple(documents)
+
+
+def instructions_of(model: LanguageModel, tokens: torch.Tensor, layer: int, **known: object) -> Instructions:
+    """What an adapter may read of instructions of equal length."""
+    hidden = model.enter(tokens, layer)
+    return Instructions(hidden, torch.full((len(tokens),), tokens.shape[1]), hidden.mean(1), **known)
 
 
 def saved(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

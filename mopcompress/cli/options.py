@@ -134,6 +134,10 @@ RECOVERY = _recovery_fields(
     gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate, 0 to freeze it"),
     gate_pretraining_steps=("gate_pretraining_steps", int, "Steps that teach the gate the tasks"),
     gate_temper=("gate_temper", float, "Factor on the pre-trained gate's logits"),
+    gate_labels=("gate_labels", str, "Experts' domains: tasks, or clusters of instructions"),
+    gate_reading=("gate_reading", str, "What a gate's weight does: renormalised, values or separate"),
+    shared_expert=("shared_expert", bool, "One more group of prompts, always on"),
+    top_k=("top_k", int, "Experts that act in inference; all if not given"),
     log_opening=("log_opening", float, "Log weight that prompts begin with"),
 )
 OUTPUT: Options = {

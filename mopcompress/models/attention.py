@@ -4,9 +4,9 @@ transformers calls a registered attention function *after* position encoding and
 extra keys and values, scaled by a gate, when a `Prefix` is active; otherwise it is `sdpa` to the bit. So there is no
 per-family code and no hook, the positions of the text never move, and the KV cache never holds a prompt.
 
-The gate is read as a bias on the logits, ``softmax(s_ij + log g_e(j))`` with ``log g = 0`` for text: an expert with
-``g = 0`` is exactly absent, one with ``g = 1`` is exactly a plain prompt. (The paper, Dun et al. 2310.02842, scales the
-attention paid to a group; that the scaled weights are renormalised is our reading.)
+What a prompt weighs can be said in two places, which `recover/weighing.py` makes three readings of a gate from: as a
+bias on its logits, ``softmax(s_ij + b_j)`` with ``b = 0`` for text, and as a factor on its value. At ``b = -inf`` a
+prompt is exactly absent; at ``b = 0`` and factor 1 it is exactly a plain one.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,17 +34,21 @@ _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of all prompts by layer (`layer_idx`), and the log gate of each prompt for each example."""
+    """Keys and values of all prompts by layer (`layer_idx`), and what each prompt weighs for each example."""
 
     keys: dict[int, Float[Tensor, "kv_heads prompts head"]]
     values: dict[int, Float[Tensor, "kv_heads prompts value_head"]]
-    log_gate: Float[Tensor, "batch prompts"]
+    log_gate: Float[Tensor, "batch prompts"]  # added to the prompts' logits
+    value_gate: Float[Tensor, "batch prompts"] | None = None  # factor on the prompts' values; None: 1
+    separate: int = 0  # as many equal groups of prompts have a softmax of their own each; 0: all share the text's
 
 
+Watched = dict[int, Float[Tensor, "batch time prompts"]]
 Recording = dict[int, tuple[Float[Tensor, "batch kv_heads time head"], Float[Tensor, "batch kv_heads time value_head"]]]
 
 _prefix: ContextVar[Prefix | None] = ContextVar("prefix", default=None)
 _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+_watching: ContextVar[Watched | None] = ContextVar("watching", default=None)
 
 
 @contextmanager
@@ -66,6 +70,17 @@ def recording() -> Iterator[Recording]:
         yield seen
     finally:
         _recording.reset(token)
+
+
+@contextmanager
+def watching() -> Iterator[Watched]:
+    """Inside the block every layer notes how much each position attends to each prompt: the mean over heads."""
+    seen: Watched = {}
+    token = _watching.set(seen)
+    try:
+        yield seen
+    finally:
+        _watching.reset(token)
 
 
 def with_our_attention(make: Callable[..., Made]) -> Made:
@@ -107,24 +122,65 @@ def prompted_attention(
         seen[layer] = (key, value)
     if prefix is None or layer not in prefix.keys:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if prefix.separate:
+        text, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return text + _separately(scaled, prefix, layer).transpose(1, 2), None
+    text_bias = _text_bias(attention_mask, query.shape[2], key)
+    return _together(scaled, key, value, text_bias, prefix, layer).transpose(1, 2).contiguous(), None
+
+
+def _together(
+    query: Float[Tensor, "batch heads time head"],
+    key: Float[Tensor, "batch kv_heads keys head"],
+    value: Float[Tensor, "batch kv_heads keys value_head"],
+    text_bias: Float[Tensor, "b 1 t keys"],
+    prefix: Prefix,
+    layer: int,
+) -> Float[Tensor, "batch heads time value_head"]:
+    """One softmax over prompts and text."""
     batch, heads, time, head = query.shape
-    kv_heads = key.shape[1]
-    # one gate an example; beam search repeats each example next to itself
-    log_gate = prefix.log_gate.repeat_interleave(batch // prefix.log_gate.shape[0], dim=0)
+    prompts = prefix.log_gate.shape[1]
+    log_gate = _for_each(prefix.log_gate, batch)
     bias = torch.cat(
         [
             log_gate[:, None, None, :].expand(-1, -1, time, -1),
-            _text_bias(attention_mask, time, key).expand(batch, 1, time, -1),
+            text_bias.expand(batch, 1, time, -1),
         ],
         dim=-1,
     )
     keys = torch.cat([prefix.keys[layer].expand(batch, -1, -1, -1), key], dim=2)
-    values = torch.cat([prefix.values[layer].expand(batch, -1, -1, -1), value], dim=2)
+    values = torch.cat([_gated_values(prefix, layer, batch), value], dim=2)
     # the query heads that share a key head are more rows of one product, so keys are never repeated
-    rows = query.reshape(batch, kv_heads, -1, head) * (head**-0.5 if scaling is None else scaling)
-    scores = (rows @ keys.transpose(2, 3)).view(batch, kv_heads, heads // kv_heads, time, -1) + bias[:, :, None]
-    attended = scores.softmax(-1).view(batch, kv_heads, -1, keys.shape[2]) @ values
-    return attended.view(batch, heads, time, -1).transpose(1, 2).contiguous(), None
+    scores = query.reshape(batch, keys.shape[1], -1, head) @ keys.transpose(2, 3)
+    scores = scores.view(batch, keys.shape[1], -1, time, keys.shape[2]) + bias[:, :, None]
+    weights = scores.softmax(-1)
+    if (watched := _watching.get()) is not None:
+        watched[layer] = weights[..., :prompts].mean((1, 2))
+    attended = weights.view(batch, keys.shape[1], -1, keys.shape[2]) @ values
+    return attended.view(batch, heads, time, -1)
+
+
+def _separately(
+    query: Float[Tensor, "batch heads time head"], prefix: Prefix, layer: int
+) -> Float[Tensor, "batch heads time value_head"]:
+    """The sum over groups of each group's own attention, to be added to the text's."""
+    batch, heads, time, head = query.shape
+    keys, values = prefix.keys[layer], _gated_values(prefix, layer, batch)
+    rows = query.reshape(batch, len(keys), -1, head)
+    scores = rows @ keys.transpose(1, 2) + _for_each(prefix.log_gate, batch)[:, None, None]
+    weights = scores.unflatten(-1, (prefix.separate, -1)).softmax(-1).flatten(-2)
+    return (weights @ values).view(batch, heads, time, -1)
+
+
+def _gated_values(prefix: Prefix, layer: int, batch: int) -> Float[Tensor, "batch kv_heads prompts value_head"]:
+    values = prefix.values[layer].expand(batch, -1, -1, -1)
+    return values if prefix.value_gate is None else values * _for_each(prefix.value_gate, batch)[:, None, :, None]
+
+
+def _for_each(gate: Float[Tensor, "examples prompts"], batch: int) -> Float[Tensor, "batch prompts"]:
+    """One gate an example; beam search repeats each example next to itself."""
+    return gate.repeat_interleave(batch // gate.shape[0], dim=0)
 
 
 def _text_bias(mask: Tensor | None, time: int, key: Tensor) -> Float[Tensor, "b 1 t keys"]:

@@ -15,11 +15,16 @@ class ArmSettings:
 
     learning_rate: float
     at_input: bool = False  # it changes the network from its embeddings on, not from the middle
+    needs_tasks: bool = False  # the true task of every example is part of it: text without one cannot be scored
 
 
 TRAINED = {
     "single": ArmSettings(learning_rate=0.5),
     "mop": ArmSettings(learning_rate=0.5),
+    "uniform": ArmSettings(learning_rate=0.5),
+    "oracle": ArmSettings(learning_rate=0.5, needs_tasks=True),
+    "shuffled": ArmSettings(learning_rate=0.5),
+    "idp": ArmSettings(learning_rate=0.5),
 }
 ARMS = ("none", *TRAINED)
 

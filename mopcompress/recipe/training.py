@@ -1,6 +1,6 @@
 """Modifiers that train, or that mean nothing where weights are not trained."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -31,6 +31,10 @@ class PromptRecoveryModifier(Spec):
     gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
+    gate_labels: Literal["tasks", "clusters"] = "tasks"  # experts' domains: the rows' tasks, or k-means on instructions
+    gate_reading: Literal["renormalised", "values", "separate"] = "renormalised"  # what a weight does in attention
+    shared_expert: bool = False  # one more group of prompts, which weighs 1 for every row
+    top_k: Annotated[int, Field(ge=1, le=1024)] | None = None  # experts that act in inference; None: all
     log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
@@ -39,6 +43,11 @@ class PromptRecoveryModifier(Spec):
     def rate(self) -> float:
         """The learning rate: the recipe's, or the arm's own."""
         return TRAINED[self.arm].learning_rate if self.learning_rate is None else self.learning_rate
+
+    def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """The task of each expert, one to one; empty when experts are to be found by clustering."""
+        labelled = self.gate_labels == "tasks" or TRAINED[self.arm].needs_tasks
+        return tasks if labelled and self.experts in (None, len(tasks)) else ()
 
     def with_arm(self, arm: str) -> "PromptRecoveryModifier":
         """The same settings for another arm: equal prompts in all, steps and data."""

@@ -49,6 +49,9 @@ class AdapterConfig:
     hidden_size: int
     base_sha256: str  # of the compressed model's weights: an adapter fits no other model
     tasks: Sequence[str]  # expert e's domain, in order; empty when experts were found by clustering
+    gate_reading: str = "renormalised"  # what a gate's weight does in attention: see `weighing`
+    shared_expert: bool = False  # one more group of prompts, which weighs 1 for every example
+    top_k: int | None = None  # experts that act at inference; None: all
 
 
 def trained_parameters(adapter: Adapter) -> int:

@@ -14,52 +14,85 @@ from torch import Tensor, nn
 from mopcompress.models.attention import Prefix, attending_to, recording
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.gate import Gate
+from mopcompress.recover.weighing import KeysAndValues, Mixing, prefix_of, strongest, without_absent
 from mopcompress.states import Applied, Instructions
 
 
 class MixtureOfPrompts(nn.Module):
-    """`experts` groups of prompts at `layer`, and the gate that weighs them; no gate means every group counts fully.
+    """Groups of prompts at `layer`, and the gate that weighs them; no gate means every group counts fully.
 
     `log_opening` is one trained number added to the log weight of every prompt (ours). Prompts that are not trained yet
     do damage: begun low, the model starts close to where it is without them, and training opens them as they get good.
     """
 
     def __init__(
-        self, start: Float[Tensor, "experts prompts hidden"], layer: int, gate: Gate | None, *, log_opening: float = 0.0
+        self,
+        start: Float[Tensor, "groups prompts hidden"],
+        layer: int,
+        gate: Gate | None,
+        *,
+        log_opening: float = 0.0,
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__()
         self.prompts = nn.Parameter(start.clone())
         self.log_opening = nn.Parameter(torch.tensor(log_opening))
         self.layer = layer
         self.gate = gate
+        self.mixing = mixing or Mixing()
 
     def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
         """Inside it, text attends to the prompts, with gradients to prompts and gate."""
-        return attending_to(self.prefix(model, instructions.summary))
+        return attending_to(self.prefix(model, instructions))
 
     def compiled(self, model: LanguageModel) -> Applied:
-        """Compile the prompts to constants; what is left an example is the gate."""
+        """Compile the prompts to constants; what is left an example is the gate, and which experts are left out."""
         with torch.no_grad():
-            keys, values = self.keys_and_values(model)
-        return lambda instructions: attending_to(Prefix(keys, values, self.log_gate(instructions.summary)))
+            everything = self.keys_and_values(model)
 
-    def prefix(self, model: LanguageModel, summary: Float[Tensor, "batch hidden"]) -> Prefix:
-        """What text attends to."""
-        return Prefix(*self.keys_and_values(model), self.log_gate(summary))
+        def applied(instructions: Instructions) -> AbstractContextManager[None]:
+            heard, log_weights = without_absent(everything, self.acting(instructions))
+            return attending_to(prefix_of(heard, log_weights, self.log_opening, self.mixing.reading))
+
+        return applied
+
+    def prefix(self, model: LanguageModel, instructions: Instructions) -> Prefix:
+        """What text attends to while it is trained: every expert acts."""
+        log_weights = self.log_weights(instructions)
+        return prefix_of(self.keys_and_values(model), log_weights, self.log_opening, self.mixing.reading)
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """Prompts with their opening, and the gate."""
         gate = [] if self.gate is None else list(self.gate.parameters())
         return {"adapter": [self.prompts, self.log_opening], "gate": gate}
 
-    def log_gate(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch prompts"]:
-        """The gate's log weight of each prompt: equal within an expert, 0 for a plain prompt."""
-        experts, prompts, _ = self.prompts.shape
-        if self.gate is None:
-            return self.log_opening.expand(len(summary), experts * prompts)
-        return self.log_opening + self.gate(summary).repeat_interleave(prompts, dim=1)
+    @property
+    def experts(self) -> int:
+        """The groups that a gate weighs."""
+        return len(self.prompts) - self.mixing.shared
 
-    def keys_and_values(self, model: LanguageModel) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def log_weights(self, instructions: Instructions) -> Float[Tensor, "batch groups"]:
+        """The log weight of each group, the opening left out: 0 as in a plain prompt."""
+        return self._with_shared(self._of_experts(instructions))
+
+    def acting(self, instructions: Instructions) -> Float[Tensor, "batch groups"]:
+        """The same at inference: only the strongest experts act, if so many were asked for."""
+        return self._with_shared(strongest(self._of_experts(instructions), self.mixing.top_k or self.experts))
+
+    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"] | None:
+        """The experts' weights at inference; None without a gate."""
+        return None if self.gate is None else self.acting(instructions)[:, : self.experts].exp()
+
+    def _of_experts(self, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+        if self.mixing.weighing is not None:
+            return self.mixing.weighing(self.gate, instructions)
+        summary = instructions.summary
+        return summary.new_zeros(len(summary), self.experts) if self.gate is None else self.gate(summary)
+
+    def _with_shared(self, log_weights: Float[Tensor, "batch experts"]) -> Float[Tensor, "batch groups"]:
+        return nn.functional.pad(log_weights, (0, int(self.mixing.shared)))
+
+    def keys_and_values(self, model: LanguageModel) -> KeysAndValues:
         """What text attends to, by layer: [kv_heads, prompts, head]. Raises `DataError` for some families."""
         model.check_promptable()
         # the experts stand one after the other, as in one long prompt: without a gate they are exactly that

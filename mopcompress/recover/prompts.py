@@ -1,39 +1,85 @@
-"""The arms that are prompts in the middle of the network, all from one start: grouped and gated, or not."""
+"""The arms that are prompts in the middle of the network, all from one start: grouped and weighed, or not.
+
+- `single`: all prompts in one group; a plain prompt, whatever the reading of a gate.
+- `mop`: groups of prompts, the experts, weighed by a gate that reads the instruction.
+- `uniform`: the experts without a gate, each of weight 1. At equal seeds it equals `single` to the bit, before and after
+  training; with the reading `separate` it is what says how much of `mop` is the gate.
+- `oracle`: all weight on the expert of the example's true task. No gate is trained, and none can choose better.
+- `shuffled`: `mop`, but the gate reads another example (see `weighing.by_another`): what a gate costs without its sense.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from mopcompress.errors import UsageError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover import gate as gates
 from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.start import Material, Start
+from mopcompress.recover.weighing import Mixing, by_another, by_task
 from mopcompress.states import CachedStates
+
+GATED = ("mop", "shuffled")
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
-    """`mop`: experts and a gate; `single`: as many prompts in one group. Raises `DataError` for some families."""
+    """Groups of prompts, and a gate for the arms that have one; equally many prompts in all of them.
+
+    Raises `DataError` for some families, `UsageError` when the oracle has no tasks to go by.
+    """
     model.check_promptable()
-    gated = config.arm == "mop"
-    groups = config.experts if gated else 1
-    prompts = torch.zeros(groups, config.experts * config.prompts_per_expert // groups, config.hidden_size)
-    gate = gates.Gate(config.hidden_size, config.experts) if gated else None
-    return MixtureOfPrompts(prompts, config.layer, gate).to(model.device)
+    if config.arm == "oracle" and not config.tasks:
+        raise UsageError(
+            f"arm oracle: {config.experts} experts are not one for each task of the data; leave --experts out"
+        )
+    groups = config.experts + config.shared_expert
+    prompts = torch.zeros(groups, config.prompts_per_expert, config.hidden_size)
+    gate = gates.Gate(config.hidden_size, config.experts) if config.arm in GATED else None
+    if config.arm == "single":
+        return MixtureOfPrompts(prompts.flatten(0, 1)[None], config.layer, None).to(model.device)
+    weighings = {"oracle": partial(by_task, tuple(config.tasks)), "shuffled": by_another}
+    mixing = Mixing(
+        weighing=weighings.get(config.arm),
+        reading=config.gate_reading,
+        shared=config.shared_expert,
+        top_k=None if config.arm == "uniform" else config.top_k,
+    )
+    return MixtureOfPrompts(prompts, config.layer, gate, mixing=mixing).to(model.device)
 
 
 def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfPrompts:
     """Prompts that begin as hidden states of training instructions, an expert's from its own domain.
 
-    `single` gets the very same states in one group, so that arms differ in grouping and gate alone. The gate of `mop`
-    is pre-trained on the domains and tempered.
+    Every arm gets the very same states, so that arms differ in grouping and gate alone. A gate is pre-trained on the
+    domains and tempered.
     """
     states = material.states
     mixture = build(material.model, config)
     generator = torch.Generator().manual_seed(start.seed)
-    domains = expert_domains(states, material.tasks, config.experts, generator=generator)
+    domains = expert_domains(states, config.tasks, config.experts, generator=generator)
+    groups = first_prompts(states, domains, config, generator=generator)
+    if config.shared_expert:
+        every = range(len(states.documents))
+        groups = torch.cat([groups, states.some_states(every, config.prompts_per_expert, generator)[None]])
+    with torch.no_grad():
+        mixture.prompts.copy_(groups.view_as(mixture.prompts))
+        mixture.log_opening.fill_(start.log_opening)
+    if mixture.gate is not None:
+        mixture.gate.draw(generator)
+        gates.pretrain(mixture.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
+        mixture.gate.temper(start.gate_temper)
+    return mixture
+
+
+def first_prompts(
+    states: CachedStates, domains: Int[Tensor, " documents"], config: AdapterConfig, *, generator: torch.Generator
+) -> Float[Tensor, "experts prompts hidden"]:
+    """States at random instruction positions, each expert's of its own domain's documents."""
     every = range(len(states.documents))
     groups = [
         states.some_states(
@@ -41,14 +87,7 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfP
         )
         for expert in range(config.experts)
     ]
-    with torch.no_grad():
-        mixture.prompts.copy_(torch.stack(groups).view_as(mixture.prompts))
-        mixture.log_opening.fill_(start.log_opening)
-    if mixture.gate is not None:
-        mixture.gate.draw(generator)
-        gates.pretrain(mixture.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
-        mixture.gate.temper(start.gate_temper)
-    return mixture
+    return torch.stack(groups)
 
 
 def expert_domains(

@@ -17,6 +17,7 @@ from mopcompress.models.checkpoint import load_model, resolve_model, weights_byt
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
 from mopcompress.recipe import Recipe, resolved
+from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.folder import adapter_bytes
 from mopcompress.report import write_report
@@ -24,7 +25,8 @@ from mopcompress.results import BenchRow, append_row, read_rows, write_documents
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
-from mopcompress.stages.evaluate import read_gate, score
+from mopcompress.stages.evaluate import score
+from mopcompress.stages.gate import read_gate
 from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
 from mopcompress.stages.manifest import continued, protocol, write_manifest
 from mopcompress.stages.progress import Progress, silent
@@ -108,7 +110,8 @@ class _Bench:
                 )
             layer = first_layer(modifier, model)
             test = states(layer, documents.test, "test rows")
-            text = states(layer, documents.text, "windows of text") if documents.text else None
+            scorable = cell.arm == "none" or not TRAINED[cell.arm].needs_tasks
+            text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
             self._score(setting, base, facts, documents, test, text, model, cell, recovered)
 
     def _score(
@@ -123,11 +126,11 @@ class _Bench:
         cell: Cell,
         recovered: Recovered | None,
     ) -> None:
-        trained = recovered.adapter if recovered else None
+        trained, size = recovered.adapter if recovered else None, self.recipe.run.batch_size
         start = time.perf_counter()
-        scores = score(model, test, trained, self.recipe.run.batch_size, self.progress)
+        scores = score(model, test, trained, size, self.progress)
         seconds = time.perf_counter() - start
-        on_text = micro(score(model, text, trained, self.recipe.run.batch_size, self.progress)) if text else None
+        on_text = micro(score(model, text, trained, size, self.progress)) if text else None
         name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
         adapter = self.folder / "adapters" / name
         if recovered and artifact.read_manifest(adapter) is None:
@@ -159,7 +162,7 @@ class _Bench:
             fallbacks=facts.get("fallbacks", 0),
             peak_bytes=peak_bytes(),
             per_task=task_scores(scores),
-            gate=read_gate(trained, test, tuple(domains)) if trained else None,
+            gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
             documents_file=f"documents/{name}.json",
         )
         append_row(row, self.folder / "rows.jsonl")

@@ -63,9 +63,11 @@ def train_arm(
     seed: int,
     progress: Progress,
 ) -> Recovered:
-    """Begin and train one arm on cached states."""
+    """Begin and train one arm on cached states. Raises `UsageError` when more experts are to act than there are."""
     start = time.perf_counter()
     experts = modifier.experts or len(tasks)
+    if modifier.top_k is not None and modifier.top_k > experts:
+        raise UsageError(f"--top-k: {modifier.top_k} of {experts} experts cannot act; give at most {experts}")
     config = AdapterConfig(
         arm=modifier.arm,
         experts=experts,
@@ -73,7 +75,10 @@ def train_arm(
         layer=states.layer,
         hidden_size=model.hidden_size,
         base_sha256=base_sha256,
-        tasks=tasks if experts == len(tasks) else (),
+        tasks=modifier.domains(tasks),
+        gate_reading=modifier.gate_reading,
+        shared_expert=modifier.shared_expert,
+        top_k=modifier.top_k,
     )
     adapter = ARMS[modifier.arm].begin(
         config,
