@@ -84,7 +84,8 @@ class DynamicPrompts(nn.Module):
     def _attending(
         self, model: LanguageModel, everything: KeysAndValues, instructions: Instructions
     ) -> AbstractContextManager[None]:
-        heard, log_weights = without_absent(everything, self._log_weights(model, everything, instructions))
+        log_weights = self._log_weights(model, everything, instructions)
+        heard, log_weights = without_absent(everything, log_weights, "renormalised")
         return attending_to(prefix_of(heard, log_weights, self.log_opening, "renormalised"))
 
 

@@ -51,7 +51,7 @@ class MixtureOfPrompts(nn.Module):
             everything = self.keys_and_values(model)
 
         def applied(instructions: Instructions) -> AbstractContextManager[None]:
-            heard, log_weights = without_absent(everything, self.acting(instructions))
+            heard, log_weights = without_absent(everything, self.acting(instructions), self.mixing.reading)
             return attending_to(prefix_of(heard, log_weights, self.log_opening, self.mixing.reading))
 
         return applied

@@ -90,7 +90,8 @@ def derangement(count: int) -> list[int]:
 def strongest(log_weights: Float[Tensor, "batch experts"], count: int) -> Float[Tensor, "batch experts"]:
     """The log weights of the `count` experts that weigh most, the others' -inf; the sum stays the number of experts.
 
-    So what all experts together weigh does not change (ours). Of equal ones the first are kept.
+    So what all experts together weigh does not change (ours). Of equal ones the first are kept. Where `values` is read,
+    the others still take attention, as that reading has it, and nothing is saved.
     """
     experts = log_weights.shape[1]
     if count >= experts:
@@ -121,11 +122,11 @@ def prefix_of(
 
 
 def without_absent(
-    keys_and_values: KeysAndValues, log_weights: Float[Tensor, "batch groups"]
+    keys_and_values: KeysAndValues, log_weights: Float[Tensor, "batch groups"], reading: str
 ) -> tuple[KeysAndValues, Float[Tensor, "batch some_groups"]]:
-    """The same without the groups that weigh nothing for any example."""
+    """The same without the groups that weigh nothing for any example, where what weighs nothing is absent."""
     heard = (log_weights > -math.inf).any(0)
-    if bool(heard.all()):
+    if reading == "values" or bool(heard.all()):
         return keys_and_values, log_weights
     keys, values = keys_and_values
     prompts = next(iter(keys.values())).shape[1] // len(heard)

@@ -42,6 +42,7 @@ class Content:
     comparisons: views.Table
     costs: views.Table
     tasks: tuple[views.Table, ...]
+    gates: tuple[views.Table, ...]
     definitions: provenance.Facts
     protocol: provenance.Facts
     command: str | None
@@ -63,6 +64,7 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         comparisons=views.comparisons_table(comparisons),
         costs=views.costs_table(grid),
         tasks=views.task_tables(grid),
+        gates=views.gate_tables(grid),
         definitions=provenance.DEFINITIONS,
         protocol=provenance.protocol_facts(run),
         command=provenance.command(run.manifest),

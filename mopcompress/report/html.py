@@ -6,6 +6,7 @@ import jinja2
 from markupsafe import Markup
 
 from mopcompress.report.content import Content
+from mopcompress.report.views import GATES
 
 
 def to_html(content: Content) -> str:
@@ -18,4 +19,4 @@ def to_html(content: Content) -> str:
         lstrip_blocks=True,
     )
     figures = [(figure, Markup(figure.svg)) for figure in content.figures]
-    return environment.get_template("report.html.jinja").render(content=content, figures=figures)
+    return environment.get_template("report.html.jinja").render(content=content, figures=figures, gates_note=GATES)

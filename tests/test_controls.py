@@ -1,0 +1,360 @@
+"""Arms that take the gate's place: each is what it says, and none reads a response."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import HIDDEN, instructions_of, random_documents, random_tokens, tiny_model
+from torch.testing import assert_close
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from mopcompress import artifact
+from mopcompress.data.encoding import Encoded
+from mopcompress.errors import DataError, UsageError
+from mopcompress.evaluation import evaluate
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.arms import ARMS
+from mopcompress.recover.folder import load_adapter, save_adapter
+from mopcompress.recover.gate import Gate, cluster
+from mopcompress.recover.generation import generate
+from mopcompress.recover.idp import DynamicPrompts
+from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.start import Material, Start
+from mopcompress.recover.train import Training, fit
+from mopcompress.recover.weighing import derangement
+from mopcompress.scoring import score_responses
+from mopcompress.states import CachedStates
+
+TASKS = ("add", "sort", "tell")
+DOCUMENTS = random_documents(12, tasks=TASKS)
+EXPERTS, PROMPTS, LAYER = 3, 2, 2
+CONTROLS = ("uniform", "oracle", "shuffled", "idp")
+CONFIG = AdapterConfig(
+    arm="mop",
+    experts=EXPERTS,
+    prompts_per_expert=PROMPTS,
+    layer=LAYER,
+    hidden_size=HIDDEN,
+    base_sha256="base",
+    tasks=TASKS,
+)
+START = Start(gate_pretraining_steps=5, gate_temper=1.0, log_opening=-1.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def states(tiny_llama):
+    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+
+
+def begun(model, states, arm, *, start=START, **changes):
+    config = replace(CONFIG, arm=arm, **changes)
+    return ARMS[arm].begin(config, Material(model, states, TASKS), start)
+
+
+def trained(model, states, arm, *, steps=3, gate_learning_rate=1e-2, start=START, **changes):
+    adapter = begun(model, states, arm, start=start, **changes)
+    settings = {"batch_size": 4, "learning_rate": 0.1, "warmup_fraction": 0.1, "clip_norm": 1.0, "seed": 0}
+    rows = fit(adapter, model, states, Training(steps=steps, gate_learning_rate=gate_learning_rate, **settings))
+    return adapter.requires_grad_(False), [row.nats for row in rows]
+
+
+def everything(states):
+    return states.batch(range(len(states.documents)))
+
+
+def nats(model, states, adapter):
+    batch = everything(states)
+    with adapter.applied(model, batch.instructions):
+        return score_responses(model, batch, states.layer).nats
+
+
+# --- all of them
+
+
+def test_recipes_and_recovery_know_the_same_arms():
+    assert TRAINED.keys() == ARMS.keys()
+    assert {name for name, arm in TRAINED.items() if arm.needs_tasks} == {"oracle"}
+
+
+@pytest.mark.parametrize("arm", CONTROLS)
+def test_no_peeking(tiny_llama, states, arm):
+    """Another response token changes no weight, and no score of a token before it."""
+    adapter = begun(tiny_llama, states, arm)
+    first, original = everything(states), nats(tiny_llama, states, adapter)
+    weights = weights_of(tiny_llama, adapter, first.instructions)
+    for row, document in enumerate(DOCUMENTS[:4]):
+        place = document.context_tokens
+        tokens = list(document.tokens)
+        tokens[place] = 3 + (tokens[place] + 1) % 60
+        altered = [*DOCUMENTS[:row], Encoded(document.task, tuple(tokens), place), *DOCUMENTS[row + 1 :]]
+        others = CachedStates(tiny_llama, altered, LAYER, batch_size=4)
+        assert torch.equal(weights_of(tiny_llama, adapter, everything(others).instructions), weights)
+        found, own = nats(tiny_llama, others, adapter), first.example == row
+        assert torch.equal(found[~own], original[~own])
+        assert found[own][0] != original[own][0]
+
+
+def weights_of(model, adapter, instructions):
+    if isinstance(adapter, DynamicPrompts):
+        return adapter.attention(model, adapter.keys_and_values(model), instructions)
+    return adapter.log_weights(instructions)
+
+
+@pytest.mark.parametrize("arm", CONTROLS)
+def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
+    adapter = begun(tiny_llama, states, arm, gate_reading="values", shared_expert=True, top_k=2)
+    config = replace(CONFIG, arm=arm, gate_reading="values", shared_expert=True, top_k=2)
+    with artifact.publish(tmp_path / "adapter", {}) as scratch:
+        save_adapter(adapter, config, scratch)
+    again, read = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
+    assert read == replace(config, tasks=list(TASKS))
+    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (again, adapter)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("arm", CONTROLS)
+def test_compiled_is_trained(tiny_llama, states, arm):
+    adapter, batch = begun(tiny_llama, states, arm), everything(states)
+    with adapter.compiled(tiny_llama)(batch.instructions):
+        compiled = score_responses(tiny_llama, batch, LAYER).nats
+    assert_close(compiled, nats(tiny_llama, states, adapter))
+
+
+@pytest.mark.parametrize("arm", ["single", "mop", *CONTROLS])
+def test_training_leaves_the_model_and_lowers_the_loss(states, arm):
+    model = tiny_model()
+    before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    _, losses = trained(model, states, arm, steps=24)
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.network.state_dict().items())
+
+
+@pytest.mark.parametrize("arm", ["mop", "shuffled"])
+def test_every_arm_begins_with_the_same_prompts(tiny_llama, states, arm):
+    own = begun(tiny_llama, states, arm, shared_expert=True)
+    for other in ("single", "uniform", "oracle"):
+        same = begun(tiny_llama, states, other, shared_expert=True)
+        assert torch.equal(own.prompts.flatten(0, 1), same.prompts.flatten(0, 1))
+    assert torch.equal(begun(tiny_llama, states, "idp").prompts, begun(tiny_llama, states, arm).prompts)
+
+
+def test_parameters_count_the_shared_expert_and_the_gate(tiny_llama, states):
+    gate = sum(parameter.numel() for parameter in Gate(HIDDEN, EXPERTS).parameters())
+    for arm, own in {"single": 0, "uniform": 0, "oracle": 0, "mop": gate, "shuffled": gate}.items():
+        for shared in (False, True):
+            adapter = begun(tiny_llama, states, arm, shared_expert=shared)
+            assert trained_parameters(adapter) == (EXPERTS + shared) * PROMPTS * HIDDEN + 1 + own
+    assert trained_parameters(begun(tiny_llama, states, "idp")) == EXPERTS * PROMPTS * HIDDEN + 1
+
+
+# --- uniform
+
+
+@pytest.mark.parametrize("reading", ["renormalised", "values"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_uniform_is_single_after_training_too(tiny_llama, states, reading, shared):
+    settings = {"gate_reading": reading, "shared_expert": shared, "top_k": 1}
+    (single, losses), (uniform, same) = (trained(tiny_llama, states, arm, **settings) for arm in ("single", "uniform"))
+    assert same == losses
+    assert torch.equal(uniform.prompts.flatten(0, 1), single.prompts.flatten(0, 1))
+    assert torch.equal(nats(tiny_llama, states, uniform), nats(tiny_llama, states, single))
+
+
+def test_uniform_groups_that_are_read_separately_are_no_plain_prompt(tiny_llama, states):
+    single, uniform = (begun(tiny_llama, states, arm, gate_reading="separate") for arm in ("single", "uniform"))
+    assert not torch.allclose(nats(tiny_llama, states, uniform), nats(tiny_llama, states, single), atol=1e-3)
+
+
+# --- oracle
+
+
+def test_the_oracle_gives_all_weight_to_the_true_tasks_expert(tiny_llama, states):
+    read = everything(states).instructions
+    weights = begun(tiny_llama, states, "oracle").log_weights(read).exp()
+    expected = torch.tensor([[3.0 * (task == name) for name in TASKS] for task in read.tasks])
+    assert_close(weights, expected)
+
+
+def test_under_the_oracle_an_expert_learns_from_its_own_task_alone(states):
+    model = tiny_model()
+    adapter = begun(model, states, "oracle")
+    rows = [row for row, document in enumerate(DOCUMENTS) if document.task == "sort"]
+    batch = states.batch(rows)
+    with adapter.applied(model, batch.instructions):
+        score_responses(model, batch, LAYER).nats.mean().backward()
+    assert bool(adapter.prompts.grad[1].any(1).all())
+    assert not bool(adapter.prompts.grad[2].any())  # the first is another matter: the second sees it
+
+
+def test_an_unknown_task_is_no_matter_for_the_oracle(tiny_llama, states):
+    adapter = begun(tiny_llama, states, "oracle").requires_grad_(False)
+    with pytest.raises(UsageError, match="oracle: it needs the true task"):
+        generate(tiny_llama, adapter, ["w5 w6"], max_new_tokens=2)
+    with pytest.raises(DataError, match="no expert for the task 'sing', only for add, sort, tell"):
+        adapter.log_weights(instructions_of(tiny_llama, random_tokens(2, 5), LAYER, tasks=["add", "sing"]))
+
+
+def test_an_oracle_without_tasks_is_refused(tiny_llama, states):
+    with pytest.raises(UsageError, match="oracle: 2 experts are not one for each task"):
+        begun(tiny_llama, states, "oracle", experts=2, tasks=())
+
+
+# --- shuffled
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 65])
+def test_everyone_reads_another_and_is_read_once(count):
+    order = derangement(count)
+    assert sorted(order) == list(range(count))
+    assert all(place != own for own, place in enumerate(order))
+    assert order == derangement(count)
+    place, cycle = 0, set()
+    for _ in range(count):
+        cycle.add(place := order[place])
+    assert len(cycle) == count
+
+
+def test_the_shuffled_gate_gives_anothers_weights(tiny_llama, states):
+    read, shuffled = everything(states).instructions, begun(tiny_llama, states, "shuffled")
+    mop = begun(tiny_llama, states, "mop")
+    weights = mop.log_weights(read)
+    assert_close(shuffled.log_weights(read), weights[derangement(len(DOCUMENTS))])
+    assert not torch.allclose(shuffled.log_weights(read), weights, atol=1e-2)
+
+
+def test_one_alone_reads_the_mean_of_the_training_instructions(tiny_llama, states):
+    shuffled = begun(tiny_llama, states, "shuffled").requires_grad_(False)
+    mean = states.summaries.mean(0, keepdim=True)
+    for row in (0, 5):
+        assert_close(shuffled.log_weights(states.batch([row]).instructions), shuffled.gate(mean))
+    assert generate(tiny_llama, shuffled, ["w5 w6"], max_new_tokens=4)
+
+
+# --- one prompt of several
+
+
+def idp_of(*, log_opening=-0.5, groups=EXPERTS, seed=0):
+    seeded = torch.Generator().manual_seed(seed)
+    prompts = 2 * torch.randn(groups, PROMPTS, HIDDEN, generator=seeded)
+    return DynamicPrompts(prompts, LAYER, log_opening=log_opening)
+
+
+@torch.no_grad()
+def attention_slowly(model, adapter, document):
+    """Softmax over prompts and text of the adapter's layer, a query head and a token at a time."""
+    attention = model.blocks[LAYER].self_attn
+    normed = model.blocks[LAYER].input_layernorm
+    text = model.enter(torch.tensor([document.tokens[: document.context_tokens]]), LAYER)
+
+    def rotated(states, weight):
+        split = weight(normed(states)).view(1, states.shape[1], -1, 8).transpose(1, 2)
+        cos, sin = model.network.model.rotary_emb(states, torch.arange(states.shape[1])[None])
+        return apply_rotary_pos_emb(split, split, cos, sin)[0][0]
+
+    query, key = rotated(text, attention.q_proj), rotated(text, attention.k_proj)
+    means = torch.zeros(len(adapter.prompts))
+    count = text.shape[1]
+    for head, token in itertools.product(range(4), range(count)):
+        scores = [query[head, token] @ key[head // 2, : token + 1].T]
+        for group in adapter.prompts:
+            own = rotated(group[None], attention.k_proj)
+            scores.append(query[head, token] @ own[head // 2].T + adapter.log_opening * 8**0.5)
+        weights = (torch.cat(scores) / 8**0.5).softmax(0)[token + 1 :]
+        means += weights.view(len(adapter.prompts), PROMPTS).sum(1) / (4 * count)
+    return means
+
+
+def test_attention_to_a_group_is_its_definition(tiny_llama, states):
+    adapter = idp_of()
+    found = adapter.attention(tiny_llama, adapter.keys_and_values(tiny_llama), everything(states).instructions)
+    for row, document in enumerate(DOCUMENTS):
+        assert_close(found[row], attention_slowly(tiny_llama, adapter, document), rtol=1e-4, atol=1e-5)
+
+
+def test_the_group_most_attended_to_acts_alone(tiny_llama, states):
+    """Each example is scored as with a plain prompt that is its own group."""
+    adapter, batch = idp_of(), everything(states)
+    attention = adapter.attention(tiny_llama, adapter.keys_and_values(tiny_llama), batch.instructions)
+    chosen = attention.argmax(1)
+    assert len(chosen.unique()) > 1  # else the test looks at nothing
+    assert_close(adapter.chosen(tiny_llama, batch.instructions), torch.eye(EXPERTS)[chosen])
+    found = nats(tiny_llama, states, adapter)
+    for group in range(EXPERTS):
+        alone = MixtureOfPrompts(adapter.prompts[group].detach()[None], LAYER, None, log_opening=-0.5)
+        expected, own = nats(tiny_llama, states, alone), chosen[batch.example] == group
+        assert_close(found[own], expected[own], rtol=1e-4, atol=1e-5)
+
+
+def test_one_group_is_the_single_prompt(tiny_llama, states):
+    adapter = idp_of(groups=1)
+    single = MixtureOfPrompts(adapter.prompts.detach(), LAYER, None, log_opening=-0.5)
+    assert torch.equal(nats(tiny_llama, states, adapter), nats(tiny_llama, states, single))
+
+
+def test_gradients_reach_the_group_that_acts_alone(states):
+    model, adapter = tiny_model(), idp_of()
+    chosen = adapter.chosen(model, everything(states).instructions).argmax(1)
+    group = int(chosen[0])
+    batch = states.batch([row for row in range(len(DOCUMENTS)) if chosen[row] == group])
+    with adapter.applied(model, batch.instructions):
+        score_responses(model, batch, LAYER).nats.mean().backward()
+    reached = adapter.prompts.grad.flatten(1).any(1)
+    assert reached.tolist() == [expert == group for expert in range(EXPERTS)]
+    assert adapter.log_opening.grad.item() != 0
+
+
+def test_the_choice_of_a_batch_is_the_choice_of_each(tiny_llama, states):
+    adapter, read = idp_of(), everything(states).instructions
+    together = adapter.chosen(tiny_llama, read)
+    for row in range(len(DOCUMENTS)):
+        assert torch.equal(adapter.chosen(tiny_llama, states.batch([row]).instructions)[0], together[row])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_the_cache_and_the_batch_change_no_answer_of_one_prompt_of_several(family):
+    model, adapter = tiny_model(family), idp_of().requires_grad_(False)
+    prompts = ["w5 w6 w7", "w9", "w10 w11 w12 w13 w14 w15 w16"]
+    batched = generate(model, adapter, prompts, max_new_tokens=8)
+    assert batched == generate(model, adapter, prompts, max_new_tokens=8, use_cache=False)
+    assert batched == [generate(model, adapter, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+
+
+# --- how a gate starts
+
+
+def test_no_pretraining_leaves_a_random_gate(tiny_llama, states):
+    gate = begun(tiny_llama, states, "mop", start=replace(START, gate_pretraining_steps=0)).gate
+    taught = begun(tiny_llama, states, "mop").gate
+    assert not bool(gate.outer.bias.any())  # as drawn
+    assert not torch.equal(taught.outer.weight, gate.outer.weight)
+    assert float(gate(states.summaries).detach().std(0).min()) > 0.01  # random, not without preference
+    assert_close(gate.mean, taught.mean)  # what it measures its inputs by is known all the same
+
+
+def test_a_gate_tempered_to_nought_starts_as_the_plain_prompt_and_then_learns(tiny_llama, states):
+    start = replace(START, gate_temper=0.0)
+    mop, single = (begun(tiny_llama, states, arm, start=start) for arm in ("mop", "single"))
+    assert_close(nats(tiny_llama, states, mop), nats(tiny_llama, states, single))
+    adapter, _ = trained(tiny_llama, states, "mop", start=start)
+    assert float(adapter.gate(states.summaries).detach().abs().max()) > 1e-3
+
+
+def test_a_gate_without_a_learning_rate_stays_as_it_started(tiny_llama, states):
+    before = begun(tiny_llama, states, "mop")
+    after, _ = trained(tiny_llama, states, "mop", gate_learning_rate=0.0)
+    for name, tensor in before.gate.state_dict().items():
+        assert torch.equal(after.gate.state_dict()[name], tensor), name
+    assert not torch.equal(after.prompts, before.prompts)
+    moved, _ = trained(tiny_llama, states, "mop", gate_learning_rate=1e-2)
+    assert not torch.equal(moved.gate.outer.weight, before.gate.outer.weight)
+
+
+def test_clusters_take_the_place_of_tasks_without_a_name(tiny_llama, states):
+    """The same arm with its tasks unknown: k-means chooses the domains, and the gate is taught those, one to one."""
+    start = replace(START, gate_pretraining_steps=200)
+    gate = begun(tiny_llama, states, "mop", tasks=(), start=start).gate
+    found = cluster(states.summaries, EXPERTS, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(gate(states.summaries).argmax(1), found)
+    assert found.tolist() != [TASKS.index(document.task) for document in DOCUMENTS]
