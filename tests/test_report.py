@@ -16,6 +16,7 @@ import pytest
 
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
 from mopcompress.report import write_report
+from mopcompress.report.choices import gate_tables
 from mopcompress.report.content import headline, summary
 from mopcompress.report.drawing import change_ticks, log_ticks
 from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
@@ -107,7 +108,15 @@ def gate(tasks: Sequence[str], *, sharpness: float, experts: int = 8) -> GateRea
     logits = np.eye(len(tasks), experts) * sharpness + np.random.default_rng(5).normal(0, 0.3, (len(tasks), experts))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     entropy = float(-(shares * np.log(shares)).sum(1).mean())
-    return GateReading(tasks=list(tasks), weights=(experts * shares).tolist(), accuracy=0.93, entropy_nats=entropy)
+    return GateReading(
+        tasks=list(tasks),
+        weights=(experts * shares).tolist(),
+        accuracy=0.93,
+        entropy_nats=entropy,
+        confusion=(15 * np.eye(len(tasks), experts, dtype=int)).tolist(),
+        load=(experts * shares).mean(0).tolist(),
+        domains=list(tasks),
+    )
 
 
 def bench_row(
@@ -202,6 +211,41 @@ def small_run(
             seed=0,
         )
     return read_run(tmp_path)
+
+
+# What the gate chooses
+
+
+def test_the_confusion_and_load_of_each_arm_that_chooses_are_shown(folder: Path) -> None:
+    run = read_run(folder)
+    grid = make_grid(run.rows, run.spec)
+    tables = gate_tables(grid)
+    assert [table.title for table in tables] == [f"{setting}, mop" for setting in grid.settings if setting != "dense"]
+    reading = grid.rows("gptq 3-bit", "mop")[0].gate
+    assert reading is not None
+    lines = [[cell.main for cell in line.cells] for line in tables[-1].lines]
+    assert tables[-1].columns == ("task", *map(str, range(1, 9)))
+    assert [line[0] for line in lines] == [*reading.tasks, "load"]
+    assert [list(map(int, line[1:])) for line in lines[:-1]] == reading.confusion
+    assert lines[-1][1:] == [f"{weight:.2f}" for weight in reading.load]
+    assert "1 capitals, 2 reverse" in tables[-1].note
+    for path in write_report(folder)[1:]:
+        text = path.read_text()
+        assert "What the gate chooses" in text
+        assert "gptq 3-bit, mop" in text
+
+
+def test_rows_from_before_it_was_counted_have_no_such_table(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for row in lines:
+        for name in ("confusion", "load", "domains"):
+            if row["gate"]:
+                del row["gate"][name]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    run = read_run(folder)
+    assert gate_tables(make_grid(run.rows, run.spec)) == ()
+    for path in write_report(folder)[1:]:
+        assert "What the gate chooses" not in path.read_text()
 
 
 # Intervals

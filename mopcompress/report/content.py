@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mopcompress.report import plots, provenance, views
+from mopcompress.report import choices, plots, provenance, views
 from mopcompress.report.formats import number
 from mopcompress.report.intervals import MIN_DOCUMENTS, scarce_tasks
 from mopcompress.report.run import Run
@@ -64,7 +64,7 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         comparisons=views.comparisons_table(comparisons),
         costs=views.costs_table(grid),
         tasks=views.task_tables(grid),
-        gates=views.gate_tables(grid),
+        gates=choices.gate_tables(grid),
         definitions=provenance.DEFINITIONS,
         protocol=provenance.protocol_facts(run),
         command=provenance.command(run.manifest),

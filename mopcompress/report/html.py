@@ -5,8 +5,8 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from mopcompress.report import choices
 from mopcompress.report.content import Content
-from mopcompress.report.views import GATES
 
 
 def to_html(content: Content) -> str:
@@ -19,4 +19,6 @@ def to_html(content: Content) -> str:
         lstrip_blocks=True,
     )
     figures = [(figure, Markup(figure.svg)) for figure in content.figures]
-    return environment.get_template("report.html.jinja").render(content=content, figures=figures, gates_note=GATES)
+    return environment.get_template("report.html.jinja").render(
+        content=content, figures=figures, gates_note=choices.NOTE
+    )

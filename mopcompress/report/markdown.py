@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable
 
+from mopcompress.report import choices
 from mopcompress.report.content import Content
 from mopcompress.report.provenance import Facts
-from mopcompress.report.views import GATES, Line, Table, Text
+from mopcompress.report.views import Line, Table, Text
 
 
 def to_markdown(content: Content) -> str:
@@ -21,7 +22,7 @@ def to_markdown(content: Content) -> str:
         _table(content.costs),
         "## Tasks\n\nPerplexity and, in brackets, exact match.",
         *(_table(table, level=3) for table in content.tasks),
-        f"## What the gate chooses\n\n{escaped(GATES)}" if content.gates else "",
+        f"## What the gate chooses\n\n{escaped(choices.NOTE)}" if content.gates else "",
         *(_table(table, level=3) for table in content.gates),
         f"## Definitions\n\n{_facts(content.definitions)}",
         f"## Protocol\n\n{_facts(content.protocol)}",

@@ -37,9 +37,10 @@ DEFINITIONS: Facts = (
     ),
     (
         "arms",
-        "none: the compressed model. single: one soft prompt. mop: the mixture of prompts. uniform: its prompts without a "
-        "gate. oracle: all weight on the expert of the true task. shuffled: mop whose gate reads another example. idp: of "
-        "several prompts the one that the instruction attends to most. The model's weights stay as compressed in each.",
+        "none: the compressed model. single: one soft prompt. mop: the mixture of prompts. uniform: its prompts "
+        "without a gate. oracle: all weight on the expert of the true task. shuffled: mop whose gate reads another "
+        "example. idp: of several prompts the one that the instruction attends to most. The model's weights stay as "
+        "compressed in each.",
     ),
 )
 

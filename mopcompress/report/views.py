@@ -20,10 +20,6 @@ from mopcompress.report.tables import DENSE, Comparison, Grid, Spread, best_arms
 from mopcompress.results import BenchRow
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
-GATES = (
-    "Test documents of each task (rows) by the expert that weighs most (columns), first seed; load: the mean weight of an "
-    "expert over all documents, 1 where all are used alike."
-)
 PLAIN_TEXT = "Plain text: perplexity of text that no arm was trained on. "
 TOO_FEW = "too few documents a task for an interval"
 
@@ -172,26 +168,6 @@ def task_tables(grid: Grid) -> tuple[Table, ...]:
             lines = tuple(Line((Text(task), *(_task(grid.rows(*key), task) for key in columns))) for task in names)
             titles = (DENSE if key[0] == DENSE and setting != DENSE else key[1] for key in columns)
             tables.append(Table(setting, "", ("task", *titles), 1, lines))
-    return tuple(tables)
-
-
-def gate_tables(grid: Grid) -> tuple[Table, ...]:
-    """One table a setting and arm that chooses, first seed: documents by task and strongest expert, and the load."""
-    tables = []
-    for setting, arm, _ in _order(grid):
-        rows = grid.rows(setting, arm)
-        gate = rows[0].gate if rows else None
-        if gate is None or not gate.confusion:
-            continue
-        experts = [str(number + 1) for number in range(len(gate.load))]
-        lines = [
-            Line((Text(task), *(Text(str(count)) for count in counts)))
-            for task, counts in zip(gate.tasks, gate.confusion, strict=True)
-        ]
-        lines.append(Line((Text("load"), *(Text(ratio(weight)) for weight in gate.load)), starts_group=True))
-        named = "; ".join(f"{number}: {task}" for number, task in zip(experts, gate.domains, strict=False))
-        note = f"Experts are those of {named}." if named else "No expert belongs to a task."
-        tables.append(Table(f"{setting}, {arm}", note, ("task", *experts), 1, tuple(lines)))
     return tuple(tables)
 
 

@@ -67,14 +67,17 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
 def protocol(recipe: Recipe) -> list[str]:
     """What a reader must know of how the arms are compared."""
     recovery, repair = recipe.recovery, recipe.repair
+    labels = "clusters of the training instructions"
+    if recovery.gate_labels == "tasks":
+        labels = "the training rows' task labels, which single does not see"
     return [
         "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
         "the response before it.",
         f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows), starting "
         "prompts and learning rate of prompts; single has as many prompt tokens in one group as mop has in all its "
         "experts.",
-        "The gate of mop is pre-trained on the training rows' task labels, which single does not see; it reads "
-        "instruction tokens alone. Trained parameters count the gate.",
+        f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
+        "gate.",
         "Learning rates are the recipe's for both arms: they were not swept for this run.",
         "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
         *([f"Every compressed model has a low-rank repair of rank {repair.rank} beside it."] if repair else []),
