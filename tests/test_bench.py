@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from mopcompress import artifact
 from mopcompress.data.calibration import text_windows
-from mopcompress.errors import OutputError, QualityGateError, RecipeError
+from mopcompress.errors import OutputError, QualityGateError, RecipeError, UsageError
 from mopcompress.models.checkpoint import load_model
 from mopcompress.recipe import load_recipe
+from mopcompress.recipe.commands import for_recovery, with_recovery
 from mopcompress.results import BenchRow, append_row, read_documents, read_rows
 from mopcompress.stages.bench import bench
 from mopcompress.stages.compress import compress
@@ -254,3 +255,30 @@ def test_plain_text_and_the_dense_models_arms_are_scored_besides(recipe_of, tmp_
     assert len(others) == 3
     assert None not in others
     assert "plain text" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
+    """The oracle cannot score text of no task; a gate of clusters has no tasks to be right about."""
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog. " * 200)
+    arms = ("mop", "uniform", "oracle", "shuffled", "idp")
+    flags = {"gate_labels": "clusters", "gate_reading": "separate", "shared_expert": True, "top_k": 2}
+    recipe = with_recovery(recipe_of(arms=",".join(arms), text=str(text), text_samples="2"), flags)
+    rows = {row.arm: row for row in bench(recipe, tmp_path / "run") if row.method != "dense"}
+    assert {arm for arm, row in rows.items() if row.text_perplexity is None} == {"oracle"}
+    assert {arm for arm, row in rows.items() if row.gate} == {"mop", "shuffled", "idp"}
+    assert {row.gate.accuracy for row in rows.values() if row.gate} == {None}
+    assert sum(weight > 0 for weight in rows["mop"].gate.load) > 0
+    prompts = rows["idp"].trained_parameters - 1
+    assert rows["uniform"].trained_parameters == rows["oracle"].trained_parameters == prompts + 2 * 64 + 1
+    assert rows["mop"].trained_parameters == rows["shuffled"].trained_parameters > rows["uniform"].trained_parameters
+    oracle = tmp_path / "run" / "adapters" / "sparsegpt-50-oracle-0"
+    base = str(tmp_path / "run" / "models" / "sparsegpt-50")
+    found = evaluate_folder(recipe_of(model=base, text=str(text), text_samples="2"), oracle)
+    assert (found["perplexity"], found["text_perplexity"]) == (pytest.approx(rows["oracle"].perplexity), None)
+
+
+def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
+    recipe = for_recovery(recipe_of(), {"top_k": 13})
+    with pytest.raises(UsageError, match="--top-k: 13 of 12 experts"):
+        recover(recipe, tmp_path / "adapter", seed=0)

@@ -21,7 +21,7 @@ from mopcompress.recover import gate as gates
 from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.weighing import Mixing, by_another, by_task
+from mopcompress.recover.weighing import Mixing, Weighing, by_another, by_task
 from mopcompress.states import CachedStates
 
 GATED = ("mop", "shuffled")
@@ -42,7 +42,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
     gate = gates.Gate(config.hidden_size, config.experts) if config.arm in GATED else None
     if config.arm == "single":
         return MixtureOfPrompts(prompts.flatten(0, 1)[None], config.layer, None).to(model.device)
-    weighings = {"oracle": partial(by_task, tuple(config.tasks)), "shuffled": by_another}
+    weighings: dict[str, Weighing] = {"oracle": partial(by_task, tuple(config.tasks)), "shuffled": by_another}
     mixing = Mixing(
         weighing=weighings.get(config.arm),
         reading=config.gate_reading,
