@@ -75,7 +75,11 @@ class LanguageModel:
 
         Positions count from `first_position`. Raises `DataError` when that is not 0 and they are not rotary.
         """
-        where = self._positions(hidden, first_position) if first_position else {}
+        where = {}
+        if first_position:  # a negative one is as good as another where only differences count
+            self.check_rotary()
+            last = first_position + hidden.shape[1]
+            where["position_ids"] = torch.arange(first_position, last, device=hidden.device)[None]
         if layer == 0:
             return self._decoder([*self.blocks])(inputs_embeds=hidden, use_cache=False, **where).last_hidden_state
         below = self._standins(0, layer)
@@ -84,15 +88,6 @@ class LanguageModel:
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         upper = self._decoder([*below, *self.blocks[layer:]])
         return upper(input_ids=tokens, use_cache=False, **where).last_hidden_state
-
-    def _positions(self, hidden: Tensor, first: int) -> dict[str, Tensor]:
-        """A negative position is as good as another where only differences count: those of rotary embeddings."""
-        if not any("rotary" in name for name, _ in self.network.named_modules()):
-            raise DataError(
-                f"{type(self.network).__name__} has no rotary positions, so nothing can stand before its text; "
-                "use a family that has them"
-            )
-        return {"position_ids": torch.arange(first, first + hidden.shape[1], device=hidden.device)[None]}
 
     def logits(self, hidden: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocab"]:
         """The network's own head (scaling and soft-capping included) on normed hidden states at chosen positions."""
@@ -114,6 +109,19 @@ class LanguageModel:
             raise DataError(
                 f"{type(self.network).__name__} does not call the attention function {NAME!r}, so prompts cannot reach "
                 "it; load it with `load_model`, or use a family whose attention can be exchanged"
+            )
+
+    @property
+    def is_rotary(self) -> bool:
+        """Only differences of positions count."""
+        return any("rotary" in name for name, _ in self.network.named_modules())
+
+    def check_rotary(self) -> None:
+        """Raise `DataError` when positions are not rotary."""
+        if not self.is_rotary:
+            raise DataError(
+                f"{type(self.network).__name__} has no rotary positions, so nothing can stand before its text; "
+                "use a family that has them"
             )
 
     def _probe_block(self) -> tuple[bool, bool]:

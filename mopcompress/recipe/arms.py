@@ -16,15 +16,19 @@ class ArmSettings:
     learning_rate: float
     at_input: bool = False  # it changes the network from its embeddings on, not from the middle
     needs_tasks: bool = False  # the true task of every example is part of it: text without one cannot be scored
+    deep_learning_rate: float | None = None  # with `deep`; None: it has no such form
 
 
 TRAINED = {
-    "single": ArmSettings(learning_rate=0.5),
-    "mop": ArmSettings(learning_rate=0.5),
-    "uniform": ArmSettings(learning_rate=0.5),
-    "oracle": ArmSettings(learning_rate=0.5, needs_tasks=True),
-    "shuffled": ArmSettings(learning_rate=0.5),
+    "single": ArmSettings(learning_rate=0.5, deep_learning_rate=0.1),
+    "mop": ArmSettings(learning_rate=0.5, deep_learning_rate=0.1),
+    "uniform": ArmSettings(learning_rate=0.5, deep_learning_rate=0.1),
+    "oracle": ArmSettings(learning_rate=0.5, needs_tasks=True, deep_learning_rate=0.1),
+    "shuffled": ArmSettings(learning_rate=0.5, deep_learning_rate=0.1),
     "idp": ArmSettings(learning_rate=0.5),
+    "input": ArmSettings(learning_rate=0.01, at_input=True),
+    "smop": ArmSettings(learning_rate=0.01, at_input=True),
+    "prefix": ArmSettings(learning_rate=0.05, at_input=True),
 }
 ARMS = ("none", *TRAINED)
 

@@ -25,6 +25,7 @@ class PromptRecoveryModifier(Spec):
     experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
+    deep: bool = False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None  # of all but the gate; None: the arm's own
@@ -42,7 +43,10 @@ class PromptRecoveryModifier(Spec):
     @property
     def rate(self) -> float:
         """The learning rate: the recipe's, or the arm's own."""
-        return TRAINED[self.arm].learning_rate if self.learning_rate is None else self.learning_rate
+        if self.learning_rate is not None:
+            return self.learning_rate
+        settings = TRAINED[self.arm]
+        return settings.deep_learning_rate if self.deep and settings.deep_learning_rate else settings.learning_rate
 
     def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The task of each expert, one to one; empty when experts are to be found by clustering."""

@@ -52,6 +52,7 @@ class AdapterConfig:
     gate_reading: str = "renormalised"  # what a gate's weight does in attention: see `weighing`
     shared_expert: bool = False  # one more group of prompts, which weighs 1 for every example
     top_k: int | None = None  # experts that act at inference; None: all
+    deep: bool = False  # keys and values of their own in every layer, in place of states that flow on
 
 
 def trained_parameters(adapter: Adapter) -> int:

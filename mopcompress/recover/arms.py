@@ -1,6 +1,6 @@
 """The arms of the comparison: every line of a report is one of these, trained by one loop."""
 
-from mopcompress.recover import idp, prompts
+from mopcompress.recover import idp, input_prompts, prefix, prompts, routed
 from mopcompress.recover.start import Arm
 
 ARMS: dict[str, Arm] = {
@@ -10,4 +10,7 @@ ARMS: dict[str, Arm] = {
     "oracle": Arm(prompts.build, prompts.begin),
     "shuffled": Arm(prompts.build, prompts.begin),
     "idp": Arm(idp.build, idp.begin),
+    "input": Arm(input_prompts.build, input_prompts.begin),
+    "smop": Arm(routed.build, routed.begin),
+    "prefix": Arm(prefix.build, prefix.begin),
 }

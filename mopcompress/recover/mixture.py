@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.models.attention import Prefix, attending_to, recording
+from mopcompress.models.attention import Prefix, attending_to
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.deep import ByLayer, KeysAndValues, recorded
 from mopcompress.recover.gate import Gate
-from mopcompress.recover.weighing import KeysAndValues, Mixing, prefix_of, strongest, without_absent
+from mopcompress.recover.weighing import Mixing, prefix_of, strongest, without_absent
 from mopcompress.states import Applied, Instructions
 
 
@@ -24,6 +25,9 @@ class MixtureOfPrompts(nn.Module):
     `log_opening` is one trained number added to the log weight of every prompt (ours). Prompts that are not trained yet
     do damage: begun low, the model starts close to where it is without them, and training opens them as they get good.
     """
+
+    prompts: nn.Parameter  # [experts, prompts, hidden]; none in a deep mixture
+    deep: KeysAndValues | None
 
     def __init__(
         self,
@@ -35,7 +39,9 @@ class MixtureOfPrompts(nn.Module):
         mixing: Mixing | None = None,
     ) -> None:
         super().__init__()
+        self.groups = start.shape[:2]
         self.prompts = nn.Parameter(start.clone())
+        self.deep = None
         self.log_opening = nn.Parameter(torch.tensor(log_opening))
         self.layer = layer
         self.gate = gate
@@ -64,12 +70,13 @@ class MixtureOfPrompts(nn.Module):
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """Prompts with their opening, and the gate."""
         gate = [] if self.gate is None else list(self.gate.parameters())
-        return {"adapter": [self.prompts, self.log_opening], "gate": gate}
+        prompts = [self.prompts] if self.deep is None else list(self.deep.parameters())
+        return {"adapter": [*prompts, self.log_opening], "gate": gate}
 
     @property
     def experts(self) -> int:
         """The groups that a gate weighs."""
-        return len(self.prompts) - self.mixing.shared
+        return self.groups[0] - self.mixing.shared
 
     def log_weights(self, instructions: Instructions) -> Float[Tensor, "batch groups"]:
         """The log weight of each group, the opening left out: 0 as in a plain prompt."""
@@ -92,12 +99,18 @@ class MixtureOfPrompts(nn.Module):
     def _with_shared(self, log_weights: Float[Tensor, "batch experts"]) -> Float[Tensor, "batch groups"]:
         return nn.functional.pad(log_weights, (0, int(self.mixing.shared)))
 
-    def keys_and_values(self, model: LanguageModel) -> KeysAndValues:
-        """What text attends to, by layer: [kv_heads, prompts, head]. Raises `DataError` for some families."""
-        model.check_promptable()
+    def keys_and_values(self, model: LanguageModel) -> tuple[ByLayer, ByLayer]:
+        """What text attends to, by layer. Raises `DataError` for some families."""
+        if self.deep is not None:
+            return self.deep()
         # the experts stand one after the other, as in one long prompt: without a gate they are exactly that
-        with recording() as seen:
-            model.resume(self.prompts.flatten(0, 1)[None], self.layer)
-        keys = {layer: key[0] for layer, (key, _) in seen.items()}
-        values = {layer: value[0] for layer, (_, value) in seen.items()}
-        return keys, values
+        return recorded(model, self.prompts.flatten(0, 1)[None], self.layer)
+
+    @torch.no_grad()
+    def deepen(self, model: LanguageModel) -> None:
+        """Train every layer's keys and values by themselves, in place.
+
+        At first it is the same mixture; its parameters are keys and values times the layers from `layer` on.
+        """
+        self.deep = KeysAndValues(*self.keys_and_values(model))
+        del self.prompts

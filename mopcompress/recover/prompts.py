@@ -1,4 +1,5 @@
-"""The arms that are prompts in the middle of the network, all from one start: grouped and weighed, or not.
+"""The arms that are prompts in the middle of the network, all from one start: grouped and weighed, or not;
+flowing or deep.
 
 - `single`: all prompts in one group; a plain prompt, whatever the reading of a gate.
 - `mop`: groups of prompts, the experts, weighed by a gate that reads the instruction.
@@ -9,6 +10,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,7 +43,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
     prompts = torch.zeros(groups, config.prompts_per_expert, config.hidden_size)
     gate = gates.Gate(config.hidden_size, config.experts) if config.arm in GATED else None
     if config.arm == "single":
-        return MixtureOfPrompts(prompts.flatten(0, 1)[None], config.layer, None).to(model.device)
+        return _built(MixtureOfPrompts(prompts.flatten(0, 1)[None], config.layer, None), model, config)
     weighings: dict[str, Weighing] = {"oracle": partial(by_task, tuple(config.tasks)), "shuffled": by_another}
     mixing = Mixing(
         weighing=weighings.get(config.arm),
@@ -49,17 +51,24 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
         shared=config.shared_expert,
         top_k=None if config.arm == "uniform" else config.top_k,
     )
-    return MixtureOfPrompts(prompts, config.layer, gate, mixing=mixing).to(model.device)
+    return _built(MixtureOfPrompts(prompts, config.layer, gate, mixing=mixing), model, config)
+
+
+def _built(mixture: MixtureOfPrompts, model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
+    mixture = mixture.to(model.device)
+    if config.deep:
+        mixture.deepen(model)
+    return mixture
 
 
 def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfPrompts:
     """Prompts that begin as hidden states of training instructions, an expert's from its own domain.
 
     Every arm gets the very same states, so that arms differ in grouping and gate alone. A gate is pre-trained on the
-    domains and tempered.
+    domains and tempered. A deep mixture begins as what these prompts are in every layer.
     """
     states = material.states
-    mixture = build(material.model, config)
+    mixture = build(material.model, replace(config, deep=False))
     generator = torch.Generator().manual_seed(start.seed)
     domains = expert_domains(states, config.tasks, config.experts, generator=generator)
     groups = first_prompts(states, domains, config, generator=generator)
@@ -73,6 +82,8 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfP
         mixture.gate.draw(generator)
         gates.pretrain(mixture.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
         mixture.gate.temper(start.gate_temper)
+    if config.deep:
+        mixture.deepen(material.model)
     return mixture
 
 

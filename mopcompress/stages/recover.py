@@ -79,6 +79,7 @@ def train_arm(
         gate_reading=modifier.gate_reading,
         shared_expert=modifier.shared_expert,
         top_k=modifier.top_k,
+        deep=modifier.deep,
     )
     adapter = ARMS[modifier.arm].begin(
         config,
