@@ -21,7 +21,7 @@ from mopcompress import __version__
 from mopcompress.recipe import PromptRecoveryModifier, load_recipe
 from mopcompress.results import read_rows
 
-COMMANDS = ("prune", "quantize", "recover", "evaluate", "bench", "report", "generate")
+COMMANDS = ("prune", "quantize", "recover", "evaluate", "bench", "report", "generate", "export-adapter")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -491,3 +491,34 @@ def test_a_reader_that_has_gone_is_no_error(stories: Path, tmp_path: Path) -> No
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+# --- export-adapter
+
+
+def test_an_adapter_at_the_input_is_exported_for_peft(pruned: Path, data: Path, tmp_path: Path) -> None:
+    adapter, target = tmp_path / "adapter", tmp_path / "peft"
+    words = ("--data", data, *TRAINED, "--device", "cpu", "--output-dir", adapter)
+    assert invoke("recover", pruned, "--arm", "input", *words).code == 0
+    outcome = invoke("export-adapter", adapter, "--output-dir", target, "--json")
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json["arm"], outcome.json["base"]) == ("input", str(pruned))
+    config = json.loads((target / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(pruned)
+    (stored,) = load_file(target / "adapter_model.safetensors").values()
+    assert torch.equal(stored, load_file(adapter / "adapter.safetensors")["prompts"])
+    again = invoke("export-adapter", adapter, "--output-dir", target)
+    assert (again.code, "done already" in again.err) == (0, True)
+    assert invoke("export-adapter", adapter, "--output-dir", target, "--resume", "never").code == 73
+    assert invoke("export-adapter", adapter, "--output-dir", adapter).code == 73
+    other = ("--model", "no/such/model", "--output-dir", tmp_path / "other")
+    assert invoke("export-adapter", adapter, *other).code == 66
+
+
+def test_an_adapter_that_peft_does_not_have_is_refused(adapter: Path, tmp_path: Path) -> None:
+    outcome = invoke("export-adapter", adapter, "--output-dir", tmp_path / "peft")
+    assert outcome.code == 65
+    (line,) = outcome.errors
+    assert "arm mop: PEFT has no such adapter, only input, prefix" in line
+    assert left_behind(tmp_path) == []
+    assert invoke("export-adapter", tmp_path, "--output-dir", tmp_path / "peft").code == 66

@@ -1,4 +1,4 @@
-"""Commands on a finished folder: `export` and `verify`."""
+"""Commands on a finished folder: `export`, `export-adapter` and `verify`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -52,6 +52,37 @@ def export(
         sizes["compressed_matrices"] = _sizes(facts["matrices_dense_bytes"], facts["matrices_bytes"])
     equal = f"{len(facts['tensors'])}, read back and equal"
     print_facts({"format": format.value, **sizes, "tensors": equal, "output": str(target)})
+
+
+@command(app, OUTPUT, DRY_RUN, SPEECH)
+def export_adapter(
+    common: Common,
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="What `recover --arm input` or `--arm prefix` wrote.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model it was trained on, if it is no longer there.")
+    ] = None,
+) -> None:
+    """Write an adapter as PEFT does, for `PeftModel.from_pretrained` on the same model."""
+    chosen = common.load().run.output_dir
+    name = f"{adapter.expanduser().absolute().name}-peft"
+    target = Path(chosen).expanduser() if chosen else Path("runs") / name
+    plan.check_creatable(target)
+    if model is not None:
+        plan.check_model(model)
+    if common.dry_run:
+        told = {"adapter": str(adapter), "format": "peft", "output": str(target)}
+        (print_json if common.json else print_facts)(told)
+        return
+    with common.working() as progress:
+        from mopcompress.stages.export_adapter import export_adapter as write
+
+        facts = write(adapter.expanduser(), model, target, resume=common.resume, progress=progress)
+    if common.json:
+        print_json({"output": str(target), **{name: facts[name] for name in facts if name != "files"}})
+    else:
+        print_facts({"arm": facts["arm"], "base": facts["base"], "output": str(target)})
 
 
 @command(app, SPEECH)

@@ -1,6 +1,6 @@
-"""Deep prompts: in every layer keys and values of their own, in place of states that flow on (Li and Liang, 2101.00190).
+"""Deep prompts: keys and values of their own in every layer, in place of states that flow on.
 
-Without the paper's reparametrisation by an MLP, as PEFT's prefix tuning is without projection.
+Li and Liang, 2101.00190, without the paper's reparametrisation by an MLP, as PEFT's prefix tuning is without projection.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mopcompress.models.attention import recording
 from mopcompress.models.language_model import LanguageModel
 
-ByLayer = dict[int, Float[Tensor, "kv_heads prompts head"]]
+ByLayer = dict[int, Tensor]  # [kv_heads, prompts, head], of which only prompts are equal in all layers
 
 
 class KeysAndValues(nn.Module):

@@ -1,5 +1,4 @@
-"""The arms that are prompts in the middle of the network, all from one start: grouped and weighed, or not;
-flowing or deep.
+"""The arms that are prompts in the middle of the network, from one start: grouped and weighed or not, flowing or deep.
 
 - `single`: all prompts in one group; a plain prompt, whatever the reading of a gate.
 - `mop`: groups of prompts, the experts, weighed by a gate that reads the instruction.
