@@ -1,6 +1,6 @@
 """Deep prompts: keys and values of their own in every layer, in place of states that flow on.
 
-Li and Liang, 2101.00190, without the paper's reparametrisation by an MLP, as PEFT's prefix tuning is without projection.
+Li and Liang, 2101.00190, without the paper's reparametrisation by an MLP: PEFT's prefix tuning without projection.
 """
 
 from collections.abc import Mapping

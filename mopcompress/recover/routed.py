@@ -55,7 +55,7 @@ class RoutedPrompts(nn.Module):
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """Prompts, and the router."""
-        return {"adapter": [self.prompts], "gate": [self.router.weight]}
+        return {"adapter": [self.prompts], "gate": list(self.router.parameters())}
 
     def log_gate(
         self, summary: Float[Tensor, "batch hidden"], factors: Float[Tensor, "batch experts"] | float = 1.0
