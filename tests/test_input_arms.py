@@ -179,11 +179,13 @@ def test_noise_multiplies_the_routers_scores_in_training_alone(tiny_llama, state
 # --- prefixes
 
 
+@pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("prompts", [1, 2, 5])
-def test_a_prefix_is_worth_as_many_parameters_as_mop_and_not_more(tiny_llama, prompts):
+def test_a_prefix_is_worth_as_many_parameters_as_mop_and_not_more(tiny_llama, prompts, deep):
+    """As the mop whose states flow, also in a bench whose other arms are deep."""
     sizes = {
-        arm: trained_parameters(ARMS[arm].build(tiny_llama, config_of_arm(arm, tiny_llama, prompts=prompts)))
-        for arm in ("prefix", "mop")
+        arm: trained_parameters(ARMS[arm].build(tiny_llama, config_of_arm(arm, tiny_llama, prompts=prompts, deep=also)))
+        for arm, also in (("prefix", deep), ("mop", False))
     }
     token = 2 * BLOCKS * 2 * 8  # keys and values, layers, heads, numbers
     assert sizes["mop"] - token < sizes["prefix"] <= sizes["mop"]

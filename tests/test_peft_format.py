@@ -8,18 +8,23 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_input_arms import begun
-from tiny import config_of, network_of, random_documents, random_tokens, tiny_model
+from tiny import TOKENS as TOKEN_IDS
+from tiny import config_of, network_of, random_documents, random_tokens, tiny_model, word_tokenizer
 from torch.testing import assert_close
+from transformers import CohereConfig
 
 from mopcompress.errors import DataError
-from mopcompress.recover.peft_format import FORMATS, write_peft
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.arms import ARMS
+from mopcompress.recover.deep import recorded
+from mopcompress.recover.peft_format import FORMATS, moved_keys, write_peft
 from mopcompress.states import CachedStates, Instructions
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
-ARMS = ("input", "prefix")
+EXPORTED = ("input", "prefix")
 FAMILIES = ("llama", "qwen3", "gpt_neox", "phi")
 TOKENS = random_tokens(3, 9)
 
@@ -46,7 +51,7 @@ def instructions(model, rows):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", EXPORTED)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_logits_are_pefts(tmp_path, arm, family, padding):
     model, adapter, theirs = exported(arm, family, tmp_path)
@@ -62,7 +67,7 @@ def test_logits_are_pefts(tmp_path, arm, family, padding):
     assert not torch.allclose(ours[real], model.network(input_ids=TOKENS, attention_mask=mask).logits[real], atol=0.1)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", EXPORTED)
 def test_greedy_generation_is_pefts(tmp_path, arm):
     model, adapter, theirs = exported(arm, "llama", tmp_path)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -118,7 +123,26 @@ def test_positions_that_peft_moves_and_we_do_not_are_refused(tmp_path, family):
         exported("prefix", family, tmp_path)
 
 
-def test_every_format_is_of_an_arm():
-    from mopcompress.recover.arms import ARMS as KNOWN
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}])
+def test_moved_keys_are_those_that_the_model_makes_there(rope):
+    """Yarn makes keys longer too, and that must not happen twice."""
+    model = tiny_model("llama", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"} | rope)
+    states = model.enter(random_tokens(1, 5), 0)
+    here, _ = recorded(model, states, 0)
+    there, _ = recorded(model, states, 0, first_position=3)
+    for layer, key in moved_keys(model, here, 3).items():
+        assert_close(key, there[layer], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(key, here[layer], atol=1e-2)
 
-    assert FORMATS.keys() <= KNOWN.keys()
+
+def test_pairs_that_are_not_halves_are_refused():
+    """Cohere turns neighbouring numbers."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+    model = LanguageModel(network_of(CohereConfig(**TOKEN_IDS, **sizes, num_key_value_heads=2)), word_tokenizer())
+    keys, _ = recorded(model, model.enter(random_tokens(1, 5), 0), 0)
+    with pytest.raises(DataError, match="CohereForCausalLM has positions that PEFT's prefixes cannot be moved to"):
+        moved_keys(model, keys, 3)
+
+
+def test_every_format_is_of_an_arm():
+    assert FORMATS.keys() <= ARMS.keys()

@@ -45,7 +45,7 @@ class TrainedPrefix(nn.Module):
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> TrainedPrefix:
-    """As many tokens as `mop` with this config has parameters for, its gate included.
+    """As many tokens as `mop` with this config has parameters for, its gate included, a deep one's layers not.
 
     Raises `DataError` for some families, and when a prefix of one token is larger already.
     """
