@@ -130,6 +130,7 @@ RECOVERY = _recovery_fields(
     prompts_per_expert=("prompts_per_expert", int, "Prompt tokens of an expert"),
     layer=("layer", int, "Block that prompts enter; 10/32 of the depth if not given"),
     deep=("deep", bool, "single, mop: train keys and values in every layer; many more parameters"),
+    rank=("rank", int, "lora, masklora: rank; the largest that trains no more than mop if not given"),
     rows_per_step=("batch_size", int, "Rows of a training step"),
     learning_rate=("learning_rate", float, "Learning rate of all but the gate; the arm's own if not given"),
     gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate, 0 to freeze it"),

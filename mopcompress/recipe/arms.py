@@ -17,6 +17,7 @@ class ArmSettings:
     at_input: bool = False  # it changes the network from its embeddings on, not from the middle
     needs_tasks: bool = False  # the true task of every example is part of it: text without one cannot be scored
     deep_learning_rate: float | None = None  # with `deep`; None: it has no such form
+    whole: bool = False  # it may change the network from block 0 on
 
 
 TRAINED = {
@@ -31,6 +32,10 @@ TRAINED = {
     "input": ArmSettings(learning_rate=3e-2, at_input=True),
     "smop": ArmSettings(learning_rate=3e-2, at_input=True),
     "prefix": ArmSettings(learning_rate=3e-2, at_input=True),
+    "lora": ArmSettings(learning_rate=1e-2, whole=True),
+    "masklora": ArmSettings(learning_rate=1e-2, whole=True),
+    "ia3": ArmSettings(learning_rate=1e-2, whole=True),
+    "norms": ArmSettings(learning_rate=1e-2, whole=True),
 }
 ARMS = ("none", *TRAINED)
 

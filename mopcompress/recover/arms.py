@@ -1,6 +1,6 @@
 """The arms of the comparison: every line of a report is one of these, trained by one loop."""
 
-from mopcompress.recover import idp, input_prompts, prefix, prompts, routed
+from mopcompress.recover import ia3, idp, input_prompts, lora, norms, prefix, prompts, routed
 from mopcompress.recover.start import Arm
 
 ARMS: dict[str, Arm] = {
@@ -13,4 +13,8 @@ ARMS: dict[str, Arm] = {
     "input": Arm(input_prompts.build, input_prompts.begin),
     "smop": Arm(routed.build, routed.begin),
     "prefix": Arm(prefix.build, prefix.begin),
+    "lora": Arm(lora.build, lora.begin),
+    "masklora": Arm(lora.build, lora.begin),
+    "ia3": Arm(ia3.build, ia3.begin),
+    "norms": Arm(norms.build, norms.begin),
 }

@@ -14,12 +14,16 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter, AdapterConfig
+from mopcompress.recover.changes import Changes
 from mopcompress.recover.deep import ByLayer, recorded
+from mopcompress.recover.ia3 import Scaled
 from mopcompress.recover.input_prompts import InputPrompt
+from mopcompress.recover.lora import LowRank
 from mopcompress.recover.prefix import TrainedPrefix
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,9 +72,35 @@ def trained_prefix(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
     return _prompt_learning(settings, torch.stack(pairs).permute(2, 0, 1, 3).flatten(1), model)
 
 
+def low_rank(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
+    """LoRA; its scale alpha / r is 1."""
+    assert isinstance(adapter, Changes)
+    tensors: dict[str, Tensor] = {}
+    rank = 0
+    for name, change in adapter.by_name().items():
+        assert isinstance(change, LowRank)
+        rank = len(change.down)
+        tensors |= {f"{name}.lora_A.weight": change.down, f"{name}.lora_B.weight": change.up}
+    return _changed_linears({"peft_type": "LORA", "r": rank, "lora_alpha": rank}, tensors, adapter, model)
+
+
+def scaled(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
+    """(IA)^3: a row where inputs are scaled, a column where outputs are."""
+    assert isinstance(adapter, Changes)
+    tensors: dict[str, Tensor] = {}
+    of_inputs: list[str] = []
+    for name, change in adapter.by_name().items():
+        assert isinstance(change, Scaled)
+        tensors[f"{name}.ia3_l"] = change.scale[None] if change.inputs else change.scale[:, None]
+        of_inputs += [name] if change.inputs else []
+    return _changed_linears({"peft_type": "IA3", "feedforward_modules": of_inputs}, tensors, adapter, model)
+
+
 FORMATS: dict[str, Callable[[Adapter, LanguageModel], PeftAdapter]] = {
     "input": input_prompt,
     "prefix": trained_prefix,
+    "lora": low_rank,
+    "ia3": scaled,
 }
 
 
@@ -139,3 +169,13 @@ def _prompt_learning(settings: dict[str, Any], embeddings: Tensor, model: Langua
         "num_transformer_submodules": 1,
     }
     return PeftAdapter({**settings, **counts}, {"prompt_embeddings": embeddings})
+
+
+def _changed_linears(
+    settings: dict[str, Any], tensors: dict[str, Tensor], adapter: Changes, model: LanguageModel
+) -> PeftAdapter:
+    names = list(adapter.by_name())  # whole ones: by their ends PEFT would find linears below the layer too
+    transposed = any(isinstance(model.network.get_submodule(name), Conv1D) for name in names)
+    found = {"target_modules": names, "fan_in_fan_out": transposed}
+    held = {f"base_model.model.{name}": tensor.detach() for name, tensor in tensors.items()}
+    return PeftAdapter({**settings, **found}, held)

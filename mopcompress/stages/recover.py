@@ -80,6 +80,8 @@ def train_arm(
         shared_expert=modifier.shared_expert,
         top_k=modifier.top_k,
         deep=modifier.deep,
+        rank=modifier.rank,
+        targets=modifier.adapter_targets,
     )
     adapter = ARMS[modifier.arm].begin(
         config,
@@ -135,8 +137,8 @@ def first_layer(modifier: PromptRecoveryModifier, model: LanguageModel) -> int:
 
     Raises `UsageError` when the model has no such block.
     """
-    blocks = len(model.blocks)
-    if TRAINED[modifier.arm].at_input:
+    blocks, settings = len(model.blocks), TRAINED[modifier.arm]
+    if settings.at_input or (settings.whole and modifier.layer == 0):
         return 0
     if modifier.layer is None:
         return max(1, round(10 / 32 * blocks))
