@@ -20,7 +20,16 @@ class TokenScores:
 
 def score_responses(model: LanguageModel, batch: Batch, layer: int) -> TokenScores:
     """Run the blocks from `layer` on, and score the response tokens. The head sees no other position."""
+    return scores_of(response_logits(model, batch, layer), batch)
+
+
+def response_logits(model: LanguageModel, batch: Batch, layer: int) -> Float[Tensor, "scored vocab"]:
+    """What the blocks from `layer` on and the head say before each response token."""
     left = model.resume(batch.hidden, layer)
-    logits = model.logits(left[batch.example, batch.position])
+    return model.logits(left[batch.example, batch.position])
+
+
+def scores_of(logits: Float[Tensor, "scored vocab"], batch: Batch) -> TokenScores:
+    """The scores of response tokens whose logits are known."""
     nats = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")
     return TokenScores(nats, logits.argmax(-1) == batch.target)

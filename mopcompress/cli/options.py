@@ -141,6 +141,11 @@ RECOVERY = _recovery_fields(
     shared_expert=("shared_expert", bool, "One more group of prompts, always on"),
     top_k=("top_k", int, "Experts that act in inference; all if not given"),
     log_opening=("log_opening", float, "Log weight that prompts begin with"),
+    distill=("distill", float, "Share of the loss that follows the dense model's distributions, not the text"),
+    distill_temperature=("distill_temperature", float, "Temperature of those distributions"),
+    teacher=("teacher", str, "Dense model to distil from; the one that the model was made from if not given"),
+    sweep=("sweep", bool, "Try a third, one and three times the learning rate; validation rows choose"),
+    sweep_steps=("sweep_steps", int, "Training steps of each rate tried"),
 )
 OUTPUT: Options = {
     **_run_fields("Output", output_dir=("FOLDER", "Where the result goes")),

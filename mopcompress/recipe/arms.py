@@ -36,6 +36,7 @@ TRAINED = {
     "masklora": ArmSettings(learning_rate=1e-2, whole=True),
     "ia3": ArmSettings(learning_rate=1e-2, whole=True),
     "norms": ArmSettings(learning_rate=1e-2, whole=True),
+    "mop+": ArmSettings(learning_rate=1e-2),
 }
 ARMS = ("none", *TRAINED)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from mopcompress.recipe.arms import TRAINED, trained_arm
-from mopcompress.recipe.fields import Spec, Targets, Time
+from mopcompress.recipe.fields import FilePath, Spec, Targets, Time
 from mopcompress.recipe.modifiers import changed
 
 
@@ -41,6 +41,11 @@ class PromptRecoveryModifier(Spec):
     log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
+    distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
+    teacher: FilePath | None = None  # None: the dense model that the compressed one was made from
+    sweep: bool = False  # try a third, one and three times the learning rate first; the best on validation rows trains
+    sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 20  # of each rate tried
 
     @property
     def rate(self) -> float:

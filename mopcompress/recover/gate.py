@@ -23,12 +23,14 @@ class Gate(nn.Module):
     mean: Float[Tensor, " hidden"]
     deviation: Float[Tensor, " hidden"]
 
-    def __init__(self, hidden: int, experts: int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, hidden: int, experts: int, *, width: int = WIDTH, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(hidden))
         self.register_buffer("deviation", torch.ones(hidden))
-        self.inner = nn.Linear(hidden, WIDTH)
-        self.outer = nn.Linear(WIDTH, experts)
+        self.inner = nn.Linear(hidden, width)
+        self.outer = nn.Linear(width, experts)
         self.draw(generator or torch.Generator())
 
     def forward(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:

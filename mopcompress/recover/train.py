@@ -10,7 +10,8 @@ import torch
 from mopcompress.errors import NumericalError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter
-from mopcompress.scoring import score_responses
+from mopcompress.recover.distillation import Distillation
+from mopcompress.scoring import response_logits, scores_of
 from mopcompress.states import CachedStates, batches_by_length
 
 
@@ -44,9 +45,12 @@ def fit(
     states: CachedStates,
     training: Training,
     *,
+    distillation: Distillation | None = None,
     progress: Callable[[TrainRow], None] = lambda row: None,
 ) -> list[TrainRow]:
     """Train an adapter, in place, by cross-entropy on response tokens; the model stays frozen.
+
+    With `distillation` a share of the loss is the divergence from a teacher's distributions.
 
     AdamW without weight decay, linear warm-up, cosine decay to zero. Raises `NumericalError` when a loss is not finite.
     """
@@ -63,7 +67,9 @@ def fit(
         chosen = next(order)
         batch = states.batch(chosen)
         with adapter.applied(model, batch.instructions):
-            loss = score_responses(model, batch, states.layer).nats.mean()
+            logits = response_logits(model, batch, states.layer)
+        nats = scores_of(logits, batch).nats.mean()
+        loss = distillation.loss(nats, logits, chosen) if distillation else nats
         if not bool(torch.isfinite(loss)):
             raise NumericalError(
                 f"training step {step}: the loss is {loss.item()} with --learning-rate "
@@ -77,7 +83,7 @@ def fit(
         row = TrainRow(
             step=step,
             steps=training.steps,
-            nats=loss.item(),
+            nats=nats.item(),
             tokens=sum(len(states.documents[row].tokens) for row in chosen),
             seconds=time.perf_counter() - start,
         )

@@ -6,7 +6,8 @@ runs only what is new, and a run with other settings than those the folder was m
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from mopcompress.grid import DENSE, Cell, Setting, cells_of
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
-from mopcompress.recipe import Recipe, resolved
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
 from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.folder import adapter_bytes
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, read_rows, write_documents
@@ -32,6 +35,8 @@ from mopcompress.stages.manifest import continued, protocol, write_manifest
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
 from mopcompress.stages.recover import Recovered, cache_states, first_layer, publish_adapter, train_arm
+from mopcompress.stages.sweep import check_validation, read_sweeps, sweep_rate, told, write_sweep
+from mopcompress.stages.teacher import taught_by
 from mopcompress.states import CachedStates
 
 
@@ -60,6 +65,9 @@ class _Bench:
         start = time.perf_counter()
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
+        self.taught = self._teacher(model, documents)
+        if self.recipe.recovery.sweep:
+            check_validation(len(documents.validation), self.recipe.run.data)
         weights = model.network.num_parameters()
         del model  # each setting loads its own
         tokens, calibration = calibration_tokens(self.recipe.run, self.source, self.source_sha256, self.progress)
@@ -73,10 +81,18 @@ class _Bench:
                 compressed = self._compressed(setting, tokens, calibration)
                 self._fill(setting, compressed, documents, missing)
             manifest["seconds"] = before + time.perf_counter() - start
+            manifest["sweeps"] = read_sweeps(self.folder / "sweeps")
             write_manifest(manifest, self.folder)
         write_manifest(manifest | {"finished": now()}, self.folder)
         write_report(self.folder)
         return read_rows(self.folder / "rows.jsonl")
+
+    def _teacher(self, model: LanguageModel, documents: Documents) -> Distillation | None:
+        """The bench's own dense model teaches, unless another is named."""
+        modifier = self.recipe.recovery
+        if modifier.distill and modifier.teacher is None:
+            modifier = changed(modifier, teacher=str(self.source))
+        return taught_by(modifier, self.source, model, documents.train, self.recipe.run.batch_size, self.progress)
 
     def _compressed(self, setting: Setting, tokens: Any, calibration: dict[str, Any]) -> Path:
         """The folder of the setting's model, made when it is not there."""
@@ -104,15 +120,46 @@ class _Bench:
             recovered, modifier = None, self.recipe.recovery
             if cell.arm != "none":
                 modifier = modifier.with_arm(cell.arm)
-                train = states(first_layer(modifier, model), documents.train, "training rows")
-                recovered = train_arm(
-                    model, train, documents.tasks, modifier, weights_hash(base), cell.seed, self.progress
-                )
+                layer = first_layer(modifier, model)
+                rows = states(layer, documents.train, "training rows")
+                train = partial(self._train, model, rows, documents.tasks, weights_hash(base), cell.seed)
+                if modifier.sweep:
+                    validation = states(layer, documents.validation, "validation rows")
+                    modifier = self._swept(f"{folder_of(setting)}-{cell.arm}", modifier, model, validation, train)
+                recovered = train(modifier)
             layer = first_layer(modifier, model)
             test = states(layer, documents.test, "test rows")
             scorable = cell.arm == "none" or not TRAINED[cell.arm].needs_tasks
             text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
             self._score(setting, base, facts, documents, test, text, model, cell, recovered)
+
+    def _train(
+        self,
+        model: LanguageModel,
+        rows: CachedStates,
+        tasks: tuple[str, ...],
+        base_sha256: str,
+        seed: int,
+        modifier: PromptRecoveryModifier,
+    ) -> Recovered:
+        return train_arm(model, rows, tasks, modifier, base_sha256, seed, self.progress, self.taught)
+
+    def _swept(
+        self,
+        name: str,
+        modifier: PromptRecoveryModifier,
+        model: LanguageModel,
+        validation: CachedStates,
+        train: Callable[[PromptRecoveryModifier], Recovered],
+    ) -> PromptRecoveryModifier:
+        """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds."""
+        path = self.folder / "sweeps" / f"{name}.json"
+        if not path.exists():
+            size = self.recipe.run.batch_size
+            found = sweep_rate(modifier, model, validation, lambda one: train(one).adapter, batch_size=size)
+            self.progress(told(found), 0, 0)
+            write_sweep(found, path)
+        return changed(modifier, learning_rate=read_sweeps(path.parent)[name]["learning_rate"])
 
     def _score(
         self,

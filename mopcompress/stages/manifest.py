@@ -6,7 +6,7 @@ from typing import Any
 
 from mopcompress import artifact
 from mopcompress.errors import RecipeError
-from mopcompress.recipe import Recipe, resolved
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
 
 FILE = "run.json"
 GRID = (
@@ -73,15 +73,27 @@ def protocol(recipe: Recipe) -> list[str]:
     return [
         "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
         "the response before it.",
-        f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows), starting "
-        "prompts and learning rate of prompts; single has as many prompt tokens in one group as mop has in all its "
+        f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows) and starting "
+        "prompts; single has as many prompt tokens in one group as mop has in all its "
         "experts.",
         f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
         "gate.",
-        "Learning rates are the recipe's for both arms: they were not swept for this run.",
+        _rates(recovery),
         "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
         *([f"Every compressed model has a low-rank repair of rank {repair.rank} beside it."] if repair else []),
     ]
+
+
+def _rates(recovery: PromptRecoveryModifier) -> str:
+    if recovery.sweep:
+        return (
+            "Each arm's learning rate was chosen for each setting on validation rows, never on test rows, among three "
+            f"rates trained for {recovery.sweep_steps} steps with the first seed; run.json has them with their losses. "
+            "The gate's rate was not swept."
+        )
+    if recovery.learning_rate is not None:
+        return f"All arms have one learning rate, the recipe's {recovery.learning_rate:g}: it was not swept."
+    return "Each arm has the learning rate that is its own by default: it was not swept for this run."
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:

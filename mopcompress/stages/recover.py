@@ -1,7 +1,7 @@
 """`recover`: a compressed folder and data in, a small adapter folder out."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,18 @@ from mopcompress.models.checkpoint import check_output, load_model, resolve_mode
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
 from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.adapter import Adapter, AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
+from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.folder import adapter_bytes, save_adapter
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, TrainRow, fit
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
+from mopcompress.stages.sweep import check_validation, sweep_rate, told
+from mopcompress.stages.teacher import taught_by
 from mopcompress.states import CachedStates
 
 
@@ -43,8 +47,23 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     layer = first_layer(recipe.recovery, model)
     states = cache_states(model, documents.train, layer, recipe.run.batch_size, "training rows", progress)
     base_sha256 = weights_hash(base)
-    recovered = train_arm(model, states, documents.tasks, recipe.recovery, base_sha256, seed, progress)
+    taught = taught_by(recipe.recovery, base, model, documents.train, recipe.run.batch_size, progress)
+
+    def train(modifier: PromptRecoveryModifier) -> Recovered:
+        return train_arm(model, states, documents.tasks, modifier, base_sha256, seed, progress, taught)
+
+    modifier, sweep = recipe.recovery, None
+    if modifier.sweep:
+        check_validation(len(documents.validation), recipe.run.data)
+        size = recipe.run.batch_size
+        validation = cache_states(model, documents.validation, layer, size, "validation rows", progress)
+        sweep = sweep_rate(modifier, model, validation, lambda one: train(one).adapter, batch_size=size)
+        progress(told(sweep), 0, 0)
+        modifier = changed(modifier, learning_rate=sweep.learning_rate)
+    recovered = train(modifier)
     facts = {
+        "learning_rate": modifier.rate,
+        "sweep": asdict(sweep) if sweep else None,
         "base": {"folder": str(base), "sha256": base_sha256},
         "data": documents.facts,
         "recipe": resolved(recipe),
@@ -62,6 +81,7 @@ def train_arm(
     base_sha256: str,
     seed: int,
     progress: Progress,
+    distillation: Distillation | None = None,
 ) -> Recovered:
     """Begin and train one arm on cached states. Raises `UsageError` when more experts are to act than there are."""
     start = time.perf_counter()
@@ -107,6 +127,7 @@ def train_arm(
             clip_norm=modifier.clip_norm,
             seed=seed,
         ),
+        distillation=distillation,
         progress=lambda row: progress(what, row.step, row.steps),
     )
     for group in adapter.learned().values():

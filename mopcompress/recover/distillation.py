@@ -1,0 +1,103 @@
+"""Distillation (Hinton et al., arXiv 1503.02531): the adapted model learns the dense model's distributions, not text.
+
+A response token is one sample of what the dense model knows there; its distribution says more, which pays most where
+there are few rows. The teacher is run once a training document, and of each distribution the `TOP` likeliest tokens are
+kept; all others are one bucket (ours), so that teacher and student are distributions over the same `TOP` + 1 outcomes
+and a student that equals its teacher has a divergence of 0.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mopcompress.data.encoding import Encoded
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.states import CachedStates, batches_by_length
+
+TOP = 64
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a teacher's distributions, an entry a scored token."""
+
+    tokens: Int[Tensor, "scored top"]
+    log_shares: Float[Tensor, "scored top+1"]  # of those tokens, and of all others together
+
+
+class Teacher:
+    """The dense model's distributions over every response token of the training documents, at one temperature.
+
+    They stay in memory: half a gigabyte for a million response tokens.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        documents: Sequence[Encoded],
+        *,
+        temperature: float,
+        batch_size: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Run the whole model on every document; `progress` is told how many are done."""
+        self.temperature = temperature
+        self._kept: dict[int, Kept] = {}
+        states = CachedStates(model, documents, 0, batch_size=batch_size)
+        for rows in batches_by_length(documents, batch_size, generator=None):
+            batch = states.batch(rows)
+            with torch.inference_mode():
+                left = model.resume(batch.hidden, 0)
+                kept = keep(model.logits(left[batch.example, batch.position]), temperature=temperature)
+            for index, row in enumerate(rows):
+                own = batch.example == index
+                self._kept[row] = Kept(kept.tokens[own].int().cpu(), kept.log_shares[own].cpu())
+            progress(len(self._kept))
+
+    def of(self, rows: Sequence[int], device: torch.device) -> Kept:
+        """Of these documents, in the order in which a batch scores them."""
+        kept = [self._kept[row] for row in rows]
+        tokens = torch.cat([one.tokens for one in kept]).long()
+        return Kept(tokens.to(device), torch.cat([one.log_shares for one in kept]).to(device))
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How much of the loss is the teacher's: `share` of 1 leaves nothing to the text."""
+
+    teacher: Teacher
+    share: float
+
+    def loss(
+        self, nats: Float[Tensor, ""], logits: Float[Tensor, "scored vocab"], rows: Sequence[int]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy (`nats`) and divergence from the teacher, mixed."""
+        kept = self.teacher.of(rows, logits.device)
+        far = divergence(kept, logits, temperature=self.teacher.temperature).mean()
+        return (1 - self.share) * nats + self.share * far
+
+
+def keep(logits: Float[Tensor, "scored vocab"], *, temperature: float) -> Kept:
+    """The likeliest tokens and their log shares, and that of the rest, which is at least one token."""
+    tokens = logits.topk(min(TOP, logits.shape[1] - 1), dim=1).indices
+    return Kept(tokens, log_shares(logits, tokens, temperature=temperature))
+
+
+def log_shares(
+    logits: Float[Tensor, "scored vocab"], tokens: Int[Tensor, "scored top"], *, temperature: float
+) -> Float[Tensor, "scored top+1"]:
+    """Of softmax(logits / temperature): the log shares of `tokens`, and of all others together."""
+    cooled = logits / temperature
+    whole = cooled.logsumexp(1, keepdim=True)
+    # summed over the others, not 1 minus the sum: exact however little is left
+    rest = cooled.scatter(1, tokens, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([cooled.gather(1, tokens), rest], dim=1) - whole
+
+
+def divergence(kept: Kept, logits: Float[Tensor, "scored vocab"], *, temperature: float) -> Float[Tensor, " scored"]:
+    """KL(teacher || student) in nats, times temperature squared, which keeps gradients as large as at 1."""
+    student = log_shares(logits, kept.tokens, temperature=temperature)
+    return (kept.log_shares.exp() * (kept.log_shares - student)).sum(1) * temperature**2

@@ -1,0 +1,195 @@
+"""`mop+`, our own arm beyond the paper: repair first, then gate.
+
+A compressed model first needs the same repair on every task, and prompts are poor at it: they only bias what attention
+gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
+
+- the norms' weights are trained (PERP, arXiv 2312.15230), and
+- every linear that writes to the residual stream gets a low-rank path with gated experts,
+
+      y = W x + sum_e (1 + g_e(instruction) s_e) / E * B A x,
+
+  one `down` A and one `up` B for all, as in HydraLoRA (arXiv 2404.19245) with B_e = B diag(1 + s_e) (ours: an expert
+  costs a number a rank, where a B of its own for each of ten experts would cost more than all prompts). The gate is
+  that of `mop`, read once an example.
+
+It begins at the bare model exactly: B = 0, s = 0, norms as they are. It trains at most as many numbers as `mop` with
+the same settings.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mopcompress.errors import DataError
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import Linear, weight_of
+from mopcompress.models.replacing import replacing
+from mopcompress.models.widths import ATTENTIONS, MLPS
+from mopcompress.recover import gate as gates
+from mopcompress.recover import prompts
+from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.gate import Gate
+from mopcompress.recover.prompts import expert_domains
+from mopcompress.recover.start import Material, Start
+from mopcompress.states import Applied, Instructions
+
+WRITERS = {last for _, last in (*MLPS, *ATTENTIONS)}  # what they give is added to the residual stream
+
+
+class LowRank(nn.Module):
+    """The trained part of one linear: B diag(scale) A, with the experts' scales."""
+
+    def __init__(self, linear: Linear, rank: int, experts: int) -> None:
+        super().__init__()
+        rows, columns = weight_of(linear).shape
+        self.down = nn.Parameter(torch.zeros(rank, columns))
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.experts = nn.Parameter(torch.zeros(experts, rank))
+
+    def beside(self, linear: nn.Module, weights: Float[Tensor, "batch experts"]) -> nn.Module:
+        """What stands in the linear's place for these examples; the experts' weights have a mean of 1."""
+        return _Beside(linear, self.down, self.up, 1 + weights @ self.experts / weights.shape[1])
+
+
+class _Beside(nn.Module):
+    def __init__(self, linear: nn.Module, down: Tensor, up: Tensor, scale: Float[Tensor, "batch rank"]) -> None:
+        super().__init__()
+        self._own = (linear, down, up, scale)  # in a tuple: neither submodule nor parameters
+
+    def forward(self, inputs: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
+        linear, down, up, scale = self._own
+        low = inputs @ down.T
+        # an example's tokens stand next to each other, in families that flatten them too, and so do its beams
+        tokens = low.shape[:-1].numel() // len(scale)
+        low = low * scale.repeat_interleave(tokens, dim=0).view(low.shape)
+        return linear(inputs) + low @ up.T
+
+
+class GatedPaths(nn.Module):
+    """Norms in place of the network's own, and low-rank paths beside its linears, by dotted names."""
+
+    def __init__(self, layer: int, norms: Mapping[str, nn.Module], paths: Mapping[str, LowRank], gate: Gate) -> None:
+        super().__init__()
+        self.layer, self.gate = layer, gate
+        # torch takes no dots in the names of a ModuleDict
+        self.norms = nn.ModuleDict({name.replace(".", "/"): norm for name, norm in norms.items()})
+        self.paths = nn.ModuleDict({name.replace(".", "/"): path for name, path in paths.items()})
+
+    @contextmanager
+    def applied(self, model: LanguageModel, instructions: Instructions) -> Iterator[None]:
+        """Inside it the repair is in force, its low-rank paths mixed for these examples."""
+        weights = self.gate(instructions.summary).exp()
+        standing = {name.replace("/", "."): norm for name, norm in self.norms.items()}
+        for key, path in self.paths.items():
+            name = key.replace("/", ".")
+            standing[name] = path.beside(model.network.get_submodule(name), weights)  # type: ignore[operator]
+        with replacing(model.network, standing):
+            yield
+
+    def compiled(self, model: LanguageModel) -> Applied:
+        """Nothing but the gate and `rank` numbers a linear is computed an example, so there is nothing to do once."""
+        return lambda instructions: self.applied(model, instructions)
+
+    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+        """The experts' weights."""
+        return self.gate(instructions.summary).exp()
+
+    def learned(self) -> dict[str, list[nn.Parameter]]:
+        """Norms and paths, and the gate."""
+        return {"adapter": [*self.norms.parameters(), *self.paths.parameters()], "gate": [*self.gate.parameters()]}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is left to choose within the budget."""
+
+    rank: int
+    gate_width: int
+
+
+def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
+    """The largest repair within the budget of `mop`. Raises `DataError` for families whose linears have other names."""
+    norms, linears = norms_from(model, config.layer), writers_from(model, config.layer)
+    budget = trained_parameters(prompts.build(model, replace(config, arm="mop")))
+    sizes = fitted(
+        budget - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
+        of_a_rank=sum(sum(weight_of(linear).shape) + config.experts for linear in linears.values()),
+        of_a_width=config.hidden_size + 1 + config.experts,
+        fixed=config.experts,
+    )
+    adapter = GatedPaths(
+        config.layer,
+        {name: copy.deepcopy(norm).requires_grad_(True) for name, norm in norms.items()},
+        {name: LowRank(linear, sizes.rank, config.experts) for name, linear in linears.items()},
+        Gate(config.hidden_size, config.experts, width=sizes.gate_width),
+    )
+    return adapter.to(model.device)
+
+
+def fitted(budget: int, *, of_a_rank: int, of_a_width: int, fixed: int) -> Sizes:
+    """The highest rank that leaves room for the narrowest gate, then the widest gate that still fits.
+
+    Raises `DataError` when there is no room for either.
+    """
+    narrow = gates.WIDTH // 8
+    rank = (budget - fixed - narrow * of_a_width) // of_a_rank
+    if rank < 1:
+        raise DataError(
+            f"mop+: rank 1 and a gate of width {narrow} are {of_a_rank + fixed + narrow * of_a_width} numbers besides "
+            f"the norms, and the budget of mop leaves {budget}; raise --layer or --prompts-per-expert"
+        )
+    return Sizes(rank, min(gates.WIDTH, (budget - fixed - rank * of_a_rank) // of_a_width))
+
+
+def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths:
+    """The bare model exactly, with a gate that is pre-trained on the domains and tempered, as for `mop`."""
+    states = material.states
+    adapter = build(material.model, config)
+    generator = torch.Generator().manual_seed(start.seed)
+    domains = expert_domains(states, config.tasks, config.experts, generator=generator)
+    adapter.gate.draw(generator)
+    gates.pretrain(adapter.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
+    adapter.gate.temper(start.gate_temper)
+    with torch.no_grad():
+        for path in adapter.paths.values():
+            assert isinstance(path, LowRank)  # for mypy: a ModuleDict forgets what it holds
+            drawn = torch.empty(path.down.shape).normal_(std=path.down.shape[1] ** -0.5, generator=generator)
+            path.down.copy_(drawn)
+    return adapter
+
+
+def norms_from(model: LanguageModel, layer: int) -> dict[str, nn.Module]:
+    """The norms of block `layer`, of those above it, and the last, by dotted name."""
+    return {name: module for name, module in _above(model, layer) if type(module).__name__.endswith("Norm")}
+
+
+def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
+    """The linears of those blocks that write to the residual stream. Raises `DataError` when none is known."""
+    found = {
+        name: module
+        for name, module in _above(model, layer)
+        if isinstance(module, Linear) and name.rpartition(".")[2] in WRITERS
+    }
+    if not found:
+        raise DataError(
+            f"the blocks of {type(model.network).__name__} have no linear called {', '.join(sorted(WRITERS))}; "
+            "use another arm"
+        )
+    return found
+
+
+def _above(model: LanguageModel, layer: int) -> Iterator[tuple[str, nn.Module]]:
+    blocks = f"{model.blocks_prefix()}."
+    for name, module in model.network.named_modules():
+        own = list(module.parameters(recurse=False))
+        if (
+            own
+            and "embed" not in name
+            and (not name.startswith(blocks) or int(name[len(blocks) :].split(".")[0]) >= layer)
+        ):
+            yield name, module

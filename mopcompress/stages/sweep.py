@@ -1,0 +1,127 @@
+"""A learning rate for an arm: each rate of a small grid trains it for a few steps, the best on validation rows wins.
+
+One rate for every arm, or one from the literature, chooses the winner of a comparison by accident. The rate of the
+gate is not swept.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mopcompress import artifact
+from mopcompress.errors import DataError, NumericalError
+from mopcompress.evaluation import evaluate, micro
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import PromptRecoveryModifier
+from mopcompress.recipe.modifiers import changed
+from mopcompress.recover.adapter import Adapter
+from mopcompress.states import CachedStates
+
+FACTORS = (1 / 3, 1.0, 3.0)  # of the recipe's rate, else of the arm's own
+
+Train = Callable[[PromptRecoveryModifier], Adapter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One rate of the grid."""
+
+    learning_rate: float
+    validation_nats: float | None  # mean over the scored tokens; None: it broke down
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What was tried for one arm, and what came of it."""
+
+    arm: str
+    steps: int  # of each trial, warm-up and decay included
+    batch_size: int
+    validation_rows: int
+    trials: list[Trial]
+    learning_rate: float  # the best
+    at_edge: bool  # no higher or no lower rate was tried: the best may lie outside
+    seconds: float
+
+
+def sweep_rate(
+    modifier: PromptRecoveryModifier,
+    model: LanguageModel,
+    validation: CachedStates,
+    train: Train,
+    *,
+    batch_size: int,
+) -> Sweep:
+    """Train with every rate by `train`, as short as `modifier.sweep_steps`, and score on the validation rows.
+
+    Raises `NumericalError` when no rate gives a finite loss.
+    """
+    start = time.perf_counter()
+    trials = []
+    for factor in FACTORS:
+        begin = time.perf_counter()
+        rate = factor * modifier.rate
+        nats = None
+        try:
+            adapter = train(changed(modifier, learning_rate=rate, steps=modifier.sweep_steps))
+            loss = math.log(
+                micro(evaluate(model, validation, adapter.compiled(model), batch_size=batch_size)).perplexity
+            )
+            nats = loss if math.isfinite(loss) else None
+        except NumericalError:
+            pass  # too high a rate is what a sweep is there to find
+        trials.append(Trial(learning_rate=rate, validation_nats=nats, seconds=time.perf_counter() - begin))
+    finite = [trial for trial in trials if trial.validation_nats is not None]
+    if not finite:
+        raise NumericalError(
+            f"sweep of {modifier.arm}: no rate from {trials[0].learning_rate:g} to {trials[-1].learning_rate:g} gives "
+            "a finite loss; lower --learning-rate"
+        )
+    best = min(finite, key=lambda trial: trial.validation_nats or 0.0)
+    return Sweep(
+        arm=modifier.arm,
+        steps=modifier.sweep_steps,
+        batch_size=modifier.batch_size,
+        validation_rows=len(validation.documents),
+        trials=trials,
+        learning_rate=best.learning_rate,
+        at_edge=best in (trials[0], trials[-1]),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def told(sweep: Sweep) -> str:
+    """One line for a person."""
+    found = [trial.validation_nats for trial in sweep.trials]
+    words = ["broke down" if nats is None else f"{nats:.4f}" for nats in found]
+    tried = ", ".join(f"{trial.learning_rate:.3g}: {word}" for trial, word in zip(sweep.trials, words, strict=True))
+    edge = " (at the edge of the grid: a rate outside may be better)" if sweep.at_edge else ""
+    return (
+        f"{sweep.arm}: learning rate {sweep.learning_rate:.3g}{edge}; validation nats a token after {sweep.steps} "
+        f"steps: {tried}; {sweep.seconds:.0f} s"
+    )
+
+
+def check_validation(rows: int, data: str) -> None:
+    """Raise `DataError` when there is nothing to choose a rate by."""
+    if not rows:
+        raise DataError(
+            f"data {data}: --sweep chooses by validation rows, and there are none; add some, or leave it out"
+        )
+
+
+def write_sweep(sweep: Sweep, path: Path) -> dict[str, Any]:
+    """Keep what was found, so that a run that goes on does not sweep again."""
+    path.parent.mkdir(exist_ok=True)
+    artifact.write_whole(path, json.dumps(asdict(sweep), indent=1) + "\n")
+    return asdict(sweep)
+
+
+def read_sweeps(folder: Path) -> dict[str, Any]:
+    """The sweeps of a bench, by setting and arm."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}

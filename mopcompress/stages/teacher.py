@@ -1,0 +1,65 @@
+"""Who teaches: the dense model that a compressed one was made from, or another that is named."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mopcompress import artifact
+from mopcompress.data.encoding import Encoded
+from mopcompress.errors import DataError, InputNotFoundError
+from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import PromptRecoveryModifier
+from mopcompress.recover.distillation import Distillation, Teacher
+from mopcompress.stages.progress import Progress
+
+
+def taught_by(
+    modifier: PromptRecoveryModifier,
+    base: Path,
+    model: LanguageModel,
+    documents: Sequence[Encoded],
+    batch_size: int,
+    progress: Progress,
+) -> Distillation | None:
+    """Run the teacher of the model in `base` on the training documents; None where nothing is distilled.
+
+    Raises `InputNotFoundError` without a teacher, `DataError` when it is not the one that the model was made from.
+    """
+    if not modifier.distill:
+        return None
+    folder = resolve_model(modifier.teacher) if modifier.teacher else dense_folder(base)
+    teacher = load_model(folder, device=model.device)
+    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise DataError(f"teacher {folder}: its tokens are not those of {base}; name another --teacher")
+    distributions = Teacher(
+        teacher,
+        documents,
+        temperature=modifier.distill_temperature,
+        batch_size=batch_size,
+        progress=lambda done: progress("teacher, once for all arms: training rows", done, len(documents)),
+    )
+    return Distillation(distributions, modifier.distill)
+
+
+def dense_folder(base: Path) -> Path:
+    """Where the dense model lies that `base` was compressed from, in as many commands as there were.
+
+    Raises `InputNotFoundError` when no manifest says so or the folder is gone, `DataError` when it holds another model.
+    """
+    folder = base
+    while made := (artifact.read_manifest(folder) or {}).get("base"):
+        folder = Path(made["folder"])
+        if not folder.is_dir():
+            raise InputNotFoundError(
+                f"teacher {folder}, which {base} was made from, is not there; name it by --teacher"
+            )
+        if weights_hash(folder) != made["sha256"]:
+            raise DataError(
+                f"teacher {folder} has weights {weights_hash(folder)}, but {base} was made from {made['sha256']}; "
+                "name the right one by --teacher"
+            )
+    if folder == base:
+        raise InputNotFoundError(
+            f"teacher: nothing in {base} says which dense model it was made from; name one by --teacher"
+        )
+    return folder

@@ -1,0 +1,240 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import BLOCKS, HIDDEN, random_documents, random_tokens, tiny_model
+from torch.testing import assert_close
+
+from mopcompress import artifact
+from mopcompress.data.encoding import Encoded
+from mopcompress.errors import DataError
+from mopcompress.evaluation import evaluate
+from mopcompress.models.linears import set_weight, weight_of
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.recover import gated_paths, prompts
+from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.arms import ARMS
+from mopcompress.recover.folder import load_adapter, save_adapter
+from mopcompress.recover.gate import Gate
+from mopcompress.recover.gated_paths import Sizes, fitted
+from mopcompress.recover.start import Material, Start
+from mopcompress.recover.train import Training, fit
+from mopcompress.scoring import score_responses
+from mopcompress.states import CachedStates
+
+TASKS = ("add", "sort", "tell")
+LAYER = 2
+DOCUMENTS = random_documents(6, tasks=TASKS)
+ALL = range(len(DOCUMENTS))
+CONFIG = AdapterConfig(
+    arm="mop+", experts=3, prompts_per_expert=2, layer=LAYER, hidden_size=HIDDEN, base_sha256="base", tasks=TASKS
+)
+START = Start(gate_pretraining_steps=5, gate_temper=3.0, log_opening=-1.0, seed=0)
+FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "opt", "gpt_neox", "phi", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def states(tiny_llama):
+    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+
+
+def begun(model, states):
+    return gated_paths.begin(CONFIG, Material(model, states, TASKS), START)
+
+
+def trained(model, states):
+    """As after some training: nothing is zero, and the gate decides something."""
+    adapter = begun(model, states)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for path in adapter.paths.values():
+            path.up.normal_(std=0.1, generator=generator)
+            path.experts.normal_(std=2.0, generator=generator)
+        for weight in adapter.norms.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    return adapter
+
+
+def nats(model, states, adapter, rows=ALL):
+    batch = states.batch(rows)
+    with torch.no_grad(), adapter.applied(model, batch.instructions):
+        return score_responses(model, batch, states.layer).nats
+
+
+# --- what it computes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_begins_at_the_bare_model_exactly(family):
+    model = tiny_model(family)
+    states = CachedStates(model, DOCUMENTS, LAYER, batch_size=4)
+    bare = score_responses(model, states.batch(ALL), LAYER).nats
+    assert torch.equal(nats(model, states, begun(model, states)), bare)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
+    """Slowly: a network of its own for each example, W + B diag(mean over experts of 1 + g_e s_e) A in its linears."""
+    model = tiny_model(family)
+    states = CachedStates(model, DOCUMENTS, LAYER, batch_size=4)
+    adapter = trained(model, states)
+    expected = []
+    for row in ALL:
+        merged = tiny_model(family)
+        merged.network.load_state_dict(model.network.state_dict())
+        gates = adapter.gate(states.summaries[row : row + 1])[0].exp()
+        for key, path in adapter.paths.items():
+            linear = merged.network.get_submodule(key.replace("/", "."))
+            scale = sum(1 + gate * own for gate, own in zip(gates, path.experts, strict=True)) / len(gates)
+            weight = weight_of(linear) + path.up @ torch.diag(scale) @ path.down
+            set_weight(linear, weight.detach(), None)
+        for key, norm in adapter.norms.items():
+            merged.network.get_submodule(key.replace("/", ".")).load_state_dict(norm.state_dict())
+        expected.append(score_responses(merged, states.batch([row]), LAYER).nats)
+    found = nats(model, states, adapter)
+    assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    bare = score_responses(model, states.batch(ALL), LAYER).nats
+    assert float((found - bare).abs().min()) > 1e-4
+
+
+def test_without_preferences_of_the_experts_the_gate_does_nothing(tiny_llama, states):
+    adapter, other = trained(tiny_llama, states), trained(tiny_llama, states)
+    with torch.no_grad():
+        for one in (adapter, other):
+            for path in one.paths.values():
+                path.experts.zero_()
+        other.gate.outer.bias.copy_(torch.tensor([5.0, -5.0, 0.0]))
+    assert torch.equal(nats(tiny_llama, states, adapter), nats(tiny_llama, states, other))
+
+
+def test_the_experts_make_examples_differ(tiny_llama, states):
+    adapter = trained(tiny_llama, states)
+    before = nats(tiny_llama, states, adapter)
+    with torch.no_grad():
+        adapter.gate.outer.bias.copy_(torch.tensor([9.0, -9.0, 0.0]))
+    assert float((nats(tiny_llama, states, adapter) - before).abs().min()) > 1e-4
+
+
+def test_beams_that_stand_next_to_each_other_have_one_gate(tiny_llama, states):
+    adapter, tokens = trained(tiny_llama, states), random_tokens(2, 5)
+    instructions = states.batch([0, 1]).instructions
+    with torch.no_grad(), adapter.applied(tiny_llama, instructions):
+        single = tiny_llama.network(tokens).logits
+        beams = tiny_llama.network(tokens.repeat_interleave(3, dim=0)).logits
+    assert_close(beams, single.repeat_interleave(3, dim=0))
+
+
+def test_compiled_it_is_the_same(tiny_llama, states):
+    adapter = trained(tiny_llama, states)
+    batch = states.batch(ALL)
+    with torch.no_grad(), adapter.compiled(tiny_llama)(batch.instructions):
+        found = score_responses(tiny_llama, batch, LAYER).nats
+    assert torch.equal(found, nats(tiny_llama, states, adapter))
+
+
+def test_blocks_below_its_layer_are_not_changed(tiny_llama, states):
+    adapter = trained(tiny_llama, states)
+    tokens = random_tokens(6, 7)
+    with torch.no_grad(), adapter.applied(tiny_llama, states.batch(ALL).instructions):
+        entered = tiny_llama.enter(tokens, LAYER)
+    assert torch.equal(entered, tiny_llama.enter(tokens, LAYER))
+
+
+def test_no_peeking(tiny_llama, states):
+    """Another response token changes no weight of an expert, and no score of a token before it."""
+    adapter = trained(tiny_llama, states)
+    document = DOCUMENTS[0]
+    tokens = list(document.tokens)
+    tokens[-2] = 3 + (tokens[-2] + 1) % 60
+    altered = (Encoded(document.task, tuple(tokens), document.context_tokens), *DOCUMENTS[1:])
+    others = CachedStates(tiny_llama, altered, LAYER, batch_size=4)
+    assert torch.equal(adapter.gate(others.summaries), adapter.gate(states.summaries))
+    before = len(document.tokens) - document.context_tokens - 2
+    found, original = (nats(tiny_llama, one, adapter, [0]) for one in (others, states))
+    assert torch.equal(found[:before], original[:before])
+    assert not torch.equal(found, original)
+
+
+# --- training
+
+
+def test_training_reaches_all_of_it_and_leaves_the_model_bitwise_as_it_was(states):
+    model = tiny_model()
+    before = copy.deepcopy(model.network.state_dict())
+    modules = [type(module) for module in model.network.modules()]
+    adapter = begun(model, states)
+    started = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    settings = Training(
+        steps=8,
+        batch_size=6,
+        learning_rate=0.01,
+        gate_learning_rate=0.01,
+        warmup_fraction=0.0,
+        clip_norm=1.0,
+        seed=0,
+    )
+    rows = fit(adapter, model, states, settings)
+    assert rows[-1].nats < rows[0].nats - 0.1
+    assert all(torch.equal(weight, before[name]) for name, weight in model.network.state_dict().items())
+    assert [type(module) for module in model.network.modules()] == modules
+    changed = {name for name, tensor in adapter.state_dict().items() if not torch.equal(tensor, started[name])}
+    assert changed == started.keys() - {"gate.mean", "gate.deviation"}
+
+
+def test_what_is_learned_is_every_parameter_once(tiny_llama, states):
+    adapter = begun(tiny_llama, states)
+    learned = [id(one) for group in adapter.learned().values() for one in group]
+    assert sorted(learned) == sorted(map(id, adapter.parameters()))
+    assert all(one.requires_grad for one in adapter.parameters())
+
+
+# --- the budget
+
+
+@pytest.mark.parametrize("experts", [1, 3, 12])
+@pytest.mark.parametrize("prompts_per_expert", [1, 10])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llama, experts, prompts_per_expert, layer):
+    config = replace(CONFIG, experts=experts, prompts_per_expert=prompts_per_expert, layer=layer, tasks=())
+    adapter = gated_paths.build(tiny_llama, config)
+    mop = trained_parameters(prompts.build(tiny_llama, replace(config, arm="mop")))
+    assert trained_parameters(adapter) <= mop
+    of_a_rank = (BLOCKS - layer) * (32 + 32 + 48 + 32 + 2 * experts)
+    narrowest = sum(one.numel() for one in Gate(HIDDEN, experts, width=16).parameters())
+    gate = sum(one.numel() for one in adapter.gate.parameters())
+    assert trained_parameters(adapter) - gate + narrowest + of_a_rank > mop
+
+
+def test_what_the_ranks_leave_goes_to_the_gate_up_to_its_width_in_mop():
+    assert fitted(1000, of_a_rank=300, of_a_width=10, fixed=5) == Sizes(rank=2, gate_width=39)
+    assert fitted(1665, of_a_rank=1500, of_a_width=10, fixed=5) == Sizes(rank=1, gate_width=16)
+    assert fitted(2999, of_a_rank=1500, of_a_width=10, fixed=5) == Sizes(rank=1, gate_width=128)
+
+
+def test_a_budget_without_room_for_a_rank_is_refused():
+    with pytest.raises(DataError, match="leaves 1664"):
+        fitted(1664, of_a_rank=1500, of_a_width=10, fixed=5)
+
+
+# --- as an arm
+
+
+def test_a_recipe_knows_the_arms_that_can_be_trained():
+    assert ARMS.keys() == TRAINED.keys()
+
+
+def test_it_comes_back_as_it_was(tiny_llama, states, tmp_path):
+    adapter = trained(tiny_llama, states)
+    with artifact.publish(tmp_path / "adapter", {}) as folder:
+        save_adapter(adapter, CONFIG, folder)
+    again, config = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
+    assert config == replace(CONFIG, tasks=list(TASKS))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in adapter.state_dict().items())
+    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (again, adapter)]
+    assert scores[0] == scores[1]
+
+
+def test_a_family_whose_linears_are_not_known_is_refused():
+    with pytest.raises(DataError):
+        gated_paths.build(tiny_model("bloom"), CONFIG)

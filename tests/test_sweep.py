@@ -1,0 +1,130 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from invoking import invoke, write_data
+from tiny import random_documents
+
+from mopcompress.errors import DataError, NumericalError
+from mopcompress.evaluation import evaluate
+from mopcompress.recipe import PromptRecoveryModifier, load_recipe
+from mopcompress.recipe.commands import with_recovery
+from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.results import read_rows
+from mopcompress.stages.bench import bench
+from mopcompress.stages.sweep import check_validation, sweep_rate, told
+from mopcompress.states import CachedStates
+
+LAYER = 2
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def validation(tiny_llama):
+    return CachedStates(tiny_llama, random_documents(6), LAYER, batch_size=4)
+
+
+def prompt(number):
+    drawn = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(number))
+    return MixtureOfPrompts(drawn, LAYER, None)
+
+
+def swept(model, validation, trained, **fields):
+    modifier = PromptRecoveryModifier(**{"arm": "single", "sweep": True, "sweep_steps": 7} | fields)
+    return sweep_rate(modifier, model, validation, trained, batch_size=4)
+
+
+def loss_of(model, states, adapter):
+    scores = evaluate(model, states, adapter.compiled(model), batch_size=6)
+    return math.fsum(scores.nats) / sum(scores.scored_tokens)
+
+
+def test_the_rate_with_the_lowest_loss_on_the_validation_rows_wins(tiny_llama, validation):
+    adapters = [prompt(number) for number in range(3)]
+    losses = [loss_of(tiny_llama, validation, adapter) for adapter in adapters]
+    left = iter(adapters)
+    found = swept(tiny_llama, validation, lambda modifier: next(left), learning_rate=0.3)
+    assert [trial.validation_nats for trial in found.trials] == pytest.approx(losses, rel=1e-5)
+    assert [trial.learning_rate for trial in found.trials] == pytest.approx([0.1, 0.3, 0.9])
+    best = min(range(3), key=losses.__getitem__)
+    assert found.learning_rate == found.trials[best].learning_rate
+    assert found.at_edge == (best != 1)
+
+
+def test_each_trial_is_the_same_arm_as_short_as_asked_for(tiny_llama, validation):
+    seen = []
+    swept(tiny_llama, validation, lambda modifier: seen.append(modifier) or prompt(0), steps=1000)
+    assert [modifier.steps for modifier in seen] == [7, 7, 7]
+    assert {modifier.arm for modifier in seen} == {"single"}
+    assert len({modifier.learning_rate for modifier in seen}) == 3
+
+
+def test_without_a_rate_in_the_recipe_the_grid_is_around_the_arms_own(tiny_llama, validation):
+    found = swept(tiny_llama, validation, lambda modifier: prompt(0))
+    assert found.trials[1].learning_rate == PromptRecoveryModifier(arm="single").rate
+
+
+def broken(modifier, *, above):
+    if modifier.learning_rate > above:
+        raise NumericalError("the loss is nan")
+    return prompt(0)
+
+
+def test_a_rate_that_breaks_down_is_noted_and_not_chosen(tiny_llama, validation):
+    found = swept(tiny_llama, validation, lambda one: broken(one, above=0.15), learning_rate=0.3)
+    assert [trial.validation_nats is None for trial in found.trials] == [False, True, True]
+    assert found.learning_rate == pytest.approx(0.1)
+    assert "0.3: broke down" in told(found)
+
+
+def test_when_all_rates_break_down_the_sweep_says_so(tiny_llama, validation):
+    with pytest.raises(NumericalError, match=r"no rate from 0\.1 to 0\.9"):
+        swept(tiny_llama, validation, lambda one: broken(one, above=0.0), learning_rate=0.3)
+
+
+def test_without_validation_rows_there_is_nothing_to_choose_by():
+    with pytest.raises(DataError, match="validation rows"):
+        check_validation(0, "skills")
+    check_validation(1, "skills")
+
+
+def test_recover_trains_with_the_rate_that_it_found_and_keeps_what_it_tried(stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
+    target = tmp_path / "adapter"
+    flags = ["--arm", "single", "--sweep", "--sweep-steps", 1, "--steps", 1, "--prompts-per-expert", 1]
+    outcome = invoke("recover", stories, "--data", write_data(tmp_path), "--output-dir", target, "--json", *flags)
+    assert outcome.code == 0, outcome.stderr
+    manifest = json.loads((target / "manifest.json").read_text())
+    rates = {trial["learning_rate"]: trial["validation_nats"] for trial in manifest["sweep"]["trials"]}
+    assert manifest["learning_rate"] == manifest["sweep"]["learning_rate"] == min(rates, key=rates.__getitem__)
+    assert manifest["sweep"]["steps"] == 1
+    assert manifest["train_steps"] == 1
+
+
+def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
+    calls = []
+
+    def counted(modifier, *rest, **named):
+        calls.append(modifier.arm)
+        return sweep_rate(modifier, *rest, **named)
+
+    monkeypatch.setattr("mopcompress.stages.bench.sweep_rate", counted)
+    recipe = recipe_of(stories, seeds=(0,))
+    bench(recipe, tmp_path / "run")
+    bench(recipe_of(stories, seeds=(0, 1)), tmp_path / "run")
+    assert calls == ["single", "mop"]
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {name: found["arm"] for name, found in manifest["sweeps"].items()} == {
+        "sparsegpt-50-single": "single",
+        "sparsegpt-50-mop": "mop",
+    }
+    assert any("validation rows" in line for line in manifest["protocol"])
+    assert {row.train_steps for row in read_rows(tmp_path / "run" / "rows.jsonl") if row.arm != "none"} == {2}
+
+
+def recipe_of(stories, **run):
+    recipe = load_recipe(TINY, {"model": str(stories), "group_size": "4", **run})
+    return with_recovery(recipe, {"sweep": True, "sweep_steps": 1, "steps": 2})
