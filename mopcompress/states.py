@@ -18,6 +18,8 @@ from torch import Tensor
 from mopcompress.data.encoding import Encoded
 from mopcompress.models.language_model import LanguageModel
 
+POOL = 16  # batches that rows of one length are gathered from
+
 
 @dataclass(frozen=True)
 class Instructions:
@@ -31,6 +33,13 @@ class Instructions:
 
 Applied = Callable[[Instructions], AbstractContextManager[object]]
 """Inside `applied(instructions)`, a trained adapter acts on the network."""
+
+
+Fill = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "documents hidden"]]
+"""Writes the states of all documents, in place, and gives their summaries."""
+
+Store = Callable[[int, int, Fill], tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "documents hidden"]]]
+"""`store(tokens, hidden, fill)`: states and summaries, from where they are kept or by calling `fill`."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +64,37 @@ class CachedStates:
         *,
         batch_size: int,
         progress: Callable[[int], None] = lambda done: None,
+        store: Store | None = None,
     ) -> None:
-        """Run the blocks below `layer` on every document; `progress` is told how many are done."""
+        """Run the blocks below `layer` on every document, unless `store` has their states.
+
+        `progress` is told how many are done.
+        """
         self.layer, self.documents, self.device = layer, tuple(documents), model.device
         lengths = torch.tensor([len(document.tokens) for document in documents])
         self._ends = lengths.cumsum(0)
-        self._hidden = _on_disk(int(lengths.sum()), model.hidden_size)
-        self.summaries = torch.empty(len(documents), model.hidden_size, device=model.device)
         order = lengths.argsort(stable=True).tolist()
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            with torch.inference_mode():
-                hidden = model.enter(_padded([documents[row].tokens for row in rows], model.device), layer)
-            for row, states in zip(rows, hidden, strict=True):
-                document = documents[row]
-                self._of(row).copy_(states[: len(document.tokens)])
-                self.summaries[row] = states[: document.context_tokens].mean(0)
-            progress(start + len(rows))
+
+        def fill(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "documents hidden"]:
+            self._hidden = hidden
+            summaries = torch.empty(len(documents), model.hidden_size, device=model.device)
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                with torch.inference_mode():
+                    entering = model.enter(_padded([documents[row].tokens for row in rows], model.device), layer)
+                for row, states in zip(rows, entering, strict=True):
+                    document = documents[row]
+                    self._of(row).copy_(states[: len(document.tokens)])
+                    summaries[row] = states[: document.context_tokens].mean(0)
+                progress(start + len(rows))
+            return summaries
+
+        size = int(lengths.sum()), model.hidden_size
+        if store is None:
+            self.summaries = fill(unseen(*size, torch.float32))
+        else:
+            self._hidden, summaries = store(*size, fill)
+            self.summaries = summaries.to(model.device)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Gather some documents."""
@@ -106,7 +129,7 @@ class CachedStates:
             row = rows[int(torch.randint(len(rows), (), generator=generator))]
             time = int(torch.randint(1, max(2, self.documents[row].context_tokens), (), generator=generator))
             picked.append(self._of(row)[time])
-        return torch.stack(picked).to(self.device)
+        return torch.stack(picked).to(self.device, torch.float32)
 
     def _of(self, row: int) -> Float[Tensor, "time hidden"]:
         return self._hidden[int(self._ends[row]) - len(self.documents[row].tokens) : int(self._ends[row])]
@@ -117,14 +140,14 @@ def batches_by_length(
 ) -> list[list[int]]:
     """Rows in batches of similar length, so that little is padding.
 
-    With a generator: shuffled, sorted by length only inside every eight batches, and the batches shuffled again, so
+    With a generator: shuffled, sorted by length only inside every `POOL` batches, and the batches shuffled again, so
     that an epoch is still nearly a random order. Without one: sorted throughout.
     """
     if generator is None:
         rows = sorted(range(len(documents)), key=lambda row: len(documents[row].tokens))
         return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     rows = torch.randperm(len(documents), generator=generator).tolist()
-    pool = 8 * batch_size
+    pool = POOL * batch_size
     batches = []
     for start in range(0, len(rows), pool):
         near = sorted(rows[start : start + pool], key=lambda row: len(documents[row].tokens))
@@ -137,8 +160,14 @@ def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Int[Ten
     return torch.tensor([[*sequence, *([0] * (longest - len(sequence)))] for sequence in sequences], device=device)
 
 
-def _on_disk(rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+def mapped(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+    """A file as a tensor: what is written to the tensor is written to the file, which is made if need be."""
+    flat = torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype)
+    return flat.view(rows, columns)
+
+
+def unseen(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+    """The same with a file that has no name and ends with the process."""
     with tempfile.TemporaryDirectory() as folder:
         # the mapping outlives the file's name: nothing is left behind, whatever happens
-        flat = torch.from_file(str(Path(folder) / "states"), shared=True, size=rows * columns, dtype=torch.float32)
-    return flat.view(rows, columns)
+        return mapped(Path(folder) / "states", rows, columns, dtype)

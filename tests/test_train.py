@@ -11,7 +11,8 @@ from mopcompress.models.attention import attending_to
 from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.prompts import begin
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import Training, _rate, fit
+from mopcompress.recover.train import Training, _backward, _rate, fit
+from mopcompress.recover.workers import Workers
 from mopcompress.states import CachedStates
 
 TASKS = ("add", "sort", "tell")
@@ -188,3 +189,34 @@ def test_gate_and_prompts_have_their_own_rates(tiny_llama, states):
     assert float(moved["prompts"].median()) == pytest.approx(0.5, rel=1e-2)
     assert float(moved["log_opening"]) == pytest.approx(0.5, rel=1e-2)
     assert float(moved["gate.outer.bias"].max()) == pytest.approx(1e-4, rel=1e-2)
+
+
+# --- parts of a step
+
+
+@pytest.mark.parametrize("arm", ["single", "mop"])
+@pytest.mark.parametrize("parts", [2, 3, 50])
+def test_parts_of_a_step_learn_what_the_whole_learns(tiny_llama, states, arm, parts):
+    whole, split = begun(states, arm), begun(states, arm)
+    rows = fit(whole, tiny_llama, states, training(batch_size=5))
+    of_parts = fit(split, tiny_llama, states, training(batch_size=5, accumulate=parts))
+    assert [row.nats for row in of_parts] == pytest.approx([row.nats for row in rows], rel=1e-4)
+    for name, weight in whole.state_dict().items():
+        assert_close(split.state_dict()[name], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_processes_share_a_step_and_their_sum_is_the_whole(tiny_llama, states):
+    chosen = [4, 1, 7, 2, 11]
+    whole = begun(states)
+    whole.zero_grad()  # the gate's pre-training leaves some
+    loss = _backward(whole, tiny_llama, states, chosen, 1, Workers())
+    losses, gradients = 0.0, {name: torch.zeros_like(weight) for name, weight in whole.named_parameters()}
+    for rank in range(3):
+        mixture = begun(states)
+        mixture.zero_grad()
+        losses += _backward(mixture, tiny_llama, states, chosen, 1, Workers(rank, 3))
+        for name, weight in mixture.named_parameters():
+            gradients[name] += weight.grad
+    assert_close(losses, loss)
+    for name, weight in whole.named_parameters():
+        assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-6)

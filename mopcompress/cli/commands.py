@@ -3,6 +3,7 @@
 Stages are imported inside the commands: torch takes seconds to load, and a wrong flag should not wait for it.
 """
 
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -142,6 +143,8 @@ def recover(
             if done
             else train(recipe, target, seed=recipe.run.seed, progress=progress)
         )
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes the first one speaks
     shown = ("arm", "trained_parameters", "train_steps", "train_seconds", "final_nats", "adapter_bytes")
     _print_result(common, target, facts, shown)
 

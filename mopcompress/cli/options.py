@@ -132,6 +132,7 @@ RECOVERY = _recovery_fields(
     deep=("deep", bool, "single, mop: train keys and values in every layer; many more parameters"),
     rank=("rank", int, "lora, masklora: rank; the largest that trains no more than mop if not given"),
     rows_per_step=("batch_size", int, "Rows of a training step"),
+    accumulate=("accumulate", int, "Parts that a step's rows run in, one after the other, to save memory"),
     learning_rate=("learning_rate", float, "Learning rate of all but the gate; the arm's own if not given"),
     gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate, 0 to freeze it"),
     gate_pretraining_steps=("gate_pretraining_steps", int, "Steps that teach the gate the tasks"),

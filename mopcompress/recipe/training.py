@@ -30,6 +30,7 @@ class PromptRecoveryModifier(Spec):
     adapter_targets: Targets | None = None  # linears that they change, by the ends of their names; None: the family's
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
+    accumulate: Annotated[int, Field(ge=1, le=65536)] = 1  # parts that a step's rows run in, to save memory
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None  # of all but the gate; None: the arm's own
     gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300

@@ -1,16 +1,25 @@
-"""One training loop, one loss, one order of the data for every arm."""
+"""One training loop, one loss, one order of the data for every arm.
 
+A step's rows decide what is learned; in how many parts they run, one after the other or in several processes, only
+what memory and time it takes.
+"""
+
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mopcompress.errors import NumericalError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter
 from mopcompress.recover.distillation import Distillation
+from mopcompress.recover.standing import Keeping, Standing, TrainRow
+from mopcompress.recover.workers import Workers
 from mopcompress.scoring import response_logits, scores_of
 from mopcompress.states import CachedStates, batches_by_length
 
@@ -20,23 +29,13 @@ class Training:
     """How an adapter is trained."""
 
     steps: int
-    batch_size: int
+    batch_size: int  # rows a step, whatever the parts
     learning_rate: float  # of all but the gate
     gate_learning_rate: float
     warmup_fraction: float
     clip_norm: float
     seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRow:
-    """One optimiser step."""
-
-    step: int  # from 1
-    steps: int
-    nats: float  # mean over the step's response tokens
-    tokens: int  # real tokens that ran through the upper blocks, padding not counted
-    seconds: float
+    accumulate: int = 1  # parts of a step that run one after the other: less memory, the same result to rounding
 
 
 def fit(
@@ -47,49 +46,95 @@ def fit(
     *,
     distillation: Distillation | None = None,
     progress: Callable[[TrainRow], None] = lambda row: None,
+    keeping: Keeping | None = None,
+    workers: Workers | None = None,
 ) -> list[TrainRow]:
     """Train an adapter, in place, by cross-entropy on response tokens; the model stays frozen.
 
     With `distillation` a share of the loss is the divergence from a teacher's distributions.
 
-    AdamW without weight decay, linear warm-up, cosine decay to zero. Raises `NumericalError` when a loss is not finite.
+    AdamW without weight decay, linear warm-up, cosine decay to zero. Goes on where `keeping` says that it stopped.
+    Raises `NumericalError` when a loss is not finite.
     """
+    workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
-    learned = adapter.learned()
+    learned = {name: list(group) for name, group in adapter.learned().items() if group}
     parameters = [parameter for group in learned.values() for parameter in group]
-    groups = [{"params": list(group), "lr": rates[name]} for name, group in learned.items() if group]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, training))
-    rows = []
-    order = _order(states, training)
-    for step in range(1, training.steps + 1):
+    optimiser = torch.optim.AdamW([{"params": group} for group in learned.values()], weight_decay=0.0)
+    standing = Standing(adapter, optimiser)
+    if keeping:
+        keeping.restore(standing)
+    workers.make_equal(standing)
+    order = itertools.islice(_order(states, training), len(standing.rows), None)
+    for step in range(len(standing.rows) + 1, training.steps + 1):
         start = time.perf_counter()
         chosen = next(order)
-        batch = states.batch(chosen)
-        with adapter.applied(model, batch.instructions):
-            logits = response_logits(model, batch, states.layer)
-        nats = scores_of(logits, batch).nats.mean()
-        loss = distillation.loss(nats, logits, chosen) if distillation else nats
-        if not bool(torch.isfinite(loss)):
-            raise NumericalError(
-                f"training step {step}: the loss is {loss.item()} with --learning-rate "
-                f"{training.learning_rate:g}; lower it"
-            )
+        for group, name in zip(optimiser.param_groups, learned, strict=True):
+            group["lr"] = rates[name] * _rate(step - 1, training)
         optimiser.zero_grad()
-        loss.backward()
+        losses = _backward(adapter, model, states, chosen, distillation, training.accumulate, workers)
+        workers.add_up(losses, parameters)
+        loss, nats = losses.tolist()
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"training step {step}: the loss is {loss} with --learning-rate {training.learning_rate:g}; lower it"
+            )
         torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
         optimiser.step()
-        schedule.step()
         row = TrainRow(
             step=step,
             steps=training.steps,
-            nats=nats.item(),
+            nats=nats,
             tokens=sum(len(states.documents[row].tokens) for row in chosen),
             seconds=time.perf_counter() - start,
         )
-        rows.append(row)
+        standing.rows.append(row)
+        if keeping:
+            keeping.keep(standing)
         progress(row)
-    return rows
+    return standing.rows
+
+
+def losses_of(
+    adapter: Adapter,
+    model: LanguageModel,
+    states: CachedStates,
+    rows: Sequence[int],
+    distillation: Distillation | None = None,
+) -> Float[Tensor, " loss_and_nats"]:
+    """What training lowers and the nats, means over response tokens; without distillation they are the same."""
+    batch = states.batch(rows)
+    with adapter.applied(model, batch.instructions):
+        logits = response_logits(model, batch, states.layer)
+    nats = scores_of(logits, batch).nats.mean()
+    return torch.stack([distillation.loss(nats, logits, rows) if distillation else nats, nats])
+
+
+def _backward(
+    adapter: Adapter,
+    model: LanguageModel,
+    states: CachedStates,
+    chosen: Sequence[int],
+    distillation: Distillation | None,
+    accumulate: int,
+    workers: Workers,
+) -> Float[Tensor, " loss_and_nats"]:
+    """This process's share of the step's mean losses; the first one's gradient is added to the parameters'."""
+    parts = accumulate * workers.count
+    scored = _scored(states, chosen)
+    share = torch.zeros(2, device=states.device)
+    for part in range(workers.rank, parts, workers.count):
+        rows = chosen[part::parts]  # chosen is sorted by length: every part gets of each
+        if rows:
+            losses = losses_of(adapter, model, states, rows, distillation) * (_scored(states, rows) / scored)
+            losses[0].backward()
+            share += losses.detach()
+    return share
+
+
+def _scored(states: CachedStates, rows: Sequence[int]) -> int:
+    documents = [states.documents[row] for row in rows]
+    return sum(len(document.tokens) - document.context_tokens for document in documents)
 
 
 def _rate(step: int, training: Training) -> float:

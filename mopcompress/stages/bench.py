@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mopcompress import artifact
 from mopcompress.evaluation import macro_perplexity, micro, task_scores
 from mopcompress.grid import DENSE, Cell, Setting, cells_of
@@ -34,7 +36,7 @@ from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
 from mopcompress.stages.manifest import continued, protocol, write_manifest
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
-from mopcompress.stages.recover import Recovered, cache_states, first_layer, publish_adapter, train_arm
+from mopcompress.stages.recover import TRAINING, Recovered, cache_states, first_layer, publish_adapter, train_arm
 from mopcompress.stages.sweep import check_validation, read_sweeps, sweep_rate, told, write_sweep
 from mopcompress.stages.teacher import taught_by
 from mopcompress.states import CachedStates
@@ -110,10 +112,12 @@ class _Bench:
         facts = (artifact.read_manifest(base) or {}) if setting != DENSE else {}
         cached: dict[tuple[int, str], CachedStates] = {}
 
-        def states(layer: int, rows: tuple[Any, ...], which: str) -> CachedStates:
+        sha256 = weights_hash(base)
+
+        def states(layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32) -> CachedStates:
             if (layer, which) not in cached:
                 size = self.recipe.run.batch_size
-                cached[layer, which] = cache_states(model, rows, layer, size, which, self.progress)
+                cached[layer, which] = cache_states(model, sha256, rows, layer, size, which, self.progress, dtype=dtype)
             return cached[layer, which]
 
         for cell in cells:
@@ -121,8 +125,8 @@ class _Bench:
             if cell.arm != "none":
                 modifier = modifier.with_arm(cell.arm)
                 layer = first_layer(modifier, model)
-                rows = states(layer, documents.train, "training rows")
-                train = partial(self._train, model, rows, documents.tasks, weights_hash(base), cell.seed)
+                rows = states(layer, documents.train, "training rows", TRAINING)
+                train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed)
                 if modifier.sweep:
                     validation = states(layer, documents.validation, "validation rows")
                     modifier = self._swept(f"{folder_of(setting)}-{cell.arm}", modifier, model, validation, train)

@@ -23,16 +23,16 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     """Score the recipe's model on its test rows, with an adapter if one is named; a JSON-able summary."""
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     model = load_model(base, device=choose_device(recipe.run.device))
-    loaded, config = None, None
+    loaded, config, sha256 = None, None, weights_hash(base)
     if adapter is not None:
-        loaded, config = load_adapter(adapter, model, base_sha256=weights_hash(base))
+        loaded, config = load_adapter(adapter, model, base_sha256=sha256)
     documents = load_documents(recipe.run, model.tokenizer)
     layer = config.layer if config else first_layer(recipe.recovery, model)
-    states = cache_states(model, documents.test, layer, recipe.run.batch_size, "test rows", progress)
+    states = cache_states(model, sha256, documents.test, layer, recipe.run.batch_size, "test rows", progress)
     scores = score(model, states, loaded, recipe.run.batch_size, progress)
     text, size = None, recipe.run.batch_size
     if documents.text and not (config and TRAINED[config.arm].needs_tasks):
-        windows = cache_states(model, documents.text, layer, recipe.run.batch_size, "windows of text", progress)
+        windows = cache_states(model, sha256, documents.text, layer, recipe.run.batch_size, "windows of text", progress)
         text = micro(score(model, windows, loaded, recipe.run.batch_size, progress)).perplexity
     reading = read_gate(model, loaded, states, config.tasks, batch_size=size) if loaded and config else None
     return {

@@ -1,6 +1,8 @@
 """`recover`: a compressed folder and data in, a small adapter folder out."""
 
+import functools
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,20 @@ from mopcompress.recover.adapter import Adapter, AdapterConfig, trained_paramete
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.folder import adapter_bytes, save_adapter
+from mopcompress.recover.standing import Keeping, TrainRow
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import Training, TrainRow, fit
+from mopcompress.recover.train import Training, fit
+from mopcompress.recover.workers import Workers, joined
 from mopcompress.stages.documents import load_documents
+from mopcompress.stages.kept_states import digest, kept
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
 from mopcompress.stages.sweep import check_validation, sweep_rate, told
 from mopcompress.stages.teacher import taught_by
+from mopcompress.stages.unfinished_training import unfinished_training
 from mopcompress.states import CachedStates
+
+TRAINING = torch.float16  # of states that nothing is scored on
 
 
 @dataclass(frozen=True)
@@ -42,35 +50,51 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     """Train the recipe's recovery on its model, publish the adapter as `target`, and return the manifest."""
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, base)
-    model = load_model(base, device=choose_device(recipe.run.device))
-    documents = load_documents(recipe.run, model.tokenizer)
-    layer = first_layer(recipe.recovery, model)
-    states = cache_states(model, documents.train, layer, recipe.run.batch_size, "training rows", progress)
-    base_sha256 = weights_hash(base)
-    taught = taught_by(recipe.recovery, base, model, documents.train, recipe.run.batch_size, progress)
+    device, size = choose_device(recipe.run.device), recipe.run.batch_size
+    with joined(device) as workers:
+        tell = progress if workers.first else silent
+        model = load_model(base, device=device)
+        documents = load_documents(recipe.run, model.tokenizer)
+        layer, sha256 = first_layer(recipe.recovery, model), weights_hash(base)
+        modifier, sweep = recipe.recovery, None
+        if modifier.sweep:
+            check_validation(len(documents.validation), recipe.run.data)
+        with workers.first_alone():
+            states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
+        taught = taught_by(modifier, base, model, documents.train, size, tell)
+        train = functools.partial(train_arm, model, states, documents.tasks)
+        if modifier.sweep:
+            with workers.first_alone():
+                validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
 
-    def train(modifier: PromptRecoveryModifier) -> Recovered:
-        return train_arm(model, states, documents.tasks, modifier, base_sha256, seed, progress, taught)
+            def tried(one: PromptRecoveryModifier) -> Adapter:
+                return train(one, sha256, seed, tell, taught, workers=workers).adapter
 
-    modifier, sweep = recipe.recovery, None
-    if modifier.sweep:
-        check_validation(len(documents.validation), recipe.run.data)
-        size = recipe.run.batch_size
-        validation = cache_states(model, documents.validation, layer, size, "validation rows", progress)
-        sweep = sweep_rate(modifier, model, validation, lambda one: train(one).adapter, batch_size=size)
-        progress(told(sweep), 0, 0)
-        modifier = changed(modifier, learning_rate=sweep.learning_rate)
-    recovered = train(modifier)
-    facts = {
-        "learning_rate": modifier.rate,
-        "sweep": asdict(sweep) if sweep else None,
-        "base": {"folder": str(base), "sha256": base_sha256},
-        "data": documents.facts,
-        "recipe": resolved(recipe),
-        "seed": seed,
-        **provenance(model.device),
-    }
-    return publish_adapter(recovered, target, facts)
+            sweep = sweep_rate(modifier, model, validation, tried, batch_size=size)
+            tell(told(sweep), 0, 0)
+            modifier = changed(modifier, learning_rate=sweep.learning_rate)
+        facts = {
+            "learning_rate": modifier.rate,
+            "sweep": asdict(sweep) if sweep else None,
+            "base": {"folder": str(base), "sha256": sha256},
+            "data": documents.facts,
+            "recipe": resolved(recipe),
+            "seed": seed,
+            "processes": workers.count,
+            **provenance(model.device),
+        }
+        with _kept(target, facts, tell) if workers.first else nullcontext() as keeping:
+            recovered = train(modifier, sha256, seed, tell, taught, keeping=keeping, workers=workers)
+            return publish_adapter(recovered, target, facts) if workers.first else facts
+
+
+def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractContextManager[Keeping]:
+    """The training so far that is to become `target`, if it was of the same model, data, settings and machine."""
+    recipe = facts["recipe"]
+    run = {name: setting for name, setting in recipe["run"].items() if name not in ("model", "output_dir")}
+    same = ("data", "seed", "learning_rate", "processes", "versions", "commit", "device", "threads")
+    job = {name: facts[name] for name in same} | {"model": facts["base"]["sha256"], "recipe": recipe | {"run": run}}
+    return unfinished_training(target, job, lambda line: progress(line, 0, 0))
 
 
 def train_arm(
@@ -82,8 +106,14 @@ def train_arm(
     seed: int,
     progress: Progress,
     distillation: Distillation | None = None,
+    *,
+    keeping: Keeping | None = None,
+    workers: Workers | None = None,
 ) -> Recovered:
-    """Begin and train one arm on cached states. Raises `UsageError` when more experts are to act than there are."""
+    """Begin and train one arm on cached states; go on with what `keeping` kept.
+
+    Raises `UsageError` when more experts are to act than there are.
+    """
     start = time.perf_counter()
     experts = modifier.experts or len(tasks)
     if modifier.top_k is not None and modifier.top_k > experts:
@@ -126,9 +156,12 @@ def train_arm(
             warmup_fraction=modifier.warmup_fraction,
             clip_norm=modifier.clip_norm,
             seed=seed,
+            accumulate=modifier.accumulate,
         ),
         distillation=distillation,
         progress=lambda row: progress(what, row.step, row.steps),
+        keeping=keeping,
+        workers=workers,
     )
     for group in adapter.learned().values():
         for parameter in group:
@@ -169,10 +202,27 @@ def first_layer(modifier: PromptRecoveryModifier, model: LanguageModel) -> int:
 
 
 def cache_states(
-    model: LanguageModel, documents: tuple[Any, ...], layer: int, batch_size: int, which: str, progress: Progress
+    model: LanguageModel,
+    base_sha256: str,
+    documents: tuple[Any, ...],
+    layer: int,
+    batch_size: int,
+    which: str,
+    progress: Progress,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> CachedStates:
-    """Run the blocks below the prompts once on every document."""
+    """The states that enter `layer` for every document: those kept from another run, or computed and kept."""
     what = f"lower blocks, once for all arms: {which}"
+    facts = {
+        "kind": "states that enter a block",
+        "model": base_sha256,
+        "layer": layer,
+        "documents": digest(documents),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "torch": torch.__version__,
+    }
     with torch.inference_mode():
         return CachedStates(
             model,
@@ -180,4 +230,5 @@ def cache_states(
             layer,
             batch_size=batch_size,
             progress=lambda done: progress(what, done, len(documents)),
+            store=functools.partial(kept, facts=facts, dtype=dtype),
         )

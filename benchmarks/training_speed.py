@@ -1,0 +1,335 @@
+"""Training against PEFT's prompt tuning: real tokens a second, share of the GEMM peak, seconds to the same loss.
+
+    pip install peft
+    python benchmarks/training_speed.py --model FOLDER --data FOLDER [--steps 16]
+
+Arms take one step each in turn, on the same model and rows, 8 rows a step: `fit` with one prompt of 80 tokens
+(`single`) and with 8 experts of 10 (`mop`); PEFT with 80 virtual tokens in a plain PyTorch loop (AdamW, padded batches
+in random order), and once more with our batches of similar length. Only real tokens count, no padding and no prompts.
+Our time excludes what is done once (the lower blocks' states, told apart as `cache_seconds`) and validation.
+
+Needed FLOPs of ours are what the arm asks for when nothing is computed twice and nothing is padded: in the upper
+blocks, forward and the gradients of activations of every linear (not of q, k and v of the first one: the text below
+the prompts has no gradient), the causal half of attention over text and all of it over prompts (backward: twice), the
+prompts' own stream once a step, and the head on response tokens. Norms, rotary embeddings, softmax, the gate and the
+optimiser count as nothing. The peak is the best of square float32 products between the steps. Prints one JSON object.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compression_speed import gemm_peak
+from peft import PromptTuningConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+
+from mopcompress.data.encoding import Encoded
+from mopcompress.evaluation import evaluate, micro
+from mopcompress.models.checkpoint import load_model, resolve_model
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import Linear, weight_of
+from mopcompress.recipe import RunSpec
+from mopcompress.recipe.training import PromptRecoveryModifier
+from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.arms import ARMS
+from mopcompress.recover.start import Material, Start
+from mopcompress.recover.train import Training, fit
+from mopcompress.stages.documents import load_documents
+from mopcompress.stages.provenance import peak_bytes, provenance
+from mopcompress.stages.recover import first_layer
+from mopcompress.states import CachedStates, batches_by_length
+
+PROMPTS, EXPERTS, ROWS = 80, 8, 8
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Measured:
+    """What one arm did, step after step."""
+
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    losses: list[tuple[float, float]] = field(default_factory=list)  # seconds of training, validation nats a token
+
+    def step(self, tokens: int, seconds: float) -> None:
+        self.tokens.append(tokens)
+        self.seconds.append(seconds)
+
+    def validated(self, nats: float) -> None:
+        self.losses.append((sum(self.seconds), nats))
+
+
+def main() -> None:
+    asked = parse()
+    model = load_model(resolve_model(asked.model), device=CPU)
+    counts = {"train_rows": asked.rows, "validation_rows": asked.validation_rows, "test_rows": 8}
+    run = RunSpec(data=asked.data, max_length=2048, longest_row=128, **counts)
+    documents = load_documents(run, model.tokenizer)
+    layer = first_layer(PromptRecoveryModifier(), model)
+    start = time.perf_counter()
+    train, validation = (
+        CachedStates(model, rows, layer, batch_size=16) for rows in (documents.train, documents.validation)
+    )
+    cache_seconds = time.perf_counter() - start
+    peaks = [gemm_peak()]
+    measured = {name: Measured() for name in ("single", "mop", "peft", "peft, our batches")}
+
+    def ours(arm: str) -> Callable[[Callable[[], None]], None]:
+        return lambda wait: train_ours(arm, model, train, validation, documents.tasks, asked, measured[arm], wait)
+
+    def theirs(name: str, *, bucketed: bool) -> Callable[[Callable[[], None]], None]:
+        order = batches(documents.train, bucketed=bucketed)
+        return lambda wait: train_peft(asked, order, documents.train, documents.validation, measured[name], wait)
+
+    runs = {"single": ours("single"), "mop": ours("mop")}
+    if not asked.ours_only:
+        runs |= {
+            "peft": theirs("peft", bucketed=False),
+            "peft, our batches": theirs("peft, our batches", bucketed=True),
+        }
+    in_turn(list(runs.values()), between=lambda: peaks.append(gemm_peak(repeats=2)))
+    flops = {arm: needed(model, layer, documents.train) / sum(tokens_of(documents.train)) for arm in ("single", "mop")}
+    result = {
+        "model": asked.model,
+        "rows": [len(documents.train), len(documents.validation)],
+        "layer": layer,
+        "tokens_of_a_row": statistics.mean(tokens_of(documents.train)),
+        "cache_seconds": cache_seconds,
+        "gemm_peak_gflops": max(peaks) / 1e9,
+        "gemm_median_gflops": statistics.median(peaks) / 1e9,
+        "padding": {
+            name: padding(documents.train, batches(documents.train, bucketed=name == "ours"))
+            for name in ("ours", "random")
+        },
+        "arms": {name: summary(measured[name], measured, flops.get(name), max(peaks)) for name in runs},
+        "peak_bytes": peak_bytes(),
+        **provenance(CPU),
+    }
+    print(json.dumps(result, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--data", default=str(Path(__file__).parents[2] / "shared" / "data" / "dolly15k"))
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--validation-rows", type=int, default=32)
+    parser.add_argument("--validate-every", type=int, default=2)
+    parser.add_argument("--peft-learning-rate", type=float, default=0.03)
+    parser.add_argument("--ours-only", action="store_true")
+    return parser.parse_args()
+
+
+def in_turn(runs: Sequence[Callable[[Callable[[], None]], None]], *, between: Callable[[], None]) -> None:
+    """Let each run go on until it calls what it was given, then the next one; `between` after each round."""
+    turns = [threading.Semaphore(0) for _ in runs]
+    back = threading.Semaphore(0)
+    alive = [True] * len(runs)
+    failed: list[Exception] = []
+
+    def hand_over(index: int) -> None:
+        back.release()
+        turns[index].acquire()
+
+    def one(index: int) -> None:
+        turns[index].acquire()
+        try:
+            runs[index](lambda: hand_over(index))
+        except Exception as error:  # noqa: BLE001 (raised again where all runs are waited for)
+            failed.append(error)
+        alive[index] = False
+        back.release()
+
+    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    while any(alive):
+        for index, turn in enumerate(turns):
+            if alive[index]:
+                turn.release()
+                back.acquire()
+            if failed:
+                raise failed[0]
+        between()
+
+
+def train_ours(
+    arm: str,
+    model: LanguageModel,
+    train: CachedStates,
+    validation: CachedStates,
+    tasks: tuple[str, ...],
+    asked: argparse.Namespace,
+    measured: Measured,
+    wait: Callable[[], None],
+) -> None:
+    """`fit` as `recover` calls it, with its defaults."""
+    settings = PromptRecoveryModifier(arm=arm)
+    config = AdapterConfig(
+        arm=arm,
+        experts=EXPERTS,
+        prompts_per_expert=PROMPTS // EXPERTS,
+        layer=train.layer,
+        hidden_size=model.hidden_size,
+        base_sha256="",
+        tasks=tasks if len(tasks) == EXPERTS else (),
+    )
+    begin = Start(
+        gate_pretraining_steps=settings.gate_pretraining_steps,
+        gate_temper=settings.gate_temper,
+        log_opening=settings.log_opening,
+        seed=0,
+    )
+    adapter = ARMS[arm].begin(config, Material(model, train, tasks), begin)
+
+    def after(row: Any) -> None:
+        measured.step(row.tokens, row.seconds)
+        print(f"{arm}: {row.tokens / row.seconds:.0f} tokens/s", file=sys.stderr)
+        if row.step % asked.validate_every == 0 or row.step == asked.steps:
+            scores = evaluate(model, validation, adapter.compiled(model), batch_size=16)
+            measured.validated(math.log(micro(scores).perplexity))
+        wait()
+
+    training = Training(
+        steps=asked.steps,
+        batch_size=ROWS,
+        learning_rate=settings.rate,
+        gate_learning_rate=settings.gate_learning_rate,
+        warmup_fraction=settings.warmup_fraction,
+        clip_norm=settings.clip_norm,
+        seed=0,
+    )
+    fit(adapter, model, train, training, progress=after)
+
+
+def train_peft(
+    asked: argparse.Namespace,
+    order: Iterator[list[int]],
+    train: Sequence[Encoded],
+    validation: Sequence[Encoded],
+    measured: Measured,
+    wait: Callable[[], None],
+) -> None:
+    """The loop that PEFT's own examples have: warm-up and decay as ours, no clipping."""
+    network = load_model(resolve_model(asked.model), device=CPU).network
+    network.set_attn_implementation("sdpa")
+    torch.manual_seed(0)
+    tuned = get_peft_model(
+        network, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=PROMPTS, num_layers=1)
+    )
+    parameters = [one for one in tuned.parameters() if one.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=asked.peft_learning_rate, weight_decay=0.0)
+    warmup = max(1, round(0.1 * asked.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / asked.steps)))
+    )
+    for _ in range(asked.steps):
+        start = time.perf_counter()
+        rows = next(order)
+        loss = tuned(**padded([train[row] for row in rows])).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        tokens, seconds = sum(len(train[row].tokens) for row in rows), time.perf_counter() - start
+        measured.step(tokens, seconds)
+        print(f"PEFT: {tokens / seconds:.0f} tokens/s", file=sys.stderr)
+        wait()
+    nats = scored = 0.0
+    with torch.inference_mode():
+        for rows in batches_by_length(validation, ROWS, generator=None):
+            inputs = padded([validation[row] for row in rows])
+            count = int((inputs["labels"] != -100).sum())
+            nats, scored = nats + count * float(tuned(**inputs).loss), scored + count
+    measured.validated(nats / scored)
+
+
+def padded(documents: Sequence[Encoded]) -> dict[str, Tensor]:
+    """Token ids, mask, and labels that leave out the instruction, padded on the right."""
+
+    def stacked(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+    return {
+        "input_ids": stacked([one.tokens for one in documents], 0),
+        "attention_mask": stacked([[1] * len(one.tokens) for one in documents], 0),
+        "labels": stacked(
+            [[-100] * one.context_tokens + [*one.tokens[one.context_tokens :]] for one in documents], -100
+        ),
+    }
+
+
+def batches(documents: Sequence[Encoded], *, bucketed: bool) -> Iterator[list[int]]:
+    """Endless epochs, by length as ours or in random order."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        if bucketed:
+            yield from batches_by_length(documents, ROWS, generator=generator)
+        else:
+            rows = torch.randperm(len(documents), generator=generator).tolist()
+            yield from (rows[first : first + ROWS] for first in range(0, len(rows), ROWS))
+
+
+def padding(documents: Sequence[Encoded], order: Iterator[list[int]]) -> float:
+    """The share of positions, in an epoch, that are no token."""
+    real = positions = 0
+    for _ in range(-(-len(documents) // ROWS)):
+        lengths = [len(documents[row].tokens) for row in next(order)]
+        real, positions = real + sum(lengths), positions + max(lengths) * len(lengths)
+    return 1 - real / positions
+
+
+def needed(model: LanguageModel, layer: int, documents: Sequence[Encoded]) -> float:
+    """FLOPs of an epoch of either arm of ours; a multiply-add is two."""
+    upper = [one for block in model.blocks[layer:] for one in block.modules() if isinstance(one, Linear)]
+    weights = sum(weight_of(one).numel() for one in upper)
+    first = model.blocks[layer].self_attn
+    without_gradient = sum(one.weight.numel() for one in (first.q_proj, first.k_proj, first.v_proj))
+    config, blocks = model.config, len(model.blocks) - layer
+    width = config.num_attention_heads * config.head_dim
+    lengths = tokens_of(documents)
+    scored = sum(len(one.tokens) - one.context_tokens for one in documents)
+    steps = math.ceil(len(documents) / ROWS)
+    linears = 2 * sum(lengths) * (2 * weights - without_gradient)
+    pairs = sum(length * (length + 1) // 2 + length * PROMPTS for length in lengths)
+    pairs += steps * PROMPTS * (PROMPTS + 1) // 2
+    prompts = steps * PROMPTS * 4 * weights
+    head = 4 * scored * config.vocab_size * config.hidden_size
+    return linears + 3 * 4 * pairs * width * blocks + prompts + head
+
+
+def tokens_of(documents: Sequence[Encoded]) -> list[int]:
+    return [len(one.tokens) for one in documents]
+
+
+def summary(one: Measured, every: dict[str, Measured], flops_a_token: float | None, peak: float) -> dict[str, Any]:
+    """Rates without the first step, which warms up."""
+    seconds, tokens = sum(one.seconds[1:]), sum(one.tokens[1:])
+    peft = every["peft"]
+    told: dict[str, Any] = {
+        "tokens_per_second": tokens / seconds,
+        "seconds_of_a_step": statistics.median(one.seconds[1:]),
+        "validation": one.losses,
+    }
+    if peft.seconds:
+        aim = peft.losses[-1][1]
+        told["times_peft"] = tokens / seconds / (sum(peft.tokens[1:]) / sum(peft.seconds[1:]))
+        told["seconds_to_pefts_loss"] = next((spent for spent, nats in one.losses if nats <= aim), None)
+    if flops_a_token is not None:
+        told["gflop_a_token"] = flops_a_token / 1e9
+        told["fraction_of_peak"] = flops_a_token * tokens / seconds / peak
+    return told
+
+
+if __name__ == "__main__":
+    main()

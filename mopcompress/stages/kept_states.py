@@ -1,0 +1,104 @@
+"""Lower states on disk, so that another run, arm or seed on the same model and rows need not compute them again.
+
+A folder for each model, layer and set of rows in the user's cache: whole or not there, hashed, mapped into memory. It
+only saves time: what cannot be kept, for want of room or rights, is computed into a file that nobody sees.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mopcompress import artifact
+from mopcompress.data.encoding import Encoded
+from mopcompress.errors import DataError, OutputError, StorageError
+from mopcompress.models.smollm2 import cache_folder
+from mopcompress.states import Fill, mapped, unseen
+
+STATES, SUMMARIES = "states", "summaries.safetensors"
+LIMIT = 16 * 2**30  # bytes of all folders; what was not used for longest goes first
+
+
+def kept(
+    rows: int, columns: int, fill: Fill, *, facts: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "documents hidden"]]:
+    """The states and summaries that `facts` describe: read, or made by `fill` and kept.
+
+    States that go beyond `dtype` are kept in float32.
+    """
+    folder = cache_folder() / "states" / artifact.fingerprint(facts)
+    if not _whole(folder):
+        try:
+            _make(folder, rows, columns, fill, facts, dtype)
+        except (OSError, OutputError, StorageError):
+            if not _whole(folder):  # it can be that another process was faster
+                return _filled(functools.partial(unseen, rows, columns), fill, dtype)
+    os.utime(folder, ns=(time.time_ns(),) * 2)  # the file system's own clock is too coarse to order two uses
+    stored = (artifact.read_manifest(folder) or {})["stored"]
+    hidden = mapped(folder / STATES, rows, columns, getattr(torch, stored))
+    return hidden, load_file(folder / SUMMARIES)["summaries"]
+
+
+def digest(documents: Sequence[Encoded]) -> str:
+    """A hash of all that states and summaries of these rows depend on."""
+    return hashlib.sha256(repr([(one.tokens, one.context_tokens) for one in documents]).encode()).hexdigest()
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder is there and as it was written; a damaged one is removed."""
+    if not folder.exists():
+        return False
+    try:
+        artifact.verify(folder)
+    except (DataError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
+
+
+def _make(folder: Path, rows: int, columns: int, fill: Fill, facts: Mapping[str, Any], dtype: torch.dtype) -> None:
+    _make_room(folder.parent, rows * columns * dtype.itemsize)
+    manifest = dict(facts)
+
+    def into(dtype: torch.dtype) -> Tensor:
+        with (scratch / STATES).open("wb") as file:
+            # a full disk is an error here, and would be the end of the process in the middle of a mapping
+            os.posix_fallocate(file.fileno(), 0, rows * columns * dtype.itemsize)
+        manifest["stored"] = str(dtype).removeprefix("torch.")
+        return mapped(scratch / STATES, rows, columns, dtype)
+
+    with artifact.publish(folder, manifest) as scratch:
+        _, summaries = _filled(into, fill, dtype)
+        save_file({"summaries": summaries.cpu()}, scratch / SUMMARIES)
+
+
+def _filled(make: Callable[[torch.dtype], Tensor], fill: Fill, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    hidden = make(dtype)
+    summaries = fill(hidden)
+    if dtype != torch.float32 and not all(math.isfinite(float(extreme)) for extreme in hidden.aminmax()):
+        hidden = make(torch.float32)
+        summaries = fill(hidden)
+    return hidden, summaries
+
+
+def _make_room(parent: Path, size: int) -> None:
+    """Remove what was not used for longest until `size` more bytes fit. Raises `StorageError` when they never will."""
+    if size > LIMIT:
+        raise StorageError(f"states of {size} bytes are more than all that may be kept in {parent} ({LIMIT})")
+    folders = sorted((path for path in parent.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    for folder, freed in zip(folders, list(sizes), strict=True):
+        if sum(sizes) + size <= LIMIT:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        sizes.remove(freed)

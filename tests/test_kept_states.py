@@ -1,0 +1,135 @@
+"""Lower states that another run, arm or seed takes up again."""
+
+import math
+
+import pytest
+import torch
+from tiny import BLOCKS, random_documents, tiny_model
+from torch.testing import assert_close
+
+from mopcompress.evaluation import evaluate
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.stages import kept_states
+from mopcompress.stages.progress import silent
+from mopcompress.stages.recover import cache_states
+
+DOCUMENTS = random_documents(7)
+LAYER = 2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path))
+    return tmp_path / "states"
+
+
+def states_of(model, *, sha256="of the weights", documents=DOCUMENTS, layer=LAYER, dtype=torch.float32):
+    return cache_states(model, sha256, documents, layer, 4, "rows", silent, dtype=dtype)
+
+
+@pytest.fixture
+def entered(monkeypatch):
+    """The layers that lower blocks were run up to, once a batch."""
+    seen, enter = [], LanguageModel.enter
+    monkeypatch.setattr(LanguageModel, "enter", lambda self, *given: seen.append(given[1]) or enter(self, *given))
+    return seen
+
+
+def everything(states):
+    batch = states.batch(range(len(states.documents)))
+    return batch.hidden, batch.instructions.hidden, batch.instructions.summary
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_second_run_computes_nothing_and_has_the_same_states_to_the_bit(tiny_llama, entered, dtype):
+    first = states_of(tiny_llama, dtype=dtype)
+    computed = len(entered)
+    again = states_of(tiny_llama, dtype=dtype)
+    assert len(entered) == computed == 2
+    assert all(torch.equal(*pair) for pair in zip(everything(first), everything(again), strict=True))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"sha256": "others"}, {"documents": DOCUMENTS[:6]}, {"layer": 1}, {"dtype": torch.float16}],
+    ids=lambda other: next(iter(other)),
+)
+def test_other_weights_rows_layers_or_precisions_are_kept_apart(tiny_llama, entered, cache, other):
+    states_of(tiny_llama)
+    computed = len(entered)
+    states_of(tiny_llama, **other)
+    assert len(entered) > computed
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_float16_is_the_same_to_its_rounding_and_half_the_size(tiny_llama, cache):
+    whole, half = states_of(tiny_llama), states_of(tiny_llama, dtype=torch.float16)
+    assert_close(everything(half)[0], everything(whole)[0].half().float(), rtol=0, atol=0)
+    assert torch.equal(everything(half)[2], everything(whole)[2])  # summaries are of the exact states
+    small, large = sorted((path / "states").stat().st_size for path in cache.iterdir())
+    assert large == 2 * small
+    scores = [evaluate(tiny_llama, one, batch_size=4).nats for one in (half, whole)]
+    assert math.fsum(scores[0]) == pytest.approx(math.fsum(scores[1]), rel=1e-4)
+
+
+def test_states_beyond_float16_are_kept_in_float32(cache):
+    model = tiny_model()
+    with torch.no_grad():
+        model.network.model.embed_tokens.weight.mul_(1e6)
+    found = everything(states_of(model, dtype=torch.float16))[0]
+    assert float(found.abs().max()) > 65504
+    assert torch.equal(found, everything(states_of(model))[0])
+    assert torch.equal(found, everything(states_of(model, dtype=torch.float16))[0])
+
+
+@pytest.mark.parametrize("name", ["states", "summaries.safetensors", "manifest.json"])
+def test_a_damaged_file_is_noticed_and_made_again(tiny_llama, entered, cache, name):
+    before = everything(states_of(tiny_llama))
+    computed = len(entered)
+    (folder,) = cache.iterdir()
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    after = everything(states_of(tiny_llama))
+    assert len(entered) == 2 * computed
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert (folder / name).stat().st_size == len(whole)
+
+
+def test_a_run_that_stops_half_way_leaves_nothing(tiny_llama, cache, monkeypatch):
+    def stop(*_given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LanguageModel, "enter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        states_of(tiny_llama)
+    assert not list(cache.iterdir())
+
+
+def test_what_was_not_used_for_longest_makes_room(tiny_llama, entered, cache, monkeypatch):
+    for layer in (1, 2):
+        states_of(tiny_llama, layer=layer)
+    folders = list(cache.iterdir())
+    size = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in folders)
+    monkeypatch.setattr(kept_states, "LIMIT", int(2.5 * size))
+    states_of(tiny_llama, layer=1)  # used again
+    states_of(tiny_llama, layer=BLOCKS - 1)
+    assert len(list(cache.iterdir())) == 2
+    computed = len(entered)
+    states_of(tiny_llama, layer=1)
+    assert len(entered) == computed
+    states_of(tiny_llama, layer=2)
+    assert len(entered) > computed
+
+
+@pytest.mark.parametrize("reason", ["too large", "no folder"])
+def test_what_cannot_be_kept_is_computed_all_the_same(tiny_llama, cache, monkeypatch, reason):
+    expected = everything(states_of(tiny_llama, dtype=torch.float16))
+    if reason == "too large":
+        monkeypatch.setattr(kept_states, "LIMIT", 10)
+        there = len(list(cache.iterdir()))
+    else:
+        cache.parent.joinpath("file").write_text("in the way")
+        monkeypatch.setenv("MOPCOMPRESS_CACHE", str(cache.parent / "file"))
+    found = everything(states_of(tiny_llama, sha256="others", dtype=torch.float16))
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+    assert reason != "too large" or len(list(cache.iterdir())) == there

@@ -1,0 +1,167 @@
+"""A training can be stopped anywhere, and goes on to the very same adapter."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from invoking import TRAINED, write_data
+from safetensors.torch import load_file
+
+from mopcompress.errors import NumericalError, OutputError, StorageError
+from mopcompress.recipe import load_recipe
+from mopcompress.recipe.commands import for_recovery
+from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.standing import Standing, TrainRow
+from mopcompress.stages import unfinished_training
+from mopcompress.stages.recover import recover
+from mopcompress.stages.unfinished_training import UnfinishedTraining
+
+STEPS = 5
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOPCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _kept_every_step(monkeypatch):
+    monkeypatch.setattr(unfinished_training, "SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "rows")
+
+
+@pytest.fixture
+def recipe(stories, data):
+    loaded = load_recipe(None, {"device": "cpu", "model": str(stories), "data": str(data)})
+    flags = {"steps": STEPS, "prompts_per_expert": 2, "gate_pretraining_steps": 3, "batch_size": 4}
+    return for_recovery(loaded, flags)
+
+
+def weights(folder):
+    return load_file(folder / "adapter.safetensors")
+
+
+@pytest.fixture
+def whole(recipe, tmp_path):
+    """A training that nothing stopped."""
+    recover(recipe, tmp_path / "whole", seed=0)
+    return weights(tmp_path / "whole")
+
+
+def stop_after(step):
+    def progress(what, done, _total):
+        if what.startswith("training mop") and done == step:
+            raise KilledError
+
+    return progress
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("step", [1, 3, STEPS])
+def test_a_stopped_training_goes_on_to_the_same_adapter(recipe, whole, tmp_path, step):
+    target, told = tmp_path / "out", []
+    with pytest.raises(KilledError):
+        recover(recipe, target, seed=0, progress=stop_after(step))
+    assert not target.exists()
+    facts = recover(recipe, target, seed=0, progress=lambda line, _done, _total: told.append(line))
+    assert any(f"going on after {step} finished steps" in line for line in told)
+    assert equal(weights(target), whole)
+    assert facts["train_steps"] == STEPS
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+def test_a_process_that_is_killed_goes_on_to_the_same_adapter(stories, data, tmp_path):
+    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *map(str, TRAINED)]
+    words[words.index("--steps") + 1] = "12"
+    script = (
+        "from mopcompress.stages import unfinished_training as u; u.SECONDS = 0.0; "
+        "from mopcompress.cli import main; main()"
+    )
+
+    def start(target):
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *words, "--output-dir", target],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = start(tmp_path / "whole")
+    whole.communicate()
+    assert whole.returncode == 0
+    target, standing = tmp_path / "out", tmp_path / ".out.unfinished" / "standing.safetensors"
+    killed = start(target)
+    while not standing.exists() and killed.poll() is None:
+        pass
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    again = start(target)
+    _, said = again.communicate()
+    assert again.returncode == 0, said
+    assert "going on after" in said
+    assert equal(weights(target), weights(tmp_path / "whole"))
+
+
+def test_a_damaged_standing_is_told_of_and_not_used(recipe, whole, tmp_path):
+    target, told = tmp_path / "out", []
+    with pytest.raises(KilledError):
+        recover(recipe, target, seed=0, progress=stop_after(3))
+    path = tmp_path / ".out.unfinished" / "standing.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    recover(recipe, target, seed=0, progress=lambda line, _done, _total: told.append(line))
+    assert any("is damaged (its checksum is wrong): beginning again" in line for line in told)
+    assert equal(weights(target), whole)
+
+
+def test_another_job_in_its_place_is_refused(recipe, tmp_path):
+    with pytest.raises(KilledError):
+        recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
+    with pytest.raises(OutputError, match=r"another job .*seed was 0, is 1"):
+        recover(recipe, tmp_path / "out", seed=1)
+
+
+def test_a_training_that_could_only_fail_again_is_not_kept(recipe, tmp_path):
+    wild = for_recovery(recipe, {"learning_rate": 10.0, "clip_norm": 1e6, "steps": 60, "log_opening": 30.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mopcompress.recover.train.losses_of", lambda *_: torch.full((2,), torch.nan, requires_grad=True))
+        with pytest.raises(NumericalError):
+            recover(wild, tmp_path / "out", seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def standing_of(rows=()):
+    mixture = MixtureOfPrompts(torch.zeros(1, 2, 4), 1, None)
+    return Standing(mixture, torch.optim.AdamW(mixture.parameters()), list(rows))
+
+
+def test_it_writes_no_more_often_than_it_should(tmp_path, monkeypatch):
+    monkeypatch.setattr(unfinished_training, "SECONDS", 1000.0)
+    keeping = UnfinishedTraining(tmp_path / "standing.safetensors", print)
+    keeping.keep(standing_of())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(unfinished_training, "SECONDS", 0.0)
+    keeping.keep(standing_of([TrainRow(step=1, steps=2, nats=1.5, tokens=3, seconds=0.1)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["standing.safetensors"]
+
+
+def test_a_disk_that_fails_is_named(tmp_path):
+    with pytest.raises(StorageError, match=r"standing\.safetensors failed"):
+        UnfinishedTraining(tmp_path / "nowhere" / "standing.safetensors", print).keep(standing_of())
