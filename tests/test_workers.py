@@ -10,20 +10,12 @@ from invoking import write_data
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    # with --cpu it starts one process alone, unless MPI is there; --multi_gpu is its name for torchrun
-    "accelerate": [
-        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-    ],
-}
+LAUNCHER = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SETTINGS = ["--steps", "4", "--prompts-per-expert", "2", "--gate-pretraining-steps", "3", "--rows-per-step", "3"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path, launcher):
+def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path):
     data = write_data(tmp_path / "data")
     words = ["mopcompress", "recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
@@ -35,7 +27,7 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path
         return json.loads(done.stdout), load_file(tmp_path / target / "adapter.safetensors")
 
     one, alone = run(target="one")
-    both, together = run(*LAUNCHERS[launcher], "-m", target="two")
+    both, together = run(*LAUNCHER, "-m", target="two")
     assert both["final_nats"] == pytest.approx(one["final_nats"], rel=1e-4)
     assert alone.keys() == together.keys()
     for name, weight in alone.items():

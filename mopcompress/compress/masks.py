@@ -38,7 +38,13 @@ def n_of_m(scores: Float[Tensor, "rows columns"], n: int, m: int) -> Bool[Tensor
     rows, columns = scores.shape
     if columns % m:
         raise DataError(f"a {rows}x{columns} weight cannot hold a {n}:{m} pattern: {columns} is no multiple of {m}")
-    return _lowest_in_rows(scores.reshape(-1, m), n).reshape(scores.shape)
+    # a score's rank is how many of its group stand before it: m passes over long rows beat a sort of each short group
+    places = scores.reshape(-1, m).T.contiguous()
+    ranks = torch.zeros_like(places, dtype=torch.int16)
+    for place, score in enumerate(places):
+        ranks[place + 1 :] += score <= places[place + 1 :]
+        ranks[:place] += score < places[:place]
+    return (ranks < n).T.reshape(scores.shape)
 
 
 def check_pattern(sparsity: float | Sequence[float], pattern: tuple[int, int] | None) -> None:
