@@ -1,6 +1,7 @@
 """Arms that act from the embeddings on, and deep mixtures: what they are, what they equal, what they may see."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.deep import zeros_of
 from mopcompress.recover.folder import load_adapter, save_adapter
+from mopcompress.recover.gate import Gate
 from mopcompress.recover.input_prompts import InputPrompt
 from mopcompress.recover.prefix import TrainedPrefix
 from mopcompress.recover.routed import RoutedPrompts
@@ -193,7 +195,8 @@ def test_a_prefix_is_worth_as_many_parameters_as_mop_and_not_more(tiny_llama, pr
 
 
 def test_a_prefix_that_cannot_be_small_enough_is_refused(tiny_llama, monkeypatch):
-    monkeypatch.setattr("mopcompress.recover.gate.WIDTH", 1)
+    narrow = partial(Gate, width=1)
+    monkeypatch.setattr("mopcompress.recover.prompts.gates.Gate", narrow)
     with pytest.raises(DataError, match="one token has 128 parameters here, and mop with the same settings"):
         ARMS["prefix"].build(tiny_llama, config_of_arm("prefix", tiny_llama, experts=1, prompts=1))
 
@@ -229,7 +232,8 @@ def test_a_deep_mixture_begins_as_the_flowing_one(tiny_llama, states_of, arm):
     states = states_of(arm)
     flowing, deep = (begun(arm, tiny_llama, states, deep=deep)[0] for deep in (False, True))
     assert torch.equal(nats(tiny_llama, states, deep), nats(tiny_llama, states, flowing))
-    assert torch.equal(deep.log_gate(states.summaries), flowing.log_gate(states.summaries))
+    read = states.batch(range(len(DOCUMENTS))).instructions
+    assert torch.equal(deep.log_weights(read), flowing.log_weights(read))
 
 
 def test_a_deep_mixture_is_counted_whole(tiny_llama, states_of):

@@ -209,12 +209,12 @@ def test_processes_share_a_step_and_their_sum_is_the_whole(tiny_llama, states):
     chosen = [4, 1, 7, 2, 11]
     whole = begun(states)
     whole.zero_grad()  # the gate's pre-training leaves some
-    loss = _backward(whole, tiny_llama, states, chosen, 1, Workers())
+    loss = _backward(whole, tiny_llama, states, chosen, None, 1, Workers())
     losses, gradients = 0.0, {name: torch.zeros_like(weight) for name, weight in whole.named_parameters()}
     for rank in range(3):
         mixture = begun(states)
         mixture.zero_grad()
-        losses += _backward(mixture, tiny_llama, states, chosen, 1, Workers(rank, 3))
+        losses += _backward(mixture, tiny_llama, states, chosen, None, 1, Workers(rank, 3))
         for name, weight in mixture.named_parameters():
             gradients[name] += weight.grad
     assert_close(losses, loss)

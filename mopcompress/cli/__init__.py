@@ -1,8 +1,8 @@
 """The command line.
 
 options   what commands share: their options, and how a command is made of them
-commands  prune, quantize, recover, evaluate, bench, report, generate
-folders   export, verify
+commands  prune, quantize, recover, evaluate, bench, generate
+folders   export, export-adapter, verify, report
 output    JSON, lines and tables on stdout
 endings   errors and signals -> one line on stderr and an exit code
 """

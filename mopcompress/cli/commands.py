@@ -194,20 +194,6 @@ def bench(common: Common) -> None:
         typer.echo(report)
 
 
-@command(app, SPEECH)
-def report(
-    common: Common, runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Folders of benches.")]
-) -> None:
-    """Write report.json, report.md and report.html of finished or stopped runs again."""
-    from mopcompress.report import write_report  # matplotlib takes a second to load
-
-    paths = {str(run): [str(path) for path in write_report(run)] for run in runs}
-    if common.json:
-        print_json({"reports": paths})
-    else:
-        typer.echo("\n".join(path for written in paths.values() for path in written))
-
-
 @command(app, MODEL, MACHINE, DRY_RUN, SPEECH)
 def generate(
     common: Common,

@@ -1,4 +1,4 @@
-"""Commands on a finished folder: `export`, `export-adapter` and `verify`."""
+"""Commands on finished folders: `export`, `export-adapter`, `verify` and `report`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -100,3 +100,17 @@ def verify(common: Common, folder: Annotated[Path, typer.Argument(metavar="DIR",
 
 def _sizes(before: int, after: int) -> str:
     return f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({before / after:.2f} times smaller)"
+
+
+@command(app, SPEECH)
+def report(
+    common: Common, runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Folders of benches.")]
+) -> None:
+    """Write report.json, report.md and report.html of finished or stopped runs again."""
+    from mopcompress.report import write_report  # matplotlib takes a second to load
+
+    paths = {str(run): [str(path) for path in write_report(run)] for run in runs}
+    if common.json:
+        print_json({"reports": paths})
+    else:
+        typer.echo("\n".join(path for written in paths.values() for path in written))

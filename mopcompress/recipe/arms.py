@@ -32,9 +32,10 @@ TRAINED = {
     "input": ArmSettings(learning_rate=3e-2, at_input=True),
     "smop": ArmSettings(learning_rate=3e-2, at_input=True),
     "prefix": ArmSettings(learning_rate=3e-2, at_input=True),
+    # a short sweep: benchmarks/LOG.md
     "lora": ArmSettings(learning_rate=1e-2, whole=True),
     "masklora": ArmSettings(learning_rate=1e-2, whole=True),
-    "ia3": ArmSettings(learning_rate=1e-2, whole=True),
+    "ia3": ArmSettings(learning_rate=3e-2, whole=True),
     "norms": ArmSettings(learning_rate=1e-2, whole=True),
     "mop+": ArmSettings(learning_rate=1e-2),
 }
