@@ -1,0 +1,118 @@
+"""The recovery study: what a mixture, its rivals and our own arm win back, on two data sets and eight compressions.
+
+    python benchmarks/recovery.py --output FOLDER [--only sni,dolly]
+
+Runs benches in the order of what their claims are worth, each in a folder of its own under FOLDER; a run that was
+stopped goes on with the next cell. Rows of at most 128 tokens, 300 test rows, 120 steps of 8 rows; learning rates are
+chosen for each arm and setting on validation rows. About ten hours of two cores. At the end, and with
+`--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mopcompress.console import progress_on
+from mopcompress.recipe import load_recipe
+from mopcompress.recipe.commands import with_recovery
+from mopcompress.report.formats import change_with_interval
+from mopcompress.report.run import Run, read_run
+from mopcompress.report.tables import Grid, compare, make_grid, recovery
+from mopcompress.stages.bench import bench
+
+ROOT = Path(__file__).parents[1]
+MAIN = ("none", "single", "mop", "mop+")
+GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
+CONTROLS = ("uniform", "shuffled", "lora", "norms", "input", "prefix", "idp", "oracle")
+TEXT = str(ROOT.parent / "shared" / "data" / "lm" / "wikitext2_tokens_test.txt")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One bench; parts of one folder have the same settings and grids that add to each other."""
+
+    folder: str
+    grid: Mapping[str, object]
+    recipe: str = "sni.yaml"
+    steps: int = 120
+    dense: tuple[str, ...] = field(default=())
+
+
+def part(folder: str, ratios: str, arms: tuple[str, ...], seeds: str = "0", **more: object) -> Part:
+    """A grid in the words of the command line."""
+    settings = {name: more.pop(name) for name in ("recipe", "steps", "dense") if name in more}
+    return Part(folder, {"ratios": ratios, "arms": arms, "seeds": seeds, **more}, **settings)  # type: ignore[arg-type]
+
+
+PARTS = (
+    part("sni", "0.5", ("none", "single", "mop", "mop+"), dense=("single", "mop", "mop+")),
+    part("sni", "0.5", ("uniform", "shuffled")),
+    part("sni", "0.85", MAIN),
+    part("dolly", "0.5", MAIN, recipe="dolly.yaml", dense=("single", "mop", "mop+")),
+    part("sni", "0.5,0.85", ("single", "mop"), "1,2"),
+    part("sni", "0.5", CONTROLS),
+    part("dolly", "0.85", MAIN, recipe="dolly.yaml"),
+    part("dolly", "0.5,0.85", ("single", "mop"), "1,2", recipe="dolly.yaml"),
+    part("sni", "0.7,0.95", MAIN, bits="3,2"),
+    part("sni-2of4", "0.5", MAIN, recipe="sni_24.yaml"),
+    part("sni-long", "0.5", ("none", "single", "mop"), steps=480),
+)
+
+
+def main() -> None:
+    arguments = parse()
+    with progress_on(sys.stderr, quiet=False) as progress:
+        for one in PARTS:
+            if arguments.claims or (arguments.only and one.folder not in arguments.only.split(",")):
+                continue
+            settings = {"test_rows": 300, "text": TEXT, "dense_arms": one.dense or ("none",)}
+            recipe = load_recipe(ROOT / "recipes" / one.recipe, {**settings, **one.grid})
+            asked = with_recovery(recipe, {"steps": one.steps, "sweep": True, "sweep_steps": 30})
+            bench(asked, arguments.output / one.folder, progress=progress)
+    text = "\n".join(claims(arguments.output))
+    (arguments.output / "claims.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", default="", metavar="FOLDERS", help="of the parts, with commas between")
+    parser.add_argument("--claims", action="store_true", help="only write claims.md again")
+    return parser.parse_args()
+
+
+def claims(output: Path) -> Iterator[str]:
+    """Every claim in every setting it was measured in: the change of perplexity with its interval, or a share."""
+    yield "| data | setting | claim | micro | macro | shown |"
+    yield "|---|---|---|---|---|---|"
+    for folder in dict.fromkeys(one.folder for one in PARTS):
+        if (output / folder / "rows.jsonl").exists():
+            run = read_run(output / folder)
+            yield from _claims_of(folder, run, make_grid(run.rows, run.spec))
+
+
+def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
+    """Less than 0 is better for the first of a pair; a claim with a number is shown when the change is as large."""
+    wanted = -0.03 if folder.startswith("dolly") else -0.10
+    for one in compare(run, grid):
+        pair = f"{one.first} against {one.second}"
+        if one.setting == "dense" or not (one.first == "mop+" or pair in {f"mop against {arm}" for arm in GATE}):
+            continue
+        large_enough = one.micro.estimate <= math.log1p(wanted) if one.second == "single" else True
+        shown = "yes" if one.micro.high < 0 and large_enough else "no"
+        asked = f"{pair}, {wanted:+.0%}" if pair == "mop against single" else pair
+        changes = (change_with_interval(each.estimate, each.low, each.high) for each in (one.micro, one.macro))
+        yield f"| {folder} | {one.setting} | {asked} | {' | '.join(changes)} | {shown} |"
+    for setting, least in (("sparsegpt 50%", 0.8), ("sparsegpt 85%", 0.5)):
+        regained = recovery(grid, setting, "mop+", dense_arm="mop+")
+        if regained is not None:
+            shown = "yes" if regained >= least else "no"
+            yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {regained:.0%} | | {shown} |"
+
+
+if __name__ == "__main__":
+    main()
