@@ -160,6 +160,8 @@ def test_uniform_is_single_after_training_too(tiny_llama, states, reading, share
     assert same == losses
     assert torch.equal(uniform.prompts.flatten(0, 1), single.prompts.flatten(0, 1))
     assert torch.equal(nats(tiny_llama, states, uniform), nats(tiny_llama, states, single))
+    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (uniform, single)]
+    assert scores[0] == scores[1]  # without a gate nothing says which experts are the strongest
 
 
 def test_uniform_groups_that_are_read_separately_are_no_plain_prompt(tiny_llama, states):

@@ -79,6 +79,16 @@ def test_the_weights_are_those_of_the_evaluation(tiny_llama, states, monkeypatch
         assert reading.entropy_nats == pytest.approx(0)
 
 
+def test_every_document_is_counted_for_its_own_task(tiny_llama, states):
+    """Batches are by length, the reading by document."""
+    mixture = mixture_of()
+    weights = mixture.gate(states.summaries).exp().detach()
+    expected = reading_of(weights, [document.task for document in DOCUMENTS], TASKS)
+    reading = read_gate(tiny_llama, mixture, states, TASKS, batch_size=4)
+    assert reading.confusion == expected.confusion
+    assert_close(torch.tensor(reading.weights), torch.tensor(expected.weights))
+
+
 def test_one_prompt_of_several_is_a_choice(tiny_llama, states):
     adapter = DynamicPrompts(torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(0)), LAYER)
     reading = read_gate(tiny_llama, adapter, states, TASKS, batch_size=4)
