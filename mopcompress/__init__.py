@@ -15,6 +15,8 @@ _HOME = {
     "compress_model": "compress.walk",
     "fit": "recover.train",
     "evaluate": "evaluation",  # a module of that name would take the place of the function
+    "MopConfig": "hf",
+    "MopForCausalLM": "hf",
     "bench": "stages.bench",
     "write_report": "report",
 }

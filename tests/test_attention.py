@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from mopcompress.errors import DataError
-from mopcompress.models.attention import Prefix, attending_to, prompted_attention, recording
+from mopcompress.models.attention import Prefix, attending_to, prompted_attention, recording, watching
 
 TOKENS = random_tokens(2, 9)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -103,6 +104,25 @@ def test_gates_scale_what_each_prompt_weighs(time, keys):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("value_gate", [None, torch.tensor([[0.5, 2.0, 0.0], [1.0, 0.1, 3.0]])])
+@pytest.mark.parametrize("examples", [2, 6])
+def test_one_query_alone_is_the_last_of_many(value_gate, examples):
+    """As a generation's step against the prompt's run, with padding and with three beams an example."""
+    seeded = torch.Generator().manual_seed(0)
+    shapes = ((examples, 4, 5, HEAD), (examples, KV_HEADS, 7, HEAD), (examples, KV_HEADS, 7, HEAD))
+    query, key, value = (torch.randn(shape, generator=seeded) for shape in shapes)
+    mask = torch.rand(examples, 1, 5, 7, generator=seeded) < 0.7
+    module = torch.nn.Module()
+    module.layer_idx = 1
+    prefix = replace(prefix_of(torch.randn(2, PROMPTS, generator=seeded)), value_gate=value_gate)
+    with attending_to(prefix), watching() as seen:
+        many, _ = prompted_attention(module, query, key, value, mask)
+        of_many = seen[1]
+        one, _ = prompted_attention(module, query[:, :, -1:], key, value, mask[:, :, -1:])
+    assert_close(one, many[:, -1:])
+    assert_close(seen[1], of_many[:, -1:])
+
+
 def test_open_gates_are_a_real_prefix_of_the_text(tiny_llama):
     """Keys and values of real text, given as prompts in every layer, do what the text itself does."""
     text, start = random_tokens(1, 12, seed=3), PROMPTS

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import HIDDEN, instructions_of, random_documents, random_tokens, tiny_model
+from tiny import HIDDEN, generate, instructions_of, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -18,7 +18,6 @@ from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.folder import load_adapter, save_adapter
 from mopcompress.recover.gate import Gate, cluster
-from mopcompress.recover.generation import generate
 from mopcompress.recover.idp import DynamicPrompts
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.start import Material, Start

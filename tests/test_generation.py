@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from tiny import HIDDEN, instructions_of, tiny_model, word_tokenizer
+from tiny import HIDDEN, generate, instructions_of, tiny_model, word_tokenizer
 
 from mopcompress.errors import DataError
 from mopcompress.models.attention import attending_to
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.gate import Gate
-from mopcompress.recover.generation import generate
 from mopcompress.recover.mixture import MixtureOfPrompts
 
 PROMPTS = ["w5 w6 w7", "w9", "w10 w11 w12 w13 w14 w15 w16"]
@@ -83,3 +82,10 @@ def test_no_prompts_give_no_answers(tiny_llama: LanguageModel) -> None:
 def test_an_answer_that_does_not_fit_the_context_is_refused(tiny_llama: LanguageModel) -> None:
     with pytest.raises(DataError, match=r"context of 64 tokens; shorten the prompt"):
         generate(tiny_llama, None, PROMPTS, max_new_tokens=64)
+
+
+def test_an_answer_is_told_in_pieces_as_it_comes(tiny_llama: LanguageModel) -> None:
+    told: list[str] = []
+    answer = generate(tiny_llama, mixture(), PROMPTS[:1], max_new_tokens=8, told=told.append)
+    assert len(told) > 1
+    assert ["".join(told).rstrip()] == answer

@@ -32,7 +32,9 @@ def test_the_public_names_are_these():
         "load_examples",
         "load_model",
         "load_recipe",
+        "MopConfig",
         "MopError",
+        "MopForCausalLM",
         "write_report",
     ]
 

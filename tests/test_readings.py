@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 from test_attention import HEAD, KV_HEADS, Layer, generated
-from tiny import HIDDEN, random_documents, random_tokens, tiny_model
+from tiny import HIDDEN, generate, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.errors import DataError
 from mopcompress.models.attention import attending_to, prompted_attention
 from mopcompress.recover.gate import Gate
-from mopcompress.recover.generation import generate
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.weighing import Mixing, prefix_of, without_absent
 from mopcompress.scoring import score_responses

@@ -9,7 +9,7 @@ from invoking import TRAINED as TRAINING
 from invoking import invoke, write_data
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import BLOCKS, HIDDEN, config_of, network_of, random_documents, random_tokens, tiny_model
+from tiny import BLOCKS, HIDDEN, config_of, generate, network_of, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
 from mopcompress import artifact
@@ -23,7 +23,6 @@ from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.changes import Changes
 from mopcompress.recover.folder import load_adapter, save_adapter
-from mopcompress.recover.generation import generate
 from mopcompress.recover.peft_format import FORMATS, write_peft
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, fit

@@ -1,6 +1,7 @@
 """Tiny seeded models of many families and a tokenizer of words, built here: nothing is downloaded."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -25,8 +26,10 @@ from transformers import (
 )
 
 from mopcompress.data.encoding import Encoded
+from mopcompress.hf import MopForCausalLM, generation
 from mopcompress.models.attention import NAME
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.states import Instructions
 
 VOCABULARY, HIDDEN, BLOCKS = 64, 32, 4
@@ -115,6 +118,26 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def recovered(model: LanguageModel, adapter: Any, arm: str = "mop") -> MopForCausalLM:
+    """The transformers model of both; its adapter can be stored only if it was made by `arm` with two experts."""
+    described = AdapterConfig(
+        arm=arm,
+        experts=2,
+        prompts_per_expert=3,
+        layer=adapter.layer,
+        hidden_size=model.hidden_size,
+        base_sha256="",
+        tasks=("add", "sort"),
+    )
+    return MopForCausalLM.around(model, adapter, described)
+
+
+def generate(model: LanguageModel, adapter: Any, prompts: list[str], **settings: Any) -> list[str]:
+    """Answers with an adapter, or with None without."""
+    network = model.network if adapter is None else recovered(model, adapter)
+    return generation.generate(network, model.tokenizer, prompts, **settings)
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -27,7 +27,7 @@ from mopcompress.cli.options import (
     Common,
     command,
 )
-from mopcompress.cli.output import print_bench, print_facts, print_json, print_scores
+from mopcompress.cli.output import print_bench, print_facts, print_harness, print_json, print_scores
 from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe import GPTQModifier, Recipe, resolved
 from mopcompress.recipe.arms import TRAINED
@@ -150,22 +150,38 @@ def recover(
 
 
 @command(app, MODEL, DATA, MACHINE, DRY_RUN, SPEECH)
-def evaluate(common: Common, adapter: Adapter = None) -> None:
+def evaluate(
+    common: Common,
+    adapter: Adapter = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Tasks of the lm-evaluation-harness, in place of the test rows.")
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, as the harness defines them.")
+    ] = None,
+) -> None:
     """Score a model on the test rows, with or without an adapter: perplexity and exact match."""
     recipe = common.load()
-    plan.check_inputs(recipe.run, data=True, calibration=False)
+    plan.check_inputs(recipe.run, data=lm_eval is None, calibration=False)
     if common.dry_run:
         run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
         _tell(common, recipe, None, False, {**run, "adapter": str(adapter) if adapter else None})
         return
     with common.working() as progress:
-        from mopcompress.stages.evaluate import evaluate_folder
+        if lm_eval is None:
+            from mopcompress.stages.evaluate import evaluate_folder
 
-        summary = evaluate_folder(recipe, adapter, progress=progress)
+            summary = evaluate_folder(recipe, adapter, progress=progress)
+        else:
+            from mopcompress.stages.harness import evaluate_tasks
+
+            summary = evaluate_tasks(recipe, adapter, lm_eval.split(","), lm_eval_path, progress=progress)
     if common.json:
         print_json(summary)
-    else:
+    elif lm_eval is None:
         print_scores(summary)
+    else:
+        print_harness(summary)
 
 
 @command(app, MODEL, GRID, JOINT, DATA, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
@@ -210,20 +226,22 @@ def generate(
         _tell(common, recipe, None, False, {"model": plan.model_facts(recipe.run.model), "prompts": len(prompt or [])})
         return
     with common.working() as progress:
-        from mopcompress.stages.generate import Answer, open_generator
+        from mopcompress.stages.generate import Answering
 
-        answer: Answer = open_generator(recipe.run, adapter, max_new_tokens=max_new_tokens, progress=progress)
-        answers = answer(prompt) if prompt else []
+        answering = Answering(recipe.run, adapter, max_new_tokens=max_new_tokens, progress=progress)
+        answers = answering.answers(prompt) if prompt else []
     if not prompt:
-        _chat(answer)
+        _chat(answering)
     elif common.json:
         print_json({"answers": [{"prompt": one, "answer": text} for one, text in zip(prompt, answers, strict=True)]})
     else:
         typer.echo("\n\n".join(answers))
 
 
-def _chat(answer: Any) -> None:
+def _chat(answering: Any) -> None:
     """Every line by itself: prompts are trained on single instructions, so there is no memory of earlier ones."""
+    import readline  # noqa: F401 (makes `input` a line editor with a history)
+
     while True:
         try:
             line = input("> ")
@@ -231,7 +249,8 @@ def _chat(answer: Any) -> None:
             typer.echo()
             return
         if line.strip():
-            typer.echo(answer([line])[0])
+            answering.tell(line, lambda text: typer.echo(text, nl=False))
+            typer.echo()
 
 
 def _target(recipe: Recipe, default: Path) -> Path:

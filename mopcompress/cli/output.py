@@ -76,6 +76,20 @@ def print_scores(summary: dict[str, Any]) -> None:
     )
 
 
+def print_harness(summary: dict[str, Any]) -> None:
+    """Results of the lm-evaluation-harness, a line a metric; those of others than `none` with the filter's name."""
+    print_facts({name: summary[name] for name in ("model", "adapter", "harness")})
+    rows = []
+    for task, found in summary["results"].items():
+        for name, value in found.items():
+            metric, _, chosen = name.partition(",")
+            if chosen and not metric.endswith("_stderr"):
+                error = found.get(f"{metric}_stderr,{chosen}")
+                spread = f"{error:.4g}" if isinstance(error, float) else ""
+                rows.append([task, metric if chosen == "none" else name, _shown(value), spread])
+    print_table(["task", "metric", "value", "standard error"], rows)
+
+
 def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(one)}" for name, one in value.items() if one is not None)

@@ -139,6 +139,8 @@ def _together(
     layer: int,
 ) -> Float[Tensor, "batch heads time value_head"]:
     """One softmax over prompts and text."""
+    if query.shape[2] == 1:
+        return _for_one_query(query, key, value, text_bias, prefix, layer)
     batch, heads, time, head = query.shape
     prompts = prefix.log_gate.shape[1]
     log_gate = _for_each(prefix.log_gate, batch)
@@ -161,6 +163,42 @@ def _together(
     return attended.view(batch, heads, time, -1)
 
 
+def _for_one_query(
+    query: Float[Tensor, "batch heads 1 head"],
+    key: Float[Tensor, "batch kv_heads keys head"],
+    value: Float[Tensor, "batch kv_heads keys value_head"],
+    text_bias: Float[Tensor, "b 1 1 keys"],
+    prefix: Prefix,
+    layer: int,
+) -> Float[Tensor, "batch heads 1 value_head"]:
+    """The same for the one query of a generation's step: there, copying all keys and values would cost the most."""
+    batch, heads, _, head = query.shape
+    kv_heads, prompts = key.shape[1], prefix.log_gate.shape[1]
+    # the query heads that share a key head are more rows of one product, so keys are never repeated
+    rows = query.reshape(batch, kv_heads, -1, head)
+    to_text = rows @ key.transpose(2, 3) + text_bias
+    # and so are the examples, which share all prompts
+    to_prompts = _over_examples(rows, prefix.keys[layer].transpose(1, 2))
+    to_prompts = to_prompts + _for_each(prefix.log_gate, batch)[:, None, None]
+    weights = torch.cat([to_prompts, to_text], dim=-1).softmax(-1)
+    of_prompts, of_text = weights.split([prompts, key.shape[2]], dim=-1)
+    if (watched := _watching.get()) is not None:
+        watched[layer] = of_prompts.mean((1, 2))[:, None]
+    if prefix.value_gate is not None:
+        of_prompts = of_prompts * _for_each(prefix.value_gate, batch)[:, None, None]
+    attended = of_text @ value + _over_examples(of_prompts, prefix.values[layer])
+    return attended.reshape(batch, heads, 1, -1)
+
+
+def _over_examples(
+    rows: Float[Tensor, "batch kv_heads rows inner"], shared: Float[Tensor, "kv_heads inner outer"]
+) -> Float[Tensor, "batch kv_heads rows outer"]:
+    """The product of each key head's rows with the one matrix that all examples share."""
+    batch, kv_heads, count, inner = rows.shape
+    together = rows.transpose(0, 1).reshape(kv_heads, batch * count, inner)
+    return torch.bmm(together, shared).view(kv_heads, batch, count, shared.shape[2]).transpose(0, 1)
+
+
 def _separately(
     query: Float[Tensor, "batch heads time head"], prefix: Prefix, layer: int
 ) -> Float[Tensor, "batch heads time value_head"]:
@@ -180,7 +218,7 @@ def _gated_values(prefix: Prefix, layer: int, batch: int) -> Float[Tensor, "batc
 
 def _for_each(gate: Float[Tensor, "examples prompts"], batch: int) -> Float[Tensor, "batch prompts"]:
     """One gate an example; beam search repeats each example next to itself."""
-    return gate.repeat_interleave(batch // gate.shape[0], dim=0)
+    return gate if len(gate) == batch else gate.repeat_interleave(batch // len(gate), dim=0)
 
 
 def _text_bias(mask: Tensor | None, time: int, key: Tensor) -> Float[Tensor, "b 1 t keys"]:
@@ -189,9 +227,10 @@ def _text_bias(mask: Tensor | None, time: int, key: Tensor) -> Float[Tensor, "b 
     transformers leaves out the mask, as for `sdpa`, of one query that sees every key and of queries that begin where
     the keys do (of which a static cache has more than are filled).
     """
+    if mask is None and time == 1:
+        return key.new_zeros(1, 1, 1, 1).expand(1, 1, 1, key.shape[2])
     if mask is None:
-        seen = key.shape[2] if time == 1 else 0
-        mask = torch.ones(time, key.shape[2], dtype=torch.bool, device=key.device).tril(seen)[None, None]
+        mask = torch.ones(time, key.shape[2], dtype=torch.bool, device=key.device).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask[..., : key.shape[2]].to(key.dtype)
     lowest = torch.finfo(key.dtype).min  # finite: a padding row that sees nothing gives a mean, not NaN

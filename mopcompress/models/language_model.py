@@ -22,16 +22,23 @@ Module = TypeVar("Module", bound=nn.Module)
 class LanguageModel:
     """A frozen network and its tokenizer; `enter` runs the lower blocks, `resume` the upper ones, `logits` the head."""
 
-    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Raises `DataError` when the decoder blocks cannot be found.
 
-        Blocks but the first may still be without weights, on the meta device.
+        Blocks but the first may still be without weights, on the meta device. Only text needs a tokenizer.
         """
         self.network = network.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.config = network.config.get_text_config()
         self._decoder_name, self._blocks_name = locate_blocks(network)
         self._block_gives_tuple, self._attention_is_ours = self._probe_block()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises `DataError` when there is none."""
+        if self._tokenizer is None:
+            raise DataError(f"this {type(self.network).__name__} came without a tokenizer; load its folder")
+        return self._tokenizer
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -3,29 +3,39 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from mopcompress.hf.generation import generate
+from mopcompress.hf.model import MopForCausalLM
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.recipe import RunSpec
 from mopcompress.recover.folder import load_adapter
-from mopcompress.recover.generation import generate
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device
 
-Answer = Callable[[Sequence[str]], list[str]]
 
+class Answering:
+    """The run's model, with an adapter if one is named, loaded once."""
 
-def open_generator(run: RunSpec, adapter: Path | None, *, max_new_tokens: int, progress: Progress = silent) -> Answer:
-    """Load the run's model, and the adapter if one is named, once; the function answers prompts, batch by batch."""
-    base = resolve_model(run.model, progress=lambda line: progress(line, 0, 0))
-    model = load_model(base, device=choose_device(run.device))
-    loaded = load_adapter(adapter, model, base_sha256=weights_hash(base))[0] if adapter else None
+    def __init__(self, run: RunSpec, adapter: Path | None, *, max_new_tokens: int, progress: Progress = silent) -> None:
+        base = resolve_model(run.model, progress=lambda line: progress(line, 0, 0))
+        model = load_model(base, device=choose_device(run.device))
+        self._model: PreTrainedModel = model.network
+        if adapter is not None:
+            self._model = MopForCausalLM.around(model, *load_adapter(adapter, model, base_sha256=weights_hash(base)))
+        self._tokenizer, self._batch_size = model.tokenizer, run.batch_size
+        self._max_new_tokens, self._progress = max_new_tokens, progress
 
-    def answer(prompts: Sequence[str]) -> list[str]:
+    def answers(self, prompts: Sequence[str]) -> list[str]:
+        """To each prompt, batch by batch."""
         answers: list[str] = []
-        for start in range(0, len(prompts), run.batch_size):
-            some = prompts[start : start + run.batch_size]
-            answers += generate(model, loaded, some, max_new_tokens=max_new_tokens)
-            if len(prompts) > run.batch_size:
-                progress("generating", len(answers), len(prompts))
+        for start in range(0, len(prompts), self._batch_size):
+            some = prompts[start : start + self._batch_size]
+            answers += generate(self._model, self._tokenizer, some, max_new_tokens=self._max_new_tokens)
+            if len(prompts) > self._batch_size:
+                self._progress("generating", len(answers), len(prompts))
         return answers
 
-    return answer
+    def tell(self, prompt: str, told: Callable[[str], None]) -> None:
+        """Give the answer to one prompt in pieces, as it comes."""
+        generate(self._model, self._tokenizer, [prompt], max_new_tokens=self._max_new_tokens, told=told)

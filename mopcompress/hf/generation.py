@@ -1,0 +1,93 @@
+"""Answers to instructions, through transformers' own `generate`, from a stock network or a recovered model."""
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from mopcompress.data.encoding import encode
+from mopcompress.data.splits import Example
+from mopcompress.errors import DataError
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    use_cache: bool = True,
+    told: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The greedy answer to each instruction, without special tokens and outer white space.
+
+    An answer ends with the turn, or after `max_new_tokens`. `told` hears the answer to a single instruction in pieces,
+    as it comes. Raises `DataError` when an instruction and its answer do not fit the model's context.
+    """
+    if not prompts:
+        return []
+    contexts, ends = _contexts(model, tokenizer, prompts)
+    _check_fits(model, contexts, max_new_tokens)
+    longest = max(map(len, contexts))
+    padding = tokenizer.pad_token_id
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=use_cache,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends) if padding is None else padding,
+    )
+    # padding stands on the left, where the mask hides it: all answers begin in one column
+    tokens = [[settings.pad_token_id] * (longest - len(context)) + [*context] for context in contexts]
+    mask = [[0] * (longest - len(context)) + [1] * len(context) for context in contexts]
+    with torch.inference_mode():
+        written = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(tokens, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=settings,
+            streamer=None if told is None else _Told(tokenizer, told),
+        )
+    answers = [itertools.takewhile(lambda token: token not in ends, row[longest:]) for row in written.tolist()]
+    return [str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip() for answer in answers]
+
+
+class _Told(TextStreamer):
+    """Gives whole words to a function, without the white space before the first."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, told: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.told, self.begun = told, False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """`text` is what is new; the last may be empty."""
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        if text:
+            self.told(text)
+
+
+def _contexts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> tuple[list[tuple[int, ...]], set[int]]:
+    """The prompts as they are encoded for training and evaluation, and the tokens that end an answer."""
+    # what comes before a response does not depend on the response
+    rows = [Example(task="", instruction=prompt, input="", output="x") for prompt in prompts]
+    documents = encode(rows, tokenizer, max_length=sys.maxsize).documents
+    stock = model.generation_config.eos_token_id
+    ends = {stock} if isinstance(stock, int) else set(stock or ())
+    return (
+        [document.tokens[: document.context_tokens] for document in documents],
+        ends | {document.tokens[-1] for document in documents},
+    )
+
+
+def _check_fits(model: PreTrainedModel, contexts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
+    longest = max(map(len, contexts))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise DataError(
+            f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of {limit} "
+            "tokens; shorten the prompt or ask for fewer"
+        )
