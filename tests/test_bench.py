@@ -1,4 +1,5 @@
 import json
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -175,6 +176,21 @@ def test_other_settings_in_the_same_folder_are_refused(finished, recipe_of, tmp_
         bench(recipe_of(**flags), folder)
     for name in ("rows.jsonl", "run.json"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_folder_from_before_a_setting_existed_goes_on_where_the_setting_has_its_default(
+    finished, recipe_of, tmp_path
+):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    manifest = json.loads((folder / "run.json").read_text())
+    for stage in manifest["recipe"].values():
+        stage.get("recovery_modifiers", {}).get("PromptRecoveryModifier", {}).pop("log_opening", None)
+    (folder / "run.json").write_text(json.dumps(manifest))
+    assert [row.cell for row in bench(recipe_of(), folder)] == CELLS
+    manifest["recipe"]["recovery_stage"]["recovery_modifiers"]["PromptRecoveryModifier"]["log_opening"] = -1.0
+    (folder / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match="log_opening was -1.0, is -3.0"):
+        bench(recipe_of(), folder)
 
 
 def test_a_folder_in_use_is_refused(finished, recipe_of, tmp_path):

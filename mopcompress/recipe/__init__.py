@@ -1,7 +1,7 @@
 """Recipes: what to do, as checked data. Nothing here loads torch."""
 
 from mopcompress.recipe.gptq import GPTQModifier
-from mopcompress.recipe.grammar import Recipe, dump_recipe, load_recipe, resolved
+from mopcompress.recipe.grammar import Recipe, dump_recipe, load_recipe, recipe_of, resolved
 from mopcompress.recipe.modifiers import (
     ALPSModifier,
     MagnitudePruningModifier,
@@ -30,5 +30,6 @@ __all__ = [
     "WandaPruningModifier",
     "dump_recipe",
     "load_recipe",
+    "recipe_of",
     "resolved",
 ]

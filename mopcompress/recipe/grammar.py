@@ -92,9 +92,14 @@ def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Re
     """
     if path is None:
         return Recipe(DEFAULT_STAGES, RunSpec.model_validate(check_flags(flags)))
+    return recipe_of(read_document(path), str(path), flags)
+
+
+def recipe_of(document: Mapping[str, Any], name_of_file: str, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
+    """The same from what a file holds, or from what `resolved` gave: fields that came later get their defaults."""
     faults: list[Fault] = []
     stages, run = [], {}
-    for name, content in read_document(path).items():
+    for name, content in document.items():
         if name == "run":
             run = _checked_run(content, faults)
         elif name.endswith("_stage"):
@@ -103,7 +108,7 @@ def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Re
             faults.append(stranger(name, content))
     check_order(stages, faults)
     if faults:
-        raise RecipeError(lines(found.in_recipe(str(path)) for found in faults))
+        raise RecipeError(lines(found.in_recipe(name_of_file) for found in faults))
     recipe = Recipe(tuple(stages), RunSpec())
     return Recipe(recipe.stages, RunSpec.model_validate(_own_grid(recipe) | run | check_flags(flags)))
 

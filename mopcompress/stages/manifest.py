@@ -6,7 +6,7 @@ from typing import Any
 
 from mopcompress import artifact
 from mopcompress.errors import RecipeError
-from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, recipe_of, resolved
 
 FILE = "run.json"
 GRID = (
@@ -32,7 +32,7 @@ def check_settings(recipe: Recipe, folder: Path) -> None:
     path = folder / FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        _refuse(folder, differences(_settings(before["recipe"]), _settings(resolved(recipe))))
+        _refuse(folder, differences(_settings(_as_of_now(before, path)), _settings(resolved(recipe))))
 
 
 def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
             )
         return manifest
     before = json.loads(path.read_text(encoding="utf-8"))
-    _refuse(folder, differences(_identity(before), _identity(manifest)))
+    _refuse(folder, differences(_identity(before | {"recipe": _as_of_now(before, path)}), _identity(manifest)))
     earlier = [*before.get("earlier", []), {name: before[name] for name in ("command", "commit", "dirty", "versions")}]
     told = [
         f"Rows of this run were also made by: {one['command'] or 'Python'} (commit {one['commit']}"
@@ -94,6 +94,11 @@ def _rates(recovery: PromptRecoveryModifier) -> str:
     if recovery.learning_rate is not None:
         return f"All arms have one learning rate, the recipe's {recovery.learning_rate:g}: it was not swept."
     return "Each arm has the learning rate that is its own by default: it was not swept for this run."
+
+
+def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A recorded recipe with the fields that it had not yet: their defaults do what was done before they came."""
+    return resolved(recipe_of(manifest["recipe"], f"recipe in {path}"))
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
