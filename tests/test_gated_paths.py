@@ -50,7 +50,8 @@ def trained(model, states):
     with torch.no_grad():
         for path in adapter.paths.values():
             path.up.normal_(std=0.1, generator=generator)
-            path.experts.normal_(std=2.0, generator=generator)
+            path.scales.normal_(std=0.2, generator=generator)
+            path.shifts.normal_(std=0.2, generator=generator)
         for weight in adapter.norms.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     return adapter
@@ -75,7 +76,7 @@ def test_it_begins_at_the_bare_model_exactly(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
-    """Slowly: a network of its own for each example, W + B diag(mean over experts of 1 + g_e s_e) A in its linears."""
+    """Slowly: a network of its own for each example, B (diag(1 + g_e s_e) A x + g_e t_e), mean over e, in its linears."""
     model = tiny_model(family)
     states = CachedStates(model, DOCUMENTS, LAYER, batch_size=4)
     adapter = trained(model, states)
@@ -86,9 +87,12 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
         gates = adapter.gate(states.summaries[row : row + 1])[0].exp()
         for key, path in adapter.paths.items():
             linear = merged.network.get_submodule(key.replace("/", "."))
-            scale = sum(1 + gate * own for gate, own in zip(gates, path.experts, strict=True)) / len(gates)
+            scale = sum(1 + gate * 10 * own for gate, own in zip(gates, path.scales, strict=True)) / len(gates)
+            shift = sum(gate * 10 * own for gate, own in zip(gates, path.shifts, strict=True)) / len(gates)
             weight = weight_of(linear) + path.up @ torch.diag(scale) @ path.down
             set_weight(linear, weight.detach(), None)
+            constant = (path.up @ shift).detach()
+            linear.register_forward_hook(lambda _linear, _inputs, output, constant=constant: output + constant)
         for key, norm in adapter.norms.items():
             merged.network.get_submodule(key.replace("/", ".")).load_state_dict(norm.state_dict())
         expected.append(score_responses(merged, states.batch([row]), LAYER).nats)
@@ -103,7 +107,8 @@ def test_without_preferences_of_the_experts_the_gate_does_nothing(tiny_llama, st
     with torch.no_grad():
         for one in (adapter, other):
             for path in one.paths.values():
-                path.experts.zero_()
+                path.scales.zero_()
+                path.shifts.zero_()
         other.gate.outer.bias.copy_(torch.tensor([5.0, -5.0, 0.0]))
     assert torch.equal(nats(tiny_llama, states, adapter), nats(tiny_llama, states, other))
 
@@ -200,7 +205,7 @@ def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llam
     adapter = gated_paths.build(tiny_llama, config)
     mop = trained_parameters(prompts.build(tiny_llama, replace(config, arm="mop")))
     assert trained_parameters(adapter) <= mop
-    of_a_rank = (BLOCKS - layer) * (32 + 32 + 48 + 32 + 2 * experts)
+    of_a_rank = (BLOCKS - layer) * (32 + 32 + 48 + 32 + 4 * experts)
     narrowest = sum(one.numel() for one in Gate(HIDDEN, experts, width=16).parameters())
     gate = sum(one.numel() for one in adapter.gate.parameters())
     assert trained_parameters(adapter) - gate + narrowest + of_a_rank > mop

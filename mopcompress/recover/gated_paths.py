@@ -6,13 +6,14 @@ gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
 - the norms' weights are trained (PERP, arXiv 2312.15230), and
 - every linear that writes to the residual stream gets a low-rank path with gated experts,
 
-      y = W x + sum_e (1 + g_e(instruction) s_e) / E * B A x,
+      y = W x + sum_e B ((1 + g_e(instruction) s_e) * A x + g_e(instruction) t_e) / E,
 
-  one `down` A and one `up` B for all, as in HydraLoRA (arXiv 2404.19245) with B_e = B diag(1 + s_e) (ours: an expert
-  costs a number a rank, where a B of its own for each of ten experts would cost more than all prompts). The gate is
-  that of `mop`, read once an example.
+  one `down` A and one `up` B for all, as in HydraLoRA (arXiv 2404.19245) with B_e = B diag(s_e) (ours: an expert costs
+  two numbers a rank, where a B of its own for each of ten experts would cost more than all prompts). Its shift t_e is a
+  bias, which is what a prompt is (Petrov et al.), in the direction of the path. The gate is that of `mop`, read once an
+  example.
 
-It begins at the bare model exactly: B = 0, s = 0, norms as they are. It trains at most as many numbers as `mop` with
+It begins at the bare model exactly: B = 0, s = t = 0, norms as they are. It trains at most as many numbers as `mop` with
 the same settings.
 """
 
@@ -38,35 +39,46 @@ from mopcompress.recover.prompts import expert_domains
 from mopcompress.recover.start import Material, Start
 from mopcompress.states import Applied, Instructions
 
+UNIT = 10.0  # of s and t as they are stored: AdamW moves a number by its rate, and an expert has to move by about 1
 WRITERS = {last for _, last in (*MLPS, *ATTENTIONS)}  # what they give is added to the residual stream
 
 
 class LowRank(nn.Module):
-    """The trained part of one linear: B diag(scale) A, with the experts' scales."""
+    """The trained part of one linear: B diag(scale) A + B shift, with the experts' scales and shifts."""
 
     def __init__(self, linear: Linear, rank: int, experts: int) -> None:
         super().__init__()
         rows, columns = weight_of(linear).shape
         self.down = nn.Parameter(torch.zeros(rank, columns))
         self.up = nn.Parameter(torch.zeros(rows, rank))
-        self.experts = nn.Parameter(torch.zeros(experts, rank))
+        self.scales = nn.Parameter(torch.zeros(experts, rank))
+        self.shifts = nn.Parameter(torch.zeros(experts, rank))
 
     def beside(self, linear: nn.Module, weights: Float[Tensor, "batch experts"]) -> nn.Module:
         """What stands in the linear's place for these examples; the experts' weights have a mean of 1."""
-        return _Beside(linear, self.down, self.up, 1 + weights @ self.experts / weights.shape[1])
+        unit = UNIT * weights / weights.shape[1]
+        return _Beside(linear, self.down, self.up, 1 + unit @ self.scales, unit @ self.shifts)
 
 
 class _Beside(nn.Module):
-    def __init__(self, linear: nn.Module, down: Tensor, up: Tensor, scale: Float[Tensor, "batch rank"]) -> None:
+    def __init__(
+        self,
+        linear: nn.Module,
+        down: Tensor,
+        up: Tensor,
+        scale: Float[Tensor, "batch rank"],
+        shift: Float[Tensor, "batch rank"],
+    ) -> None:
         super().__init__()
-        self._own = (linear, down, up, scale)  # in a tuple: neither submodule nor parameters
+        self._own = (linear, down, up, scale, shift)  # in a tuple: neither submodule nor parameters
 
     def forward(self, inputs: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
-        linear, down, up, scale = self._own
+        linear, down, up, scale, shift = self._own
         low = inputs @ down.T
         # an example's tokens stand next to each other, in families that flatten them too, and so do its beams
         tokens = low.shape[:-1].numel() // len(scale)
-        low = low * scale.repeat_interleave(tokens, dim=0).view(low.shape)
+        scale, shift = (one.repeat_interleave(tokens, dim=0).view(low.shape) for one in (scale, shift))
+        low = low * scale + shift
         return linear(inputs) + low @ up.T
 
 
@@ -92,7 +104,7 @@ class GatedPaths(nn.Module):
             yield
 
     def compiled(self, model: LanguageModel) -> Applied:
-        """Nothing but the gate and `rank` numbers a linear is computed an example, so there is nothing to do once."""
+        """Nothing but the gate and 2 `rank` numbers a linear is computed an example, so there is nothing to do once."""
         return lambda instructions: self.applied(model, instructions)
 
     def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"]:
@@ -118,7 +130,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     budget = trained_parameters(prompts.build(model, replace(config, arm="mop")))
     sizes = fitted(
         budget - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
-        of_a_rank=sum(sum(weight_of(linear).shape) + config.experts for linear in linears.values()),
+        of_a_rank=sum(sum(weight_of(linear).shape) + 2 * config.experts for linear in linears.values()),
         of_a_width=config.hidden_size + 1 + config.experts,
         fixed=config.experts,
     )
