@@ -76,7 +76,7 @@ def test_it_begins_at_the_bare_model_exactly(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
-    """Slowly: a network of its own for each example, B (diag(1 + g_e s_e) A x + g_e t_e), mean over e, in its linears."""
+    """Slowly: a network of its own for each example, with B (diag(1 + g_e s_e) A x + g_e t_e), the mean over e."""
     model = tiny_model(family)
     states = CachedStates(model, DOCUMENTS, LAYER, batch_size=4)
     adapter = trained(model, states)

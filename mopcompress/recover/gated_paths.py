@@ -13,8 +13,8 @@ gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
   bias, which is what a prompt is (Petrov et al.), in the direction of the path. The gate is that of `mop`, read once an
   example.
 
-It begins at the bare model exactly: B = 0, s = t = 0, norms as they are. It trains at most as many numbers as `mop` with
-the same settings.
+It begins at the bare model exactly: B = 0, s = t = 0, norms as they are. It trains at most as many numbers as `mop`
+with the same settings.
 """
 
 import copy
