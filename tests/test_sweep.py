@@ -42,28 +42,52 @@ def loss_of(model, states, adapter):
 
 
 def test_the_rate_with_the_lowest_loss_on_the_validation_rows_wins(tiny_llama, validation):
-    adapters = [prompt(number) for number in range(3)]
+    drawn = [prompt(number) for number in range(3)]
+    best, worse, worst = sorted(drawn, key=lambda adapter: loss_of(tiny_llama, validation, adapter))
+    adapters = [worst, best, worse]
     losses = [loss_of(tiny_llama, validation, adapter) for adapter in adapters]
     left = iter(adapters)
     found = swept(tiny_llama, validation, lambda modifier: next(left), learning_rate=0.3)
     assert [trial.validation_nats for trial in found.trials] == pytest.approx(losses, rel=1e-5)
     assert [trial.learning_rate for trial in found.trials] == pytest.approx([0.1, 0.3, 0.9])
-    best = min(range(3), key=losses.__getitem__)
-    assert found.learning_rate == found.trials[best].learning_rate
-    assert found.at_edge == (best != 1)
+    assert found.learning_rate == pytest.approx(0.3)
+    assert not found.at_edge
+
+
+@pytest.mark.parametrize(("way", "best"), [(1, 2.7), (-1, 0.1 / 3)])
+def test_a_best_rate_at_the_edge_makes_the_grid_grow_there(tiny_llama, validation, way, best):
+    drawn = [prompt(number) for number in range(5)]
+    ranked = sorted(drawn, key=lambda adapter: loss_of(tiny_llama, validation, adapter))
+    place = {-1: 3, 0: 2, 1: 1, 2: 0, 3: 4}  # better and better, until the second rate past the first three
+
+    def nearer(modifier):
+        return ranked[place[way * round(math.log(modifier.learning_rate / 0.3, 3))]]
+
+    found = swept(tiny_llama, validation, nearer, learning_rate=0.3)
+    assert found.learning_rate == pytest.approx(best)
+    assert [trial.learning_rate for trial in found.trials] == sorted(trial.learning_rate for trial in found.trials)
+    assert len(found.trials) == 5
+    assert not found.at_edge
+
+
+def test_a_grid_that_never_ends_is_cut_and_says_so(tiny_llama, validation):
+    found = swept(tiny_llama, validation, lambda modifier: prompt(0), learning_rate=0.3)
+    assert len(found.trials) == 6
+    assert found.at_edge
+    assert "edge of the grid" in told(found)
 
 
 def test_each_trial_is_the_same_arm_as_short_as_asked_for(tiny_llama, validation):
     seen = []
     swept(tiny_llama, validation, lambda modifier: seen.append(modifier) or prompt(0), steps=1000)
-    assert [modifier.steps for modifier in seen] == [7, 7, 7]
+    assert [modifier.steps for modifier in seen] == [7] * 6
     assert {modifier.arm for modifier in seen} == {"single"}
-    assert len({modifier.learning_rate for modifier in seen}) == 3
+    assert len({modifier.learning_rate for modifier in seen}) == 6
 
 
 def test_without_a_rate_in_the_recipe_the_grid_is_around_the_arms_own(tiny_llama, validation):
     found = swept(tiny_llama, validation, lambda modifier: prompt(0))
-    assert found.trials[1].learning_rate == PromptRecoveryModifier(arm="single").rate
+    assert PromptRecoveryModifier(arm="single").rate in [trial.learning_rate for trial in found.trials]
 
 
 def broken(modifier, *, above):
@@ -73,14 +97,14 @@ def broken(modifier, *, above):
 
 
 def test_a_rate_that_breaks_down_is_noted_and_not_chosen(tiny_llama, validation):
-    found = swept(tiny_llama, validation, lambda one: broken(one, above=0.15), learning_rate=0.3)
-    assert [trial.validation_nats is None for trial in found.trials] == [False, True, True]
-    assert found.learning_rate == pytest.approx(0.1)
-    assert "0.3: broke down" in told(found)
+    found = swept(tiny_llama, validation, lambda one: broken(one, above=0.5), learning_rate=0.3)
+    assert [trial.learning_rate for trial in found.trials if trial.validation_nats is None] == pytest.approx([0.9])
+    assert found.learning_rate < 0.9
+    assert "0.9: broke down" in told(found)
 
 
 def test_when_all_rates_break_down_the_sweep_says_so(tiny_llama, validation):
-    with pytest.raises(NumericalError, match=r"no rate from 0\.1 to 0\.9"):
+    with pytest.raises(NumericalError, match=r"no rate from 0\.0037037 to 0\.9"):
         swept(tiny_llama, validation, lambda one: broken(one, above=0.0), learning_rate=0.3)
 
 

@@ -31,7 +31,7 @@ class PromptRecoveryModifier(Spec):
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
     accumulate: Annotated[int, Field(ge=1, le=65536)] = 1  # parts that a step's rows run in, to save memory
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None  # of all but the gate; None: the arm's own
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] | None = None  # of all but the gate; None: the arm's own
     gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
@@ -45,7 +45,9 @@ class PromptRecoveryModifier(Spec):
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
     distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
     teacher: FilePath | None = None  # None: the dense model that the compressed one was made from
-    sweep: bool = False  # try a third, one and three times the learning rate first; the best on validation rows trains
+    sweep: bool = (
+        False  # try a third, one and three times the learning rate first, and on past an edge; the best trains
+    )
     sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 20  # of each rate tried
 
     @property

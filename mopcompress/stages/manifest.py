@@ -88,7 +88,8 @@ def _rates(recovery: PromptRecoveryModifier) -> str:
     if recovery.sweep:
         return (
             "Each arm's learning rate was chosen for each setting on validation rows, never on test rows, among three "
-            f"rates trained for {recovery.sweep_steps} steps with the first seed; run.json has them with their losses. "
+            f"rates, and more past an edge that is best, trained for {recovery.sweep_steps} steps with the first seed; "
+            "run.json has them with their losses. "
             "The gate's rate was not swept."
         )
     if recovery.learning_rate is not None:

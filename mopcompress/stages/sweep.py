@@ -1,7 +1,7 @@
 """A learning rate for an arm: each rate of a small grid trains it for a few steps, the best on validation rows wins.
 
-One rate for every arm, or one from the literature, chooses the winner of a comparison by accident. The rate of the
-gate is not swept.
+While the best is at the edge of the grid, the grid grows there. One rate for every arm, or one from the literature,
+chooses the winner of a comparison by accident. The rate of the gate is not swept.
 """
 
 import json
@@ -21,7 +21,8 @@ from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.adapter import Adapter
 from mopcompress.states import CachedStates
 
-FACTORS = (1 / 3, 1.0, 3.0)  # of the recipe's rate, else of the arm's own
+FACTOR = 3.0  # from a rate to the next; the grid begins around the recipe's rate, else the arm's own
+MOST = 6  # rates tried
 
 Train = Callable[[PromptRecoveryModifier], Adapter]
 
@@ -62,10 +63,10 @@ def sweep_rate(
     Raises `NumericalError` when no rate gives a finite loss.
     """
     start = time.perf_counter()
-    trials = []
-    for factor in FACTORS:
+
+    def tried(exponent: int) -> Trial:
         begin = time.perf_counter()
-        rate = factor * modifier.rate
+        rate = modifier.rate * FACTOR**exponent
         nats = None
         try:
             adapter = train(changed(modifier, learning_rate=rate, steps=modifier.sweep_steps))
@@ -75,14 +76,18 @@ def sweep_rate(
             nats = loss if math.isfinite(loss) else None
         except NumericalError:
             pass  # too high a rate is what a sweep is there to find
-        trials.append(Trial(learning_rate=rate, validation_nats=nats, seconds=time.perf_counter() - begin))
-    finite = [trial for trial in trials if trial.validation_nats is not None]
-    if not finite:
+        return Trial(learning_rate=rate, validation_nats=nats, seconds=time.perf_counter() - begin)
+
+    grid = {exponent: tried(exponent) for exponent in (-1, 0, 1)}
+    while (edge := _beyond(grid)) is not None and len(grid) < MOST:
+        grid[edge] = tried(edge)
+    trials = [grid[exponent] for exponent in sorted(grid)]
+    best = min(trials, key=_loss)
+    if best.validation_nats is None:
         raise NumericalError(
             f"sweep of {modifier.arm}: no rate from {trials[0].learning_rate:g} to {trials[-1].learning_rate:g} gives "
             "a finite loss; lower --learning-rate"
         )
-    best = min(finite, key=lambda trial: trial.validation_nats or 0.0)
     return Sweep(
         arm=modifier.arm,
         steps=modifier.sweep_steps,
@@ -90,9 +95,19 @@ def sweep_rate(
         validation_rows=len(validation.documents),
         trials=trials,
         learning_rate=best.learning_rate,
-        at_edge=best in (trials[0], trials[-1]),
+        at_edge=_beyond(grid) is not None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _beyond(grid: dict[int, Trial]) -> int | None:
+    """The next exponent outside, where the best of the grid is at its edge; of equal ones the lowest is the best."""
+    best = min(sorted(grid), key=lambda exponent: _loss(grid[exponent]))
+    return {min(grid): best - 1, max(grid): best + 1}.get(best)
+
+
+def _loss(trial: Trial) -> float:
+    return math.inf if trial.validation_nats is None else trial.validation_nats
 
 
 def told(sweep: Sweep) -> str:
