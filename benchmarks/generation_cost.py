@@ -1,11 +1,12 @@
 """Tokens a second of generation: a bare network against the same one with an adapter, greedy with a cache.
 
-    python benchmarks/generation_cost.py [--arm mop] [--experts 12] [--new-tokens 128] [--batches 1,8] [--rounds 5]
+    python benchmarks/generation_cost.py [MODEL] [--adapter FOLDER | --arm mop --experts 12] [--new-tokens 128]
+        [--batches 1,8] [--rounds 5]
 
-SmolLM2-135M in fp32 and an adapter as `recover` begins one (its values do not change the time), prompts of 64 random
-tokens. Both take turns in one process, after a turn each that is not counted; every turn is one `generate` of the same
-prompt and exactly so many tokens. Prints one JSON object: medians with the least and greatest, and the ratio of times,
-turn by turn. Prefill, the gate's reading with it, is in the time.
+A model folder (SmolLM2-135M if not given) in fp32 and the adapter that `recover` wrote for it, or one of random values
+(they do not change the time), prompts of 64 random tokens. Both take turns in one process, after a turn each that is
+not counted; every turn is one `generate` of the same prompt and exactly so many tokens. Prints one JSON object: medians
+with the least and greatest, and the ratio of times, turn by turn. Prefill, the gate's reading with it, is in the time.
 """
 
 import argparse
@@ -13,14 +14,19 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from mopcompress.hf import MopForCausalLM
-from mopcompress.models.checkpoint import load_model, resolve_model
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.arms import ARMS
+from mopcompress.recover.folder import load_adapter
 from mopcompress.stages.provenance import provenance
 
 CPU = torch.device("cpu")
@@ -28,20 +34,12 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     asked = parse()
-    model = load_model(resolve_model("smollm2"), device=CPU)
-    described = AdapterConfig(
-        arm=asked.arm,
-        experts=asked.experts,
-        prompts_per_expert=10,
-        layer=round(10 / 32 * len(model.blocks)),
-        hidden_size=model.hidden_size,
-        base_sha256="",
-        tasks=(),
-    )
-    adapter = ARMS[asked.arm].build(model, described)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    folder = resolve_model(asked.model)
+    model = load_model(folder, device=CPU)
+    if asked.adapter is None:
+        adapter, described = random_adapter(model, asked.arm, asked.experts)
+    else:
+        adapter, described = load_adapter(asked.adapter, model, base_sha256=weights_hash(folder))
     models = {"bare": model.network, "adapted": MopForCausalLM.around(model, adapter, described)}
     found = {}
     for batch in map(int, asked.batches.split(",")):
@@ -56,7 +54,27 @@ def main() -> None:
             "ratio": spread([turn["adapted"] / turn["bare"] for turn in turns]),
         }
         sys.stderr.write(f"batch {batch}: {found[f'batch {batch}']['ratio']}\n")
-    print(json.dumps({"asked": vars(asked), "seconds": found, **provenance(CPU)}, indent=1))
+    facts = {"asked": vars(asked), "adapter": asdict(described), "seconds": found, **provenance(CPU)}
+    print(json.dumps(facts, indent=1, default=str))
+
+
+def random_adapter(model: LanguageModel, arm: str, experts: int) -> tuple[Adapter, AdapterConfig]:
+    described = AdapterConfig(
+        arm=arm,
+        experts=experts,
+        prompts_per_expert=10,
+        layer=0 if TRAINED[arm].at_input else max(1, round(10 / 32 * len(model.blocks))),
+        hidden_size=model.hidden_size,
+        base_sha256="",
+        tasks=(),
+    )
+    adapter = ARMS[arm].build(model, described)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for group in adapter.learned().values():
+            for parameter in group:
+                parameter.normal_(std=0.1, generator=generator)
+    return adapter, described
 
 
 def seconds(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> float:
@@ -80,7 +98,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arm", default="mop", choices=ARMS)
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--arm", default="mop", choices=[arm for arm in ARMS if not TRAINED[arm].needs_tasks])
     parser.add_argument("--experts", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batches", default="1,8")

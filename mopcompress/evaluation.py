@@ -74,14 +74,22 @@ def macro_perplexity(scores: DocumentScores) -> float:
     return _exp(math.fsum(math.log(task.perplexity) for task in tasks) / len(tasks))
 
 
+def macro_rouge_l(scores: DocumentScores) -> float | None:
+    """The mean over tasks of each task's mean; None where no answers were written."""
+    means = [task.rouge_l for task in task_scores(scores).values() if task.rouge_l is not None]
+    return math.fsum(means) / len(means) if means else None
+
+
 def _score(scores: DocumentScores, chosen: Sequence[bool]) -> TaskScore:
-    rows = [row for row, take in enumerate(chosen) if take]
+    rows, written = [row for row, take in enumerate(chosen) if take], scores.written
     tokens = sum(scores.scored_tokens[row] for row in rows)
     return TaskScore(
         documents=len(rows),
         scored_tokens=tokens,
         perplexity=_exp(math.fsum(scores.nats[row] for row in rows) / tokens),
         exact_match=sum(scores.exact[row] for row in rows) / len(rows),
+        rouge_l=math.fsum(written.rouge_l[row] for row in rows) / len(rows) if written else None,
+        written_exact_match=sum(written.exact[row] for row in rows) / len(rows) if written else None,
     )
 
 

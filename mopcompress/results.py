@@ -20,6 +20,27 @@ class TaskScore:
     scored_tokens: int
     perplexity: float
     exact_match: float
+    rouge_l: float | None = None  # of written answers, as `written_exact_match`: None where none were asked for
+    written_exact_match: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What the model answered, token by token on its own; one entry a test document, in the order of the test split."""
+
+    answers: Sequence[str]
+    rouge_l: Sequence[float]  # F1, 0 to 1, against the document's only reference
+    exact: Sequence[bool]  # the reference's words, whatever their case and the punctuation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A test document as people read it, with what was answered."""
+
+    task: str
+    instruction: str
+    reference: str
+    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +51,7 @@ class DocumentScores:
     nats: Sequence[float]  # summed over the document's scored tokens
     scored_tokens: Sequence[int]
     exact: Sequence[bool]  # greedy decoding gives exactly the reference response
+    written: Written | None = None  # None where no answers were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +92,10 @@ class BenchRow:
     compress_seconds: float
     evaluate_seconds: float
     text_perplexity: float | None = None  # on plain text that no arm was trained on; None where none was asked for
+    rouge_l: float | None = None  # of written answers, mean over documents (micro); None where none were asked for
+    rouge_l_macro: float | None = None  # mean over tasks of each task's mean
+    written_exact_match: float | None = None  # share of documents whose written answer has the reference's words
+    samples: Sequence[Sample] = ()  # a few of the written answers
     fallbacks: int  # matrices that needed more damping than asked for
     peak_bytes: int  # peak resident memory of the process so far
     per_task: dict[str, TaskScore]
@@ -130,6 +156,7 @@ def read_rows(path: Path) -> list[BenchRow]:
 def _row(fields: dict) -> BenchRow:  # type: ignore[type-arg]
     fields["per_task"] = {task: TaskScore(**score) for task, score in fields["per_task"].items()}
     fields["gate"] = fields["gate"] and GateReading(**fields["gate"])
+    fields["samples"] = tuple(Sample(**sample) for sample in fields.get("samples", ()))
     return BenchRow(**fields)
 
 
@@ -141,4 +168,6 @@ def write_documents(scores: DocumentScores, path: Path) -> None:
 
 def read_documents(path: Path) -> DocumentScores:
     """Read what `write_documents` wrote."""
-    return DocumentScores(**json.loads(path.read_text(encoding="utf-8")))
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    written = fields.pop("written", None)
+    return DocumentScores(**fields, written=written and Written(**written))

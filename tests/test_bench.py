@@ -297,3 +297,56 @@ def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
     recipe = for_recovery(recipe_of(), {"top_k": 13})
     with pytest.raises(UsageError, match="--top-k: 13 of 12 experts"):
         recover(recipe, tmp_path / "adapter", seed=0)
+
+
+# --- written answers
+
+
+def test_a_bench_writes_answers_where_it_is_asked_to(recipe_of, finished, tmp_path):
+    """With the oracle too, which is told the task; nothing that was scored before changes."""
+    folder = tmp_path / "run"
+    rows = bench(recipe_of(write_tokens="6", arms="none,single,oracle"), folder)
+    before = {row.cell: row for row in read_rows(finished / "rows.jsonl")}
+    for row in rows:
+        written = read_documents(folder / row.documents_file).written
+        assert len(written.answers) == row.documents == 12
+        assert row.rouge_l == pytest.approx(sum(written.rouge_l) / 12)
+        assert 0 <= row.written_exact_match <= row.rouge_l_macro <= 1
+        assert [sample.answer for sample in row.samples] == written.answers[:3]
+        assert all(sample.instruction and sample.reference for sample in row.samples)
+        assert not any("Answer:" in sample.instruction for sample in row.samples)
+        if row.cell in before:
+            assert row.perplexity == before[row.cell].perplexity
+    assert "ROUGE-L" in (folder / "report.md").read_text()
+    assert {(row.rouge_l, row.samples) for row in before.values()} == {(None, ())}
+
+
+def test_evaluate_writes_the_answers_that_the_bench_wrote(recipe_of, tmp_path):
+    folder = tmp_path / "run"
+    rows = bench(recipe_of(write_tokens="6", arms="none,mop"), folder)
+    model = str(folder / "models" / "sparsegpt-50")
+    recipe = recipe_of(write_tokens="6", model=model)
+    found = evaluate_folder(recipe, folder / "adapters" / "sparsegpt-50-mop-0")
+    row = next(row for row in rows if row.arm == "mop")
+    assert [found[name] for name in ("rouge_l", "rouge_l_macro", "written_exact_match")] == [
+        row.rouge_l,
+        row.rouge_l_macro,
+        row.written_exact_match,
+    ]
+    assert found["samples"] == [asdict(sample) for sample in row.samples]
+
+
+def test_rows_from_before_there_were_answers_are_read(finished, tmp_path):
+    row = json.loads((finished / "rows.jsonl").read_text().splitlines()[0])
+    for name in ("rouge_l", "rouge_l_macro", "written_exact_match", "samples"):
+        del row[name]
+    row["per_task"] = {
+        task: {name: score[name] for name in ("documents", "scored_tokens", "perplexity", "exact_match")}
+        for task, score in row["per_task"].items()
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_rows(tmp_path / "rows.jsonl") == read_rows(finished / "rows.jsonl")[:1]
+    scores = json.loads((finished / row["documents_file"]).read_text())
+    del scores["written"]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    assert read_documents(tmp_path / "scores.json") == read_documents(finished / row["documents_file"])

@@ -1,6 +1,5 @@
 """The command line: what is parsed, what is planned, what is resumed, and one run of everything."""
 
-import io
 import json
 import os
 import signal
@@ -353,28 +352,6 @@ def test_an_adapter_is_trained_once(pruned: Path, adapter: Path, data: Path) -> 
     copied.write_text(copied.read_text().replace("the cat", "a cat"))
     other = invoke(*(data.parent / "other" if word == data else word for word in words))
     assert other.code == 73
-
-
-def test_without_a_terminal_a_prompt_must_be_given(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("an instruction"))
-    assert invoke("generate", stories).code == 2
-
-
-def test_on_a_terminal_lines_are_answered_until_the_end(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = iter(["once upon a time", "", "a cat"])
-
-    def typed(_prompt: str) -> str:
-        for line in lines:
-            return line
-        raise EOFError
-
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", typed)
-    outcome = invoke("generate", stories, "--max-new-tokens", 3)
-    assert outcome.code == 0, outcome.err
-    words = ("generate", stories, "--max-new-tokens", 3, "--prompt")
-    singly = [invoke(*words, prompt).out for prompt in ("once upon a time", "a cat")]
-    assert outcome.out == "".join(singly) + "\n"
 
 
 # --- bench

@@ -32,12 +32,15 @@ from mopcompress.report.tables import (
     perplexity_spread,
     recovery,
 )
-from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table, task_tables
+from mopcompress.report.tasks import task_tables
+from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table
 from mopcompress.results import (
     BenchRow,
     DocumentScores,
     GateReading,
+    Sample,
     TaskScore,
+    Written,
     append_row,
     write_documents,
 )
@@ -795,3 +798,93 @@ def test_the_report_never_imports_torch(folder: Path) -> None:
         "assert not {'torch', 'transformers', 'datasets', 'matplotlib.pyplot'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- written answers
+
+
+def written_run(folder: Path, *, seeds: Sequence[int] = (0,)) -> Run:
+    """Documents of 4 tasks, 6 each; mop writes better than single by what the document's number says."""
+    sample = Sample(task="reverse", instruction="say <b>it</b> | once", reference="it", answer="it " * 200)
+    for arm, gain in (("none", 0.0), ("single", 0.1), ("mop", 0.3)):
+        for seed in (0,) if arm == "none" else seeds:
+            scores = documents(1.0 - gain, seed=5, tasks=TASKS[:4], count=24)
+            rouge = [gain + 0.02 * place * (1 + gain) + 0.05 * seed for place in range(24)]
+            written = Written(answers=["it"] * 24, rouge_l=rouge, exact=[value > 0.5 for value in rouge])
+            scores = replace(scores, written=written)
+            by_task = {task: [rouge[place] for place in range(24) if scores.tasks[place] == task] for task in TASKS[:4]}
+            row = bench_row(scores, method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
+            row = replace(
+                row,
+                rouge_l=float(np.mean(rouge)),
+                rouge_l_macro=float(np.mean([np.mean(values) for values in by_task.values()])),
+                written_exact_match=float(np.mean(written.exact)),
+                per_task={
+                    task: replace(score, rouge_l=float(np.mean(by_task[task])), written_exact_match=0.0)
+                    for task, score in row.per_task.items()
+                },
+                samples=(sample,) * 3,
+            )
+            write_documents(scores, folder / row.documents_file)
+            append_row(row, folder / "rows.jsonl")
+    return read_run(folder)
+
+
+def test_rows_with_answers_come_back_as_they_were(tmp_path: Path) -> None:
+    run = written_run(tmp_path)
+    assert run.rows[0].samples[0].instruction == "say <b>it</b> | once"
+    assert run.rows[0].per_task["reverse"].rouge_l is not None
+    written = run.documents[run.rows[0].cell].written
+    assert written is not None
+    assert written.rouge_l[3] == pytest.approx(0.06)
+
+
+def test_rouge_has_the_paired_interval_of_documents_that_count_alike(tmp_path: Path) -> None:
+    run = written_run(tmp_path, seeds=(0, 1))
+    grid = make_grid(run.rows, run.spec)
+    (one,) = (one for one in compare(run, grid) if (one.first, one.second) == ("mop", "none"))
+    means = {
+        arm: np.mean([run.documents[row.cell].written.rouge_l for row in grid.rows("wanda 50%", arm)], axis=0)
+        for arm in ("mop", "none")
+    }
+    difference = means["mop"] - means["none"]
+    assert one.rouge_l is not None
+    assert one.rouge_l.estimate == pytest.approx(difference.mean())
+    assert one.rouge_l.low < one.rouge_l.estimate < one.rouge_l.high
+    names = np.asarray(run.documents[run.rows[0].cell].tasks)
+    assert one.rouge_l_macro is not None
+    by_task = [difference[names == task].mean() for task in TASKS[:4]]
+    assert one.rouge_l_macro.estimate == pytest.approx(np.mean(by_task))
+    assert one.rouge_l_macro.low < one.rouge_l_macro.estimate < one.rouge_l_macro.high
+
+
+def test_the_report_shows_scores_and_answers(tmp_path: Path) -> None:
+    run = written_run(tmp_path)
+    markdown = next(path for path in write_report(tmp_path) if path.name == "report.md").read_text()
+    line = next(line for line in markdown.splitlines() if "| mop |" in line.replace("**", "") and "reverse" not in line)
+    mop = next(row for row in run.rows if row.arm == "mop")
+    assert mop.rouge_l is not None
+    assert f"| {100 * mop.rouge_l:.1f} |" in line
+    assert "## What was written" in markdown
+    assert "&lt;b&gt;it&lt;/b&gt; \\| once" in markdown
+    assert "it it it" in markdown
+    assert "it " * 150 not in markdown
+    assert "<b>it</b>" not in (tmp_path / "report.html").read_text()
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert {cell["arm"]: cell["rouge_l"]["mean"] for cell in numbers["cells"]}["mop"] == mop.rouge_l
+    assert numbers["comparisons_log_perplexity"][0]["rouge_l"]["estimate"] == pytest.approx(0.246)
+
+
+def test_a_report_without_answers_does_not_speak_of_them(folder: Path) -> None:
+    for path in write_report(folder):
+        assert path.suffix == ".json" or not re.search("ROUGE|written", path.read_text())
+
+
+def test_answers_of_other_documents_are_refused(tmp_path: Path) -> None:
+    run = written_run(tmp_path)
+    path = tmp_path / run.rows[0].documents_file
+    fields = json.loads(path.read_text())
+    fields["written"]["rouge_l"].pop()
+    path.write_text(json.dumps(fields))
+    with pytest.raises(DataError, match="does not belong to its row"):
+        read_run(tmp_path)

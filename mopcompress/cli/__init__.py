@@ -1,7 +1,8 @@
 """The command line.
 
 options   what commands share: their options, and how a command is made of them
-commands  prune, quantize, recover, evaluate, bench, generate
+commands  prune, quantize, recover, evaluate, bench
+answering generate
 folders   export, export-adapter, verify, report
 output    JSON, lines and tables on stdout
 endings   errors and signals -> one line on stderr and an exit code
@@ -12,10 +13,10 @@ from typing import Annotated
 import typer
 
 from mopcompress import __version__
-from mopcompress.cli import folders
+from mopcompress.cli import answering, folders
 from mopcompress.cli.commands import app
 
-__all__ = ["app", "folders", "main"]
+__all__ = ["answering", "app", "folders", "main"]
 
 
 def _show_version(asked: bool) -> bool:

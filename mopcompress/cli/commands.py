@@ -24,11 +24,12 @@ from mopcompress.cli.options import (
     OUTPUT,
     RECOVERY,
     SPEECH,
+    WRITING,
     Common,
     command,
 )
 from mopcompress.cli.output import print_bench, print_facts, print_harness, print_json, print_scores
-from mopcompress.errors import RecipeError, UsageError
+from mopcompress.errors import RecipeError
 from mopcompress.recipe import GPTQModifier, Recipe, resolved
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.commands import for_pruning, for_quantizing, for_recovery, with_recovery
@@ -106,7 +107,7 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
     if common.dry_run:
         model = plan.model_facts(recipe.run.model)
         methods = "+".join([one.method for one in modifiers] + ([recipe.repair.method] if recipe.repair else []))
-        _tell(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
+        tell_plan(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
         return
     with common.working() as progress:
         if recipe.run.backend == OURS:
@@ -132,7 +133,7 @@ def recover(
     done = plan.is_done(target, recipe, common.resume)
     if common.dry_run:
         run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
-        _tell(common, recipe, target, done, {**run, "arm": recipe.recovery.arm, "steps": recipe.recovery.steps})
+        tell_plan(common, recipe, target, done, {**run, "arm": recipe.recovery.arm, "steps": recipe.recovery.steps})
         return
     with common.working() as progress:
         from mopcompress.stages.recover import recover as train
@@ -149,7 +150,7 @@ def recover(
     _print_result(common, target, facts, shown)
 
 
-@command(app, MODEL, DATA, MACHINE, DRY_RUN, SPEECH)
+@command(app, MODEL, DATA, WRITING, MACHINE, DRY_RUN, SPEECH)
 def evaluate(
     common: Common,
     adapter: Adapter = None,
@@ -160,12 +161,12 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, as the harness defines them.")
     ] = None,
 ) -> None:
-    """Score a model on the test rows, with or without an adapter: perplexity and exact match."""
+    """Score a model on the test rows, with or without an adapter: perplexity, exact match, and written answers."""
     recipe = common.load()
     plan.check_inputs(recipe.run, data=lm_eval is None, calibration=False)
     if common.dry_run:
         run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
-        _tell(common, recipe, None, False, {**run, "adapter": str(adapter) if adapter else None})
+        tell_plan(common, recipe, None, False, {**run, "adapter": str(adapter) if adapter else None})
         return
     with common.working() as progress:
         if lm_eval is None:
@@ -184,7 +185,7 @@ def evaluate(
         print_harness(summary)
 
 
-@command(app, MODEL, GRID, JOINT, DATA, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(app, MODEL, GRID, JOINT, DATA, WRITING, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def bench(common: Common) -> None:
     """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
     recipe = with_recovery(common.load(), common.recovery)
@@ -196,7 +197,7 @@ def bench(common: Common) -> None:
     plan.check_grid(recipe)
     if common.dry_run:
         run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
-        _tell(common, recipe, folder, False, {**run, **plan.bench_facts(recipe, folder)})
+        tell_plan(common, recipe, folder, False, {**run, **plan.bench_facts(recipe, folder)})
         return
     with common.working() as progress:
         from mopcompress.stages.bench import bench as run_grid
@@ -210,54 +211,11 @@ def bench(common: Common) -> None:
         typer.echo(report)
 
 
-@command(app, MODEL, MACHINE, DRY_RUN, SPEECH)
-def generate(
-    common: Common,
-    adapter: Adapter = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="An instruction; may be given several times.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
-) -> None:
-    """Answer instructions; without --prompt, those typed on the terminal, one a line, until end of file."""
-    recipe = common.load()
-    plan.check_inputs(recipe.run, data=False, calibration=False)
-    if not prompt and not sys.stdin.isatty():
-        raise UsageError("--prompt: missing, and there is no terminal to type on; give --prompt 'an instruction'")
-    if common.dry_run:
-        _tell(common, recipe, None, False, {"model": plan.model_facts(recipe.run.model), "prompts": len(prompt or [])})
-        return
-    with common.working() as progress:
-        from mopcompress.stages.generate import Answering
-
-        answering = Answering(recipe.run, adapter, max_new_tokens=max_new_tokens, progress=progress)
-        answers = answering.answers(prompt) if prompt else []
-    if not prompt:
-        _chat(answering)
-    elif common.json:
-        print_json({"answers": [{"prompt": one, "answer": text} for one, text in zip(prompt, answers, strict=True)]})
-    else:
-        typer.echo("\n\n".join(answers))
-
-
-def _chat(answering: Any) -> None:
-    """Every line by itself: prompts are trained on single instructions, so there is no memory of earlier ones."""
-    import readline  # noqa: F401 (makes `input` a line editor with a history)
-
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            typer.echo()
-            return
-        if line.strip():
-            answering.tell(line, lambda text: typer.echo(text, nl=False))
-            typer.echo()
-
-
 def _target(recipe: Recipe, default: Path) -> Path:
     return Path(recipe.run.output_dir).expanduser() if recipe.run.output_dir else default
 
 
-def _tell(common: Common, recipe: Recipe, target: Path | None, done: bool, facts: dict[str, Any]) -> None:
+def tell_plan(common: Common, recipe: Recipe, target: Path | None, done: bool, facts: dict[str, Any]) -> None:
     """Print the plan; the resolved recipe only in JSON."""
     state = None if target is None else f"{target}, done already" if done else str(target)
     if common.json:

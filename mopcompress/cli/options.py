@@ -91,6 +91,10 @@ DATA = _run_fields(
     text=("TEXT", "Plain text that no arm is trained on, to be scored too"),
     text_samples=("N", "Windows of it"),
 )
+WRITING = _run_fields(
+    "Data",
+    write_tokens=("TOKENS", "Also answer the test rows, in at most so many tokens, and score that (ROUGE-L)"),
+)
 CALIBRATION = _run_fields(
     "Calibration",
     calibration=("TEXT", "Text file, hub id, data (the training rows), or self (text the model writes)"),

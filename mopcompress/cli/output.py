@@ -38,8 +38,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def print_bench(rows: Sequence[BenchRow]) -> None:
     """One line a cell."""
+    written = any(row.rouge_l is not None for row in rows)
     print_table(
-        ["setting", "arm", "seed", "perplexity", "macro", "exact match"],
+        ["setting", "arm", "seed", "perplexity", "macro", "exact match", *(["ROUGE-L"] if written else [])],
         [
             [
                 row.setting,
@@ -48,6 +49,7 @@ def print_bench(rows: Sequence[BenchRow]) -> None:
                 f"{row.perplexity:.4g}",
                 f"{row.perplexity_macro:.4g}",
                 f"{100 * row.exact_match:.1f} %",
+                *([_hundredths(row.rouge_l)] if written else []),
             ]
             for row in rows
         ],
@@ -65,15 +67,37 @@ def print_scores(summary: dict[str, Any]) -> None:
             "exact_match": f"{100 * summary['exact_match']:.1f} % of {summary['documents']} documents",
             "scored_tokens": summary["scored_tokens"],
             "text_perplexity": summary["text_perplexity"],
+            **(_written(summary) if summary["rouge_l"] is not None else {}),
         }
     )
+    written = ["ROUGE-L"] if summary["rouge_l"] is not None else []
     print_table(
-        ["task", "documents", "perplexity", "exact match"],
+        ["task", "documents", "perplexity", "exact match", *written],
         [
-            [task, str(score["documents"]), f"{score['perplexity']:.4g}", f"{100 * score['exact_match']:.1f} %"]
+            [
+                task,
+                str(score["documents"]),
+                f"{score['perplexity']:.4g}",
+                f"{100 * score['exact_match']:.1f} %",
+                *(_hundredths(score["rouge_l"]) for _ in written),
+            ]
             for task, score in summary["per_task"].items()
         ],
     )
+    for sample in summary["samples"]:
+        typer.echo("\n" + "\n".join(f"{name}: {' '.join(text.split())}" for name, text in sample.items()))
+
+
+def _written(summary: dict[str, Any]) -> dict[str, str]:
+    return {
+        "ROUGE-L": f"{_hundredths(summary['rouge_l'])} (macro {_hundredths(summary['rouge_l_macro'])})",
+        "written_exact_match": f"{100 * summary['written_exact_match']:.1f} %, but for case and punctuation",
+    }
+
+
+def _hundredths(share: float | None) -> str:
+    """ROUGE-L as it is usually told: 100 for the same words."""
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def print_harness(summary: dict[str, Any]) -> None:

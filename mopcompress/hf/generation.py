@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -28,8 +28,24 @@ def generate(
     """
     if not prompts:
         return []
-    contexts, ends = _contexts(model, tokenizer, prompts)
-    _check_fits(model, contexts, max_new_tokens)
+    contexts, ends = contexts_of(model, tokenizer, prompts)
+    check_fits(model, contexts, max_new_tokens)
+    return answer_contexts(
+        model, tokenizer, contexts, ends, max_new_tokens=max_new_tokens, use_cache=use_cache, told=told
+    )
+
+
+def answer_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[Sequence[int]],
+    ends: Set[int],
+    *,
+    max_new_tokens: int,
+    use_cache: bool = True,
+    told: Callable[[str], None] | None = None,
+) -> list[str]:
+    """The same for encoded prompts; an answer stops before the first token of `ends`."""
     longest = max(map(len, contexts))
     padding = tokenizer.pad_token_id
     settings = GenerationConfig(
@@ -68,7 +84,7 @@ class _Told(TextStreamer):
             self.told(text)
 
 
-def _contexts(
+def contexts_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> tuple[list[tuple[int, ...]], set[int]]:
     """The prompts as they are encoded for training and evaluation, and the tokens that end an answer."""
@@ -83,11 +99,12 @@ def _contexts(
     )
 
 
-def _check_fits(model: PreTrainedModel, contexts: Sequence[tuple[int, ...]], max_new_tokens: int) -> None:
+def check_fits(model: PreTrainedModel, contexts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise `DataError` when a context and its answer are longer than what the model takes."""
     longest = max(map(len, contexts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:
         raise DataError(
-            f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of {limit} "
-            "tokens; shorten the prompt or ask for fewer"
+            f"a prompt of {longest} tokens and an answer of {max_new_tokens} exceed the model's context of {limit} "
+            "tokens; shorten the prompt or ask for fewer new tokens"
         )

@@ -1,8 +1,12 @@
 """What an adapter reads of a batch that the network was given: the instruction's tokens, without padding."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
@@ -55,3 +59,18 @@ def read_by_itself(
     together = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     real = torch.arange(together.shape[1], device=tokens.device) < mask.sum(1)[:, None]
     return instructions_of(model.enter(together, layer), real)
+
+
+@contextmanager
+def entering(block: nn.Module, act: Any) -> Iterator[None]:
+    """Inside it, the next time that hidden states are about to enter the block, `act` is called with them."""
+
+    def note(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()  # what acts may run the block itself
+        act(args[0] if args else kwargs["hidden_states"])
+
+    handle = block.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -5,8 +5,7 @@ the adapter reads them, and acts from there on. So nothing runs twice, whatever 
 until the generation ends, and reads nothing more.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from mopcompress.errors import DataError
 from mopcompress.hf.config import MopConfig
 from mopcompress.hf.folder import adapter_of, load_whole, network_of
-from mopcompress.hf.instructions import instruction_mask_of, instructions_of, read_by_itself
+from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, read_by_itself
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.repair import Repairs, read_repairs, repair_of, write_repairs
@@ -239,18 +238,3 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
             with torch.inference_mode(False), torch.no_grad():
                 self._compiled = state, self.adapter.compiled(self.language_model)
         return self._compiled[1](instructions)
-
-
-@contextmanager
-def entering(block: nn.Module, act: Any) -> Iterator[None]:
-    """Inside it, the next time that hidden states are about to enter the block, `act` is called with them."""
-
-    def note(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handle.remove()  # what acts may run the block itself
-        act(args[0] if args else kwargs["hidden_states"])
-
-    handle = block.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

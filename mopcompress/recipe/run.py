@@ -67,6 +67,7 @@ class RunSpec(Spec):
     longest_row: Length | None = None  # a choice of rows: only those of at most so many tokens take part
     text: FilePath | None = None  # plain text that no arm is trained on, scored besides the test rows
     text_samples: Rows = 24  # windows of it
+    write_tokens: Annotated[int, Field(ge=1)] | None = None  # test rows are answered too, with so many at most
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     max_seq_length: Length = 512  # tokens of a calibration sample

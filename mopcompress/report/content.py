@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
-from mopcompress.report import choices, plots, provenance, views
+from mopcompress.report import answers, choices, plots, provenance, tasks, views
 from mopcompress.report.formats import number
 from mopcompress.report.intervals import MIN_DOCUMENTS, scarce_tasks
 from mopcompress.report.run import Run
@@ -17,6 +18,7 @@ from mopcompress.report.tables import (
     make_grid,
     perplexity_spread,
     recovery,
+    spread,
 )
 
 
@@ -43,6 +45,7 @@ class Content:
     costs: views.Table
     tasks: tuple[views.Table, ...]
     gates: tuple[views.Table, ...]
+    answers: tuple[views.Table, ...]
     definitions: provenance.Facts
     protocol: provenance.Facts
     command: str | None
@@ -63,9 +66,10 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         figures=plots.figures(grid, comparisons),
         comparisons=views.comparisons_table(comparisons),
         costs=views.costs_table(grid),
-        tasks=views.task_tables(grid),
+        tasks=tasks.task_tables(grid),
         gates=choices.gate_tables(grid),
-        definitions=provenance.DEFINITIONS,
+        answers=answers.answer_tables(grid),
+        definitions=provenance.definitions(run),
         protocol=provenance.protocol_facts(run),
         command=provenance.command(run.manifest),
         recipe=provenance.recipe_text(run.manifest),
@@ -145,6 +149,11 @@ def _numbers(run: Run, grid: Grid, comparisons: Sequence[Comparison], content: C
                     "seeds": [row.seed for row in rows],
                     "perplexity": asdict(perplexity),
                     "perplexity_macro": asdict(macro),
+                    **{
+                        field: asdict(spread(rows, attrgetter(field)))
+                        for _, field, _ in views.WRITTEN
+                        if all(getattr(row, field) is not None for row in rows)
+                    },
                     "recovery": recovery(grid, setting, arm),
                     "best": arm in best_arms(grid, setting),
                 }

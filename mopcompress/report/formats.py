@@ -26,6 +26,17 @@ def share(value: float, *, decimals: int = 1) -> str:
     return _sign(f"{100 * value:.{decimals}f}") + NARROW + "%"
 
 
+def hundredths(value: float) -> str:
+    """0.4137 as `41.4`: ROUGE-L as it is usually told, 100 for the same words."""
+    return _sign(f"{100 * value:.1f}")
+
+
+def points(estimate: float, low: float, high: float) -> str:
+    """A difference of ROUGE-L and its interval as `+3.2 [+1.1, +5.3]`, in hundredths; the plain one without an end."""
+    middle, left, right = (_sign(f"{100 * value:+.1f}") for value in (estimate, low, high))
+    return f"{middle} [{left}, {right}]" if math.isfinite(low) and math.isfinite(high) else middle
+
+
 def ratio(value: float) -> str:
     """0.8534 as `0.85`."""
     return _sign(f"{value:.2f}")

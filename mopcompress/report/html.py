@@ -5,7 +5,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from mopcompress.report import choices
+from mopcompress.report import answers, choices
 from mopcompress.report.content import Content
 
 
@@ -20,5 +20,5 @@ def to_html(content: Content) -> str:
     )
     figures = [(figure, Markup(figure.svg)) for figure in content.figures]
     return environment.get_template("report.html.jinja").render(
-        content=content, figures=figures, gates_note=choices.NOTE
+        content=content, figures=figures, gates_note=choices.NOTE, answers_note=answers.NOTE
     )

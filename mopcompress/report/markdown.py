@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mopcompress.report import choices
+from mopcompress.report import answers, choices
 from mopcompress.report.content import Content
 from mopcompress.report.provenance import Facts
 from mopcompress.report.views import Line, Table, Text
@@ -24,6 +24,8 @@ def to_markdown(content: Content) -> str:
         *(_table(table, level=3) for table in content.tasks),
         f"## What the gate chooses\n\n{escaped(choices.NOTE)}" if content.gates else "",
         *(_table(table, level=3) for table in content.gates),
+        f"## What was written\n\n{escaped(answers.NOTE)}" if content.answers else "",
+        *(_table(table, level=3) for table in content.answers),
         f"## Definitions\n\n{_facts(content.definitions)}",
         f"## Protocol\n\n{_facts(content.protocol)}",
         f"Command:\n\n{_fenced(content.command)}" if content.command else "",

@@ -44,6 +44,22 @@ DEFINITIONS: Facts = (
     ),
 )
 
+WRITTEN: Facts = (
+    (
+        "ROUGE-L",
+        "100 times the F1 of the longest common subsequence of words of the written answer and the reference (Lin "
+        "2004), in lower case, without punctuation and without stemming; mean over test documents, macro: over tasks "
+        "of each task's mean. Answers are written greedily from the instruction alone. Every document has one "
+        "reference.",
+    ),
+    ("written exactly", "share of test documents whose written answer has the reference's words, in their order."),
+)
+
+
+def definitions(run: Run) -> Facts:
+    """Of the columns that this report has."""
+    return (*DEFINITIONS, *(WRITTEN if any(row.rouge_l is not None for row in run.rows) else ()))
+
 
 def title(run: Run) -> str:
     """The model and the data, in one line."""

@@ -81,6 +81,8 @@ def _documents(row: BenchRow, folder: Path) -> DocumentScores:
             f"{path}: not document scores ({error}); remove its row from rows.jsonl and run again"
         ) from error
     lengths = {len(scores.tasks), len(scores.nats), len(scores.scored_tokens), row.documents}
+    if scores.written is not None:
+        lengths |= {len(scores.written.answers), len(scores.written.rouge_l), len(scores.written.exact)}
     if len(lengths) > 1 or sum(scores.scored_tokens) != row.scored_tokens:
         raise DataError(f"{path}: does not belong to its row {row.cell}; remove that row from rows.jsonl and run again")
     return scores

@@ -37,6 +37,8 @@ class Comparison:
     micro: Interval
     macro: Interval
     seeds: tuple[float, ...]  # the micro difference of every seed
+    rouge_l: Interval | None = None  # `first` minus `second`, 0 to 1, mean over documents; None without answers
+    rouge_l_macro: Interval | None = None  # mean over tasks of each task's mean
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
     """Our arms against every other, and every arm against the baselines, by paired bootstrap."""
     scores = next(iter(run.documents.values()))
     bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
+    # every answer counts the same, however long
+    of_answers = PairedBootstrap(scores.tasks, [1] * len(scores.tasks)) if scores.written else None
     tokens = sum(scores.scored_tokens)
     found = []
     for setting in grid.settings:
@@ -135,6 +139,7 @@ def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
         order = sorted(measured, key=lambda arm: {OURS[0]: 0, OURS[1]: 1, "single": 3, "none": 4}.get(arm, 2))
         nats = {arm: {row.seed: _nats(run, row) for row in grid.rows(setting, arm)} for arm in order}
         means = {arm: np.mean(list(by_seed.values()), axis=0) for arm, by_seed in nats.items()}
+        rouge = {arm: _mean_rouge_l(run, grid.rows(setting, arm)) for arm in order}
         for place, first in enumerate(order):
             for second in order[place + 1 :]:
                 if first not in OURS and second not in BASELINES:
@@ -142,8 +147,24 @@ def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
                 micro = bootstrap.micro(means[first], means[second])
                 macro = bootstrap.macro(means[first], means[second])
                 seeds = _seed_differences(nats[first], nats[second], tokens=tokens)
-                found.append(Comparison(setting, first, second, micro, macro, seeds))
+                answers = _answers(of_answers, rouge[first], rouge[second])
+                found.append(Comparison(setting, first, second, micro, macro, seeds, *answers))
     return tuple(found)
+
+
+def _mean_rouge_l(run: Run, rows: Sequence[BenchRow]) -> Vector | None:
+    """Every document's, over the seeds; None where a seed has no answers."""
+    written = [run.documents[row.cell].written for row in rows]
+    scores = [one.rouge_l for one in written if one is not None]
+    return np.mean(np.asarray(scores, dtype=np.float64), axis=0) if len(scores) == len(rows) else None
+
+
+def _answers(
+    bootstrap: PairedBootstrap | None, first: Vector | None, second: Vector | None
+) -> tuple[Interval | None, Interval | None]:
+    if bootstrap is None or first is None or second is None:
+        return None, None
+    return bootstrap.micro(first, second), bootstrap.macro(first, second)
 
 
 def _nats(run: Run, row: BenchRow) -> Vector:

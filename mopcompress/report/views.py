@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from mopcompress.report.formats import (
     ABSENT,
@@ -10,7 +11,9 @@ from mopcompress.report.formats import (
     change_range,
     change_with_interval,
     duration,
+    hundredths,
     number,
+    points,
     ratio,
     share,
     size_in_bytes,
@@ -21,6 +24,11 @@ from mopcompress.results import BenchRow
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
 PLAIN_TEXT = "Plain text: perplexity of text that no arm was trained on. "
+WRITTEN = (  # column, field of a row, form
+    ("ROUGE-L", "rouge_l", hundredths),
+    ("ROUGE-L macro", "rouge_l_macro", hundredths),
+    ("written exactly", "written_exact_match", share),
+)
 TOO_FEW = "too few documents a task for an interval"
 
 
@@ -57,6 +65,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
     against = {(c.setting, c.first): c for c in comparisons if c.second == "single"}
     against |= {(c.setting, c.second): _reversed(c) for c in comparisons if c.first == "single"}
     texts = any(row.text_perplexity for rows in grid.cells.values() for row in rows)
+    written = WRITTEN if any(row.rouge_l is not None for rows in grid.cells.values() for row in rows) else ()
     lines = []
     for setting, arm, first in _order(grid):
         rows = grid.rows(setting, arm)
@@ -68,6 +77,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
             _perplexity(rows, lambda row: row.perplexity),
             _perplexity(rows, lambda row: row.perplexity_macro),
             _over_seeds(rows, lambda row: row.exact_match, share),
+            *(_written(rows, field, show) for _, field, show in written),
             *([_perplexity(rows, lambda row: row.text_perplexity or math.nan)] if texts else []),
             Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained), alike),
             _against_single(arm, against.get((setting, arm)), measured=bool(rows)),
@@ -81,6 +91,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
         "perplexity",
         "macro",
         "exact match",
+        *(column for column, _, _ in written),
         *(["plain text"] if texts else []),
         "recovery",
         "perplexity against single",
@@ -135,6 +146,7 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     """Every pair of arms with both intervals and what the seeds say."""
     lines = []
     previous = ""
+    written = any(one.rouge_l for one in comparisons)
     for one in comparisons:
         first = one.setting != previous
         previous = one.setting
@@ -146,29 +158,16 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
             Text(interval_text(one.micro)),
             Text(interval_text(one.macro), TOO_FEW if one.macro.lacks_documents else ""),
             Text(seeds),
+            *(_difference(interval) for interval in (one.rouge_l, one.rouge_l_macro) if written),
         )
         lines.append(Line(cells, first))
-    columns = ("setting", "comparison", "verdict", "perplexity", "macro", "over seeds")
+    answers = ("ROUGE-L", "ROUGE-L macro") if written else ()
+    columns = ("setting", "comparison", "verdict", "perplexity", "macro", "over seeds", *answers)
     note = (
         "Change of perplexity with its 95 % interval: paired bootstrap over test documents, the nats of each document "
         "averaged over seeds first. The interval covers the choice of documents; the last column covers the seeds."
     )
     return Table("Every comparison", note, columns, 3, tuple(lines))
-
-
-def task_tables(grid: Grid) -> tuple[Table, ...]:
-    """One table a setting: task x arm, perplexity and exact match, with the dense model beside each."""
-    tables = []
-    for setting in grid.settings:
-        columns = [(setting, arm) for arm in grid.arms_of(setting)]
-        if setting != DENSE and grid.rows(DENSE, "none"):
-            columns.insert(0, (DENSE, "none"))
-        names = {task: None for key in columns for row in grid.rows(*key) for task in row.per_task}
-        if names and columns != [(DENSE, "none")]:
-            lines = tuple(Line((Text(task), *(_task(grid.rows(*key), task) for key in columns))) for task in names)
-            titles = (DENSE if key[0] == DENSE and setting != DENSE else key[1] for key in columns)
-            tables.append(Table(setting, "", ("task", *titles), 1, lines))
-    return tuple(tables)
 
 
 def verdict(interval: Interval) -> str:
@@ -212,6 +211,14 @@ def _over_seeds(rows: Sequence[BenchRow], value: Callable[[BenchRow], float], sh
     return _spread_text(spread(rows, value), show) if rows else Text(ABSENT)
 
 
+def _written(rows: Sequence[BenchRow], field: str, show: Callable[[float], str]) -> Text:
+    return _over_seeds([row for row in rows if getattr(row, field) is not None], attrgetter(field), show)
+
+
+def _difference(one: Interval | None) -> Text:
+    return Text(ABSENT if one is None else points(one.estimate, one.low, one.high))
+
+
 def _perplexity(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) -> Text:
     return _spread_text(perplexity_spread(rows, value), number) if rows else Text(ABSENT)
 
@@ -219,12 +226,3 @@ def _perplexity(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) ->
 def _spread_text(values: Spread, show: Callable[[float], str]) -> Text:
     low, high = show(values.low), show(values.high)
     return Text(show(values.mean), "" if low == high else f"{low} to {high}")
-
-
-def _task(rows: Sequence[BenchRow], task: str) -> Text:
-    rows = [row for row in rows if task in row.per_task]
-    if not rows:
-        return Text(ABSENT)
-    perplexity = perplexity_spread(rows, lambda row: row.per_task[task].perplexity).mean
-    exact = spread(rows, lambda row: row.per_task[task].exact_match).mean
-    return Text(number(perplexity), f"{share(exact, decimals=0)} exact")

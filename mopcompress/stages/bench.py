@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mopcompress import artifact
-from mopcompress.evaluation import macro_perplexity, micro, task_scores
+from mopcompress.evaluation import macro_perplexity, macro_rouge_l, micro, task_scores
 from mopcompress.grid import DENSE, Cell, Setting, cells_of
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
 from mopcompress.models.language_model import LanguageModel
@@ -39,6 +39,7 @@ from mopcompress.stages.provenance import choose_device, now, peak_bytes, proven
 from mopcompress.stages.recover import TRAINING, Recovered, cache_states, first_layer, publish_adapter, train_arm
 from mopcompress.stages.sweep import check_validation, read_sweeps, sweep_rate, told, write_sweep
 from mopcompress.stages.teacher import taught_by
+from mopcompress.stages.written import samples, with_answers
 from mopcompress.states import CachedStates
 
 
@@ -181,6 +182,7 @@ class _Bench:
         start = time.perf_counter()
         scores = score(model, test, trained, size, self.progress)
         seconds = time.perf_counter() - start
+        scores = with_answers(scores, model, test, trained, self.recipe.run, self.progress)
         on_text = micro(score(model, text, trained, size, self.progress)) if text else None
         name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
         adapter = self.folder / "adapters" / name
@@ -210,6 +212,10 @@ class _Bench:
             compress_seconds=facts.get("compress_seconds", 0.0),
             evaluate_seconds=seconds,
             text_perplexity=on_text.perplexity if on_text else None,
+            rouge_l=micro(scores).rouge_l,
+            rouge_l_macro=macro_rouge_l(scores),
+            written_exact_match=micro(scores).written_exact_match,
+            samples=samples(model, test.documents, scores),
             fallbacks=facts.get("fallbacks", 0),
             peak_bytes=peak_bytes(),
             per_task=task_scores(scores),

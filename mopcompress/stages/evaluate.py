@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mopcompress.evaluation import evaluate, macro_perplexity, micro, task_scores
+from mopcompress.evaluation import evaluate, macro_perplexity, macro_rouge_l, micro, task_scores
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import Recipe
@@ -16,6 +16,7 @@ from mopcompress.stages.gate import read_gate
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device
 from mopcompress.stages.recover import cache_states, first_layer
+from mopcompress.stages.written import samples, with_answers
 from mopcompress.states import CachedStates
 
 
@@ -30,6 +31,7 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     layer = config.layer if config else first_layer(recipe.recovery, model)
     states = cache_states(model, sha256, documents.test, layer, recipe.run.batch_size, "test rows", progress)
     scores = score(model, states, loaded, recipe.run.batch_size, progress)
+    scores = with_answers(scores, model, states, loaded, recipe.run, progress)
     text, size = None, recipe.run.batch_size
     if documents.text and not (config and TRAINED[config.arm].needs_tasks):
         windows = cache_states(model, sha256, documents.text, layer, recipe.run.batch_size, "windows of text", progress)
@@ -44,6 +46,10 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
         "perplexity_macro": macro_perplexity(scores),
         "exact_match": micro(scores).exact_match,
         "text_perplexity": text,
+        "rouge_l": micro(scores).rouge_l,
+        "rouge_l_macro": macro_rouge_l(scores),
+        "written_exact_match": micro(scores).written_exact_match,
+        "samples": [vars(sample) for sample in samples(model, documents.test, scores)],
         "documents": micro(scores).documents,
         "scored_tokens": micro(scores).scored_tokens,
         "per_task": {task: vars(one) for task, one in task_scores(scores).items()},

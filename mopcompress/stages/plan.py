@@ -32,6 +32,7 @@ ANYWAY = (
     "max_fallback",
     "batch_size",
     "backend_python",
+    "write_tokens",
 )
 """Fields of `run:` that do not change what prune, quantize, recover and evaluate make."""
 
