@@ -31,5 +31,9 @@ def response_logits(model: LanguageModel, batch: Batch, layer: int) -> Float[Ten
 
 def scores_of(logits: Float[Tensor, "scored vocab"], batch: Batch) -> TokenScores:
     """The scores of response tokens whose logits are known."""
-    nats = torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")
-    return TokenScores(nats, logits.argmax(-1) == batch.target)
+    return TokenScores(nats_of(logits, batch), logits.argmax(-1) == batch.target)
+
+
+def nats_of(logits: Float[Tensor, "scored vocab"], batch: Batch) -> Float[Tensor, " scored"]:
+    """The negative log-likelihood of each response token."""
+    return torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")

@@ -100,7 +100,8 @@ class LanguageModel:
         """The network's own head (scaling and soft-capping included) on normed hidden states at chosen positions."""
         network = _with_submodule(self.network, self._decoder_name, _Given(hidden[None]))
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return network(input_ids=tokens, use_cache=False).logits[0]
+        # not [0]: the gradient of a selection is a whole tensor of zeros, filled anew
+        return network(input_ids=tokens, use_cache=False).logits.squeeze(0)
 
     def _standins(self, first: int, last: int) -> "list[Standin]":
         return [Standin(block, self._block_gives_tuple) for block in self.blocks[first:last]]

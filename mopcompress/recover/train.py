@@ -20,7 +20,7 @@ from mopcompress.recover.adapter import Adapter
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.standing import Keeping, Standing, TrainRow
 from mopcompress.recover.workers import Workers
-from mopcompress.scoring import response_logits, scores_of
+from mopcompress.scoring import nats_of, response_logits
 from mopcompress.states import CachedStates, batches_by_length
 
 
@@ -106,7 +106,7 @@ def losses_of(
     batch = states.batch(rows)
     with adapter.applied(model, batch.instructions):
         logits = response_logits(model, batch, states.layer)
-    nats = scores_of(logits, batch).nats.mean()
+    nats = nats_of(logits, batch).mean()
     return torch.stack([distillation.loss(nats, logits, rows) if distillation else nats, nats])
 
 
