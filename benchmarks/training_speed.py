@@ -3,9 +3,10 @@
     pip install peft
     python benchmarks/training_speed.py --model FOLDER --data FOLDER [--steps 16]
 
-Arms take one step each in turn, on the same model and rows, 8 rows a step: `fit` with one prompt of 80 tokens
-(`single`) and with 8 experts of 10 (`mop`); PEFT with 80 virtual tokens in a plain PyTorch loop (AdamW, padded batches
-in random order), and once more with our batches of similar length. Only real tokens count, no padding and no prompts.
+Arms take one step each in turn, each in a process of its own, on the same model and rows, 8 rows a step: `fit` with one
+prompt of 80 tokens (`single`) and with 8 experts of 10 (`mop`); PEFT with 80 virtual tokens in a plain PyTorch loop
+(AdamW, padded batches in random order), and once more with our batches of similar length. Only real tokens count, no
+padding and no prompts.
 Our time excludes what is done once (the lower blocks' states, told apart as `cache_seconds`) and validation.
 
 Needed FLOPs of ours are what the arm asks for when nothing is computed twice and nothing is padded: in the upper
@@ -18,12 +19,14 @@ optimiser count as nothing. The peak is the best of square float32 products betw
 import argparse
 import json
 import math
+import multiprocessing
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ from mopcompress.states import CachedStates, batches_by_length
 
 PROMPTS, EXPERTS, ROWS = 80, 8, 8
 CPU = torch.device("cpu")
+Run = Callable[[Callable[[], None]], dict[str, Any]]  # is given what hands over to the others
 
 
 @dataclass
@@ -70,48 +74,18 @@ class Measured:
 
 def main() -> None:
     asked = parse()
-    model = load_model(resolve_model(asked.model), device=CPU)
-    counts = {"train_rows": asked.rows, "validation_rows": asked.validation_rows, "test_rows": 8}
-    run = RunSpec(data=asked.data, max_length=2048, longest_row=128, **counts)
-    documents = load_documents(run, model.tokenizer)
-    layer = first_layer(PromptRecoveryModifier(), model)
-    start = time.perf_counter()
-    train, validation = (
-        CachedStates(model, rows, layer, batch_size=16) for rows in (documents.train, documents.validation)
-    )
-    cache_seconds = time.perf_counter() - start
+    arms = ("single", "mop") if asked.ours_only else ("single", "mop", "peft", "peft, our batches")
     peaks = [gemm_peak()]
-    measured = {name: Measured() for name in ("single", "mop", "peft", "peft, our batches")}
-
-    def ours(arm: str) -> Callable[[Callable[[], None]], None]:
-        return lambda wait: train_ours(arm, model, train, validation, documents.tasks, asked, measured[arm], wait)
-
-    def theirs(name: str, *, bucketed: bool) -> Callable[[Callable[[], None]], None]:
-        order = batches(documents.train, bucketed=bucketed)
-        return lambda wait: train_peft(asked, order, documents.train, documents.validation, measured[name], wait)
-
-    runs = {"single": ours("single"), "mop": ours("mop")}
-    if not asked.ours_only:
-        runs |= {
-            "peft": theirs("peft", bucketed=False),
-            "peft, our batches": theirs("peft, our batches", bucketed=True),
-        }
-    in_turn(list(runs.values()), between=lambda: peaks.append(gemm_peak(repeats=2)))
-    flops = {arm: needed(model, layer, documents.train) / sum(tokens_of(documents.train)) for arm in ("single", "mop")}
+    told = in_turn([partial(RUNS[arm], arm, asked) for arm in arms], between=lambda: peaks.append(gemm_peak(repeats=2)))
+    measured = {arm: Measured(**one["measured"]) for arm, one in zip(arms, told, strict=True)}
+    flops = {arm: one.get("flops_a_token") for arm, one in zip(arms, told, strict=True)}
+    shared = {name: fact for name, fact in told[0].items() if name not in ("measured", "flops_a_token")}
     result = {
         "model": asked.model,
-        "rows": [len(documents.train), len(documents.validation)],
-        "layer": layer,
-        "tokens_of_a_row": statistics.mean(tokens_of(documents.train)),
-        "cache_seconds": cache_seconds,
+        **shared,
         "gemm_peak_gflops": max(peaks) / 1e9,
         "gemm_median_gflops": statistics.median(peaks) / 1e9,
-        "padding": {
-            name: padding(documents.train, batches(documents.train, bucketed=name == "ours"))
-            for name in ("ours", "random")
-        },
-        "arms": {name: summary(measured[name], measured, flops.get(name), max(peaks)) for name in runs},
-        "peak_bytes": peak_bytes(),
+        "arms": {arm: summary(measured[arm], measured, flops[arm], max(peaks)) for arm in arms},
         **provenance(CPU),
     }
     print(json.dumps(result, indent=1))
@@ -130,50 +104,64 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_turn(runs: Sequence[Callable[[Callable[[], None]], None]], *, between: Callable[[], None]) -> None:
-    """Let each run go on until it calls what it was given, then the next one; `between` after each round."""
-    turns = [threading.Semaphore(0) for _ in runs]
-    back = threading.Semaphore(0)
-    alive = [True] * len(runs)
-    failed: list[Exception] = []
+def in_turn(runs: Sequence[Run], *, between: Callable[[], None]) -> list[dict[str, Any]]:
+    """What each run returns. Each is a process of its own, so that none finds another's threads and memory in its way.
 
-    def hand_over(index: int) -> None:
-        back.release()
-        turns[index].acquire()
-
-    def one(index: int) -> None:
-        turns[index].acquire()
-        try:
-            runs[index](lambda: hand_over(index))
-        except Exception as error:  # noqa: BLE001 (raised again where all runs are waited for)
-            failed.append(error)
-        alive[index] = False
-        back.release()
-
-    threads = [threading.Thread(target=one, args=(index,), daemon=True) for index in range(len(runs))]
-    for thread in threads:
-        thread.start()
-    while any(alive):
-        for index, turn in enumerate(turns):
-            if alive[index]:
-                turn.release()
-                back.acquire()
-            if failed:
-                raise failed[0]
+    One goes on until it calls what it was given, then the next one; `between` after each round.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in runs]
+    for run, (_, inside) in zip(runs, pipes, strict=True):
+        context.Process(target=play, args=(run, inside), daemon=True).start()
+        inside.close()
+    told: dict[int, dict[str, Any]] = {}
+    while len(told) < len(runs):
+        for index, (outside, _) in enumerate(pipes):
+            if index not in told:
+                outside.send(None)
+                found = outside.recv()  # EOFError: that run failed, and has said why
+                if found is not None:
+                    told[index] = found
         between()
+    return [told[index] for index in range(len(runs))]
 
 
-def train_ours(
-    arm: str,
-    model: LanguageModel,
-    train: CachedStates,
-    validation: CachedStates,
-    tasks: tuple[str, ...],
-    asked: argparse.Namespace,
-    measured: Measured,
-    wait: Callable[[], None],
-) -> None:
+def play(run: Run, pipe: Connection) -> None:
+    """One run in its process: it waits for its turn, and after each step for the next."""
+
+    def hand_over() -> None:
+        pipe.send(None)
+        pipe.recv()
+
+    pipe.recv()
+    pipe.send(run(hand_over))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every arm begins with."""
+
+    model: LanguageModel
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+    tasks: tuple[str, ...]
+
+
+def prepare(asked: argparse.Namespace) -> Prepared:
+    model = load_model(resolve_model(asked.model), device=CPU)
+    counts = {"train_rows": asked.rows, "validation_rows": asked.validation_rows, "test_rows": 8}
+    run = RunSpec(data=asked.data, max_length=2048, longest_row=128, **counts)
+    documents = load_documents(run, model.tokenizer)
+    return Prepared(model, documents.train, documents.validation, documents.tasks)
+
+
+def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) -> dict[str, Any]:
     """`fit` as `recover` calls it, with its defaults."""
+    given, measured = prepare(asked), Measured()
+    model, layer = given.model, first_layer(PromptRecoveryModifier(), given.model)
+    start = time.perf_counter()
+    train, validation = (CachedStates(model, rows, layer, batch_size=16) for rows in (given.train, given.validation))
+    cache_seconds = time.perf_counter() - start
     settings = PromptRecoveryModifier(arm=arm)
     config = AdapterConfig(
         arm=arm,
@@ -182,7 +170,7 @@ def train_ours(
         layer=train.layer,
         hidden_size=model.hidden_size,
         base_sha256="",
-        tasks=tasks if len(tasks) == EXPERTS else (),
+        tasks=given.tasks if len(given.tasks) == EXPERTS else (),
     )
     begin = Start(
         gate_pretraining_steps=settings.gate_pretraining_steps,
@@ -190,7 +178,7 @@ def train_ours(
         log_opening=settings.log_opening,
         seed=0,
     )
-    adapter = ARMS[arm].begin(config, Material(model, train, tasks), begin)
+    adapter = ARMS[arm].begin(config, Material(model, train, given.tasks), begin)
 
     def after(row: Any) -> None:
         measured.step(row.tokens, row.seconds)
@@ -210,18 +198,25 @@ def train_ours(
         seed=0,
     )
     fit(adapter, model, train, training, progress=after)
+    return {
+        "measured": asdict(measured),
+        "rows": [len(given.train), len(given.validation)],
+        "layer": layer,
+        "tokens_of_a_row": statistics.mean(tokens_of(given.train)),
+        "padding": {
+            name: padding(given.train, batches(given.train, bucketed=name == "ours")) for name in ("ours", "random")
+        },
+        "cache_seconds": cache_seconds,
+        "peak_bytes": peak_bytes(),
+        "flops_a_token": needed(model, layer, given.train) / sum(tokens_of(given.train)),
+    }
 
 
-def train_peft(
-    asked: argparse.Namespace,
-    order: Iterator[list[int]],
-    train: Sequence[Encoded],
-    validation: Sequence[Encoded],
-    measured: Measured,
-    wait: Callable[[], None],
-) -> None:
+def train_peft(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) -> dict[str, Any]:
     """The loop that PEFT's own examples have: warm-up and decay as ours, no clipping."""
-    network = load_model(resolve_model(asked.model), device=CPU).network
+    given, measured = prepare(asked), Measured()
+    train, validation, network = given.train, given.validation, given.model.network
+    order = batches(train, bucketed=arm != "peft")
     network.set_attn_implementation("sdpa")
     torch.manual_seed(0)
     tuned = get_peft_model(
@@ -252,6 +247,15 @@ def train_peft(
             count = int((inputs["labels"] != -100).sum())
             nats, scored = nats + count * float(tuned(**inputs).loss), scored + count
     measured.validated(nats / scored)
+    return {"measured": asdict(measured)}
+
+
+RUNS: dict[str, Callable[[str, argparse.Namespace, Callable[[], None]], dict[str, Any]]] = {
+    "single": train_ours,
+    "mop": train_ours,
+    "peft": train_peft,
+    "peft, our batches": train_peft,
+}
 
 
 def padded(documents: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -315,7 +319,7 @@ def tokens_of(documents: Sequence[Encoded]) -> list[int]:
 def summary(one: Measured, every: dict[str, Measured], flops_a_token: float | None, peak: float) -> dict[str, Any]:
     """Rates without the first step, which warms up."""
     seconds, tokens = sum(one.seconds[1:]), sum(one.tokens[1:])
-    peft = every["peft"]
+    peft = every.get("peft", Measured())
     told: dict[str, Any] = {
         "tokens_per_second": tokens / seconds,
         "seconds_of_a_step": statistics.median(one.seconds[1:]),
