@@ -1,8 +1,8 @@
 """Data-parallel training: every process runs a share of each step's rows, and gradients are added up.
 
-Started by `torchrun`, which tells each process its place in the environment. Only the adapter is trained, a few hundred
-thousand numbers, so one sum over all of them a step is all that is sent: torch.distributed does it alone, and
-accelerate's wrappers of model, optimiser and data would hide the loop and add nothing.
+Started by `torchrun`, or by `accelerate launch`, which tell each process its place in the environment. Only the adapter
+is trained, a few hundred thousand numbers, so one sum over all of them a step is all that is sent: torch.distributed
+does it alone, and accelerate's wrappers of model, optimiser and data would hide the loop and add nothing.
 """
 
 import os
