@@ -157,7 +157,8 @@ def test_the_loss_mixes_text_and_teacher_by_the_share(tiny_llama):
     kept = teacher.of(ROWS, tiny_llama.device)
     student = logits_of(7, scored=len(kept.tokens)).float()
     far = divergence(kept, student, temperature=2.0).mean()
-    mixed = Distillation(teacher, 0.3).loss(torch.tensor(5.0), student, ROWS)
+    batch = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
+    mixed = Distillation(teacher, 0.3).loss(torch.tensor(5.0), student, [], batch, ROWS)
     assert_close(mixed, 0.7 * 5.0 + 0.3 * far)
 
 

@@ -149,11 +149,8 @@ RECOVERY = _recovery_fields(
     distill=("distill", float, "Share of the loss that follows the dense model's distributions, not the text"),
     distill_temperature=("distill_temperature", float, "Temperature of those distributions"),
     teacher=("teacher", str, "Dense model to distil from; the one that the model was made from if not given"),
-    sweep=(
-        "sweep",
-        bool,
-        "Try a third, one and three times the learning rate, and on while an edge is best; validation rows choose",
-    ),
+    squarehead=("squarehead", float, "Weight of a loss that draws hidden states to the dense model's"),
+    sweep=("sweep", bool, "Try a third, one and three times the learning rate, and on past an edge that is best"),
     sweep_steps=("sweep_steps", int, "Training steps of each rate tried"),
 )
 OUTPUT: Options = {

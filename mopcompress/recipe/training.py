@@ -44,6 +44,7 @@ class PromptRecoveryModifier(Spec):
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
     distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
+    squarehead: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of a loss on hidden states, the dense model's
     teacher: FilePath | None = None  # None: the dense model that the compressed one was made from
     sweep: bool = (
         False  # try a third, one and three times the learning rate first, and on past an edge; the best trains

@@ -7,6 +7,7 @@ and a student that equals its teacher has a divergence of 0.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.states import CachedStates, batches_by_length
+from mopcompress.recover.squarehead import TeacherStates, watched
+from mopcompress.states import Batch, CachedStates, batches_by_length
 
 TOP = 64
 
@@ -41,17 +43,25 @@ class Teacher:
         *,
         temperature: float,
         batch_size: int,
+        hidden: bool = False,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Run the whole model on every document; `progress` is told how many are done."""
+        """Run the whole model on every document, and keep its hidden states too if asked to.
+
+        `progress` is told how many documents are done.
+        """
         self.temperature = temperature
+        scored = [len(document.tokens) - document.context_tokens for document in documents]
+        self.states = TeacherStates(model, scored) if hidden else None
         self._kept: dict[int, Kept] = {}
         states = CachedStates(model, documents, 0, batch_size=batch_size)
         for rows in batches_by_length(documents, batch_size, generator=None):
             batch = states.batch(rows)
-            with torch.inference_mode():
+            with torch.inference_mode(), watched(model.blocks if hidden else ()) as seen:
                 left = model.resume(batch.hidden, 0)
                 kept = keep(model.logits(left[batch.example, batch.position]), temperature=temperature)
+            if self.states is not None:
+                self.states.keep(rows, batch, seen)
             for index, row in enumerate(rows):
                 own = batch.example == index
                 self._kept[row] = Kept(kept.tokens[own].int().cpu(), kept.log_shares[own].cpu())
@@ -66,18 +76,36 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How much of the loss is the teacher's: `share` of 1 leaves nothing to the text."""
+    """How much of the loss is the teacher's: `share` of 1 leaves nothing to the text.
+
+    `squarehead` is the weight of a loss on hidden states, which is added; it needs a teacher that keeps them.
+    """
 
     teacher: Teacher
     share: float
+    squarehead: float = 0.0
+
+    def watched(self, model: LanguageModel, layer: int) -> AbstractContextManager[list[Tensor]]:
+        """Inside it, what the blocks from `layer` on give is noted, if it is part of the loss."""
+        return watched(model.blocks[layer:] if self.squarehead else ())
 
     def loss(
-        self, nats: Float[Tensor, ""], logits: Float[Tensor, "scored vocab"], rows: Sequence[int]
+        self,
+        nats: Float[Tensor, ""],
+        logits: Float[Tensor, "scored vocab"],
+        seen: Sequence[Tensor],
+        batch: Batch,
+        rows: Sequence[int],
     ) -> Float[Tensor, ""]:
-        """Cross-entropy (`nats`) and divergence from the teacher, mixed."""
-        kept = self.teacher.of(rows, logits.device)
-        far = divergence(kept, logits, temperature=self.teacher.temperature).mean()
-        return (1 - self.share) * nats + self.share * far
+        """Cross-entropy (`nats`) and divergence from the teacher, mixed, and what hidden states add."""
+        loss = nats
+        if self.share:
+            kept = self.teacher.of(rows, logits.device)
+            far = divergence(kept, logits, temperature=self.teacher.temperature).mean()
+            loss = (1 - self.share) * nats + self.share * far
+        if self.squarehead and self.teacher.states is not None:
+            loss = loss + self.squarehead * self.teacher.states.loss(seen, batch, rows)
+        return loss
 
 
 def keep(logits: Float[Tensor, "scored vocab"], *, temperature: float) -> Kept:

@@ -8,6 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -104,10 +105,17 @@ def losses_of(
 ) -> Float[Tensor, " loss_and_nats"]:
     """What training lowers and the nats, means over response tokens; without distillation they are the same."""
     batch = states.batch(rows)
-    with adapter.applied(model, batch.instructions):
+    # watched after the adapter began to act: what prompts give on their own way up is none of the text's
+    with adapter.applied(model, batch.instructions), _watched(distillation, model, states.layer) as seen:
         logits = response_logits(model, batch, states.layer)
     nats = nats_of(logits, batch).mean()
-    return torch.stack([distillation.loss(nats, logits, rows) if distillation else nats, nats])
+    return torch.stack([distillation.loss(nats, logits, seen, batch, rows) if distillation else nats, nats])
+
+
+def _watched(
+    distillation: Distillation | None, model: LanguageModel, layer: int
+) -> AbstractContextManager[list[Tensor]]:
+    return distillation.watched(model, layer) if distillation else nullcontext([])
 
 
 def _backward(

@@ -93,7 +93,7 @@ class _Bench:
     def _teacher(self, model: LanguageModel, documents: Documents) -> Distillation | None:
         """The bench's own dense model teaches, unless another is named."""
         modifier = self.recipe.recovery
-        if modifier.distill and modifier.teacher is None:
+        if (modifier.distill or modifier.squarehead) and modifier.teacher is None:
             modifier = changed(modifier, teacher=str(self.source))
         return taught_by(modifier, self.source, model, documents.train, self.recipe.run.batch_size, self.progress)
 

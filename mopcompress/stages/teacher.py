@@ -25,20 +25,26 @@ def taught_by(
 
     Raises `InputNotFoundError` without a teacher, `DataError` when it is not the one that the model was made from.
     """
-    if not modifier.distill:
+    if not modifier.distill and not modifier.squarehead:
         return None
     folder = resolve_model(modifier.teacher) if modifier.teacher else dense_folder(base)
     teacher = load_model(folder, device=model.device)
     if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise DataError(f"teacher {folder}: its tokens are not those of {base}; name another --teacher")
-    distributions = Teacher(
+    if modifier.squarehead and (len(teacher.blocks), teacher.hidden_size) != (len(model.blocks), model.hidden_size):
+        raise DataError(
+            f"teacher {folder} has {len(teacher.blocks)} blocks of width {teacher.hidden_size}, and {base} "
+            f"{len(model.blocks)} of {model.hidden_size}: leave --squarehead out, or name another --teacher"
+        )
+    taught = Teacher(
         teacher,
         documents,
         temperature=modifier.distill_temperature,
         batch_size=batch_size,
+        hidden=bool(modifier.squarehead),
         progress=lambda done: progress("teacher, once for all arms: training rows", done, len(documents)),
     )
-    return Distillation(distributions, modifier.distill)
+    return Distillation(taught, modifier.distill, modifier.squarehead)
 
 
 def dense_folder(base: Path) -> Path:
