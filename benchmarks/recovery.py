@@ -26,7 +26,7 @@ from mopcompress.stages.bench import bench
 ROOT = Path(__file__).parents[1]
 MAIN = ("none", "single", "mop", "mop+")
 GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
-CONTROLS = ("uniform", "shuffled", "lora", "norms", "input", "prefix", "idp", "oracle")
+CONTROLS = ("uniform", "shuffled", "lora", "eora", "norms", "input", "prefix", "idp", "oracle")
 BATCH = 8
 TEXT = str(ROOT.parent / "shared" / "data" / "lm" / "wikitext2_tokens_test.txt")
 

@@ -20,6 +20,7 @@ from mopcompress.errors import DataError, UsageError
 from mopcompress.hf import MopConfig, MopForCausalLM
 from mopcompress.models.checkpoint import weights_hash
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.linears import weight_of
 from mopcompress.models.repair import LowRank, write_repairs
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import AdapterConfig
@@ -304,7 +305,9 @@ def begun(model: LanguageModel, arm: str, base_sha256: str) -> tuple[Any, Adapte
     config = replace(config, layer=0 if TRAINED[arm].at_input else LAYER)
     states = CachedStates(model, random_documents(9), config.layer, batch_size=4)
     start = Start(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
-    adapter = ARMS[arm].begin(config, Material(model, states, tasks), start)
+    adapter = ARMS[arm].begin(
+        config, Material(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in adapter.parameters():

@@ -13,7 +13,7 @@ from mopcompress.recipe.fields import fault
 class ArmSettings:
     """What is different from arm to arm unless a recipe says otherwise."""
 
-    learning_rate: float
+    learning_rate: float | None  # None: found in closed form, without a step
     at_input: bool = False  # it changes the network from its embeddings on, not from the middle
     needs_tasks: bool = False  # the true task of every example is part of it: text without one cannot be scored
     deep_learning_rate: float | None = None  # with `deep`; None: it has no such form
@@ -35,6 +35,7 @@ TRAINED = {
     # a short sweep: benchmarks/LOG.md
     "lora": ArmSettings(learning_rate=1e-2, whole=True),
     "masklora": ArmSettings(learning_rate=1e-2, whole=True),
+    "eora": ArmSettings(learning_rate=None, whole=True),
     "ia3": ArmSettings(learning_rate=3e-2, whole=True),
     "norms": ArmSettings(learning_rate=1e-2, whole=True),
     "mop+": ArmSettings(learning_rate=1e-2),

@@ -52,12 +52,19 @@ class PromptRecoveryModifier(Spec):
     sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 20  # of each rate tried
 
     @property
-    def rate(self) -> float:
-        """The learning rate: the recipe's, or the arm's own."""
+    def rate(self) -> float | None:
+        """The learning rate: the recipe's, or the arm's own; None where the arm takes no steps."""
+        settings = TRAINED[self.arm]
+        if settings.learning_rate is None:
+            return None
         if self.learning_rate is not None:
             return self.learning_rate
-        settings = TRAINED[self.arm]
         return settings.deep_learning_rate if self.deep and settings.deep_learning_rate else settings.learning_rate
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether a sweep was asked for, and there is a rate to find."""
+        return self.sweep and self.rate is not None
 
     def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The task of each expert, one to one; empty when experts are to be found by clustering."""

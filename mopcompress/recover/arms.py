@@ -1,6 +1,6 @@
 """The arms of the comparison: every line of a report is one of these, trained by one loop."""
 
-from mopcompress.recover import gated_paths, ia3, idp, input_prompts, lora, norms, prefix, prompts, routed
+from mopcompress.recover import eora, gated_paths, ia3, idp, input_prompts, lora, norms, prefix, prompts, routed
 from mopcompress.recover.start import Arm
 
 ARMS: dict[str, Arm] = {
@@ -15,6 +15,7 @@ ARMS: dict[str, Arm] = {
     "prefix": Arm(prefix.build, prefix.begin),
     "lora": Arm(lora.build, lora.begin),
     "masklora": Arm(lora.build, lora.begin),
+    "eora": Arm(lora.build, eora.begin),
     "ia3": Arm(ia3.build, ia3.begin),
     "norms": Arm(norms.build, norms.begin),
     "mop+": Arm(gated_paths.build, gated_paths.begin),

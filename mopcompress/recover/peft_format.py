@@ -100,6 +100,7 @@ FORMATS: dict[str, Callable[[Adapter, LanguageModel], PeftAdapter]] = {
     "input": input_prompt,
     "prefix": trained_prefix,
     "lora": low_rank,
+    "eora": low_rank,
     "ia3": scaled,
 }
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.states import CachedStates
@@ -15,6 +17,7 @@ class Material:
     model: LanguageModel
     states: CachedStates  # of the training documents, at the adapter's layer
     tasks: Sequence[str]
+    dense: Callable[[str], Tensor] | None = None  # a linear's weight [out, in] before compression, by dotted name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.adapter import trained_parameters
-from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.folder import adapter_bytes
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, read_rows, write_documents
@@ -38,7 +37,7 @@ from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
 from mopcompress.stages.recover import TRAINING, Recovered, cache_states, first_layer, publish_adapter, train_arm
 from mopcompress.stages.sweep import check_validation, read_sweeps, sweep_rate, told, write_sweep
-from mopcompress.stages.teacher import taught_by
+from mopcompress.stages.teacher import dense_weights, taught_by
 from mopcompress.stages.written import samples, with_answers
 from mopcompress.states import CachedStates
 
@@ -62,14 +61,17 @@ class _Bench:
         self.device = choose_device(recipe.run.device)
         self.source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
         self.source_sha256 = weights_hash(self.source)
+        # the bench's own dense model teaches, unless another is named
+        self.recovery = changed(recipe.recovery, teacher=recipe.recovery.teacher or str(self.source))
         self.command = command
 
     def run(self) -> list[BenchRow]:
         start = time.perf_counter()
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
-        self.taught = self._teacher(model, documents)
-        if self.recipe.recovery.sweep:
+        size = self.recipe.run.batch_size
+        self.taught = taught_by(self.recovery, self.source, model, documents.train, size, self.progress)
+        if self.recovery.sweep:
             check_validation(len(documents.validation), self.recipe.run.data)
         weights = model.network.num_parameters()
         del model  # each setting loads its own
@@ -89,13 +91,6 @@ class _Bench:
         write_manifest(manifest | {"finished": now()}, self.folder)
         write_report(self.folder)
         return read_rows(self.folder / "rows.jsonl")
-
-    def _teacher(self, model: LanguageModel, documents: Documents) -> Distillation | None:
-        """The bench's own dense model teaches, unless another is named."""
-        modifier = self.recipe.recovery
-        if (modifier.distill or modifier.squarehead) and modifier.teacher is None:
-            modifier = changed(modifier, teacher=str(self.source))
-        return taught_by(modifier, self.source, model, documents.train, self.recipe.run.batch_size, self.progress)
 
     def _compressed(self, setting: Setting, tokens: Any, calibration: dict[str, Any]) -> Path:
         """The folder of the setting's model, made when it is not there."""
@@ -122,13 +117,13 @@ class _Bench:
             return cached[layer, which]
 
         for cell in cells:
-            recovered, modifier = None, self.recipe.recovery
+            recovered, modifier = None, self.recovery
             if cell.arm != "none":
                 modifier = modifier.with_arm(cell.arm)
                 layer = first_layer(modifier, model)
                 rows = states(layer, documents.train, "training rows", TRAINING)
                 train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed)
-                if modifier.sweep:
+                if modifier.sweeps:
                     validation = states(layer, documents.validation, "validation rows")
                     modifier = self._swept(f"{folder_of(setting)}-{cell.arm}", modifier, model, validation, train)
                 recovered = train(modifier)
@@ -147,7 +142,8 @@ class _Bench:
         seed: int,
         modifier: PromptRecoveryModifier,
     ) -> Recovered:
-        return train_arm(model, rows, tasks, modifier, base_sha256, seed, self.progress, self.taught)
+        dense = dense_weights(modifier, self.source)
+        return train_arm(model, rows, tasks, modifier, base_sha256, seed, self.progress, self.taught, dense=dense)
 
     def _swept(
         self,

@@ -2,12 +2,14 @@
 
 import functools
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mopcompress import artifact
 from mopcompress.errors import UsageError
@@ -29,7 +31,7 @@ from mopcompress.stages.kept_states import digest, kept
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
 from mopcompress.stages.sweep import check_validation, sweep_rate, told
-from mopcompress.stages.teacher import taught_by
+from mopcompress.stages.teacher import dense_weights, taught_by
 from mopcompress.stages.unfinished_training import unfinished_training
 from mopcompress.states import CachedStates
 
@@ -57,13 +59,13 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         documents = load_documents(recipe.run, model.tokenizer)
         layer, sha256 = first_layer(recipe.recovery, model), weights_hash(base)
         modifier, sweep = recipe.recovery, None
-        if modifier.sweep:
+        if modifier.sweeps:
             check_validation(len(documents.validation), recipe.run.data)
         with workers.first_alone():
             states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
         taught = taught_by(modifier, base, model, documents.train, size, tell)
-        train = functools.partial(train_arm, model, states, documents.tasks)
-        if modifier.sweep:
+        train = functools.partial(train_arm, model, states, documents.tasks, dense=dense_weights(modifier, base))
+        if modifier.sweeps:
             with workers.first_alone():
                 validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
 
@@ -107,10 +109,11 @@ def train_arm(
     progress: Progress,
     distillation: Distillation | None = None,
     *,
+    dense: Callable[[str], Tensor] | None = None,
     keeping: Keeping | None = None,
     workers: Workers | None = None,
 ) -> Recovered:
-    """Begin and train one arm on cached states; go on with what `keeping` kept.
+    """Begin and train one arm on cached states; go on with what `keeping` kept. `dense` is for arms that repair.
 
     Raises `UsageError` when more experts are to act than there are.
     """
@@ -135,7 +138,7 @@ def train_arm(
     )
     adapter = ARMS[modifier.arm].begin(
         config,
-        Material(model, states, tasks),
+        Material(model, states, tasks, dense),
         Start(
             gate_pretraining_steps=modifier.gate_pretraining_steps,
             gate_temper=modifier.gate_temper,
@@ -144,11 +147,9 @@ def train_arm(
         ),
     )
     what = f"training {modifier.arm}, seed {seed}"
-    rows = fit(
-        adapter,
-        model,
-        states,
-        Training(
+    rows: list[TrainRow] = []
+    if modifier.rate is not None:
+        training = Training(
             steps=modifier.steps,
             batch_size=modifier.batch_size,
             learning_rate=modifier.rate,
@@ -157,12 +158,17 @@ def train_arm(
             clip_norm=modifier.clip_norm,
             seed=seed,
             accumulate=modifier.accumulate,
-        ),
-        distillation=distillation,
-        progress=lambda row: progress(what, row.step, row.steps),
-        keeping=keeping,
-        workers=workers,
-    )
+        )
+        rows = fit(
+            adapter,
+            model,
+            states,
+            training,
+            distillation=distillation,
+            progress=lambda row: progress(what, row.step, row.steps),
+            keeping=keeping,
+            workers=workers,
+        )
     for group in adapter.learned().values():
         for parameter in group:
             parameter.requires_grad_(False)
@@ -177,7 +183,7 @@ def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -
         "trained_parameters": trained_parameters(recovered.adapter),
         "train_steps": len(recovered.rows),
         "train_seconds": recovered.seconds,
-        "final_nats": recovered.rows[-1].nats,
+        "final_nats": recovered.rows[-1].nats if recovered.rows else None,
         **facts,
     }
     with artifact.publish(target, manifest) as scratch:

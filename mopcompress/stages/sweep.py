@@ -62,11 +62,12 @@ def sweep_rate(
 
     Raises `NumericalError` when no rate gives a finite loss.
     """
-    start = time.perf_counter()
+    start, middle = time.perf_counter(), modifier.rate
+    assert middle is not None  # for mypy: arms without a rate are not swept
 
     def tried(exponent: int) -> Trial:
         begin = time.perf_counter()
-        rate = modifier.rate * FACTOR**exponent
+        rate = middle * FACTOR**exponent
         nats = None
         try:
             adapter = train(changed(modifier, learning_rate=rate, steps=modifier.sweep_steps))
