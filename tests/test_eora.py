@@ -7,8 +7,8 @@ from tiny import hooks, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.compress.compression import Compression
-from mopcompress.compress.eora import eora
 from mopcompress.compress.walk import compress_model
+from mopcompress.eora import eora
 from mopcompress.errors import DataError, NumericalError
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

@@ -17,9 +17,10 @@ from mopcompress.compress.feedback import inverse_factor, sweep
 from mopcompress.compress.gptq import _on_grid, gptq
 from mopcompress.compress.magnitude import magnitude, one_threshold
 from mopcompress.compress.sparsegpt import sparsegpt
-from mopcompress.compress.statistics import InputGram, InputNorms
+from mopcompress.compress.statistics import InputNorms
 from mopcompress.compress.wanda import wanda
 from mopcompress.errors import DataError, NumericalError
+from mopcompress.gram import InputGram
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 

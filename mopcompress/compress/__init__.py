@@ -13,8 +13,9 @@ from mopcompress.compress.gptq import gptq
 from mopcompress.compress.magnitude import magnitude
 from mopcompress.compress.solved import Quantised, Solved
 from mopcompress.compress.sparsegpt import sparsegpt
-from mopcompress.compress.statistics import InputGram, InputNorms, Nothing, Statistic
+from mopcompress.compress.statistics import InputNorms, Nothing, Statistic
 from mopcompress.compress.wanda import wanda
+from mopcompress.gram import InputGram
 
 __all__ = ["METHODS", "Method", "Quantised", "Solved"]
 

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mopcompress.compress.feedback import check_gram
 from mopcompress.compress.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, share_of_each
 from mopcompress.compress.refit import refit
 from mopcompress.compress.solved import Solved
 from mopcompress.compress.statistics import with_ridge
+from mopcompress.gram import check_gram
 
 _FIRST_PENALTY = 0.2  # the Gram matrix has a unit diagonal; 0.1 in the paper, which takes more steps
 _GROWTH = 1.7  # of the penalty

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.compress import METHODS, Method, Solved
-from mopcompress.compress.eora import eora
 from mopcompress.compress.matching import DenseSide, toward_dense
 from mopcompress.compress.refit import refit
 from mopcompress.compress.statistics import Statistic, with_ridge
+from mopcompress.eora import eora
 from mopcompress.errors import DataError
 from mopcompress.models.repair import LowRank
 from mopcompress.targets import chosen

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.errors import NumericalError
+from mopcompress.gram import check_gram
 
 Reject = Callable[[int, Tensor, Tensor], None]
 """(column index, column as it is now, error): writes into `error` what the column loses when it is settled."""
@@ -138,13 +139,3 @@ def _triangular_inverse(lower: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     inverse[half:, half:] = _triangular_inverse(lower[half:, half:])
     inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
     return inverse
-
-
-def check_gram(gram: Float[Tensor, "in in"]) -> None:
-    """Cheap on purpose: sums are not finite when an entry is not, and one product tells a matrix from its transpose."""
-    size = len(gram)
-    if not bool(gram.sum().isfinite()):
-        raise NumericalError(f"the {size}x{size} input Gram matrix is not finite; check the calibration data")
-    probe = torch.linspace(1, 2, size).to(gram)
-    if not bool((gram @ probe - probe @ gram).abs().max() <= 1e-3 * gram.diagonal().max()):
-        raise NumericalError(f"the {size}x{size} input Gram matrix is not symmetric; pass the mean of x xᵀ over tokens")

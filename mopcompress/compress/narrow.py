@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mopcompress.compress.statistics import InputGram
 from mopcompress.compress.structured import narrow
 from mopcompress.errors import DataError, MopError, NumericalError
+from mopcompress.gram import InputGram
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, set_weight, weight_of
 from mopcompress.models.widths import (

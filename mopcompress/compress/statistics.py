@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.errors import NumericalError
+from mopcompress.gram import at_least_float32, check_finite, seen
 
-_PANELS = 8  # column panels of the Gram matrix: its upper triangle then costs 9/16 of the whole product
 _CHUNK = 4096  # tokens whose difference is held at a time
 
 
@@ -42,44 +42,14 @@ class InputNorms:
 
     def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
         """Add a batch of tokens. Raises `NumericalError` when an input is not finite."""
-        squares = _at_least_float32(inputs).square().sum(0)
-        _check_finite(squares)
+        squares = at_least_float32(inputs).square().sum(0)
+        check_finite(squares)
         self._squares = squares if self._squares is None else self._squares + squares
         self._tokens += len(inputs)
 
     def mean(self) -> Float[Tensor, " in"]:
         """The root mean square. Raises `NumericalError` when there were no tokens."""
-        return (_seen(self._squares, self._tokens) / self._tokens).sqrt()
-
-
-class InputGram:
-    """Mean of x xᵀ over calibration tokens: half the Hessian of the layer's squared output error.
-
-    The mean is per *token*; SparseGPT's released code divides by sequences. The solvers use the matrix up to a positive
-    factor only, so masks and updates agree. Accumulated in fp32 (fp64 for fp64 inputs), upper triangle only.
-    """
-
-    def __init__(self) -> None:
-        self._upper: Tensor | None = None  # on and above the diagonal; below it panels may hold anything
-        self._tokens = 0
-
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
-        """Add a batch of tokens. Raises `NumericalError` when an input is not finite."""
-        inputs = _at_least_float32(inputs)
-        size = inputs.shape[1]
-        if self._upper is None:
-            self._upper = inputs.new_zeros(size, size)
-        width = -(-size // _PANELS)
-        for first in range(0, size, width):
-            panel = slice(first, first + width)
-            self._upper[panel, first:].addmm_(inputs[:, panel].T, inputs[:, first:])
-        _check_finite(self._upper.diagonal())  # a sum of squares: one bad input spoils it for good
-        self._tokens += len(inputs)
-
-    def mean(self) -> Float[Tensor, "in in"]:
-        """The symmetric mean. Raises `NumericalError` when there were no tokens."""
-        upper = _seen(self._upper, self._tokens).triu() / self._tokens
-        return upper + upper.triu(1).T
+        return (seen(self._squares, self._tokens) / self._tokens).sqrt()
 
 
 def with_ridge(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
@@ -95,10 +65,10 @@ def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens
 
     Raises `NumericalError` when an input is not finite.
     """
-    inputs = _at_least_float32(inputs)
+    inputs = at_least_float32(inputs)
     drift = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
     for here, there in zip(inputs.split(_CHUNK), dense.split(_CHUNK), strict=True):
-        drift.addmm_((_at_least_float32(there) - here).T, here)
+        drift.addmm_((at_least_float32(there) - here).T, here)
     if not bool(drift.sum().isfinite()):
         raise NumericalError("the dense model's layer inputs are not finite on the calibration data; use other text")
     return drift / len(inputs)
@@ -106,26 +76,7 @@ def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens
 
 def cross_mean(outputs: Float[Tensor, "tokens out"], inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "out in"]:
     """Mean of y xᵀ. Raises `NumericalError` when an output is not finite."""
-    mean = _at_least_float32(outputs).T @ _at_least_float32(inputs) / len(inputs)
+    mean = at_least_float32(outputs).T @ at_least_float32(inputs) / len(inputs)
     if not bool(mean.sum().isfinite()):
         raise NumericalError("the dense model's layer outputs are not finite on the calibration data; use other text")
     return mean
-
-
-def _at_least_float32(inputs: Tensor) -> Tensor:
-    return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
-
-
-def _check_finite(sums_of_squares: Float[Tensor, " in"]) -> None:
-    bad = sums_of_squares.isfinite().logical_not()
-    if bad.any():
-        raise NumericalError(
-            f"{int(bad.sum())} of {len(bad)} layer inputs (the first is input {int(bad.nonzero()[0])}) are not finite "
-            f"on the calibration data; remove the documents that overflow or load the model in fp32"
-        )
-
-
-def _seen(total: Tensor | None, tokens: int) -> Tensor:
-    if total is None or tokens == 0:
-        raise NumericalError("no calibration token reached this layer; calibrate on more tokens")
-    return total

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.compress.feedback import check_gram
+from mopcompress.gram import check_gram
 
 
 def eora(
