@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mopcompress.compress.eora import eora
+from mopcompress.eora import eora
 from mopcompress.errors import DataError
+from mopcompress.gram import InputGram
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
 from mopcompress.models.repair import repair_of
@@ -60,13 +61,12 @@ def grams_of(
     model: LanguageModel, states: CachedStates, linears: Mapping[str, Linear | nn.Module]
 ) -> dict[str, Float[Tensor, "inputs inputs"]]:
     """Of each linear's inputs: the mean of x xᵀ over the tokens of all documents, padding left out."""
-    grams: dict[str, Tensor] = {}
+    grams = {name: InputGram() for name in linears}
     real = torch.zeros(0)
 
     def hook(name: str) -> "nn.modules.module.RemovableHandle":  # type: ignore[name-defined]
         def note(_linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].flatten(0, -2)[real].float()
-            grams[name] = grams.get(name, 0) + rows.T @ rows
+            grams[name].update(inputs[0].flatten(0, -2)[real])
 
         return linears[name].register_forward_pre_hook(note)
 
@@ -80,5 +80,4 @@ def grams_of(
     finally:
         for handle in handles:
             handle.remove()
-    tokens = sum(len(document.tokens) for document in states.documents)
-    return {name: gram / tokens for name, gram in grams.items()}
+    return {name: gram.mean() for name, gram in grams.items()}
