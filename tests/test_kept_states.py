@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import BLOCKS, random_documents, tiny_model
+from tiny import BLOCKS, config_of, network_of, random_documents, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.evaluation import evaluate
@@ -60,6 +60,22 @@ def test_other_weights_rows_layers_or_precisions_are_kept_apart(tiny_llama, ente
     states_of(tiny_llama, **other)
     assert len(entered) > computed
     assert len(list(cache.iterdir())) == 2
+
+
+def test_the_same_weights_under_another_config_are_kept_apart(tiny_llama, cache):
+    other = LanguageModel(network_of(config_of("llama", rms_norm_eps=1.0)), tiny_llama.tokenizer)
+    before, found = (everything(states_of(model)) for model in (tiny_llama, other))
+    assert not torch.allclose(before[0], found[0])
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_model_that_was_moved_finds_its_states(tiny_llama, entered):
+    states_of(tiny_llama)
+    computed = len(entered)
+    moved = LanguageModel(network_of(config_of("llama")), tiny_llama.tokenizer)
+    moved.network.config._name_or_path = "/another/folder"
+    states_of(moved)
+    assert len(entered) == computed
 
 
 def test_float16_is_the_same_to_its_rounding_and_half_the_size(tiny_llama, cache):

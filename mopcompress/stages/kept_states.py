@@ -6,6 +6,7 @@ only saves time: what cannot be kept, for want of room or rights, is computed in
 
 import functools
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mopcompress import artifact
 from mopcompress.data.encoding import Encoded
@@ -52,6 +54,12 @@ def kept(
 def digest(documents: Sequence[Encoded]) -> str:
     """A hash of all that states and summaries of these rows depend on."""
     return hashlib.sha256(repr([(one.tokens, one.context_tokens) for one in documents]).encode()).hexdigest()
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """A hash of what a network computes with besides its weights, such as the base of its rotary positions."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return artifact.fingerprint({name: one for name, one in fields.items() if name != "_name_or_path"})
 
 
 def _whole(folder: Path) -> bool:

@@ -27,7 +27,7 @@ from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, fit
 from mopcompress.recover.workers import Workers, joined
 from mopcompress.stages.documents import load_documents
-from mopcompress.stages.kept_states import digest, kept
+from mopcompress.stages.kept_states import config_digest, digest, kept
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
 from mopcompress.stages.sweep import check_validation, sweep_rate, told
@@ -223,6 +223,7 @@ def cache_states(
     facts = {
         "kind": "states that enter a block",
         "model": base_sha256,
+        "config": config_digest(model.network.config),
         "layer": layer,
         "documents": digest(documents),
         "dtype": str(dtype).removeprefix("torch."),
