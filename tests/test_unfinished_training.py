@@ -10,7 +10,7 @@ import torch
 from invoking import TRAINED, write_data
 from safetensors.torch import load_file
 
-from mopcompress.errors import NumericalError, OutputError, StorageError
+from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import for_recovery
 from mopcompress.recover.mixture import MixtureOfPrompts
@@ -145,6 +145,12 @@ def test_a_training_that_could_only_fail_again_is_not_kept(recipe, tmp_path):
         with pytest.raises(NumericalError):
             recover(wild, tmp_path / "out", seed=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_after_settings_that_cannot_be_others_are_taken_in_its_place(recipe, tmp_path):
+    with pytest.raises(UsageError, match="oracle"):
+        recover(for_recovery(recipe, {"arm": "oracle", "experts": 3}), tmp_path / "out", seed=0)
+    assert recover(for_recovery(recipe, {"arm": "oracle"}), tmp_path / "out", seed=0)["train_steps"] == STEPS
 
 
 def standing_of(rows=()):

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mopcompress import artifact
-from mopcompress.errors import DataError, NumericalError, OutputError, StorageError
+from mopcompress.errors import DataError, NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recover.standing import Standing, TrainRow
 from mopcompress.stages.manifest import differences
 
@@ -42,7 +42,7 @@ def unfinished_training(
         try:
             artifact.write_whole(folder / JOB, json.dumps(job, indent=1))
             yield UnfinishedTraining(folder / STANDING, tell)
-        except (DataError, NumericalError):
+        except (DataError, NumericalError, UsageError):
             shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
