@@ -299,6 +299,15 @@ def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
         recover(recipe, tmp_path / "adapter", seed=0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"), [({"top_k": 13}, "--top-k: 13 of 12 experts"), ({"layer": 99}, "--layer: 99")]
+)
+def test_a_bench_refuses_what_its_arms_cannot_have_before_it_writes(recipe_of, tmp_path, flags, said):
+    with pytest.raises(UsageError, match=said):
+        bench(with_recovery(recipe_of(), flags), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["LOCK"]
+
+
 # --- written answers
 
 

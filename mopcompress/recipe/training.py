@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from mopcompress.errors import UsageError
 from mopcompress.recipe.arms import TRAINED, trained_arm
 from mopcompress.recipe.fields import FilePath, Spec, Targets, Time
 from mopcompress.recipe.modifiers import changed
@@ -70,6 +71,13 @@ class PromptRecoveryModifier(Spec):
         """The task of each expert, one to one; empty when experts are to be found by clustering."""
         labelled = self.gate_labels == "tasks" or TRAINED[self.arm].needs_tasks
         return tasks if labelled and self.experts in (None, len(tasks)) else ()
+
+    def count_experts(self, tasks: tuple[str, ...]) -> int:
+        """How many experts there are. Raises `UsageError` when more are to act."""
+        experts = self.experts or len(tasks)
+        if self.top_k is not None and self.top_k > experts:
+            raise UsageError(f"--top-k: {self.top_k} of {experts} experts cannot act; give at most {experts}")
+        return experts
 
     def with_arm(self, arm: str) -> "PromptRecoveryModifier":
         """The same settings for another arm: equal prompts in all, steps and data."""

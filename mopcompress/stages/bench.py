@@ -45,7 +45,8 @@ from mopcompress.states import CachedStates
 def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress = silent) -> list[BenchRow]:
     """Run what the grid still lacks, write the report, and return all rows of the folder.
 
-    Raises `RecipeError` when the folder was made with other settings, `OutputError` when another run is using it.
+    Raises `RecipeError` when the folder was made with other settings, `OutputError` when another run is using it,
+    `UsageError`, before anything is written, when an arm cannot have the layer or the experts that are asked for.
     """
     with artifact.locked(folder):
         for unfinished in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):
@@ -69,6 +70,9 @@ class _Bench:
         start = time.perf_counter()
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
+        self.recovery.count_experts(documents.tasks)
+        for arm in {*self.recipe.run.arms, *self.recipe.run.dense_arms} - {"none"}:
+            first_layer(self.recovery.with_arm(arm), model)
         size = self.recipe.run.batch_size
         self.taught = taught_by(self.recovery, self.source, model, documents.train, size, self.progress)
         if self.recovery.sweep:

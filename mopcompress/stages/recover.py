@@ -118,12 +118,9 @@ def train_arm(
     Raises `UsageError` when more experts are to act than there are.
     """
     start = time.perf_counter()
-    experts = modifier.experts or len(tasks)
-    if modifier.top_k is not None and modifier.top_k > experts:
-        raise UsageError(f"--top-k: {modifier.top_k} of {experts} experts cannot act; give at most {experts}")
     config = AdapterConfig(
         arm=modifier.arm,
-        experts=experts,
+        experts=modifier.count_experts(tasks),
         prompts_per_expert=modifier.prompts_per_expert,
         layer=states.layer,
         hidden_size=model.hidden_size,
