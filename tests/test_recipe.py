@@ -23,6 +23,7 @@ from mopcompress.recipe import (
     load_recipe,
     resolved,
 )
+from mopcompress.recipe.commands import for_pruning, for_recovery
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TWO_FOUR_THEN_W4A16 = """
@@ -757,3 +758,11 @@ def test_a_recipe_is_checked_before_torch_loads():
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(ValueError, match="frozen"):
         RunSpec().seed = 1
+
+
+def test_a_rank_is_told_by_the_flag_of_its_command() -> None:
+    recipe = load_recipe(None)
+    with pytest.raises(UsageError, match=r"^--rank: 0"):
+        for_recovery(recipe, {"rank": 0})
+    with pytest.raises(UsageError, match=r"^--repair-rank: 0"):
+        for_pruning(recipe, repair_rank=0)

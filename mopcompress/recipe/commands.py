@@ -28,8 +28,8 @@ FLAG_OF = {  # fields that have another name on the command line
     "mask_structure": "pattern",
     "num_bits": "bits",
     "batch_size": "rows_per_step",
-    "rank": "repair_rank",
 }
+REPAIR_FLAG_OF = {"rank": "repair_rank"}  # recovery has a `--rank` of its own
 
 
 def for_pruning(
@@ -131,27 +131,27 @@ def _quantized(modifier: Pruning | GPTQModifier, bits: int | None, group_size: i
     return _with(modifier, {"config_groups": {"group_0": {"targets": modifier.targets, "weights": weights}}})
 
 
-def _with(modifier: Kind, changes: Mapping[str, object]) -> Kind:
+def _with(modifier: Kind, changes: Mapping[str, object], flag_of: Mapping[str, str] = FLAG_OF) -> Kind:
     """A checked copy whose faults are told as faults of flags."""
     kind = type(modifier)
     given = {name: value for name, value in changes.items() if value is not None}
     try:
         return kind.model_validate(modifier.model_dump() | given)
     except ValidationError as error:
-        faults = [replace(found, path=(_flag(found),)) for found in faults_of(error, kind)]
+        faults = [replace(found, path=(_flag(found, flag_of),)) for found in faults_of(error, kind)]
         raise UsageError(lines(found.in_flags() for found in faults)) from error
 
 
-def _flag(found: Fault) -> str:
+def _flag(found: Fault, flag_of: Mapping[str, str]) -> str:
     field = str(found.path[-1])
-    return FLAG_OF.get(field, field)
+    return flag_of.get(field, field)
 
 
 def _oneshot(
     recipe: Recipe, modifiers: Sequence[Spec], repair: LowRankRepairModifier | None, rank: int | None
 ) -> Recipe:
     if rank is not None:
-        repair = _with(repair or LowRankRepairModifier(rank=1), {"rank": rank})
+        repair = _with(repair or LowRankRepairModifier(rank=1), {"rank": rank}, REPAIR_FLAG_OF)
     if repair:
         _check_repairable(recipe, modifiers)
         modifiers = [*modifiers, repair]
