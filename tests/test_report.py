@@ -393,11 +393,13 @@ def test_recovery_is_held_against_the_dense_model_with_the_same_arm_too(tmp_path
     assert cell.minor == f"{found:.2f} of the dense model with single"
 
 
-def test_recovery_is_not_available_without_dense_or_with_infinity(tmp_path: Path) -> None:
+def test_recovery_is_not_available_without_dense_or_with_infinity_or_where_nothing_was_lost(tmp_path: Path) -> None:
     dense, none, mop = small_run(tmp_path, {"none": 3.0, "mop": 2.0}, dense=1.0).rows
     assert recovery(make_grid([none, mop], {}), "wanda 50%", "mop") is None
     assert recovery(make_grid([dense, replace(none, perplexity=math.inf), mop], {}), "wanda 50%", "mop") is None
-    assert recovery(make_grid([replace(dense, perplexity=none.perplexity), none, mop], {}), "wanda 50%", "mop") is None
+    for lost in (1.0, 0.99):  # nothing, or less than nothing
+        unharmed = replace(none, perplexity=lost * dense.perplexity)
+        assert recovery(make_grid([dense, unharmed, mop], {}), "wanda 50%", "mop") is None
 
 
 def test_the_mean_over_seeds_agrees_with_differences_of_logs(tmp_path: Path) -> None:

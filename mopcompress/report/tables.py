@@ -101,7 +101,8 @@ def perplexity_spread(rows: Sequence[BenchRow], value: Callable[[BenchRow], floa
 
 
 def recovery(grid: Grid, setting: str, arm: str, *, dense_arm: str = "none") -> float | None:
-    """(log ppl_none - log ppl_arm) / (log ppl_none - log ppl_dense), micro; None where it is undefined.
+    """(log ppl_none - log ppl_arm) / (log ppl_none - log ppl_dense), micro; None where it is undefined,
+    as where compression lost nothing.
 
     0 = as good as the compressed model, 1 = as good as the dense model. Against the dense model without an adapter it
     can exceed 1, for arms also adapt to the task; the dense model with the same arm tells the two apart.
@@ -110,7 +111,7 @@ def recovery(grid: Grid, setting: str, arm: str, *, dense_arm: str = "none") -> 
     if setting == DENSE or not all(groups):
         return None
     none, this, dense = (math.log(perplexity_spread(rows, lambda row: row.perplexity).mean) for rows in groups)
-    if not all(map(math.isfinite, (none, this, dense))) or none == dense:
+    if not all(map(math.isfinite, (none, this, dense))) or none <= dense:
         return None
     return (none - this) / (none - dense)
 
