@@ -239,7 +239,7 @@ class _Bench:
             },
             "data": documents.facts,
             "calibration": calibration,
-            "protocol": protocol(self.recipe),
+            "protocol": protocol(self.recipe, documents.tasks),
             **provenance(self.device),
             "started": now(),
             "finished": None,

@@ -1,6 +1,7 @@
 """The manifest of a bench: what a run is made of, and whether a folder can go on with it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,11 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def protocol(recipe: Recipe) -> list[str]:
+def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
     """What a reader must know of how the arms are compared."""
     recovery, repair = recipe.recovery, recipe.repair
     labels = "clusters of the training instructions"
-    if recovery.gate_labels == "tasks":
+    if recovery.with_arm("mop").domains(tuple(tasks)):
         labels = "the training rows' task labels, which single does not see"
     return [
         "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
