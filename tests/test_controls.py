@@ -168,6 +168,14 @@ def test_uniform_groups_that_are_read_separately_are_no_plain_prompt(tiny_llama,
     assert not torch.allclose(nats(tiny_llama, states, uniform), nats(tiny_llama, states, single), atol=1e-3)
 
 
+def test_prompts_of_an_expert_begin_as_states_of_its_own_task(tiny_llama, states):
+    prompts = begun(tiny_llama, states, "mop").prompts.detach()
+    read = states.batch(range(len(states.documents))).instructions
+    for expert, task in enumerate(CONFIG.tasks):
+        own = read.hidden[[document.task == task for document in states.documents]].flatten(0, 1)
+        assert all(bool((own == prompt).all(1).any()) for prompt in prompts[expert])
+
+
 # --- oracle
 
 

@@ -31,6 +31,15 @@ def test_the_summary_is_the_mean_over_the_instruction_alone(tiny_llama, states):
         assert_close(found, tiny_llama.enter(instruction, LAYER)[0].mean(0), rtol=1e-5, atol=1e-5)
 
 
+def test_what_an_adapter_may_read_ends_with_the_instruction(states):
+    rows = [5, 2, 8]
+    read = states.batch(rows).instructions
+    for hidden, count, row in zip(read.hidden, read.tokens.tolist(), rows, strict=True):
+        assert count == DOCUMENTS[row].context_tokens
+        assert bool(hidden[:count].any(1).all())
+        assert not bool(hidden[count:].any())
+
+
 def test_every_response_token_is_predicted_from_the_position_before_it(states):
     rows = [4, 9, 1]
     batch = states.batch(rows)
