@@ -132,8 +132,9 @@ def recover(
     plan.check_inputs(recipe.run, data=True, calibration=False)
     done = plan.is_done(target, recipe, common.resume)
     if common.dry_run:
-        run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data}
-        tell_plan(common, recipe, target, done, {**run, "arm": recipe.recovery.arm, "steps": recipe.recovery.steps})
+        run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data, "arm": recipe.recovery.arm}
+        steps = 0 if recipe.recovery.rate is None else recipe.recovery.steps
+        tell_plan(common, recipe, target, done, {**run, "steps": steps})
         return
     with common.working() as progress:
         from mopcompress.stages.recover import recover as train

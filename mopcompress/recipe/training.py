@@ -27,7 +27,7 @@ class PromptRecoveryModifier(Spec):
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
     deep: bool = False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
-    rank: Annotated[int, Field(ge=1, le=65536)] | None = None  # of lora and masklora; None: no more to train than mop
+    rank: Annotated[int, Field(ge=1, le=65536)] | None = None  # of lora, masklora, eora; None: no more numbers than mop
     adapter_targets: Targets | None = None  # linears that they change, by the ends of their names; None: the family's
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step

@@ -1,18 +1,20 @@
-"""EoRA (Liu et al., arXiv 2410.21271) as an arm: LoRA's shape, filled in closed form instead of trained.
+"""EoRA as an arm: LoRA's adapter, untrained, but the best of its rank in closed form (Liu et al., arXiv 2410.21271).
 
-The factors are those that bring each linear nearest to the dense model's own weight, for the inputs that it gets from
-the training rows in the compressed network. Nothing is trained, so it says what the steps of the other arms are worth.
+For each linear, B A brings the outputs of the compressed weight nearest to those of the dense one, on the inputs that
+the training rows, instructions and responses, have there in the compressed model. So it says what a rank is worth
+without a gradient step. A repair that `prune` or `quantize` left beside the weights is taken as part of them.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from mopcompress.data.encoding import Encoded
 from mopcompress.eora import eora
-from mopcompress.errors import DataError
+from mopcompress.errors import DataError, UsageError
 from mopcompress.gram import InputGram
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
@@ -20,64 +22,76 @@ from mopcompress.models.repair import repair_of
 from mopcompress.recover import lora
 from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.changes import Changes
-from mopcompress.recover.start import Material, Start
-from mopcompress.states import CachedStates, batches_by_length
+from mopcompress.recover.start import DenseWeights, Material, Start
+from mopcompress.states import CachedStates
 
-ROWS = 16  # documents that run at once
+_TOKENS = 2048  # that go through the blocks at a time, about
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> Changes:
-    """The finished repair; where nothing is missing it is zero.
+@torch.no_grad()
+def begin(config: AdapterConfig, material: Material, _start: Start) -> Changes:
+    """The finished adapter. Nothing of it is random, and it is zero beside a weight that is still the dense one.
 
-    Raises `DataError` without a dense model of the same shape, and for a model that has a repair already.
+    Costs a forward pass over all training rows, and memory for the dense weight and the Gram matrix of every linear
+    that it changes. Raises `UsageError` without dense weights, `DataError` when they are those of another network.
     """
-    if material.dense is None:
-        raise DataError("arm eora: no dense model to come near to; give --teacher")
-    model, adapter = material.model, lora.build(material.model, config)
-    linears = {name: model.network.get_submodule(name) for name in adapter.by_name()}
-    for name, linear in linears.items():
-        if repair_of(linear) is not None:
-            raise DataError(f"arm eora: {name} has a low-rank repair already; prune without --repair-rank, or use lora")
-    grams = grams_of(model, material.states, linears)
-    for name, change in adapter.by_name().items():
-        assert isinstance(change, lora.LowRank)  # for mypy: it was built as one
-        linear = linears[name]
-        assert isinstance(linear, nn.Linear | Conv1D)  # for mypy: changes stand beside linears
-        dense = material.dense(name)
-        if dense.shape != weight_of(linear).shape:
-            raise DataError(
-                f"arm eora: {name} is {tuple(weight_of(linear).shape)}, in the dense model {tuple(dense.shape)}; "
-                "name the model that this one was made from by --teacher"
-            )
-        up, down = eora(dense.to(model.device).float(), weight_of(linear).float(), grams[name], rank=len(change.down))
-        with torch.no_grad():
-            change.up.copy_(up)
-            change.down.copy_(down)
+    model, dense = material.model, material.dense
+    if dense is None:
+        raise UsageError(f"arm {config.arm}: made from the dense model's weights, and none are known; give --teacher")
+    adapter = lora.build(model, config)
+    changes = adapter.by_name()
+    linears = {name: model.network.get_submodule(name) for name in changes}
+    pairs = {name: _dense_and_now(name, linear, dense) for name, linear in linears.items()}
+    moved = {name: linears[name] for name, pair in pairs.items() if not torch.equal(*pair)}
+    grams = input_grams(model, material.states, moved) if moved else {}
+    for name, gram in grams.items():
+        change = changes[name]
+        assert isinstance(change, lora.LowRank)  # for mypy: a ModuleDict forgets what it holds
+        up, down = eora(*pairs[name], gram, rank=len(change.down))
+        change.up.copy_(up)
+        change.down.copy_(down)
     return adapter
 
 
-@torch.inference_mode()
-def grams_of(
-    model: LanguageModel, states: CachedStates, linears: Mapping[str, Linear | nn.Module]
-) -> dict[str, Float[Tensor, "inputs inputs"]]:
-    """Of each linear's inputs: the mean of x xᵀ over the tokens of all documents, padding left out."""
-    grams = {name: InputGram() for name in linears}
-    real = torch.zeros(0)
+def input_grams(
+    model: LanguageModel, states: CachedStates, linears: Mapping[str, nn.Module]
+) -> dict[str, Float[Tensor, "_ _"]]:
+    """Mean x xᵀ of each linear's inputs over all tokens of the documents; without linears that no token reaches."""
+    grams: defaultdict[str, InputGram] = defaultdict(InputGram)
 
-    def hook(name: str) -> "nn.modules.module.RemovableHandle":  # type: ignore[name-defined]
-        def note(_linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            grams[name].update(inputs[0].flatten(0, -2)[real])
+    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _linear, inputs: grams[name].update(inputs[0].flatten(0, -2))
 
-        return linears[name].register_forward_pre_hook(note)
-
-    handles = [hook(name) for name in linears]
+    handles = [linear.register_forward_pre_hook(noting(name)) for name, linear in linears.items()]
     try:
-        for chosen in batches_by_length(states.documents, ROWS, generator=None):
-            batch = states.batch(chosen)
-            lengths = torch.tensor([len(states.documents[row].tokens) for row in chosen])
-            real = (torch.arange(batch.hidden.shape[1]) < lengths[:, None]).flatten().to(model.device)
-            model.resume(batch.hidden, states.layer)
+        for rows in _equally_long(states.documents):
+            model.resume(states.batch(rows).hidden, states.layer)
     finally:
         for handle in handles:
             handle.remove()
     return {name: gram.mean() for name, gram in grams.items()}
+
+
+def _equally_long(documents: Sequence[Encoded]) -> list[list[int]]:
+    """Rows in batches without padding, which a Gram matrix would count."""
+    by_length: defaultdict[int, list[int]] = defaultdict(list)
+    for row, document in enumerate(documents):
+        by_length[len(document.tokens)].append(row)
+    batches = []
+    for length, rows in by_length.items():
+        size = max(1, _TOKENS // length)
+        batches += [rows[first : first + size] for first in range(0, len(rows), size)]
+    return batches
+
+
+def _dense_and_now(
+    name: str, linear: Linear, dense: DenseWeights
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
+    """The weight that a linear had, and the one that it computes with."""
+    had, now, repair = dense(name), weight_of(linear), repair_of(linear)
+    if had.shape != now.shape:
+        raise DataError(
+            f"{name} is {len(now)} x {now.shape[1]}, and {len(had)} x {had.shape[1]} in the dense model: nothing can "
+            "be told from a model of other widths; use another arm, or name the right --teacher"
+        )
+    return had, now if repair is None else now + repair.up @ repair.down

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.states import CachedStates
+
+DenseWeights = Callable[[str], Float[Tensor, "out in"]]
+"""The weight that the linear of a dotted name had before it was compressed; `DataError` when there is none."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Material:
     model: LanguageModel
     states: CachedStates  # of the training documents, at the adapter's layer
     tasks: Sequence[str]
-    dense: Callable[[str], Tensor] | None = None  # a linear's weight [out, in] before compression, by dotted name
+    dense: DenseWeights | None = None  # where it is known from what the model was compressed
 
 
 @dataclass(frozen=True, kw_only=True)

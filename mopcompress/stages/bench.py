@@ -146,7 +146,7 @@ class _Bench:
         seed: int,
         modifier: PromptRecoveryModifier,
     ) -> Recovered:
-        dense = dense_weights(modifier, self.source)
+        dense = dense_weights(modifier, self.source, model)
         return train_arm(model, rows, tasks, modifier, base_sha256, seed, self.progress, self.taught, dense=dense)
 
     def _swept(

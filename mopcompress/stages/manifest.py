@@ -8,6 +8,7 @@ from typing import Any
 from mopcompress import artifact
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, recipe_of, resolved
+from mopcompress.recipe.arms import TRAINED
 
 FILE = "run.json"
 GRID = (
@@ -80,9 +81,18 @@ def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
         f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
         "gate.",
         _rates(recovery),
+        *(
+            f"{arm} is computed from the dense model's weights and all training rows; it takes no steps."
+            for arm in _computed_arms(recipe)
+        ),
         "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
         *([f"Every compressed model has a low-rank repair of rank {repair.rank} beside it."] if repair else []),
     ]
+
+
+def _computed_arms(recipe: Recipe) -> list[str]:
+    arms = dict.fromkeys((*recipe.run.arms, *recipe.run.dense_arms))
+    return [arm for arm in arms if arm in TRAINED and TRAINED[arm].learning_rate is None]
 
 
 def _rates(recovery: PromptRecoveryModifier) -> str:

@@ -2,14 +2,12 @@
 
 import functools
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mopcompress import artifact
 from mopcompress.errors import UsageError
@@ -23,7 +21,7 @@ from mopcompress.recover.arms import ARMS
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.folder import adapter_bytes, save_adapter
 from mopcompress.recover.standing import Keeping, TrainRow
-from mopcompress.recover.start import Material, Start
+from mopcompress.recover.start import DenseWeights, Material, Start
 from mopcompress.recover.train import Training, fit
 from mopcompress.recover.workers import Workers, joined
 from mopcompress.stages.documents import load_documents
@@ -59,12 +57,13 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         documents = load_documents(recipe.run, model.tokenizer)
         layer, sha256 = first_layer(recipe.recovery, model), weights_hash(base)
         modifier, sweep = recipe.recovery, None
+        dense = dense_weights(modifier, base, model)
         if modifier.sweeps:
             check_validation(len(documents.validation), recipe.run.data)
         with workers.first_alone():
             states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
-        taught = taught_by(modifier, base, model, documents.train, size, tell)
-        train = functools.partial(train_arm, model, states, documents.tasks, dense=dense_weights(modifier, base))
+        taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
+        train = functools.partial(train_arm, model, states, documents.tasks, dense=dense)
         if modifier.sweeps:
             with workers.first_alone():
                 validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
@@ -109,7 +108,7 @@ def train_arm(
     progress: Progress,
     distillation: Distillation | None = None,
     *,
-    dense: Callable[[str], Tensor] | None = None,
+    dense: DenseWeights | None = None,
     keeping: Keeping | None = None,
     workers: Workers | None = None,
 ) -> Recovered:
@@ -133,6 +132,8 @@ def train_arm(
         rank=modifier.rank,
         targets=modifier.adapter_targets,
     )
+    if modifier.rate is None:
+        progress(f"{modifier.arm} has a closed form: no steps, and no learning rate to give or to sweep", 0, 0)
     adapter = ARMS[modifier.arm].begin(
         config,
         Material(model, states, tasks, dense),

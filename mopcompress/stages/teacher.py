@@ -1,20 +1,17 @@
 """Who teaches: the dense model that a compressed one was made from, or another that is named."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mopcompress import artifact
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
+from mopcompress.models.dense_weights import weights_in
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.linears import weight_of
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover.distillation import Distillation, Teacher
+from mopcompress.recover.start import DenseWeights
 from mopcompress.stages.progress import Progress
 
 
@@ -52,25 +49,15 @@ def taught_by(
     return Distillation(taught, modifier.distill, modifier.squarehead)
 
 
-def dense_weights(modifier: PromptRecoveryModifier, base: Path) -> Callable[[str], Tensor] | None:
-    """The weights [out, in] that linears had before `base` was compressed, for an arm that repairs; else None.
+def dense_weights(modifier: PromptRecoveryModifier, base: Path, model: LanguageModel) -> DenseWeights | None:
+    """The weights that linears had before `base` was compressed, read when asked for; None for an arm that trains.
 
-    Raises as `taught_by` does.
+    Raises as `dense_folder` does.
     """
     if modifier.rate is not None:
         return None
     folder = resolve_model(modifier.teacher) if modifier.teacher else dense_folder(base)
-    dense = load_model(folder, device=torch.device("cpu")).network
-
-    def weight(name: str) -> Tensor:
-        try:
-            linear = dense.get_submodule(name)
-        except AttributeError as error:
-            raise DataError(f"teacher {folder} has no {name}; name the model that {base} was made from") from error
-        assert isinstance(linear, nn.Linear | Conv1D)  # for mypy: it stands where a linear does
-        return weight_of(linear)
-
-    return weight
+    return weights_in(folder, model.tokenizer, device=model.device)
 
 
 def dense_folder(base: Path) -> Path:
