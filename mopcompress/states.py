@@ -29,6 +29,7 @@ class Instructions:
     tokens: Int[Tensor, " batch"]  # how many there are
     summary: Float[Tensor, "batch hidden"]  # their mean
     tasks: Sequence[str] | None = None  # the true ones, where they are known
+    strangers: Float[Tensor, "batch hidden"] | None = None  # summaries of other documents, whatever the batch
 
 
 Applied = Callable[[Instructions], AbstractContextManager[object]]
@@ -73,6 +74,7 @@ class CachedStates:
         self.layer, self.documents, self.device = layer, tuple(documents), model.device
         lengths = torch.tensor([len(document.tokens) for document in documents])
         self._ends = lengths.cumsum(0)
+        self._strangers = derangement(len(documents)) if len(documents) > 1 else None
         order = lengths.argsort(stable=True).tolist()
 
         def fill(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "documents hidden"]:
@@ -119,6 +121,7 @@ class CachedStates:
             tokens=torch.tensor(contexts, device=self.device),
             summary=self.summaries[list(rows)],
             tasks=[document.task for document in documents],
+            strangers=self.summaries[[self._strangers[row] for row in rows]] if self._strangers else None,
         )
         return Batch(hidden.to(self.device), read, *indices)
 
@@ -153,6 +156,14 @@ def batches_by_length(
         near = sorted(rows[start : start + pool], key=lambda row: len(documents[row].tokens))
         batches += [near[first : first + batch_size] for first in range(0, len(near), batch_size)]
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def derangement(count: int) -> list[int]:
+    """A random cycle through `count` places (Sattolo, 1986), the same whenever it is asked for: none stays."""
+    generator = torch.Generator().manual_seed(count)
+    order = torch.randperm(count, generator=generator).tolist()
+    following = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+    return [following[place] for place in range(count)]
 
 
 def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "batch time"]:

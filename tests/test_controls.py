@@ -22,9 +22,8 @@ from mopcompress.recover.idp import DynamicPrompts
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, fit
-from mopcompress.recover.weighing import derangement
 from mopcompress.scoring import score_responses
-from mopcompress.states import CachedStates
+from mopcompress.states import CachedStates, derangement
 
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(12, tasks=TASKS)
@@ -233,11 +232,18 @@ def test_the_shuffled_gate_gives_anothers_weights(tiny_llama, states):
     assert not torch.allclose(shuffled.log_weights(read), weights, atol=1e-2)
 
 
-def test_one_alone_reads_the_mean_of_the_training_instructions(tiny_llama, states):
+def test_whom_a_shuffled_gate_reads_does_not_depend_on_the_batch(tiny_llama, states):
+    shuffled = begun(tiny_llama, states, "shuffled")
+    together = shuffled.log_weights(everything(states).instructions)
+    for rows in ([3], [4, 5], [11, 0, 7]):
+        assert_close(shuffled.log_weights(states.batch(rows).instructions), together[rows])
+
+
+def test_where_there_are_no_others_it_reads_the_mean_of_the_training_instructions(tiny_llama, states):
     shuffled = begun(tiny_llama, states, "shuffled").requires_grad_(False)
+    alone = CachedStates(tiny_llama, DOCUMENTS[:1], LAYER, batch_size=4)
     mean = states.summaries.mean(0, keepdim=True)
-    for row in (0, 5):
-        assert_close(shuffled.log_weights(states.batch([row]).instructions), shuffled.gate(mean))
+    assert_close(shuffled.log_weights(alone.batch([0]).instructions), shuffled.gate(mean))
     assert generate(tiny_llama, shuffled, ["w5 w6"], max_new_tokens=4)
 
 

@@ -36,7 +36,7 @@ class Training:
     warmup_fraction: float
     clip_norm: float
     seed: int
-    accumulate: int = 1  # parts of a step that run one after the other: less memory, the same result to rounding
+    accumulate: int = 1  # parts of a step, one after the other: the same to rounding, but for the noise of `smop`
 
 
 def fit(

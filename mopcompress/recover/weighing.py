@@ -50,14 +50,15 @@ class Choosing(Protocol):
 
 
 def by_another(gate: Gate | None, instructions: Instructions) -> Float[Tensor, "batch experts"]:
-    """The gate's weights for another example: as sharp as its own, and about nothing that this one says.
+    """The gate's weights for another document: as sharp as its own, and about nothing that this one says.
 
-    Which other is fixed by the number of examples alone (a cycle through all of them). One example by itself gets what
+    Which other is fixed by all documents of a split (a random cycle), never by the batch: batches are sorted by length,
+    and documents as long as each other are often of one task. Where there are no others, as in generation, it gets what
     the gate gives for the mean of the training instructions.
     """
     assert gate is not None  # for mypy: the arm builds one
-    summary = instructions.summary
-    return gate(summary[derangement(len(summary))] if len(summary) > 1 else gate.mean.expand_as(summary))
+    strangers = instructions.strangers
+    return gate(gate.mean.expand_as(instructions.summary) if strangers is None else strangers)
 
 
 def by_task(tasks: Sequence[str], gate: Gate | None, instructions: Instructions) -> Float[Tensor, "batch experts"]:
@@ -77,14 +78,6 @@ def by_task(tasks: Sequence[str], gate: Gate | None, instructions: Instructions)
         )
     place = torch.tensor([tasks.index(task) for task in instructions.tasks], device=instructions.summary.device)
     return torch.nn.functional.one_hot(place, len(tasks)).to(instructions.summary.dtype).mul(len(tasks)).log()
-
-
-def derangement(count: int) -> list[int]:
-    """A random cycle through `count` places (Sattolo, 1986), the same whenever it is asked for: none stays."""
-    generator = torch.Generator().manual_seed(count)
-    order = torch.randperm(count, generator=generator).tolist()
-    following = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-    return [following[place] for place in range(count)]
 
 
 def strongest(log_weights: Float[Tensor, "batch experts"], count: int) -> Float[Tensor, "batch experts"]:
