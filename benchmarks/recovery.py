@@ -26,7 +26,7 @@ from mopcompress.stages.bench import bench
 ROOT = Path(__file__).parents[1]
 MAIN = ("none", "single", "mop", "mop+")
 GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
-CONTROLS = ("uniform", "shuffled", "lora", "eora", "norms", "input", "prefix", "idp", "oracle")
+CONTROLS = ("uniform", "shuffled", "lora", "norms", "eora", "prefix", "oracle", "idp", "input")
 BATCH = 8
 TEXT = str(ROOT.parent / "shared" / "data" / "lm" / "wikitext2_tokens_test.txt")
 
@@ -54,13 +54,15 @@ PARTS = (
     part("sni", "0.5", ("uniform", "shuffled")),
     part("sni", "0.5", MAIN, dense=("single", "mop", "mop+")),
     part("dolly", "0.5", MAIN, recipe="dolly.yaml"),
-    part("sni", "0.5,0.85", ("single", "mop"), "1,2"),
     part("sni", "0.5", CONTROLS),
+    part("sni", "0.5", ("single", "mop"), "1,2"),
     part("dolly", "0.85", MAIN, recipe="dolly.yaml", dense=("single", "mop", "mop+")),
-    part("dolly", "0.5,0.85", ("single", "mop"), "1,2", recipe="dolly.yaml"),
+    part("dolly", "0.5", ("single", "mop"), "1,2", recipe="dolly.yaml"),
     part("sni", "0.7,0.95", MAIN, bits="3,2"),
-    part("sni-2of4", "0.5", MAIN, recipe="sni_24.yaml"),
     part("sni-long", "0.5", ("none", "single", "mop"), steps=480),
+    part("sni-2of4", "0.5", MAIN, recipe="sni_24.yaml"),
+    part("sni", "0.85", ("single", "mop"), "1,2"),
+    part("dolly", "0.85", ("single", "mop"), "1,2", recipe="dolly.yaml"),
 )
 
 
