@@ -130,10 +130,10 @@ def test_flags_of_quantize_reach_the_modifier() -> None:
 
 def test_flags_of_recovery_reach_the_modifier() -> None:
     flags = ("--steps", 7, "--rows-per-step", 3, "--layer", 2, "--gate-learning-rate", 0.5, "--log-opening", -1)
-    for words in [("recover", "--arm", "single"), ("bench",)]:
+    for words in [("recover", "--arm", "shuffled"), ("bench",)]:
         found = dict(plan(*words, *flags))["PromptRecoveryModifier"]
         fields = ("steps", "batch_size", "layer", "gate_learning_rate", "log_opening", "arm")
-        arm = "single" if words[0] == "recover" else "mop"
+        arm = "shuffled" if words[0] == "recover" else "mop"
         assert [found[field] for field in fields] == [7, 3, 2, 0.5, -1, arm]
 
 
@@ -475,7 +475,7 @@ def test_a_reader_that_has_gone_is_no_error(stories: Path, tmp_path: Path) -> No
 
 def test_an_adapter_at_the_input_is_exported_for_peft(pruned: Path, data: Path, tmp_path: Path) -> None:
     adapter, target = tmp_path / "adapter", tmp_path / "peft"
-    words = ("--data", data, *TRAINED, "--device", "cpu", "--output-dir", adapter)
+    words = ("--data", data, "--steps", 2, "--device", "cpu", "--output-dir", adapter)
     assert invoke("recover", pruned, "--arm", "input", *words).code == 0
     outcome = invoke("export-adapter", adapter, "--output-dir", target, "--json")
     assert outcome.code == 0, outcome.err

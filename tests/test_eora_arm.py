@@ -209,12 +209,13 @@ def test_recover_and_bench_take_no_step_and_sweep_nothing(stories, tmp_path, mon
     protocol = json.loads((tmp_path / "run" / "run.json").read_text())["protocol"]
     assert [line for line in protocol if line.startswith("eora is computed from the dense model's weights")]
     pruned_folder = tmp_path / "run" / "models" / "sparsegpt-50"
-    again = ["--arm", "eora", "--sweep", "--prompts-per-expert", 20, "--output-dir", tmp_path / "adapter", "--json"]
+    again = ["--arm", "eora", "--prompts-per-expert", 20, "--output-dir", tmp_path / "adapter", "--json"]
     assert invoke("recover", pruned_folder, "--data", data, *again, "--dry-run").json["steps"] == 0
-    outcome = invoke("recover", pruned_folder, "--data", data, *again, "--distill", 1)
+    refused = invoke("recover", pruned_folder, "--data", data, *again, "--distill", 1)
+    assert (refused.code, refused.errors[0].split(",")[0]) == (2, "error: --distill: says nothing to eora")
+    outcome = invoke("recover", pruned_folder, "--data", data, *again)
     assert outcome.code == 0, outcome.err
     assert "closed form" in outcome.err
-    assert "teacher" not in outcome.err  # nothing to learn from it
     stored = load_file(tmp_path / "adapter" / "adapter.safetensors")
     assert all(factor.any() for factor in stored.values())  # of the model that was pruned, not of what it became
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())

@@ -23,6 +23,7 @@ from mopcompress.recipe import (
     load_recipe,
     resolved,
 )
+from mopcompress.recipe.arms import TRAINED, listeners
 from mopcompress.recipe.commands import for_pruning, for_recovery
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -766,3 +767,29 @@ def test_a_rank_is_told_by_the_flag_of_its_command() -> None:
         for_recovery(recipe, {"rank": 0})
     with pytest.raises(UsageError, match=r"^--repair-rank: 0"):
         for_pruning(recipe, repair_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("arm", "flags", "said"),
+    [
+        ("single", {"top_k": 1}, "--top-k: says nothing to single, only to mop, shuffled; leave it out"),
+        ("idp", {"deep": True}, "--deep: says nothing to idp, only to single, mop, uniform, oracle, shuffled; leave"),
+        ("lora", {"deep": True}, "--deep: says nothing to lora"),
+        ("input", {"rank": 2}, "--rank: says nothing to input, only to lora, masklora, eora; leave it out"),
+        ("eora", {"batch_size": 4}, "--rows-per-step: says nothing to eora"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(arm, flags, said) -> None:
+    with pytest.raises(UsageError, match=f"^{said}"):
+        for_recovery(load_recipe(None), {"arm": arm, **flags})
+
+
+def test_a_flag_that_says_what_is_so_anyway_is_no_mistake() -> None:
+    recipe = for_recovery(load_recipe(None), {"arm": "single", "deep": False, "gate_temper": 0.3, "top_k": None})
+    assert recipe.recovery.arm == "single"
+
+
+def test_every_setting_of_a_recovery_says_something_to_some_arm() -> None:
+    fields = PromptRecoveryModifier.model_fields
+    assert [name for name in fields if not listeners(name)] == []
+    assert {name for settings in TRAINED.values() for name in settings.own} <= fields.keys()

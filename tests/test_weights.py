@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from invoking import TRAINED as TRAINING
 from invoking import invoke, write_data
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -17,7 +16,6 @@ from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, UsageError
 from mopcompress.evaluation import evaluate
 from mopcompress.models.linears import set_weight, weight_of
-from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
@@ -468,23 +466,22 @@ def test_every_arm_has_a_learning_rate():
     assert TRAINED.keys() == ARMS.keys()
 
 
-@pytest.mark.parametrize("arm", ["masklora", "norms"])
-def test_a_rival_is_trained_and_scored_from_the_command_line(stories, tmp_path, arm):
+@pytest.mark.parametrize(("arm", "flags"), [("masklora", ("--rank", 2)), ("norms", ())])
+def test_a_rival_is_trained_and_scored_from_the_command_line(stories, tmp_path, arm, flags):
     folder = tmp_path / "adapter"
     common = (stories, "--data", write_data(tmp_path / "data"), "--device", "cpu", "--json")
-    trained = invoke("recover", *common, *TRAINING, "--arm", arm, "--rank", 2, "--layer", 0, "--output-dir", folder)
+    trained = invoke("recover", *common, "--steps", 2, "--arm", arm, *flags, "--layer", 0, "--output-dir", folder)
     assert trained.code == 0, trained.err
-    assert json.loads((folder / "adapter.json").read_text())["rank"] == 2
+    stored = json.loads((folder / "adapter.json").read_text())
+    assert (stored["layer"], stored["rank"]) == (0, 2 if flags else None)
     alone, with_it = invoke("evaluate", *common), invoke("evaluate", *common, "--adapter", folder)
     assert (with_it.code, with_it.json["arm"]) == (0, arm), with_it.err
     assert alone.json["perplexity"] != with_it.json["perplexity"]
 
 
 def test_layer_0_is_the_whole_network_for_these_arms_alone(tiny_llama):
-    for arm in WEIGHTS:
-        assert first_layer(PromptRecoveryModifier(arm=arm, layer=0), tiny_llama) == 0
-        assert first_layer(PromptRecoveryModifier(arm=arm), tiny_llama) == first_layer(
-            PromptRecoveryModifier(arm="mop"), tiny_llama
-        )
+    for arm in (*WEIGHTS, "none"):
+        assert first_layer(arm, 0, tiny_llama) == 0
+        assert first_layer(arm, None, tiny_llama) == first_layer("mop", None, tiny_llama)
     with pytest.raises(UsageError, match="0 is not 1 to 3"):
-        first_layer(PromptRecoveryModifier(arm="mop", layer=0), tiny_llama)
+        first_layer("mop", 0, tiny_llama)

@@ -8,12 +8,22 @@ from dataclasses import dataclass
 from mopcompress.recipe.faults import nearest
 from mopcompress.recipe.fields import fault
 
+PROMPTS = frozenset({"experts", "prompts_per_expert"})
+BUDGET = PROMPTS | {"shared_expert"}  # what the parameters of a `mop` that is not deep depend on
+OPENED = PROMPTS | {"layer", "log_opening", "gate_labels"}  # prompts in the middle: experts begin in their own domains
+MIXED = OPENED | {"shared_expert", "deep"}
+GATE = frozenset({"gate_learning_rate", "gate_pretraining_steps", "gate_temper", "gate_labels"})
+STEPS = frozenset({"steps", "batch_size", "accumulate", "learning_rate", "warmup_fraction", "clip_norm"})
+TRAINING = STEPS | {"sweep", "sweep_steps", "distill", "distill_temperature", "squarehead"}  # to all that take steps
+LOW_RANK = BUDGET | {"layer", "rank", "adapter_targets"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSettings:
     """What is different from arm to arm unless a recipe says otherwise."""
 
     learning_rate: float | None  # None: found in closed form, without a step
+    own: frozenset[str] = frozenset()  # fields of a recovery that say something to it, those of all steps apart
     at_input: bool = False  # it changes the network from its embeddings on, not from the middle
     needs_tasks: bool = False  # the true task of every example is part of it: text without one cannot be scored
     deep_learning_rate: float | None = None  # with `deep`; None: it has no such form
@@ -21,26 +31,38 @@ class ArmSettings:
 
 
 TRAINED = {
-    "single": ArmSettings(learning_rate=0.5, deep_learning_rate=3e-2),
-    "mop": ArmSettings(learning_rate=0.5, deep_learning_rate=3e-2),
-    "uniform": ArmSettings(learning_rate=0.5, deep_learning_rate=3e-2),
-    "oracle": ArmSettings(learning_rate=0.5, needs_tasks=True, deep_learning_rate=3e-2),
-    "shuffled": ArmSettings(learning_rate=0.5, deep_learning_rate=3e-2),
-    "idp": ArmSettings(learning_rate=0.5),
+    "single": ArmSettings(learning_rate=0.5, own=MIXED, deep_learning_rate=3e-2),
+    "mop": ArmSettings(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
+    "uniform": ArmSettings(learning_rate=0.5, own=MIXED | {"gate_reading"}, deep_learning_rate=3e-2),
+    "oracle": ArmSettings(learning_rate=0.5, own=MIXED | {"gate_reading"}, needs_tasks=True, deep_learning_rate=3e-2),
+    "shuffled": ArmSettings(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
+    "idp": ArmSettings(learning_rate=0.5, own=OPENED),
     # not swept: AdamW's rate for prompt and prefix tuning in PEFT's own guide to prompt-based methods, which deep
     # prompts are too; Xu et al. take 1e-3 after 500 warm-up steps, more than ours are in all
-    "input": ArmSettings(learning_rate=3e-2, at_input=True),
-    "smop": ArmSettings(learning_rate=3e-2, at_input=True),
-    "prefix": ArmSettings(learning_rate=3e-2, at_input=True),
+    "input": ArmSettings(learning_rate=3e-2, own=PROMPTS, at_input=True),
+    "smop": ArmSettings(learning_rate=3e-2, own=PROMPTS | {"gate_learning_rate"}, at_input=True),
+    "prefix": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
     # a short sweep: benchmarks/LOG.md
-    "lora": ArmSettings(learning_rate=1e-2, whole=True),
-    "masklora": ArmSettings(learning_rate=1e-2, whole=True),
-    "eora": ArmSettings(learning_rate=None, whole=True),
-    "ia3": ArmSettings(learning_rate=3e-2, whole=True),
-    "norms": ArmSettings(learning_rate=1e-2, whole=True),
-    "mop+": ArmSettings(learning_rate=1e-2),
+    "lora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),
+    "masklora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),
+    "eora": ArmSettings(learning_rate=None, own=LOW_RANK, whole=True),
+    "ia3": ArmSettings(learning_rate=3e-2, own=frozenset({"layer"}), whole=True),
+    "norms": ArmSettings(learning_rate=1e-2, own=frozenset({"layer"}), whole=True),
+    "mop+": ArmSettings(learning_rate=1e-2, own=BUDGET | GATE | {"layer"}),
 }
+NONE = ArmSettings(learning_rate=None, whole=True)  # of `none`, which changes nothing, from whatever block on
 ARMS = ("none", *TRAINED)
+
+
+def listeners(field: str) -> tuple[str, ...]:
+    """The arms to which a field of a recovery says something."""
+    return tuple(
+        arm
+        for arm, settings in TRAINED.items()
+        if field in settings.own
+        or field in {"arm", "teacher"}
+        or (field in TRAINING and settings.learning_rate is not None)
+    )
 
 
 def known_arm(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from mopcompress.errors import RecipeError, UsageError
+from mopcompress.recipe.arms import listeners
 from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Spec, parse_structure
 from mopcompress.recipe.gptq import GPTQModifier
@@ -79,8 +80,18 @@ def for_quantizing(
 
 
 def for_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
-    """The recipe's prompt recovery alone; `flags` are fields of `PromptRecoveryModifier`."""
-    return replace(recipe, stages=(_recovery_stage(_with(recipe.recovery, flags)),))
+    """The recipe's prompt recovery alone; `flags` are fields of `PromptRecoveryModifier`.
+
+    A flag that would change nothing is refused, too.
+    """
+    modifier = _with(recipe.recovery, flags)
+    for name, given in flags.items():
+        heard = listeners(name)
+        idle = given is None or given == PromptRecoveryModifier.model_fields[name].default
+        if not idle and modifier.arm not in heard:
+            flag = FLAG_OF.get(name, name).replace("_", "-")
+            raise UsageError(f"--{flag}: says nothing to {modifier.arm}, only to {', '.join(heard)}; leave it out")
+    return replace(recipe, stages=(_recovery_stage(modifier),))
 
 
 def with_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
