@@ -158,7 +158,7 @@ def prepare(asked: argparse.Namespace) -> Prepared:
 def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) -> dict[str, Any]:
     """`fit` as `recover` calls it, with its defaults."""
     given, measured = prepare(asked), Measured()
-    model, layer = given.model, first_layer(PromptRecoveryModifier(), given.model)
+    model, layer = given.model, first_layer("mop", None, given.model)
     start = time.perf_counter()
     train, validation = (CachedStates(model, rows, layer, batch_size=16) for rows in (given.train, given.validation))
     cache_seconds = time.perf_counter() - start

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from invoking import write_data
 from safetensors.torch import load_file
 
 from mopcompress import artifact
 from mopcompress.data.calibration import text_windows
-from mopcompress.errors import OutputError, QualityGateError, RecipeError, UsageError
+from mopcompress.errors import DataError, OutputError, QualityGateError, RecipeError, UsageError
 from mopcompress.models.checkpoint import load_model
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import for_recovery, with_recovery
@@ -300,12 +301,34 @@ def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [({"top_k": 13}, "--top-k: 13 of 12 experts"), ({"layer": 99}, "--layer: 99")]
+    ("flags", "said"),
+    [
+        ({"top_k": 13}, "--top-k: 13 of 12 experts"),
+        ({"layer": 99}, "--layer: 99"),
+        ({"rank": 999}, "rank: 999 is more than"),
+        ({"adapter_targets": ("no_proj",)}, "no linear .* is 'no_proj'"),
+    ],
 )
 def test_a_bench_refuses_what_its_arms_cannot_have_before_it_writes(recipe_of, tmp_path, flags, said):
-    with pytest.raises(UsageError, match=said):
-        bench(with_recovery(recipe_of(), flags), tmp_path / "run")
+    with pytest.raises((UsageError, DataError), match=said):
+        bench(with_recovery(recipe_of(arms="none,mop,lora"), flags), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["LOCK"]
+
+
+def test_a_bench_of_arms_that_may_change_the_whole_network_has_the_bare_model_too(recipe_of, tmp_path):
+    rows = bench(with_recovery(recipe_of(arms="none,norms"), {"layer": 0}), tmp_path / "run")
+    assert {row.arm for row in rows} == {"none", "norms"}
+
+
+def test_a_sweep_needs_no_validation_rows_where_no_arm_takes_steps(recipe_of, stories, tmp_path):
+    data = write_data(tmp_path / "rows")
+    long = {"task": "say", "instruction": "say cat " * 30, "input": "", "output": "the cat"}
+    (data / "validation.jsonl").write_text(json.dumps(long) + "\n")
+    flags = {"data": str(data), "longest_row": "60"}
+    swept = with_recovery(recipe_of(arms="none,eora", **flags), {"sweep": True})
+    assert {row.arm for row in bench(swept, tmp_path / "run")} == {"none", "eora"}
+    with pytest.raises(DataError, match="chooses by validation rows"):
+        bench(with_recovery(recipe_of(arms="none,mop", **flags), {"sweep": True}), tmp_path / "other")
 
 
 # --- written answers

@@ -1,6 +1,7 @@
 """Lower states that another run, arm or seed takes up again."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,13 @@ def test_what_was_not_used_for_longest_makes_room(tiny_llama, entered, cache, mo
     assert len(entered) == computed
     states_of(tiny_llama, layer=2)
     assert len(entered) > computed
+
+
+def test_states_that_another_process_takes_away_are_computed(tiny_llama, cache, monkeypatch):
+    expected = everything(states_of(tiny_llama))
+    monkeypatch.setattr(kept_states, "_whole", lambda _folder: shutil.rmtree(_folder, ignore_errors=True) or True)
+    found = everything(states_of(tiny_llama))
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("reason", ["too large", "no folder"])

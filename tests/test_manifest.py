@@ -4,7 +4,7 @@ import pytest
 
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import with_recovery
-from mopcompress.stages.manifest import protocol
+from mopcompress.stages.protocol import protocol
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,11 @@ def test_a_rate_that_breaks_down_is_noted_and_not_chosen(tiny_llama, validation)
     assert "0.9: broke down" in told(found)
 
 
+def test_a_sweep_may_try_more_than_a_recipe_may_ask_for(tiny_llama, validation):
+    found = swept(tiny_llama, validation, lambda one: broken(one, above=950.0), learning_rate=900.0)
+    assert [trial.learning_rate for trial in found.trials if trial.validation_nats is None] == pytest.approx([2700.0])
+
+
 def test_when_all_rates_break_down_the_sweep_says_so(tiny_llama, validation):
     with pytest.raises(NumericalError, match=r"no rate from 0\.0037037 to 0\.9"):
         swept(tiny_llama, validation, lambda one: broken(one, above=0.0), learning_rate=0.3)

@@ -1,6 +1,7 @@
 """A training can be stopped anywhere, and goes on to the very same adapter."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 from invoking import TRAINED, write_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
@@ -17,6 +18,8 @@ from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.standing import Standing, TrainRow
 from mopcompress.stages import unfinished_training
 from mopcompress.stages.recover import recover
+from mopcompress.stages.resume import finished
+from mopcompress.stages.sweep import Sweep
 from mopcompress.stages.unfinished_training import UnfinishedTraining
 
 STEPS = 5
@@ -131,11 +134,53 @@ def test_a_damaged_standing_is_told_of_and_not_used(recipe, whole, tmp_path):
     assert equal(weights(target), whole)
 
 
-def test_another_job_in_its_place_is_refused(recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "seed", "said"),
+    [
+        ({}, 1, "seed was 0, is 1"),
+        ({"learning_rate": 0.25}, 0, "learning_rate was 0.5, is 0.25"),
+        ({"gate_temper": 0.5}, 0, r"gate_temper was 0\.3, is 0\.5"),
+    ],
+)
+def test_another_job_in_its_place_is_refused(recipe, tmp_path, flags, seed, said):
     with pytest.raises(KilledError):
         recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
-    with pytest.raises(OutputError, match=r"another job .*seed was 0, is 1"):
-        recover(recipe, tmp_path / "out", seed=1)
+    with pytest.raises(OutputError, match=f"another job .*{said}"):
+        recover(for_recovery(recipe, flags), tmp_path / "out", seed=seed)
+
+
+def test_a_rate_that_another_sweep_found_is_another_job(recipe, tmp_path, monkeypatch):
+    """The recipe is the same; only what the sweep gives is not."""
+
+    def found(rate):
+        counts = {"steps": 1, "batch_size": 4, "validation_rows": 1, "seconds": 0.0}
+        return lambda *_, **__: Sweep(arm="mop", trials=[], learning_rate=rate, at_edge=False, **counts)
+
+    swept = for_recovery(recipe, {"sweep": True})
+    monkeypatch.setattr("mopcompress.stages.recover.sweep_rate", found(0.5))
+    with pytest.raises(KilledError):
+        recover(swept, tmp_path / "out", seed=0, progress=stop_after(2))
+    monkeypatch.setattr("mopcompress.stages.recover.sweep_rate", found(0.1))
+    with pytest.raises(OutputError, match=r"learning_rate was 0\.5, is 0\.1"):
+        recover(swept, tmp_path / "out", seed=0)
+
+
+def test_a_teacher_with_other_weights_is_another_job(recipe, stories, tmp_path):
+    """Under the same name: the folder's content was changed between two runs."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(stories, teacher)
+    taught = for_recovery(recipe, {"distill": 0.5, "teacher": str(teacher)})
+    with pytest.raises(KilledError):
+        recover(taught, tmp_path / "stopped", seed=0, progress=stop_after(2))
+    recover(taught, tmp_path / "whole", seed=0)
+    file = teacher / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(OutputError, match=r"another job .*teacher was"):
+        recover(taught, tmp_path / "stopped", seed=0)
+    with pytest.raises(OutputError, match="made from another teacher"):
+        finished(tmp_path / "whole", taught, lambda *_: None)
 
 
 def test_a_training_that_could_only_fail_again_is_not_kept(recipe, tmp_path):

@@ -89,6 +89,11 @@ class RunSpec(Spec):
         0.1  # share of matrices that may need more damping than asked for
     )
 
+    @property
+    def trained_arms(self) -> tuple[str, ...]:
+        """The arms of the grid that begin as an adapter, each once."""
+        return tuple(dict.fromkeys(arm for arm in (*self.arms, *self.dense_arms) if arm != "none"))
+
 
 LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}
 WORDS = {

@@ -79,6 +79,10 @@ class PromptRecoveryModifier(Spec):
             raise UsageError(f"--top-k: {self.top_k} of {experts} experts cannot act; give at most {experts}")
         return experts
 
+    def at_rate(self, rate: float) -> "PromptRecoveryModifier":
+        """The same with a rate that a sweep tries or found: it may lie beyond what a recipe may ask for."""
+        return self.model_copy(update={"learning_rate": rate})
+
     def with_arm(self, arm: str) -> "PromptRecoveryModifier":
         """The same settings for another arm: equal prompts in all, steps and data."""
         return changed(self, arm=arm)

@@ -20,7 +20,7 @@ with the same settings.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -33,8 +33,10 @@ from mopcompress.models.replacing import replacing
 from mopcompress.models.widths import ATTENTIONS, MLPS
 from mopcompress.recover import gate as gates
 from mopcompress.recover import prompts
-from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.changes import linears_from
 from mopcompress.recover.gate import Gate
+from mopcompress.recover.norms import norms_from
 from mopcompress.recover.prompts import expert_domains
 from mopcompress.recover.start import Material, Start
 from mopcompress.states import Applied, Instructions
@@ -127,9 +129,8 @@ class Sizes:
 def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     """The largest repair within the budget of `mop`. Raises `DataError` for families whose linears have other names."""
     norms, linears = norms_from(model, config.layer), writers_from(model, config.layer)
-    budget = trained_parameters(prompts.build(model, replace(config, arm="mop")))
     sizes = fitted(
-        budget - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
+        prompts.budget(model, config) - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
         of_a_rank=sum(sum(weight_of(linear).shape) + 2 * config.experts for linear in linears.values()),
         of_a_width=config.hidden_size + 1 + config.experts,
         fixed=config.experts,
@@ -175,33 +176,13 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths
     return adapter
 
 
-def norms_from(model: LanguageModel, layer: int) -> dict[str, nn.Module]:
-    """The norms of block `layer`, of those above it, and the last, by dotted name."""
-    return {name: module for name, module in _above(model, layer) if type(module).__name__.endswith("Norm")}
-
-
 def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
     """The linears of those blocks that write to the residual stream. Raises `DataError` when none is known."""
-    found = {
-        name: module
-        for name, module in _above(model, layer)
-        if isinstance(module, Linear) and name.rpartition(".")[2] in WRITERS
-    }
+    linears = linears_from(model, layer, ("Linear",))
+    found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in WRITERS}
     if not found:
         raise DataError(
             f"the blocks of {type(model.network).__name__} have no linear called {', '.join(sorted(WRITERS))}; "
             "use another arm"
         )
     return found
-
-
-def _above(model: LanguageModel, layer: int) -> Iterator[tuple[str, nn.Module]]:
-    blocks = f"{model.blocks_prefix()}."
-    for name, module in model.network.named_modules():
-        own = list(module.parameters(recurse=False))
-        if (
-            own
-            and "embed" not in name
-            and (not name.startswith(blocks) or int(name[len(blocks) :].split(".")[0]) >= layer)
-        ):
-            yield name, module

@@ -6,7 +6,6 @@ W, and what was pruned stays pruned.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
 from mopcompress.recover import prompts
-from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.changes import Changes, first_present, linears_from
 from mopcompress.recover.start import Material, Start
 
@@ -84,7 +83,7 @@ def rank_within_budget(model: LanguageModel, config: AdapterConfig, linears: Map
     Raises `DataError` when not even 1 does, or the family can have no `mop`.
     """
     try:
-        budget = trained_parameters(prompts.build(model, replace(config, arm="mop")))
+        budget = prompts.budget(model, config)
     except DataError as error:
         raise DataError(
             f"{config.arm} trains as much as mop where no rank is given; but {error}; or give one"

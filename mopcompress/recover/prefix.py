@@ -4,7 +4,6 @@ As PEFT has it without projection, and as many tokens as are worth the parameter
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -50,12 +49,12 @@ def build(model: LanguageModel, config: AdapterConfig) -> TrainedPrefix:
     Raises `DataError` for some families, and when a prefix of one token is larger already.
     """
     one = TrainedPrefix(*zeros_of(model, 0, 1))
-    mixture = trained_parameters(prompts.build(model, replace(config, arm="mop", deep=False)))
-    tokens = mixture // trained_parameters(one)
+    budget = prompts.budget(model, config)
+    tokens = budget // trained_parameters(one)
     if tokens == 0:
         raise DataError(
             f"a prefix of one token has {trained_parameters(one)} parameters here, and mop with the same settings "
-            f"{mixture}; give more --prompts-per-expert"
+            f"{budget}; give more --prompts-per-expert"
         )
     return TrainedPrefix(*zeros_of(model, 0, tokens)).to(model.device)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mopcompress.errors import UsageError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover import gate as gates
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.weighing import Mixing, Weighing, by_another, by_task
@@ -84,6 +84,14 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfP
     if config.deep:
         mixture.deepen(material.model)
     return mixture
+
+
+def budget(model: LanguageModel, config: AdapterConfig) -> int:
+    """How many numbers `mop` trains with these settings, its gate included, a deep one's layers not.
+
+    It is what rivals may train too. Raises `DataError` for families that can have no `mop`.
+    """
+    return trained_parameters(build(model, replace(config, arm="mop", deep=False)))
 
 
 def first_prompts(

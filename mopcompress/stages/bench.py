@@ -19,10 +19,11 @@ from mopcompress.grid import DENSE, Cell, Setting, cells_of
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
-from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
+from mopcompress.recipe import PromptRecoveryModifier, Recipe
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.arms import ARMS
 from mopcompress.recover.folder import adapter_bytes
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, read_rows, write_documents
@@ -32,10 +33,19 @@ from mopcompress.stages.documents import Documents, load_documents
 from mopcompress.stages.evaluate import score
 from mopcompress.stages.gate import read_gate
 from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
-from mopcompress.stages.manifest import continued, protocol, write_manifest
+from mopcompress.stages.manifest import continued, write_manifest
 from mopcompress.stages.progress import Progress, silent
+from mopcompress.stages.protocol import new_manifest
 from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
-from mopcompress.stages.recover import TRAINING, Recovered, cache_states, first_layer, publish_adapter, train_arm
+from mopcompress.stages.recover import (
+    TRAINING,
+    Recovered,
+    adapter_config,
+    cache_states,
+    first_layer,
+    publish_adapter,
+    train_arm,
+)
 from mopcompress.stages.sweep import check_validation, read_sweeps, sweep_rate, told, write_sweep
 from mopcompress.stages.teacher import dense_weights, taught_by
 from mopcompress.stages.written import samples, with_answers
@@ -46,7 +56,7 @@ def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress
     """Run what the grid still lacks, write the report, and return all rows of the folder.
 
     Raises `RecipeError` when the folder was made with other settings, `OutputError` when another run is using it,
-    `UsageError`, before anything is written, when an arm cannot have the layer or the experts that are asked for.
+    and, before anything is written, `UsageError` or `DataError` when an arm cannot be as the recipe wants it.
     """
     with artifact.locked(folder):
         for unfinished in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):
@@ -70,17 +80,21 @@ class _Bench:
         start = time.perf_counter()
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
-        self.recovery.count_experts(documents.tasks)
-        for arm in {*self.recipe.run.arms, *self.recipe.run.dense_arms} - {"none"}:
-            first_layer(self.recovery.with_arm(arm), model)
+        arms = [self.recovery.with_arm(arm) for arm in self.recipe.run.trained_arms]
+        for one in arms:
+            ARMS[one.arm].build(model, adapter_config(one, model, documents.tasks, self.source_sha256))
+        if any(one.sweeps for one in arms):
+            check_validation(len(documents.validation), self.recipe.run.data)
         size = self.recipe.run.batch_size
         self.taught = taught_by(self.recovery, self.source, model, documents.train, size, self.progress)
-        if self.recovery.sweep:
-            check_validation(len(documents.validation), self.recipe.run.data)
         weights = model.network.num_parameters()
         del model  # each setting loads its own
         tokens, calibration = calibration_tokens(self.recipe.run, self.source, self.source_sha256, self.progress)
-        manifest = self._manifest(weights, documents, calibration)
+        model_facts = {"name": self.recipe.run.model, "sha256": self.source_sha256, "weights": weights}
+        note = NOTE if self.source.is_relative_to(cache_folder()) else None
+        manifest = new_manifest(self.recipe, model_facts | {"note": note}, documents, calibration)
+        manifest |= {"command": self.command, **provenance(self.device)}
+        manifest = continued(manifest, self.folder)
         before = manifest["seconds"] or 0.0
         write_manifest(manifest, self.folder)
         for setting in settings_of(self.recipe):
@@ -124,14 +138,14 @@ class _Bench:
             recovered, modifier = None, self.recovery
             if cell.arm != "none":
                 modifier = modifier.with_arm(cell.arm)
-                layer = first_layer(modifier, model)
+                layer = first_layer(cell.arm, modifier.layer, model)
                 rows = states(layer, documents.train, "training rows", TRAINING)
                 train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed)
                 if modifier.sweeps:
                     validation = states(layer, documents.validation, "validation rows")
                     modifier = self._swept(f"{folder_of(setting)}-{cell.arm}", modifier, model, validation, train)
                 recovered = train(modifier)
-            layer = first_layer(modifier, model)
+            layer = first_layer(cell.arm, modifier.layer, model)
             test = states(layer, documents.test, "test rows")
             scorable = cell.arm == "none" or not TRAINED[cell.arm].needs_tasks
             text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
@@ -164,7 +178,7 @@ class _Bench:
             found = sweep_rate(modifier, model, validation, lambda one: train(one).adapter, batch_size=size)
             self.progress(told(found), 0, 0)
             write_sweep(found, path)
-        return changed(modifier, learning_rate=read_sweeps(path.parent)[name]["learning_rate"])
+        return modifier.at_rate(read_sweeps(path.parent)[name]["learning_rate"])
 
     def _score(
         self,
@@ -224,25 +238,3 @@ class _Bench:
         )
         append_row(row, self.folder / "rows.jsonl")
         self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
-
-    def _manifest(self, weights: int, documents: Documents, calibration: dict[str, Any]) -> dict[str, Any]:
-        """The run's manifest; what a folder already says must agree with it, the grid apart."""
-        run = self.recipe.run
-        manifest = {
-            "command": self.command,
-            "recipe": resolved(self.recipe),
-            "model": {
-                "name": run.model,
-                "sha256": self.source_sha256,
-                "weights": weights,
-                "note": NOTE if self.source.is_relative_to(cache_folder()) else None,
-            },
-            "data": documents.facts,
-            "calibration": calibration,
-            "protocol": protocol(self.recipe, documents.tasks),
-            **provenance(self.device),
-            "started": now(),
-            "finished": None,
-            "seconds": None,
-        }
-        return continued(manifest, self.folder)

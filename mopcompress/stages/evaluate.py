@@ -28,7 +28,7 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     if adapter is not None:
         loaded, config = load_adapter(adapter, model, base_sha256=sha256)
     documents = load_documents(recipe.run, model.tokenizer)
-    layer = config.layer if config else first_layer(recipe.recovery, model)
+    layer = config.layer if config else first_layer("none", recipe.recovery.layer, model)
     states = cache_states(model, sha256, documents.test, layer, recipe.run.batch_size, "test rows", progress)
     scores = score(model, states, loaded, recipe.run.batch_size, progress)
     scores = with_answers(scores, model, states, loaded, recipe.run, progress)

@@ -45,8 +45,15 @@ def kept(
         except (OSError, OutputError, StorageError):
             if not _whole(folder):  # it can be that another process was faster
                 return _filled(functools.partial(unseen, rows, columns), fill, dtype)
+    try:
+        return _read(folder, rows, columns)
+    except OSError:  # another process made room, and took it away
+        return _filled(functools.partial(unseen, rows, columns), fill, dtype)
+
+
+def _read(folder: Path, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     os.utime(folder, ns=(time.time_ns(),) * 2)  # the file system's own clock is too coarse to order two uses
-    stored = (artifact.read_manifest(folder) or {})["stored"]
+    stored = json.loads((folder / artifact.MANIFEST).read_text(encoding="utf-8"))["stored"]
     hidden = mapped(folder / STATES, rows, columns, getattr(torch, stored))
     return hidden, load_file(folder / SUMMARIES)["summaries"]
 

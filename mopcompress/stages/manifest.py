@@ -1,14 +1,12 @@
 """The manifest of a bench: what a run is made of, and whether a folder can go on with it."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mopcompress import artifact
 from mopcompress.errors import RecipeError
-from mopcompress.recipe import PromptRecoveryModifier, Recipe, recipe_of, resolved
-from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe import Recipe, recipe_of, resolved
 
 FILE = "run.json"
 GRID = (
@@ -66,48 +64,6 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
-    """What a reader must know of how the arms are compared."""
-    recovery, repair = recipe.recovery, recipe.repair
-    labels = "clusters of the training instructions"
-    if recovery.with_arm("mop").domains(tuple(tasks)):
-        labels = "the training rows' task labels, which single does not see"
-    return [
-        "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
-        "the response before it.",
-        f"Trained arms share rows, order of rows, steps ({recovery.steps} of {recovery.batch_size} rows) and starting "
-        "prompts; single has as many prompt tokens in one group as mop has in all its "
-        "experts.",
-        f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
-        "gate.",
-        _rates(recovery),
-        *(
-            f"{arm} is computed from the dense model's weights and all training rows; it takes no steps."
-            for arm in _computed_arms(recipe)
-        ),
-        "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
-        *([f"Every compressed model has a low-rank repair of rank {repair.rank} beside it."] if repair else []),
-    ]
-
-
-def _computed_arms(recipe: Recipe) -> list[str]:
-    arms = dict.fromkeys((*recipe.run.arms, *recipe.run.dense_arms))
-    return [arm for arm in arms if arm in TRAINED and TRAINED[arm].learning_rate is None]
-
-
-def _rates(recovery: PromptRecoveryModifier) -> str:
-    if recovery.sweep:
-        return (
-            "Each arm's learning rate was chosen for each setting on validation rows, never on test rows, among three "
-            f"rates, and more past an edge that is best, trained for {recovery.sweep_steps} steps with the first seed; "
-            "run.json has them with their losses. "
-            "The gate's rate was not swept."
-        )
-    if recovery.learning_rate is not None:
-        return f"All arms have one learning rate, the recipe's {recovery.learning_rate:g}: it was not swept."
-    return "Each arm has the learning rate that is its own by default: it was not swept for this run."
-
-
 def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     """A recorded recipe with the fields that it had not yet: their defaults do what was done before they came."""
     return resolved(recipe_of(manifest["recipe"], f"recipe in {path}"))
@@ -120,6 +76,7 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
         "data": manifest["data"]["sha256"],
         "scored tokens": manifest["data"]["scored_sha256"],
         "calibration": manifest["calibration"]["sha256"],
+        "teacher": manifest.get("teacher"),  # runs of before it was noted have none
     }
 
 

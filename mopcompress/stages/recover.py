@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from mopcompress import artifact
 from mopcompress.errors import UsageError
 from mopcompress.models.checkpoint import check_output, load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recipe.modifiers import changed
+from mopcompress.recipe.arms import NONE, TRAINED
 from mopcompress.recover.adapter import Adapter, AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.distillation import Distillation
@@ -29,7 +29,7 @@ from mopcompress.stages.kept_states import config_digest, digest, kept
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
 from mopcompress.stages.sweep import check_validation, sweep_rate, told
-from mopcompress.stages.teacher import dense_weights, taught_by
+from mopcompress.stages.teacher import dense_weights, named_teacher, taught_by
 from mopcompress.stages.unfinished_training import unfinished_training
 from mopcompress.states import CachedStates
 
@@ -55,7 +55,7 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         tell = progress if workers.first else silent
         model = load_model(base, device=device)
         documents = load_documents(recipe.run, model.tokenizer)
-        layer, sha256 = first_layer(recipe.recovery, model), weights_hash(base)
+        layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
         modifier, sweep = recipe.recovery, None
         dense = dense_weights(modifier, base, model)
         if modifier.sweeps:
@@ -73,11 +73,12 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
 
             sweep = sweep_rate(modifier, model, validation, tried, batch_size=size)
             tell(told(sweep), 0, 0)
-            modifier = changed(modifier, learning_rate=sweep.learning_rate)
+            modifier = modifier.at_rate(sweep.learning_rate)
         facts = {
             "learning_rate": modifier.rate,
             "sweep": asdict(sweep) if sweep else None,
             "base": {"folder": str(base), "sha256": sha256},
+            "teacher": named_teacher(modifier),
             "data": documents.facts,
             "recipe": resolved(recipe),
             "seed": seed,
@@ -93,7 +94,7 @@ def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractCo
     """The training so far that is to become `target`, if it was of the same model, data, settings and machine."""
     recipe = facts["recipe"]
     run = {name: setting for name, setting in recipe["run"].items() if name not in ("model", "output_dir")}
-    same = ("data", "seed", "learning_rate", "processes", "versions", "commit", "device", "threads")
+    same = ("data", "teacher", "seed", "learning_rate", "processes", "versions", "commit", "device", "threads")
     job = {name: facts[name] for name in same} | {"model": facts["base"]["sha256"], "recipe": recipe | {"run": run}}
     return unfinished_training(target, job, lambda line: progress(line, 0, 0))
 
@@ -117,21 +118,7 @@ def train_arm(
     Raises `UsageError` when more experts are to act than there are.
     """
     start = time.perf_counter()
-    config = AdapterConfig(
-        arm=modifier.arm,
-        experts=modifier.count_experts(tasks),
-        prompts_per_expert=modifier.prompts_per_expert,
-        layer=states.layer,
-        hidden_size=model.hidden_size,
-        base_sha256=base_sha256,
-        tasks=modifier.domains(tasks),
-        gate_reading=modifier.gate_reading,
-        shared_expert=modifier.shared_expert,
-        top_k=modifier.top_k,
-        deep=modifier.deep,
-        rank=modifier.rank,
-        targets=modifier.adapter_targets,
-    )
+    config = adapter_config(modifier, model, tasks, base_sha256)
     if modifier.rate is None:
         progress(f"{modifier.arm} has a closed form: no steps, and no learning rate to give or to sweep", 0, 0)
     adapter = ARMS[modifier.arm].begin(
@@ -173,6 +160,30 @@ def train_arm(
     return Recovered(adapter, config, rows, time.perf_counter() - start)
 
 
+def adapter_config(
+    modifier: PromptRecoveryModifier, model: LanguageModel, tasks: tuple[str, ...], base_sha256: str
+) -> AdapterConfig:
+    """What the recipe asks for, on this model and data.
+
+    Raises `UsageError` when the model has no such block, or when more experts are to act than there are.
+    """
+    return AdapterConfig(
+        arm=modifier.arm,
+        experts=modifier.count_experts(tasks),
+        prompts_per_expert=modifier.prompts_per_expert,
+        layer=first_layer(modifier.arm, modifier.layer, model),
+        hidden_size=model.hidden_size,
+        base_sha256=base_sha256,
+        tasks=modifier.domains(tasks),
+        gate_reading=modifier.gate_reading,
+        shared_expert=modifier.shared_expert,
+        top_k=modifier.top_k,
+        deep=modifier.deep,
+        rank=modifier.rank,
+        targets=modifier.adapter_targets,
+    )
+
+
 def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write an adapter folder; returns its manifest."""
     manifest = {
@@ -190,19 +201,19 @@ def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -
     return manifest
 
 
-def first_layer(modifier: PromptRecoveryModifier, model: LanguageModel) -> int:
+def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
     """The first block that the arm changes: the paper's tenth of 32 layers, in proportion; 0 for arms at the input.
 
     Raises `UsageError` when the model has no such block.
     """
-    blocks, settings = len(model.blocks), TRAINED[modifier.arm]
-    if settings.at_input or (settings.whole and modifier.layer == 0):
+    blocks, settings = len(model.blocks), TRAINED.get(arm, NONE)
+    if settings.at_input or (settings.whole and layer == 0):
         return 0
-    if modifier.layer is None:
+    if layer is None:
         return max(1, round(10 / 32 * blocks))
-    if not 0 < modifier.layer < blocks:
-        raise UsageError(f"--layer: {modifier.layer} is not 1 to {blocks - 1}, and the model has {blocks} blocks")
-    return modifier.layer
+    if not 0 < layer < blocks:
+        raise UsageError(f"--layer: {layer} is not 1 to {blocks - 1}, and the model has {blocks} blocks")
+    return layer
 
 
 def cache_states(
@@ -227,6 +238,7 @@ def cache_states(
         "dtype": str(dtype).removeprefix("torch."),
         "device": model.device.type,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     with torch.inference_mode():
         return CachedStates(

@@ -9,6 +9,7 @@ from mopcompress.errors import OutputError
 from mopcompress.models.checkpoint import resolve_model, weights_hash
 from mopcompress.recipe import Recipe
 from mopcompress.stages.progress import Progress
+from mopcompress.stages.teacher import named_teacher
 
 
 def finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:
@@ -19,8 +20,10 @@ def finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]
     artifact.verify(target)
     manifest = artifact.read_manifest(target) or {}
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
-    now = {"model": weights_hash(base)}
+    now: dict[str, str | None] = {"model": weights_hash(base)}
     before = {"model": manifest["base"]["sha256"]}
+    if "teacher" in manifest:
+        now["teacher"], before["teacher"] = named_teacher(recipe.recovery), manifest["teacher"]
     if "data" in manifest:
         splits = load_examples(recipe.run.data, rename=recipe.run.map, seed=recipe.run.seed)
         now["data"], before["data"] = splits.sha256, manifest["data"]["sha256"]

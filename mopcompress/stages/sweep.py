@@ -70,7 +70,7 @@ def sweep_rate(
         rate = middle * FACTOR**exponent
         nats = None
         try:
-            adapter = train(changed(modifier, learning_rate=rate, steps=modifier.sweep_steps))
+            adapter = train(changed(modifier, steps=modifier.sweep_steps).at_rate(rate))
             loss = math.log(
                 micro(evaluate(model, validation, adapter.compiled(model), batch_size=batch_size)).perplexity
             )

@@ -49,6 +49,11 @@ def taught_by(
     return Distillation(taught, modifier.distill, modifier.squarehead)
 
 
+def named_teacher(modifier: PromptRecoveryModifier) -> str | None:
+    """The hash of the weights of the teacher that the recipe names; None where it names none."""
+    return weights_hash(resolve_model(modifier.teacher)) if modifier.teacher else None
+
+
 def dense_weights(modifier: PromptRecoveryModifier, base: Path, model: LanguageModel) -> DenseWeights | None:
     """The weights that linears had before `base` was compressed, read when asked for; None for an arm that trains.
 

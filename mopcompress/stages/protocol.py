@@ -1,0 +1,67 @@
+"""What a bench is made of and how its arms are compared: what its `run.json` begins with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.stages.documents import Documents
+from mopcompress.stages.provenance import now
+from mopcompress.stages.teacher import named_teacher
+
+
+def new_manifest(
+    recipe: Recipe, model: dict[str, Any], documents: Documents, calibration: dict[str, Any]
+) -> dict[str, Any]:
+    """What a run that begins now is made of, machine and command apart."""
+    return {
+        "recipe": resolved(recipe),
+        "model": model,
+        "data": documents.facts,
+        "calibration": calibration,
+        "teacher": named_teacher(recipe.recovery),
+        "protocol": protocol(recipe, documents.tasks),
+        "started": now(),
+        "finished": None,
+        "seconds": None,
+    }
+
+
+def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
+    """What a reader must know of how the arms are compared."""
+    recovery, repair = recipe.recovery, recipe.repair
+    labels = "clusters of the training instructions"
+    if recovery.with_arm("mop").domains(tuple(tasks)):
+        labels = "the training rows' task labels, which single does not see"
+    return [
+        "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
+        "the response before it.",
+        f"Trained arms share rows, their order, and steps ({recovery.steps} of {recovery.batch_size} rows). single "
+        "begins with the prompts of mop, all in one group.",
+        f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
+        "gate.",
+        _rates(recovery),
+        *(
+            f"{arm} is computed from the dense model's weights and all training rows; it takes no steps."
+            for arm in _computed_arms(recipe)
+        ),
+        "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
+        *([f"Every compressed model has a low-rank repair of rank {repair.rank} beside it."] if repair else []),
+    ]
+
+
+def _computed_arms(recipe: Recipe) -> list[str]:
+    return [arm for arm in recipe.run.trained_arms if TRAINED[arm].learning_rate is None]
+
+
+def _rates(recovery: PromptRecoveryModifier) -> str:
+    if recovery.sweep:
+        return (
+            "Each arm's learning rate was chosen for each setting on validation rows, never on test rows, among three "
+            f"rates, and more past an edge that is best, trained for {recovery.sweep_steps} steps with the first seed; "
+            "run.json has them with their losses. "
+            "The gate's rate was not swept."
+        )
+    if recovery.learning_rate is not None:
+        return f"All arms have one learning rate, the recipe's {recovery.learning_rate:g}: it was not swept."
+    return "Each arm has the learning rate that is its own by default: it was not swept for this run."
