@@ -1,12 +1,13 @@
-"""Tokens a second of generation: a bare network against the same one with an adapter, greedy with a cache.
+"""Tokens a second of generation: a bare network against the same one with adapters, greedy with a cache.
 
-    python benchmarks/generation_cost.py [MODEL] [--adapter FOLDER | --arm mop --experts 12] [--new-tokens 128]
+    python benchmarks/generation_cost.py [MODEL] [--adapters FOLDER ... | --arm mop --experts 12] [--new-tokens 128]
         [--batches 1,8] [--rounds 5]
 
-A model folder (SmolLM2-135M if not given) in fp32 and the adapter that `recover` wrote for it, or one of random values
-(they do not change the time), prompts of 64 random tokens. Both take turns in one process, after a turn each that is
+A model folder (SmolLM2-135M if not given) in fp32 and adapters that `recover` wrote for it, or one of random values
+(they do not change the time), prompts of 64 random tokens. All take turns in one process, after a turn each that is
 not counted; every turn is one `generate` of the same prompt and exactly so many tokens. Prints one JSON object: medians
-with the least and greatest, and the ratio of times, turn by turn. Prefill, the gate's reading with it, is in the time.
+with the least and greatest of the new tokens a second, and of each adapter's share of the time of the bare network,
+turn by turn. Prefill, the gate's reading with it, is in the time.
 """
 
 import argparse
@@ -36,12 +37,14 @@ def main() -> None:
     asked = parse()
     folder = resolve_model(asked.model)
     model = load_model(folder, device=CPU)
-    if asked.adapter is None:
-        adapter, described = random_adapter(model, asked.arm, asked.experts)
+    if asked.adapters:
+        sha256 = weights_hash(folder)
+        adapters = {one.name: load_adapter(one, model, base_sha256=sha256) for one in asked.adapters}
     else:
-        adapter, described = load_adapter(asked.adapter, model, base_sha256=weights_hash(folder))
-    models = {"bare": model.network, "adapted": MopForCausalLM.around(model, adapter, described)}
-    found = {}
+        adapters = {asked.arm: random_adapter(model, asked.arm, asked.experts)}
+    adapted = {name: MopForCausalLM.around(model, *adapter) for name, adapter in adapters.items()}
+    models = {"bare": model.network, **adapted}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for batch in map(int, asked.batches.split(",")):
         generator = torch.Generator().manual_seed(batch)
         tokens = torch.randint(100, model.config.vocab_size, (batch, 64), generator=generator)
@@ -49,12 +52,15 @@ def main() -> None:
             {name: seconds(one, tokens, asked.new_tokens) for name, one in models.items()}
             for _ in range(asked.rounds + 1)
         ][1:]
+        written = batch * asked.new_tokens
         found[f"batch {batch}"] = {
-            **{name: spread([turn[name] for turn in turns]) for name in models},
-            "ratio": spread([turn["adapted"] / turn["bare"] for turn in turns]),
+            **{f"{name}, tokens/s": spread([written / turn[name] for turn in turns]) for name in models},
+            **{f"{name}, time against bare": spread([turn[name] / turn["bare"] for turn in turns]) for name in adapted},
         }
-        sys.stderr.write(f"batch {batch}: {found[f'batch {batch}']['ratio']}\n")
-    facts = {"asked": vars(asked), "adapter": asdict(described), "seconds": found, **provenance(CPU)}
+        for what, values in found[f"batch {batch}"].items():
+            sys.stderr.write(f"batch {batch}: {what}: {values}\n")
+    described = {name: asdict(config) for name, (_, config) in adapters.items()}
+    facts = {"asked": vars(asked), "adapters": described, "found": found, **provenance(CPU)}
     print(json.dumps(facts, indent=1, default=str))
 
 
@@ -99,7 +105,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--adapters", type=Path, nargs="+", default=[])
     parser.add_argument("--arm", default="mop", choices=[arm for arm in ARMS if not TRAINED[arm].needs_tasks])
     parser.add_argument("--experts", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=128)
