@@ -1,4 +1,4 @@
-"""The recovery study: what a mixture, its rivals and our own arm win back, on two data sets and eight compressions.
+"""The recovery study: what a mixture, its rivals and our own arm win back, on two data sets.
 
     python benchmarks/recovery.py --output FOLDER [--only sni,dolly]
 
@@ -15,10 +15,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from mopcompress.console import progress_on
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import with_recovery
 from mopcompress.report.formats import change_with_interval
+from mopcompress.report.intervals import PairedBootstrap
 from mopcompress.report.run import Run, read_run
 from mopcompress.report.tables import Grid, compare, make_grid, recovery
 from mopcompress.stages.bench import bench
@@ -28,6 +31,12 @@ MAIN = ("none", "single", "mop", "mop+")
 GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
 CONTROLS = ("uniform", "shuffled", "lora", "norms", "eora", "prefix", "oracle", "idp", "input")
 BATCH = 8
+VARIANTS = {  # what the gate is worth: folders with another gate of one arm
+    "sni-ungated": ("mop+", "mop+ without a gate"),
+    "sni-zero-gate": ("mop", "mop whose gate begins at zero"),
+    "sni-frozen-gate": ("mop", "mop with a frozen gate"),
+    "sni-clusters": ("mop", "mop without task labels"),
+}
 TEXT = str(ROOT.parent / "shared" / "data" / "lm" / "wikitext2_tokens_test.txt")
 
 
@@ -40,11 +49,12 @@ class Part:
     recipe: str = "sni.yaml"
     steps: int = 120
     dense: tuple[str, ...] = field(default=())
+    recovery: Mapping[str, object] = field(default_factory=dict)
 
 
 def part(folder: str, ratios: str, arms: tuple[str, ...], seeds: str = "0", **more: object) -> Part:
     """A grid in the words of the command line."""
-    settings = {name: more.pop(name) for name in ("recipe", "steps", "dense") if name in more}
+    settings = {name: more.pop(name) for name in ("recipe", "steps", "dense", "recovery") if name in more}
     return Part(folder, {"ratios": ratios, "arms": arms, "seeds": seeds, **more}, **settings)  # type: ignore[arg-type]
 
 
@@ -61,6 +71,10 @@ PARTS = (
     part("sni", "0.7,0.95", MAIN, bits="3,2"),
     part("sni-long", "0.5", ("none", "single", "mop"), steps=480),
     part("sni-2of4", "0.5", MAIN, recipe="sni_24.yaml"),
+    part("sni-ungated", "0.5", ("none", "mop+"), recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
+    part("sni-zero-gate", "0.5", ("none", "mop"), recovery={"gate_temper": 0.0}),
+    part("sni-frozen-gate", "0.5", ("none", "mop"), recovery={"gate_learning_rate": 0.0}),
+    part("sni-clusters", "0.5", ("none", "mop"), recovery={"gate_labels": "clusters"}),
     part("sni", "0.85", ("single", "mop"), "1,2"),
     part("dolly", "0.85", ("single", "mop"), "1,2", recipe="dolly.yaml"),
 )
@@ -77,7 +91,8 @@ def main() -> None:
             written = {"write_tokens": 32} if one.folder.startswith("sni") else {}
             settings = {**rows, **written, "text": TEXT, "dense_arms": one.dense or ("none",)}
             recipe = load_recipe(ROOT / "recipes" / one.recipe, {**settings, **one.grid})
-            asked = with_recovery(recipe, {"steps": one.steps, "batch_size": BATCH, "sweep": True, "sweep_steps": 30})
+            training = {"steps": one.steps, "batch_size": BATCH, "sweep": True, "sweep_steps": 30, **one.recovery}
+            asked = with_recovery(recipe, training)
             bench(asked, arguments.output / one.folder, progress=progress)
     text = "\n".join(claims(arguments.output))
     (arguments.output / "claims.md").write_text(text, encoding="utf-8")
@@ -100,6 +115,8 @@ def claims(output: Path) -> Iterator[str]:
         if (output / folder / "rows.jsonl").exists():
             run = read_run(output / folder)
             yield from _claims_of(folder, run, make_grid(run.rows, run.spec))
+            if folder in VARIANTS:
+                yield from _against_plain(output, folder, run)
 
 
 def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
@@ -119,6 +136,21 @@ def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
         if regained is not None:
             shown = "yes" if regained >= least else "no"
             yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {regained:.0%} | | {shown} |"
+
+
+def _against_plain(output: Path, folder: str, run: Run) -> Iterator[str]:
+    """An arm as it is against the same arm in another setting of its gate, on the same rows."""
+    arm, called = VARIANTS[folder]
+    cell = "sparsegpt 50%", arm, 0
+    plain, changed = read_run(output / "sni").documents.get(cell), run.documents.get(cell)
+    if plain is None or changed is None:
+        return
+    assert list(plain.scored_tokens) == list(changed.scored_tokens), f"{folder} was scored on other rows"
+    bootstrap = PairedBootstrap(plain.tasks, plain.scored_tokens)
+    pair = np.asarray(plain.nats), np.asarray(changed.nats)
+    found = bootstrap.micro(*pair), bootstrap.macro(*pair)
+    changes = " | ".join(change_with_interval(one.estimate, one.low, one.high) for one in found)
+    yield f"| {folder} | {cell[0]} | {arm} against {called} | {changes} | {'yes' if found[0].high < 0 else 'no'} |"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""In which of its settings a mixture beats one prompt: each is trained once and scored on validation rows.
+
+    python benchmarks/mixture_settings.py MODEL --recipe recipes/dolly.yaml --output FILE.jsonl [--only NAMES]
+
+Rows, steps and rates are those of `recovery.py`, with 300 validation rows and no test row: what is chosen here is then
+measured there. All have as many prompt tokens, a few more or less where they do not divide. A line a setting, at once;
+settings that are in FILE already are not trained again. Prints each against the single prompt (of its own kind: a deep
+mixture against a deep prompt) with the interval of a paired bootstrap over rows.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mopcompress.console import progress_on
+from mopcompress.evaluation import macro_perplexity, micro
+from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
+from mopcompress.recipe import load_recipe
+from mopcompress.recipe.modifiers import changed
+from mopcompress.recover.adapter import trained_parameters
+from mopcompress.report.formats import change_with_interval
+from mopcompress.report.intervals import PairedBootstrap
+from mopcompress.stages.documents import load_documents
+from mopcompress.stages.evaluate import score
+from mopcompress.stages.progress import Progress
+from mopcompress.stages.provenance import choose_device
+from mopcompress.stages.recover import TRAINING, cache_states, first_layer, train_arm
+
+ROOT = Path(__file__).parents[1]
+STEPS, BATCH, ROWS = 120, 8, 300
+CANDIDATES: dict[str, dict[str, object]] = {
+    "single": {"arm": "single"},
+    "as it is": {"arm": "mop"},
+    "2 clusters": {"arm": "mop", "experts": 2, "prompts_per_expert": 40, "gate_labels": "clusters"},
+    "3 clusters": {"arm": "mop", "experts": 3, "prompts_per_expert": 27, "gate_labels": "clusters"},
+    "shared expert": {"arm": "mop", "shared_expert": True, "prompts_per_expert": 9},
+    "gate begins at zero": {"arm": "mop", "gate_temper": 0.0},
+    "frozen gate": {"arm": "mop", "gate_learning_rate": 0.0},
+    "separate softmax": {"arm": "mop", "gate_reading": "separate"},
+    "single, deep": {"arm": "single", "deep": True},
+    "deep": {"arm": "mop", "deep": True},
+    "single, 4 times the steps": {"arm": "single", "steps": 4 * STEPS},
+    "4 times the steps": {"arm": "mop", "steps": 4 * STEPS},
+}
+BASELINES = {"deep": "single, deep", "4 times the steps": "single, 4 times the steps"}  # the others: single
+
+
+def main() -> None:
+    asked = parse()
+    done = read(asked.output)
+    with progress_on(sys.stderr, quiet=False) as progress:
+        for name in asked.only.split(",") if asked.only else CANDIDATES:
+            if name not in done:
+                done[name] = measured(name, CANDIDATES[name], asked.model, asked.recipe, progress)
+                with asked.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(done[name]) + "\n")
+    for name, row in done.items():
+        baseline = done.get(BASELINES.get(name, "single"))
+        against = f", {change(row, baseline)} against {baseline['name']}" if baseline and baseline != row else ""
+        print(f"{name}: perplexity {row['perplexity']:.4g} (macro {row['perplexity_macro']:.4g}){against}")
+
+
+def measured(
+    name: str, changes: Mapping[str, object], model_name: str, recipe_file: Path, progress: Progress
+) -> dict[str, Any]:
+    """Train one setting with the arm's own rate, and score the validation rows."""
+    steps = changes.get("steps", STEPS)
+    assert isinstance(steps, int)
+    rows = {"train_rows": BATCH * steps, "validation_rows": ROWS, "test_rows": 10}
+    recipe = load_recipe(recipe_file, {"model": model_name, **rows})
+    modifier = changed(recipe.recovery, **{"steps": STEPS, "batch_size": BATCH, **changes})
+    base = resolve_model(recipe.run.model)
+    model = load_model(base, device=choose_device(recipe.run.device))
+    sha256, size = weights_hash(base), recipe.run.batch_size
+    documents = load_documents(recipe.run, model.tokenizer)
+    layer = first_layer(modifier.arm, modifier.layer, model)
+    states = cache_states(model, sha256, documents.train, layer, size, "training rows", progress, dtype=TRAINING)
+    validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", progress)
+    recovered = train_arm(model, states, documents.tasks, modifier, sha256, recipe.run.seed, progress)
+    scores = score(model, validation, recovered.adapter, size, progress)
+    return {
+        "name": name,
+        "changes": changes,
+        "perplexity": micro(scores).perplexity,
+        "perplexity_macro": macro_perplexity(scores),
+        "trained_parameters": trained_parameters(recovered.adapter),
+        "learning_rate": modifier.rate,
+        "rows": len(scores.nats),
+        "tasks": list(scores.tasks),
+        "scored_tokens": list(scores.scored_tokens),
+        "nats": list(scores.nats),
+        "model": sha256,
+    }
+
+
+def change(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """The change of perplexity with its interval. The rows must be the same."""
+    assert row["scored_tokens"] == baseline["scored_tokens"], "scored on other rows"
+    assert row["model"] == baseline["model"], "trained on another model"
+    bootstrap = PairedBootstrap(row["tasks"], row["scored_tokens"])
+    found = bootstrap.micro(np.asarray(row["nats"]), np.asarray(baseline["nats"]))
+    return change_with_interval(found.estimate, found.low, found.high)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="compressed folder")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "dolly.yaml")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", default="", metavar="NAMES", help="of the settings, with commas between")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
