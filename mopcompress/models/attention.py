@@ -126,6 +126,8 @@ def prompted_attention(
     if prefix.separate:
         text, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return text + _separately(scaled, prefix, layer).transpose(1, 2), None
+    if query.shape[2] == 1:
+        return _for_one_query(scaled, key, value, attention_mask, prefix, layer).transpose(1, 2), None
     text_bias = _text_bias(attention_mask, query.shape[2], key)
     return _together(scaled, key, value, text_bias, prefix, layer).transpose(1, 2).contiguous(), None
 
@@ -139,8 +141,6 @@ def _together(
     layer: int,
 ) -> Float[Tensor, "batch heads time value_head"]:
     """One softmax over prompts and text."""
-    if query.shape[2] == 1:
-        return _for_one_query(query, key, value, text_bias, prefix, layer)
     batch, heads, time, head = query.shape
     prompts = prefix.log_gate.shape[1]
     log_gate = _for_each(prefix.log_gate, batch)
@@ -167,36 +167,48 @@ def _for_one_query(
     query: Float[Tensor, "batch heads 1 head"],
     key: Float[Tensor, "batch kv_heads keys head"],
     value: Float[Tensor, "batch kv_heads keys value_head"],
-    text_bias: Float[Tensor, "b 1 1 keys"],
+    mask: Tensor | None,
     prefix: Prefix,
     layer: int,
 ) -> Float[Tensor, "batch heads 1 value_head"]:
-    """The same for the one query of a generation's step: there, copying all keys and values would cost the most."""
+    """The same for the one query of a generation's step: there, copying all keys and values would cost the most.
+
+    A step is so short that every operation counts: few of them, and none for a mask that is not there.
+    """
     batch, heads, _, head = query.shape
     kv_heads, prompts = key.shape[1], prefix.log_gate.shape[1]
     # the query heads that share a key head are more rows of one product, so keys are never repeated
-    rows = query.reshape(batch, kv_heads, -1, head)
-    to_text = rows @ key.transpose(2, 3) + text_bias
+    rows = query.reshape(batch * kv_heads, -1, head)
+    to_text = torch.bmm(rows, key.flatten(0, 1).transpose(1, 2))
+    if mask is not None:
+        to_text = to_text + _text_bias(mask, 1, key).expand(batch, kv_heads, 1, -1).flatten(0, 1)
     # and so are the examples, which share all prompts
-    to_prompts = _over_examples(rows, prefix.keys[layer].transpose(1, 2))
-    to_prompts = to_prompts + _for_each(prefix.log_gate, batch)[:, None, None]
-    weights = torch.cat([to_prompts, to_text], dim=-1).softmax(-1)
+    log_gate = _for_each(prefix.log_gate, batch)[:, None].expand(-1, rows.shape[1], -1).flatten(0, 1)
+    shared = torch.baddbmm(log_gate[None], _by_head(rows, batch), prefix.keys[layer].transpose(1, 2))
+    weights = torch.cat([_by_example(shared, batch), to_text], dim=-1).softmax(-1)
     of_prompts, of_text = weights.split([prompts, key.shape[2]], dim=-1)
     if (watched := _watching.get()) is not None:
-        watched[layer] = of_prompts.mean((1, 2))[:, None]
+        watched[layer] = of_prompts.unflatten(0, (batch, -1)).mean((1, 2))[:, None]
     if prefix.value_gate is not None:
-        of_prompts = of_prompts * _for_each(prefix.value_gate, batch)[:, None, None]
-    attended = of_text @ value + _over_examples(of_prompts, prefix.values[layer])
-    return attended.reshape(batch, heads, 1, -1)
+        factors = _for_each(prefix.value_gate, batch).repeat_interleave(kv_heads, dim=0)
+        of_prompts = of_prompts * factors[:, None]
+    given = torch.bmm(_by_head(of_prompts, batch), prefix.values[layer])
+    attended = torch.baddbmm(_by_example(given, batch), of_text, value.flatten(0, 1))
+    return attended.view(batch, heads, 1, -1)
 
 
-def _over_examples(
-    rows: Float[Tensor, "batch kv_heads rows inner"], shared: Float[Tensor, "kv_heads inner outer"]
-) -> Float[Tensor, "batch kv_heads rows outer"]:
-    """The product of each key head's rows with the one matrix that all examples share."""
-    batch, kv_heads, count, inner = rows.shape
-    together = rows.transpose(0, 1).reshape(kv_heads, batch * count, inner)
-    return torch.bmm(together, shared).view(kv_heads, batch, count, shared.shape[2]).transpose(0, 1)
+def _by_head(
+    rows: Float[Tensor, "batch_x_heads rows inner"], batch: int
+) -> Float[Tensor, "kv_heads batch_x_rows inner"]:
+    """All examples' rows of a key head together, for one product with what the examples share."""
+    return rows if batch == 1 else rows.unflatten(0, (batch, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _by_example(
+    rows: Float[Tensor, "kv_heads batch_x_rows outer"], batch: int
+) -> Float[Tensor, "batch_x_heads rows outer"]:
+    """The same rows by example again."""
+    return rows if batch == 1 else rows.unflatten(1, (batch, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _separately(
@@ -224,17 +236,15 @@ def _for_each(gate: Float[Tensor, "examples prompts"], batch: int) -> Float[Tens
 def _text_bias(mask: Tensor | None, time: int, key: Tensor) -> Float[Tensor, "b 1 t keys"]:
     """What the text's own mask adds to the logits.
 
-    transformers leaves out the mask, as for `sdpa`, of one query that sees every key and of queries that begin where
-    the keys do (of which a static cache has more than are filled).
+    transformers leaves out the mask, as for `sdpa`, of queries that begin where the keys do (of which a static cache
+    has more than are filled).
     """
-    if mask is None and time == 1:
-        return key.new_zeros(1, 1, 1, 1).expand(1, 1, 1, key.shape[2])
     if mask is None:
         mask = torch.ones(time, key.shape[2], dtype=torch.bool, device=key.device).tril()[None, None]
     if mask.dtype != torch.bool:
         return mask[..., : key.shape[2]].to(key.dtype)
     lowest = torch.finfo(key.dtype).min  # finite: a padding row that sees nothing gives a mean, not NaN
-    return torch.zeros_like(mask, dtype=key.dtype).masked_fill(~mask, lowest)
+    return torch.where(mask, key.new_zeros(()), lowest)
 
 
 AttentionInterface.register(NAME, prompted_attention)
