@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mopcompress.cli.call import Common, command
 from mopcompress.cli.commands import Adapter, app, tell_plan
-from mopcompress.cli.options import DRY_RUN, MACHINE, MODEL, SPEECH, Common, command
+from mopcompress.cli.options import DRY_RUN, MACHINE, MODEL, SPEECH
 from mopcompress.cli.output import print_json
 from mopcompress.errors import UsageError
 from mopcompress.stages import plan

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mopcompress.cli.call import Common, command
 from mopcompress.cli.options import (
     BACKEND,
     CALIBRATION,
@@ -25,8 +26,6 @@ from mopcompress.cli.options import (
     RECOVERY,
     SPEECH,
     WRITING,
-    Common,
-    command,
 )
 from mopcompress.cli.output import print_bench, print_facts, print_harness, print_json, print_scores
 from mopcompress.errors import RecipeError

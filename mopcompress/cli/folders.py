@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from mopcompress.cli.call import Common, command
 from mopcompress.cli.commands import app
-from mopcompress.cli.options import DRY_RUN, OUTPUT, SPEECH, Common, command
+from mopcompress.cli.options import DRY_RUN, OUTPUT, SPEECH
 from mopcompress.cli.output import print_facts, print_json
 from mopcompress.stages import plan
 
