@@ -273,6 +273,19 @@ def test_plain_text_and_the_dense_models_arms_are_scored_besides(recipe_of, tmp_
     assert "plain text" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_plain_text_is_a_domain_of_the_gate_where_it_is_trained_on(recipe_of, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog who liked to run in the park. " * 60)
+    recipe = recipe_of(arms="none,mop", train_text=str(text), train_text_samples="3")
+    rows = bench(recipe, tmp_path / "run")
+    gate = next(row.gate for row in rows if row.arm == "mop")
+    assert set(gate.domains) - set(gate.tasks) == {"plain text"}
+    assert "3 windows of" in (tmp_path / "run" / "report.md").read_text()
+    text.write_text("There was a little cat. " * 200)
+    with pytest.raises(RecipeError, match="training text"):
+        bench(recipe, tmp_path / "run")
+
+
 def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
     """The oracle cannot score text of no task; a gate of clusters has no tasks to be right about."""
     text = tmp_path / "text.txt"

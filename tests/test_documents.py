@@ -127,3 +127,42 @@ def test_training_rows_and_text_files_calibrate(source: Path, tmp_path: Path) ->
     train = subset(load_examples("skills", rename={}, seed=0).train, 30, seed=0)
     first = encode(train, word_tokenizer(), max_length=512).documents[0]
     assert tokens[0].tolist() == list(first.tokens[:8])
+
+
+# --- plain text that is trained on
+
+WORDS = " ".join(f"w{3 + number % 60}" for number in range(400))
+
+
+def with_text(tmp_path: Path, **fields: object) -> RunSpec:
+    (tmp_path / "text.txt").write_text(WORDS)
+    limits = {"train_rows": 5, "validation_rows": 2, "test_rows": 3, "longest_row": 40}
+    return RunSpec.model_validate({**limits, "train_text": str(tmp_path / "text.txt"), **fields})
+
+
+def test_windows_of_plain_text_are_training_rows_of_one_more_task(tmp_path: Path) -> None:
+    without = encode_documents(splits(), with_text(tmp_path, train_text=None), word_tokenizer())
+    documents = encode_documents(splits(), with_text(tmp_path, train_text_samples=4), word_tokenizer())
+    assert documents.tasks == (*without.tasks, "plain text")
+    assert documents.train[: len(without.train)] == without.train
+    windows = documents.train[len(without.train) :]
+    whole = tuple(word_tokenizer()(WORDS, add_special_tokens=False)["input_ids"])
+    assert [one.tokens for one in windows] == [whole[start : start + 40] for start in (0, 40, 80, 120)]
+    assert {(one.task, one.context_tokens) for one in windows} == {("plain text", 20)}
+    assert (documents.validation, documents.test, documents.text) == (without.validation, without.test, ())
+    assert documents.facts["train_text"]["windows"] == 4
+    assert "train_text" not in without.facts
+
+
+def test_a_text_that_is_too_short_is_told_by_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"text of --train-text has 10 window\(s\) .* lower --train-text-samples"):
+        encode_documents(splits(), with_text(tmp_path, train_text_samples=11), word_tokenizer())
+    with pytest.raises(DataError, match=r"text of --text has 1 window\(s\) .* lower --text-samples"):
+        encode_documents(
+            splits(), with_text(tmp_path, train_text=None, text=str(tmp_path / "text.txt")), word_tokenizer()
+        )
+
+
+def test_text_that_is_scored_is_not_trained_on(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_text: the same as text"):
+        with_text(tmp_path, text=str(tmp_path / "text.txt"))

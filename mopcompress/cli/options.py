@@ -79,6 +79,8 @@ DATA = _run_fields(
     longest_row=("TOKENS", "Use only rows of at most so many tokens"),
     text=("TEXT", "Plain text that no arm is trained on, to be scored too"),
     text_samples=("N", "Windows of it"),
+    train_text=("TEXT", "Plain text to be trained on too, as a task of its own"),
+    train_text_samples=("N", "Windows of it"),
 )
 WRITING = _run_fields(
     "Data",

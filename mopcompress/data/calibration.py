@@ -12,15 +12,22 @@ from mopcompress.data.sources import hub_splits, local_path, read_rows, read_utf
 from mopcompress.errors import DataError
 
 CHARACTERS_A_TOKEN = 32  # far more than any tokenizer of text needs
+CALIBRATION, FLAGS = "calibration text", "--num-calibration-samples or --max-seq-length"  # as messages call them
 MARGIN_TOKENS = 64  # where a text is cut, the tokens near the cut are not those of the whole text
 
 
 def text_windows(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    what: str = CALIBRATION,
+    flags: str = FLAGS,
 ) -> Int[Tensor, "samples length"]:
     """The first `samples` windows of `length` tokens of `text`, tokenised in one piece, without special tokens.
 
-    Raises `DataError` when the text has fewer.
+    Raises `DataError`, in which the text is `what` and the flags to lower are `flags`, when the text has fewer.
     """
     wanted = samples * length
     # A long text is not tokenised to its end: a beginning that surely suffices is tried first.
@@ -28,7 +35,7 @@ def text_windows(
     tokens = tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < wanted + MARGIN_TOKENS and len(beginning) < len(text):
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return _windows(tokens, samples=samples, length=length)
+    return _windows(tokens, samples, length, what, flags)
 
 
 def document_windows(documents: Sequence[Encoded], *, samples: int, length: int) -> Int[Tensor, "samples length"]:
@@ -37,15 +44,15 @@ def document_windows(documents: Sequence[Encoded], *, samples: int, length: int)
     Raises `DataError` when there are too few.
     """
     tokens = [token for document in documents for token in document.tokens]
-    return _windows(tokens, samples=samples, length=length)
+    return _windows(tokens, samples, length, CALIBRATION, FLAGS)
 
 
-def _windows(tokens: Sequence[int], *, samples: int, length: int) -> Int[Tensor, "samples length"]:
+def _windows(tokens: Sequence[int], samples: int, length: int, what: str, flags: str) -> Int[Tensor, "samples length"]:
     there = len(tokens) // length
     if there < samples:
         raise DataError(
-            f"the calibration text has {there} window(s) of {length} tokens ({len(tokens)} tokens), "
-            f"{samples} are wanted; give more text, or lower --num-calibration-samples or --max-seq-length"
+            f"the {what} has {there} window(s) of {length} tokens ({len(tokens)} tokens), "
+            f"{samples} are wanted; give more text, or lower {flags}"
         )
     return torch.tensor(tokens[: samples * length], dtype=torch.long).view(samples, length)
 

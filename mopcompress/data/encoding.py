@@ -23,7 +23,7 @@ from mopcompress.errors import DataError
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document. `tokens[context_tokens:]` is the response and ends with EOS or the end of the turn."""
+    """One document. `tokens[context_tokens:]` is the response; that of an instruction ends with EOS or its turn."""
 
     task: str
     tokens: tuple[int, ...]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mopcompress.errors import UsageError
 from mopcompress.recipe.arms import known_arm
@@ -67,6 +67,8 @@ class RunSpec(Spec):
     longest_row: Length | None = None  # a choice of rows: only those of at most so many tokens take part
     text: FilePath | None = None  # plain text that no arm is trained on, scored besides the test rows
     text_samples: Rows = 24  # windows of it
+    train_text: FilePath | None = None  # plain text among the training rows, a task of its own
+    train_text_samples: Rows = 96  # windows of it, besides the training rows
     write_tokens: Annotated[int, Field(ge=1)] | None = None  # test rows are answered too, with so many at most
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
@@ -89,6 +91,12 @@ class RunSpec(Spec):
         0.1  # share of matrices that may need more damping than asked for
     )
 
+    @model_validator(mode="after")
+    def _scored_text_is_not_trained_on(self) -> "RunSpec":
+        if self.train_text is not None and self.train_text == self.text:
+            raise fault("train_text: the same as text, which is scored because no arm is trained on it; name another")
+        return self
+
     @property
     def trained_arms(self) -> tuple[str, ...]:
         """The arms of the grid that begin as an adapter, each once."""
@@ -101,6 +109,7 @@ WORDS = {
     "data",
     "calibration",
     "text",
+    "train_text",
     "methods",
     "arms",
     "dense_arms",

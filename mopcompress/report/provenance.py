@@ -76,9 +76,20 @@ def data_facts(run: Run) -> Facts:
         ("Model", _joined(_said(model.get("name")), model.get("note"))),
         ("Data", _joined(f"{_said(data.get('name'))}, {len(tasks)} tasks", data.get("note"))),
         ("Rows", f"{rows}; dropped: {_said(data.get('dropped_rows'))}"),
+        *_plain_text(data),
         ("Scored", f"{run.rows[0].documents:,} test documents, {run.rows[0].scored_tokens:,} tokens"),
         ("Seeds", f"data {_said(run.spec.get('seed'))}; training {seeds}"),
         ("Tasks", ", ".join(map(str, tasks))),
+    )
+
+
+def _plain_text(data: Mapping[str, Any]) -> Facts:
+    texts = {"text": "scored, and no arm was trained on it", "train_text": "among the training rows, a task of its own"}
+    given = {name: section(data, name) for name in texts}
+    return tuple(
+        ("Plain text", f"{one.get('windows')} windows of {one.get('name')}: {texts[name]}")
+        for name, one in given.items()
+        if one
     )
 
 

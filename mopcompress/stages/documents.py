@@ -14,11 +14,15 @@ from mopcompress.errors import DataError
 from mopcompress.recipe import RunSpec
 
 TEXT_TOKENS, TEXT_CONTEXT = 256, 32  # of a window of plain text; the context is what a gate reads
+TEXT_TASK = "plain text"
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Encoded splits, and windows of plain text if there are any. `facts` is what a report says of them."""
+    """Encoded splits, and windows of plain text if there are any. `facts` is what a report says of them.
+
+    `train` holds the windows that are trained on, too, as rows of one more task.
+    """
 
     train: tuple[Encoded, ...]
     validation: tuple[Encoded, ...]
@@ -70,18 +74,28 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
         "scored_sha256": _digest(scored),
         "template": template_name(tokenizer),
     }
-    text = _text(run, tokenizer)
-    if text:
-        facts["text"] = {"name": run.text, "windows": len(text), "sha256": _digest([one.tokens for one in text])}
-    return Documents(**kept, text=text, tasks=tasks, facts=facts)
+    longest = min(TEXT_TOKENS, run.longest_row or run.max_length)
+    trained = _windows("train_text", run.train_text, run.train_text_samples, longest, tokenizer)
+    scored_text = _windows("text", run.text, run.text_samples, TEXT_TOKENS, tokenizer)
+    for name, source, windows in (("text", run.text, scored_text), ("train_text", run.train_text, trained)):
+        if windows:
+            facts[name] = {"name": source, "windows": len(windows), "sha256": _digest([one.tokens for one in windows])}
+    if trained:
+        kept["train"], tasks = (*kept["train"], *trained), tuple(sorted({*tasks, TEXT_TASK}))
+    return Documents(**kept, text=scored_text, tasks=tasks, facts=facts)
 
 
-def _text(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded, ...]:
-    """Windows of the run's plain text: the first tokens stand for an instruction, the others are scored."""
-    if run.text is None:
+def _windows(
+    field: str, source: str | None, samples: int, length: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Encoded, ...]:
+    """Windows of plain text: the first tokens stand for an instruction, the others for its response."""
+    if source is None:
         return ()
-    windows = text_windows(read_text(str(run.text)), tokenizer, samples=run.text_samples, length=TEXT_TOKENS)
-    return tuple(Encoded("text", tuple(window), TEXT_CONTEXT) for window in windows.tolist())
+    flag = f"--{field.replace('_', '-')}"
+    windows = text_windows(
+        read_text(source), tokenizer, samples=samples, length=length, what=f"text of {flag}", flags=f"{flag}-samples"
+    )
+    return tuple(Encoded(TEXT_TASK, tuple(window), min(TEXT_CONTEXT, length // 2)) for window in windows.tolist())
 
 
 def _digest(tokens: list[tuple[int, ...]]) -> str:

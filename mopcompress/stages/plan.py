@@ -42,8 +42,9 @@ def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
     check_model(run.model)
     if (data or (calibration and run.calibration == "data")) and run.data != "skills":
         local_path(run.data)
-    if data and run.text is not None:
-        local_path(run.text)
+    for text in (run.text, run.train_text):
+        if data and text is not None:
+            local_path(text)
     if calibration and run.calibration not in {"self", "data"}:
         local_path(run.calibration)
 
