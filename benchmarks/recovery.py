@@ -37,7 +37,8 @@ VARIANTS = {  # what the gate is worth: folders with another gate of one arm
     "sni-frozen-gate": ("mop", "mop with a frozen gate"),
     "sni-clusters": ("mop", "mop without task labels"),
 }
-TEXT = str(ROOT.parent / "shared" / "data" / "lm" / "wikitext2_tokens_test.txt")
+LM = ROOT.parent / "shared" / "data" / "lm"
+TEXT, OTHER_TEXT = str(LM / "wikitext2_tokens_test.txt"), str(LM / "wikipedia_paragraphs_from_dolly_train.txt")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ PARTS = (
     part("sni-long", "0.5", ("none", "single", "mop"), steps=480),
     part("sni-2of4", "0.5", MAIN, recipe="sni_24.yaml"),
     part("sni-ungated", "0.5", ("none", "mop+"), recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
+    part("sni-text", "0.5", MAIN, train_text=OTHER_TEXT),
     part("sni-zero-gate", "0.5", ("none", "mop"), recovery={"gate_temper": 0.0}),
     part("sni-frozen-gate", "0.5", ("none", "mop"), recovery={"gate_learning_rate": 0.0}),
     part("sni-clusters", "0.5", ("none", "mop"), recovery={"gate_labels": "clusters"}),
