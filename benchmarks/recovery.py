@@ -31,11 +31,12 @@ MAIN = ("none", "single", "mop", "mop+")
 GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
 CONTROLS = ("uniform", "shuffled", "lora", "norms", "eora", "prefix", "oracle", "idp", "input")
 BATCH = 8
-VARIANTS = {  # what the gate is worth: folders with another gate of one arm
-    "sni-ungated": ("mop+", "mop+ without a gate"),
-    "sni-zero-gate": ("mop", "mop whose gate begins at zero"),
-    "sni-frozen-gate": ("mop", "mop with a frozen gate"),
-    "sni-clusters": ("mop", "mop without task labels"),
+VARIANTS = {  # folders that ask what one thing is worth: an arm as it is, the arm there, and what that is
+    "sni-wide": ("mop", "single", "single with as many parameters"),
+    "sni-ungated": ("mop+", "mop+", "mop+ without a gate"),
+    "sni-zero-gate": ("mop", "mop", "mop whose gate begins at zero"),
+    "sni-frozen-gate": ("mop", "mop", "mop with a frozen gate"),
+    "sni-clusters": ("mop", "mop", "mop without task labels"),
 }
 LM = ROOT.parent / "shared" / "data" / "lm"
 TEXT, OTHER_TEXT = str(LM / "wikitext2_tokens_test.txt"), str(LM / "wikipedia_paragraphs_from_dolly_train.txt")
@@ -72,6 +73,7 @@ PARTS = (
     part("sni", "0.7,0.95", MAIN, bits="3,2"),
     part("sni-long", "0.5", ("none", "single", "mop"), steps=480),
     part("sni-2of4", "0.5", MAIN, recipe="sni_24.yaml"),
+    part("sni-wide", "0.5", ("none", "single"), recovery={"prompts_per_expert": 21}),  # 11 experts' 10, and the gate
     part("sni-ungated", "0.5", ("none", "mop+"), recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
     part("sni-text", "0.5", MAIN, train_text=OTHER_TEXT),
     part("sni-zero-gate", "0.5", ("none", "mop"), recovery={"gate_temper": 0.0}),
@@ -141,10 +143,13 @@ def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
 
 
 def _against_plain(output: Path, folder: str, run: Run) -> Iterator[str]:
-    """An arm as it is against the same arm in another setting of its gate, on the same rows."""
-    arm, called = VARIANTS[folder]
-    cell = "sparsegpt 50%", arm, 0
-    plain, changed = read_run(output / "sni").documents.get(cell), run.documents.get(cell)
+    """An arm as it is against one in another setting, on the same rows."""
+    arm, there, called = VARIANTS[folder]
+    setting = "sparsegpt 50%"
+    plain, changed = (
+        read_run(output / "sni").documents.get((setting, arm, 0)),
+        run.documents.get((setting, there, 0)),
+    )
     if plain is None or changed is None:
         return
     assert list(plain.scored_tokens) == list(changed.scored_tokens), f"{folder} was scored on other rows"
@@ -152,7 +157,7 @@ def _against_plain(output: Path, folder: str, run: Run) -> Iterator[str]:
     pair = np.asarray(plain.nats), np.asarray(changed.nats)
     found = bootstrap.micro(*pair), bootstrap.macro(*pair)
     changes = " | ".join(change_with_interval(one.estimate, one.low, one.high) for one in found)
-    yield f"| {folder} | {cell[0]} | {arm} against {called} | {changes} | {'yes' if found[0].high < 0 else 'no'} |"
+    yield f"| {folder} | {setting} | {arm} against {called} | {changes} | {'yes' if found[0].high < 0 else 'no'} |"
 
 
 if __name__ == "__main__":
