@@ -32,6 +32,7 @@ GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
 CONTROLS = ("uniform", "shuffled", "lora", "norms", "eora", "prefix", "oracle", "idp", "input")
 BATCH = 8
 VARIANTS = {  # folders that ask what one thing is worth: an arm as it is, the arm there, and what that is
+    "sni-rate": ("mop", "single", "single at the rate of mop"),
     "sni-wide": ("mop", "single", "single with as many parameters"),
     "sni-ungated": ("mop+", "mop+", "mop+ without a gate"),
     "sni-zero-gate": ("mop", "mop", "mop whose gate begins at zero"),
@@ -66,6 +67,7 @@ PARTS = (
     part("sni", "0.5", ("uniform", "shuffled")),
     part("sni", "0.5", MAIN, dense=("single", "mop", "mop+")),
     part("dolly", "0.5", MAIN, recipe="dolly.yaml"),
+    part("sni-rate", "0.5", ("none", "single"), recovery={"sweep": False, "learning_rate": 0.5}),
     part("sni", "0.5", CONTROLS),
     part("sni", "0.5", ("single", "mop"), "1,2"),
     part("dolly", "0.85", MAIN, recipe="dolly.yaml", dense=("single", "mop", "mop+")),
