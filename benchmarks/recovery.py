@@ -94,7 +94,8 @@ def main() -> None:
                 continue
             rows = {"train_rows": BATCH * one.steps, "validation_rows": 100, "test_rows": 300}
             # answers of SNI are short, and some have one right form; those of Dolly are long and free
-            written = {"write_tokens": 32} if one.folder.startswith("sni") else {}
+            answered = one.folder.startswith("sni") and one.folder not in VARIANTS
+            written = {"write_tokens": 32} if answered else {}
             settings = {**rows, **written, "text": TEXT, "dense_arms": one.dense or ("none",)}
             recipe = load_recipe(ROOT / "recipes" / one.recipe, {**settings, **one.grid})
             training = {"steps": one.steps, "batch_size": BATCH, "sweep": True, "sweep_steps": 30, **one.recovery}
