@@ -4,8 +4,9 @@
 
 Runs benches in the order of what their claims are worth, each in a folder of its own under FOLDER; a run that was
 stopped goes on with the next cell. Rows of at most 128 tokens, 300 test rows, 120 steps of 8 rows that no step sees
-twice; learning rates are chosen for each arm and setting on 100 validation rows. About ten hours of two cores. At the
-end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
+twice. At 50 % every arm's learning rate is chosen on 100 validation rows, by trainings as long as the one that counts;
+other settings of the same data take the rates found there, and controls of the gate that of `mop`. Fifteen hours of two
+cores. At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
 """
 
 import argparse
@@ -23,22 +24,31 @@ from mopcompress.recipe.commands import with_recovery
 from mopcompress.report.formats import change_with_interval
 from mopcompress.report.intervals import PairedBootstrap
 from mopcompress.report.run import Run, read_run
-from mopcompress.report.tables import Grid, compare, make_grid, recovery
+from mopcompress.report.tables import Grid, compare, make_grid
+from mopcompress.results import DocumentScores
 from mopcompress.stages.bench import bench
+from mopcompress.stages.sweep import read_sweeps
 
 ROOT = Path(__file__).parents[1]
 MAIN = ("none", "single", "mop", "mop+")
 GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
-CONTROLS = ("uniform", "shuffled", "lora", "norms", "eora", "prefix", "oracle", "idp", "input")
+RIVALS = ("norms", "lora", "prefix", "input")
+CONTROLS = ("shuffled", "oracle", "idp", "uniform")  # of the gate: at the rate of mop
 BATCH = 8
-VARIANTS = {  # folders that ask what one thing is worth: an arm as it is, the arm there, and what that is
-    "sni-rate": ("mop", "single", "single at the rate of mop"),
-    "sni-wide": ("mop", "single", "single with as many parameters"),
-    "sni-ungated": ("mop+", "mop+", "mop+ without a gate"),
-    "sni-zero-gate": ("mop", "mop", "mop whose gate begins at zero"),
-    "sni-frozen-gate": ("mop", "mop", "mop with a frozen gate"),
-    "sni-clusters": ("mop", "mop", "mop without task labels"),
-}
+ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni`, the arm there, and what that is
+    ("sni-controls", "mop", "shuffled", "shuffled"),
+    ("sni-controls", "mop", "uniform", "uniform"),
+    ("sni-controls", "mop", "idp", "idp"),
+    ("sni-controls", "mop", "oracle", "oracle"),
+    ("sni-controls", "mop+", "eora", "eora"),
+    ("sni-wide", "mop", "single", "single with as many parameters"),
+    ("sni-ungated", "mop+", "mop+", "mop+ without a gate"),
+    ("sni-zero-gate", "mop", "mop", "mop whose gate begins at zero"),
+    ("sni-frozen-gate", "mop", "mop", "mop with a frozen gate"),
+    ("sni-clusters", "mop", "mop", "mop without task labels"),
+)
+REGAINED = (("sni", "sparsegpt 50%", 0.8), ("sni-settings", "sparsegpt 85%", 0.5))  # of the gap to the dense mop+
+ANSWERED = ("sni", "sni-settings", "sni-2of4", "sni-long")  # of short answers, some of which have one right form
 LM = ROOT.parent / "shared" / "data" / "lm"
 TEXT, OTHER_TEXT = str(LM / "wikitext2_tokens_test.txt"), str(LM / "wikipedia_paragraphs_from_dolly_train.txt")
 
@@ -53,36 +63,36 @@ class Part:
     steps: int = 120
     dense: tuple[str, ...] = field(default=())
     recovery: Mapping[str, object] = field(default_factory=dict)
+    rates: str = ""  # the folder whose sweeps gave the learning rates; swept here if empty
 
 
 def part(folder: str, ratios: str, arms: tuple[str, ...], seeds: str = "0", **more: object) -> Part:
     """A grid in the words of the command line."""
-    settings = {name: more.pop(name) for name in ("recipe", "steps", "dense", "recovery") if name in more}
+    settings = {name: more.pop(name) for name in ("recipe", "steps", "dense", "recovery", "rates") if name in more}
     return Part(folder, {"ratios": ratios, "arms": arms, "seeds": seeds, **more}, **settings)  # type: ignore[arg-type]
 
 
 PARTS = (
     part("sni", "0.5", MAIN),
-    part("sni", "0.85", MAIN),
-    part("sni", "0.5", ("uniform", "shuffled")),
-    part("sni", "0.5", MAIN, dense=("single", "mop", "mop+")),
-    part("dolly", "0.5", MAIN, recipe="dolly.yaml"),
-    part("sni-rate", "0.5", ("none", "single"), recovery={"sweep": False, "learning_rate": 0.5}),
-    part("sni", "0.5", CONTROLS),
+    part("sni-controls", "0.5", ("eora", *CONTROLS), rates="sni"),
+    part("sni", "0.5", RIVALS[:2]),
+    part("sni-ungated", "0.5", ("mop+",), rates="sni", recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
     part("sni", "0.5", ("single", "mop"), "1,2"),
-    part("dolly", "0.85", MAIN, recipe="dolly.yaml", dense=("single", "mop", "mop+")),
+    part("dolly", "0.5", MAIN, recipe="dolly.yaml"),
+    part("sni-settings", "0.85", MAIN, rates="sni", dense=("single", "mop", "mop+")),
+    part("dolly-settings", "0.85", MAIN, rates="dolly", dense=("single", "mop", "mop+"), recipe="dolly.yaml"),
+    part("sni", "0.5", RIVALS[2:]),
     part("dolly", "0.5", ("single", "mop"), "1,2", recipe="dolly.yaml"),
-    part("sni", "0.7,0.95", MAIN, bits="3,2"),
-    part("sni-long", "0.5", ("none", "single", "mop"), steps=480),
-    part("sni-2of4", "0.5", MAIN, recipe="sni_24.yaml"),
-    part("sni-wide", "0.5", ("none", "single"), recovery={"prompts_per_expert": 21}),  # 11 experts' 10, and the gate
-    part("sni-ungated", "0.5", ("none", "mop+"), recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
-    part("sni-text", "0.5", MAIN, train_text=OTHER_TEXT),
-    part("sni-zero-gate", "0.5", ("none", "mop"), recovery={"gate_temper": 0.0}),
-    part("sni-frozen-gate", "0.5", ("none", "mop"), recovery={"gate_learning_rate": 0.0}),
-    part("sni-clusters", "0.5", ("none", "mop"), recovery={"gate_labels": "clusters"}),
-    part("sni", "0.85", ("single", "mop"), "1,2"),
-    part("dolly", "0.85", ("single", "mop"), "1,2", recipe="dolly.yaml"),
+    part("sni-settings", "0.7,0.95", MAIN, rates="sni", bits="3,2"),
+    part("sni-2of4", "0.5", MAIN, rates="sni", recipe="sni_24.yaml"),
+    part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
+    part("sni-settings", "0.85", ("single", "mop"), "1,2", rates="sni"),
+    part("sni-wide", "0.5", ("single",), rates="sni", recovery={"prompts_per_expert": 21}),  # 11 x 10, the gate
+    part("sni-text", "0.5", MAIN, rates="sni", train_text=OTHER_TEXT),
+    part("sni-zero-gate", "0.5", ("mop",), rates="sni", recovery={"gate_temper": 0.0}),
+    part("sni-frozen-gate", "0.5", ("mop",), rates="sni", recovery={"gate_learning_rate": 0.0}),
+    part("sni-clusters", "0.5", ("mop",), rates="sni", recovery={"gate_labels": "clusters"}),
+    part("dolly-settings", "0.85", ("single", "mop"), "1,2", rates="dolly", recipe="dolly.yaml"),
 )
 
 
@@ -93,17 +103,23 @@ def main() -> None:
             if arguments.claims or (arguments.only and one.folder not in arguments.only.split(",")):
                 continue
             rows = {"train_rows": BATCH * one.steps, "validation_rows": 100, "test_rows": 300}
-            # answers of SNI are short, and some have one right form; those of Dolly are long and free
-            answered = one.folder.startswith("sni") and one.folder not in VARIANTS
-            written = {"write_tokens": 32} if answered else {}
+            written = {"write_tokens": 32} if one.folder in ANSWERED else {}
             settings = {**rows, **written, "text": TEXT, "dense_arms": one.dense or ("none",)}
             recipe = load_recipe(ROOT / "recipes" / one.recipe, {**settings, **one.grid})
-            training = {"steps": one.steps, "batch_size": BATCH, "sweep": True, "sweep_steps": 30, **one.recovery}
+            rates = {"learning_rates": found_rates(arguments.output / one.rates)} if one.rates else {"sweep": True}
+            training = {"steps": one.steps, "batch_size": BATCH, **rates, **one.recovery}
             asked = with_recovery(recipe, training)
             bench(asked, arguments.output / one.folder, progress=progress)
     text = "\n".join(claims(arguments.output))
     (arguments.output / "claims.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def found_rates(folder: Path) -> dict[str, float]:
+    """What the sweeps in a bench's folder found at 50 %, by arm."""
+    found = [one for name, one in read_sweeps(folder / "sweeps").items() if name.startswith("sparsegpt-50-")]
+    rates = {one["arm"]: float(one["learning_rate"]) for one in found if one["arm"] in MAIN}
+    return rates | dict.fromkeys(CONTROLS, rates["mop"])
 
 
 def parse() -> argparse.Namespace:
@@ -122,8 +138,10 @@ def claims(output: Path) -> Iterator[str]:
         if (output / folder / "rows.jsonl").exists():
             run = read_run(output / folder)
             yield from _claims_of(folder, run, make_grid(run.rows, run.spec))
-            if folder in VARIANTS:
-                yield from _against_plain(output, folder, run)
+    for folder, arm, there, called in ACROSS:
+        yield from _across(output, folder, arm, there, called)
+    for folder, setting, least in REGAINED:
+        yield from _regained(output, folder, setting, least)
 
 
 def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
@@ -138,29 +156,36 @@ def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
         asked = f"{pair}, {wanted:+.0%}" if pair == "mop against single" else pair
         changes = (change_with_interval(each.estimate, each.low, each.high) for each in (one.micro, one.macro))
         yield f"| {folder} | {one.setting} | {asked} | {' | '.join(changes)} | {shown} |"
-    for setting, least in (("sparsegpt 50%", 0.8), ("sparsegpt 85%", 0.5)):
-        regained = recovery(grid, setting, "mop+", dense_arm="mop+")
-        if regained is not None:
-            shown = "yes" if regained >= least else "no"
-            yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {regained:.0%} | | {shown} |"
 
 
-def _against_plain(output: Path, folder: str, run: Run) -> Iterator[str]:
-    """An arm as it is against one in another setting, on the same rows."""
-    arm, there, called = VARIANTS[folder]
+def _across(output: Path, folder: str, arm: str, there: str, called: str) -> Iterator[str]:
+    """An arm as it is against one in another folder, on the same rows."""
     setting = "sparsegpt 50%"
-    plain, changed = (
-        read_run(output / "sni").documents.get((setting, arm, 0)),
-        run.documents.get((setting, there, 0)),
-    )
-    if plain is None or changed is None:
+    plain, other = _documents(output / "sni", setting, arm), _documents(output / folder, setting, there)
+    if plain is None or other is None:
         return
-    assert list(plain.scored_tokens) == list(changed.scored_tokens), f"{folder} was scored on other rows"
+    assert list(plain.scored_tokens) == list(other.scored_tokens), f"{folder} was scored on other rows"
     bootstrap = PairedBootstrap(plain.tasks, plain.scored_tokens)
-    pair = np.asarray(plain.nats), np.asarray(changed.nats)
+    pair = np.asarray(plain.nats), np.asarray(other.nats)
     found = bootstrap.micro(*pair), bootstrap.macro(*pair)
     changes = " | ".join(change_with_interval(one.estimate, one.low, one.high) for one in found)
     yield f"| {folder} | {setting} | {arm} against {called} | {changes} | {'yes' if found[0].high < 0 else 'no'} |"
+
+
+def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator[str]:
+    """How much of the log perplexity that lies between no arm and the dense model with `mop+` the same arm regains."""
+    arms = ((folder, setting, "none"), (folder, setting, "mop+"), ("sni-settings", "dense", "mop+"))
+    found = [_documents(output / name, where, arm) for name, where, arm in arms]
+    none, ours, dense = (sum(one.nats) if one else math.nan for one in found)
+    share = (none - ours) / (none - dense)
+    if math.isfinite(share):
+        shown = "yes" if share >= least else "no"
+        yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {share:.0%} | | {shown} |"
+
+
+def _documents(folder: Path, setting: str, arm: str) -> DocumentScores | None:
+    """Scores of the first seed, if they are there."""
+    return read_run(folder).documents.get((setting, arm, 0)) if (folder / "rows.jsonl").exists() else None
 
 
 if __name__ == "__main__":

@@ -26,13 +26,16 @@ def eora(
 
     `rank` is at most the smaller side of the matrix. Column i of B and row i of A have the same norm, so that both fit
     in fp16; the paper shares out the singular values instead, for the same product. Costs out in² multiply-adds and the
-    eigenvectors of a matrix of the smaller side: with fewer inputs than outputs, W - W_c = P R, where P has orthogonal
-    columns, and the eigenvectors are P times those of R S Rᵀ.
+    eigenvectors of a matrix of the smaller side, in float64. With fewer inputs than outputs, W - W_c = P R, where P has
+    orthogonal columns, and the eigenvectors are P times those of R S Rᵀ.
     """
     check_gram(gram)
     if not 0 <= rank <= min(dense_weight.shape):
         raise ValueError(f"rank {rank} of a matrix of {len(dense_weight)} x {dense_weight.shape[1]}")
-    missing = dense_weight - compressed_weight
+    like = dense_weight
+    # some directions of the inputs have a million times the energy of others: float32 would lose those
+    device = "cpu" if like.device.type == "mps" else like.device  # which has no float64
+    missing = (dense_weight - compressed_weight).to(device, torch.float64)
     tall = len(missing) > missing.shape[1]
     basis, core = torch.linalg.qr(missing) if tall else (None, missing)
     energy = core @ gram.to(core) @ core.T
@@ -40,4 +43,4 @@ def eora(
     down = directions.T @ core
     up = directions if basis is None else basis @ directions
     size = torch.linalg.vector_norm(down, dim=1).sqrt()
-    return up * size, down / torch.where(size > 0, size, 1.0)[:, None]
+    return (up * size).to(like), (down / torch.where(size > 0, size, 1.0)[:, None]).to(like)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mopcompress.recipe.arms import TRAINED
 from mopcompress.results import setting_name
 
 QUANTISER = "gptq"
@@ -57,7 +58,9 @@ def compressed_settings(run: Mapping[str, Any]) -> list[Setting]:
 
 
 def cells_of(run: Mapping[str, Any], setting: Setting) -> list[Cell]:
-    """`none` does not depend on the seed, and stands under 0; the dense model has arms of its own, `none` always."""
-    arms = ("none", *(run.get("dense_arms") or ())) if setting == DENSE else run.get("arms") or ()
-    cells = [Cell(setting.name, "none", 0)] if "none" in arms else []
-    return cells + [Cell(setting.name, arm, seed) for seed in run.get("seeds") or () for arm in arms if arm != "none"]
+    """Arms that draw nothing stand under seed 0 alone; the dense model has arms of its own, `none` always."""
+    named = ("none", *(run.get("dense_arms") or ())) if setting == DENSE else run.get("arms") or ()
+    arms = tuple(dict.fromkeys(named))
+    fixed = [arm for arm in arms if arm == "none" or TRAINED[arm].learning_rate is None]
+    drawn = [Cell(setting.name, arm, seed) for seed in run.get("seeds") or () for arm in arms if arm not in fixed]
+    return [Cell(setting.name, arm, 0) for arm in fixed] + drawn

@@ -5,6 +5,7 @@ compressed model: about a third of the depth is paid for once. Gates read the sa
 embeddings.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mopcompress.data.encoding import Encoded
+from mopcompress.errors import StorageError
 from mopcompress.models.language_model import LanguageModel
 
 POOL = 16  # batches that rows of one length are gathered from
@@ -178,7 +180,27 @@ def mapped(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Float[Ten
 
 
 def unseen(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-    """The same with a file that has no name and ends with the process."""
+    """The same with a file that has no name and ends with the process.
+
+    Raises `StorageError` when there is no room for it.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        path, size = Path(folder) / "states", rows * columns * dtype.itemsize
+        try:
+            reserve(path, size)
+        except OSError as error:
+            raise StorageError(
+                f"{size} bytes of hidden states find no room in {folder}: {error.strerror}; free some, or set TMPDIR"
+            ) from error
         # the mapping outlives the file's name: nothing is left behind, whatever happens
-        return mapped(Path(folder) / "states", rows, columns, dtype)
+        return mapped(path, rows, columns, dtype)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of so many bytes, all there: a full disk would else be the process's end in the middle of a mapping.
+
+    Raises `OSError`.
+    """
+    with path.open("wb") as file:
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)

@@ -5,17 +5,19 @@ import pytest
 import torch
 from invoking import invoke, write_data
 from safetensors.torch import save_file
-from tiny import VOCABULARY, random_documents, tiny_model
+from tiny import VOCABULARY, random_documents, saved, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.models.checkpoint import weights_hash
+from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover import distillation
 from mopcompress.recover.distillation import Distillation, Teacher, divergence, keep
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.train import Training, fit
 from mopcompress.scoring import response_logits
-from mopcompress.stages.teacher import dense_folder
+from mopcompress.stages.progress import silent
+from mopcompress.stages.teacher import dense_folder, taught_by
 from mopcompress.states import CachedStates
 
 LAYER, TOP = 2, 5
@@ -165,6 +167,20 @@ def test_the_loss_mixes_text_and_teacher_by_the_share(tiny_llama):
 # --- who teaches
 
 
+def test_the_teacher_is_asked_as_the_recipe_says_and_speaks_the_same_tokens(tiny_llama, tmp_path):
+    folder = saved(tiny_model(seed=1), tmp_path / "teacher")
+    modifier = PromptRecoveryModifier(distill=0.25, distill_temperature=2.5, squarehead=3.0, teacher=str(folder))
+    told = []
+    found = taught_by(modifier, tmp_path, tiny_llama, DOCUMENTS, 4, lambda *line: told.append(line))
+    assert (found.share, found.squarehead, found.teacher.temperature) == (0.25, 3.0, 2.5)
+    assert told[-1][1:] == (len(DOCUMENTS), len(DOCUMENTS))
+    assert taught_by(PromptRecoveryModifier(teacher=str(folder)), tmp_path, tiny_llama, DOCUMENTS, 4, silent) is None
+    other = tiny_model()
+    other.tokenizer.add_tokens(["another"])
+    with pytest.raises(DataError, match=r"its tokens are not those of .* --teacher"):
+        taught_by(modifier, tmp_path, other, DOCUMENTS, 4, silent)
+
+
 def folder_of(path, base=None):
     """A folder with weights, and a manifest that says what it was made from."""
     path.mkdir()
@@ -201,7 +217,8 @@ def test_recover_distils_from_the_model_that_it_is_told_of(stories, tmp_path, mo
     nats = {}
     for share in (0, 1):
         target = tmp_path / f"adapter-{share}"
-        flags = ["--distill", share, "--teacher", stories, "--arm", "single", "--steps", 3]
+        taught = ["--distill", share, "--teacher", stories] if share else []
+        flags = [*taught, "--arm", "single", "--steps", 3]
         outcome = invoke("recover", stories, "--data", data, "--output-dir", target, *flags)
         assert outcome.code == 0, outcome.err
         nats[share] = json.loads((target / "manifest.json").read_text())["final_nats"]

@@ -34,6 +34,7 @@ def error_of(missing, gram):
 def by_definition(weight, compressed, gram, rank):
     """The paper's equation, with the symmetric root of the Gram matrix; the product B A."""
     values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(1e-12 * values.max())  # where it is singular, the paper divides by zero
     root = vectors @ values.sqrt().diag() @ vectors.T
     inverse = vectors @ values.rsqrt().diag() @ vectors.T
     left, sizes, right = torch.linalg.svd((weight - compressed) @ root, full_matrices=False)
@@ -47,6 +48,19 @@ def test_the_product_is_that_of_the_definition(shape, rank):
     up, down = eora(weight, compressed, gram, rank=rank)
     assert (up.shape, down.shape) == ((shape[0], rank), (rank, shape[1]))
     assert_close(up @ down, by_definition(weight, compressed, gram, rank), rtol=1e-8, atol=1e-8)
+
+
+def test_one_direction_of_huge_inputs_does_not_drown_the_others():
+    """As attention sinks have them: the repair of float32 matrices is as good as that of float64 ones."""
+    weight, compressed, gram = problem(24, 40)
+    direction = torch.randn(40, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    sink = gram + 1e7 * torch.outer(direction, direction)
+    left = {}
+    for dtype in (torch.float32, torch.float64):
+        up, down = eora(weight.to(dtype), compressed.to(dtype), sink.to(dtype), rank=6)
+        assert up.dtype == down.dtype == dtype
+        left[dtype] = error_of(weight - compressed - (up @ down).double(), gram)
+    assert left[torch.float32] < 1.05 * left[torch.float64]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

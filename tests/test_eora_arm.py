@@ -23,7 +23,7 @@ from tiny import (
 )
 from torch.testing import assert_close
 
-from mopcompress.errors import DataError, UsageError
+from mopcompress.errors import DataError, NumericalError, UsageError
 from mopcompress.models.checkpoint import load_model
 from mopcompress.models.dense_weights import weights_in
 from mopcompress.models.linears import set_weight, weight_of
@@ -108,7 +108,7 @@ def test_where_nothing_is_missing_it_is_none_exactly_and_no_row_is_looked_at(fam
 
 def test_only_linears_that_were_changed_are_repaired_and_nothing_is_left_on_the_network():
     dense, model = tiny_model(), pruned()
-    name = f"model.layers.{LAYER}.self_attn.q_proj"
+    name = f"model.layers.{LAYER}.self_attn.o_proj"
     set_weight(model.network.get_submodule(name), weights(dense)(name), None)
     first, again = (begun(model, dense) for _ in range(2))
     changed = {one: bool(change.up.any()) for one, change in first.by_name().items()}
@@ -120,7 +120,7 @@ def test_only_linears_that_were_changed_are_repaired_and_nothing_is_left_on_the_
 
 def test_what_a_repair_beside_the_weight_gives_already_is_not_given_again():
     dense, model = tiny_model(), pruned()
-    name = "model.layers.3.self_attn.q_proj"
+    name = "model.layers.3.self_attn.o_proj"
     lost = (weights(dense)(name) - weights(model)(name)).detach()
     attach(model, {name: LowRank(lost, torch.eye(HIDDEN))})
     found = {one: change.up @ change.down for one, change in begun(model, dense).by_name().items()}
@@ -140,7 +140,7 @@ def test_a_dense_model_that_is_unknown_or_another_is_refused(tiny_llama, tmp_pat
         ARMS["eora"].begin(config, Material(tiny_llama, states, TASKS), START)
     other, shallow = tiny_model(num_attention_heads=2), tiny_model(num_hidden_layers=3)
     for model, message in (
-        (other, r"q_proj is 32 x 32, and 16 x 32 in the dense model: .* --teacher"),
+        (other, r"o_proj is 32 x 32, and 32 x 16 in the dense model: .* --teacher"),
         (shallow, r"has no linear model\.layers\.3\..* --teacher"),
     ):
         folder = saved(model, tmp_path / str(len(model.blocks)))
@@ -163,8 +163,24 @@ def test_a_repair_in_the_folder_is_part_of_its_weights(tmp_path):
     folder, name = saved(tiny_model(), tmp_path / "dense"), "model.layers.1.self_attn.q_proj"
     repair = LowRank(torch.randn(HIDDEN, 2), torch.randn(2, HIDDEN))
     write_repairs(folder / "repair.safetensors", {name: repair})
-    found = weights_in(folder, tiny_model().tokenizer, device=CPU)(name)
-    assert_close(found, weights(tiny_model())(name) + repair.up @ repair.down)
+    weight, other = weights_in(folder, tiny_model().tokenizer, device=CPU), "model.layers.2.self_attn.q_proj"
+    assert_close(weight(name), weights(tiny_model())(name) + repair.up @ repair.down)
+    assert torch.equal(weight(other), weights(tiny_model())(other))
+
+
+def test_an_input_that_is_not_finite_is_told_by_its_linear(tiny_llama):
+    states, name = states_of(tiny_llama), "model.layers.2.self_attn.q_proj"
+    linear = tiny_llama.network.get_submodule(name)
+
+    def overflow(_linear, inputs):
+        return (inputs[0] * float("inf"),)
+
+    handle = linear.register_forward_pre_hook(overflow)
+    try:
+        with pytest.raises(NumericalError, match=rf"^{name}, on the training rows: .* not finite"):
+            eora.input_grams(tiny_llama, states, {name: linear})
+    finally:
+        handle.remove()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
@@ -210,11 +226,13 @@ def test_recover_and_bench_take_no_step_and_sweep_nothing(stories, tmp_path, mon
     assert [line for line in protocol if line.startswith("eora is computed from the dense model's weights")]
     pruned_folder = tmp_path / "run" / "models" / "sparsegpt-50"
     again = ["--arm", "eora", "--prompts-per-expert", 20, "--output-dir", tmp_path / "adapter", "--json"]
-    assert invoke("recover", pruned_folder, "--data", data, *again, "--dry-run").json["steps"] == 0
     refused = invoke("recover", pruned_folder, "--data", data, *again, "--distill", 1)
     assert (refused.code, refused.errors[0].split(",")[0]) == (2, "error: --distill: says nothing to eora")
-    outcome = invoke("recover", pruned_folder, "--data", data, *again)
+    assert invoke("recover", pruned_folder, "--data", data, *again, "--dry-run").json["steps"] == 0
+    (tmp_path / "taught.yaml").write_text("r_stage: {r_modifiers: {PromptRecoveryModifier: {distill: 1.0}}}")
+    outcome = invoke("recover", pruned_folder, "--data", data, *again, "--recipe", tmp_path / "taught.yaml")
     assert outcome.code == 0, outcome.err
+    assert "teacher" not in outcome.err  # a recipe for all arms may have one: nothing to learn from it here
     assert "closed form" in outcome.err
     stored = load_file(tmp_path / "adapter" / "adapter.safetensors")
     assert all(factor.any() for factor in stored.values())  # of the model that was pruned, not of what it became

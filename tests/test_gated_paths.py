@@ -194,6 +194,31 @@ def test_what_is_learned_is_every_parameter_once(tiny_llama, states):
     assert all(one.requires_grad for one in adapter.parameters())
 
 
+def test_the_gate_has_a_rate_of_its_own(tiny_llama, states):
+    adapter = begun(tiny_llama, states)
+    assert list(map(id, adapter.learned()["gate"])) == list(map(id, adapter.gate.parameters()))
+
+
+def test_it_begins_with_a_gate_that_knows_the_tasks_and_is_tempered(tiny_llama, states):
+    full, tempered = (
+        gated_paths.begin(
+            CONFIG,
+            Material(tiny_llama, states, TASKS),
+            replace(START, gate_pretraining_steps=50, gate_temper=temper),
+        ).gate
+        for temper in (1.0, 0.25)
+    )
+    assert_close(tempered.logits(states.summaries), 0.25 * full.logits(states.summaries))
+    right = full(states.summaries).argmax(1) == torch.tensor([TASKS.index(one.task) for one in DOCUMENTS])
+    assert bool(right.all())
+    assert_close(full.mean, states.summaries.mean(0))
+
+
+def test_inputs_of_deviation_1_begin_as_low_rank_ones_of_deviation_1(tiny_llama, states):
+    for path in begun(tiny_llama, states).paths.values():
+        assert float(path.down.detach().std()) * path.down.shape[1] ** 0.5 == pytest.approx(1, abs=0.3)
+
+
 # --- the budget
 
 
@@ -208,18 +233,25 @@ def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llam
     of_a_rank = (BLOCKS - layer) * (32 + 32 + 48 + 32 + 4 * experts)
     narrowest = sum(one.numel() for one in Gate(HIDDEN, experts, width=16).parameters())
     gate = sum(one.numel() for one in adapter.gate.parameters())
-    assert trained_parameters(adapter) - gate + narrowest + of_a_rank > mop
+    highest = len(next(iter(adapter.paths.values())).down) == HIDDEN
+    assert highest or trained_parameters(adapter) - gate + narrowest + of_a_rank > mop
 
 
 def test_what_the_ranks_leave_goes_to_the_gate_up_to_its_width_in_mop():
-    assert fitted(1000, of_a_rank=300, of_a_width=10, fixed=5) == Sizes(rank=2, gate_width=39)
-    assert fitted(1665, of_a_rank=1500, of_a_width=10, fixed=5) == Sizes(rank=1, gate_width=16)
-    assert fitted(2999, of_a_rank=1500, of_a_width=10, fixed=5) == Sizes(rank=1, gate_width=128)
+    assert fitted(1000, of_a_rank=300, of_a_width=10, fixed=5, most=9) == Sizes(rank=2, gate_width=39)
+    assert fitted(1665, of_a_rank=1500, of_a_width=10, fixed=5, most=9) == Sizes(rank=1, gate_width=16)
+    assert fitted(2999, of_a_rank=1500, of_a_width=10, fixed=5, most=9) == Sizes(rank=1, gate_width=128)
+    assert fitted(1000, of_a_rank=300, of_a_width=10, fixed=5, most=1) == Sizes(rank=1, gate_width=69)
+
+
+def test_no_path_has_a_higher_rank_than_its_linear_can_have(tiny_llama):
+    adapter = gated_paths.build(tiny_llama, replace(CONFIG, experts=12, prompts_per_expert=100, tasks=()))
+    assert {len(path.down) for path in adapter.paths.values()} == {HIDDEN}
 
 
 def test_a_budget_without_room_for_a_rank_is_refused():
     with pytest.raises(DataError, match="leaves 1664"):
-        fitted(1664, of_a_rank=1500, of_a_width=10, fixed=5)
+        fitted(1664, of_a_rank=1500, of_a_width=10, fixed=5, most=9)
 
 
 # --- as an arm

@@ -1,6 +1,7 @@
 """Arms that act from the embeddings on, and deep mixtures: what they are, what they equal, what they may see."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -176,6 +177,15 @@ def test_noise_multiplies_the_routers_scores_in_training_alone(tiny_llama, state
     drawn = torch.cat([first._noise(1000) for _ in range(3)])
     assert float(drawn.mean()) == pytest.approx(0, abs=0.05)
     assert float(drawn.std()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("arm", ["input", "smop", "idp"])
+def test_with_a_shared_expert_there_is_one_more_group_of_prompts_as_in_a_mixture(tiny_llama, arm):
+    config = config_of_arm(arm, tiny_llama)
+    sizes = [
+        ARMS[arm].build(tiny_llama, replace(config, shared_expert=shared)).prompts.numel() for shared in (False, True)
+    ]
+    assert sizes == [groups * PROMPTS * HIDDEN for groups in (EXPERTS, EXPERTS + 1)]
 
 
 # --- prefixes

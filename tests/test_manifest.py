@@ -7,6 +7,21 @@ from mopcompress.recipe.commands import with_recovery
 from mopcompress.stages.protocol import protocol
 
 
+def test_a_teacher_and_deep_prompts_are_told() -> None:
+    recipe = load_recipe(None)
+    plain = protocol(recipe, ("add",))
+    assert not [line for line in plain if "follows" in line or "deep" in line or "hidden states of" in line]
+    taught = protocol(with_recovery(recipe, {"distill": 0.5, "squarehead": 2.0, "deep": True}), ("add",))
+    assert len(set(taught) - set(plain)) == 3
+    assert [line for line in taught if line.startswith("0.5 of every trained arm's loss follows")]
+
+
+@pytest.mark.parametrize("arm", ["single", "eora"])
+def test_the_gate_of_mop_is_told_of_whatever_arm_a_recipe_names(arm: str) -> None:
+    recipe = with_recovery(load_recipe(None), {"arm": arm})
+    assert "task labels" in " ".join(protocol(recipe, ("add", "sort")))
+
+
 @pytest.mark.parametrize(
     ("flags", "labelled"),
     [({}, True), ({"experts": 3}, True), ({"experts": 2}, False), ({"gate_labels": "clusters"}, False)],

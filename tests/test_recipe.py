@@ -789,6 +789,47 @@ def test_a_flag_that_says_what_is_so_anyway_is_no_mistake() -> None:
     assert recipe.recovery.arm == "single"
 
 
+OTHERS = {  # another value than the default of each
+    "experts": 3,
+    "prompts_per_expert": 3,
+    "layer": 2,
+    "deep": True,
+    "rank": 2,
+    "adapter_targets": ("q_proj",),
+    "gate_learning_rate": 0.5,
+    "gate_pretraining_steps": 3,
+    "gate_temper": 1.0,
+    "gate_labels": "clusters",
+    "gate_reading": "values",
+    "shared_expert": True,
+    "top_k": 1,
+    "log_opening": -1.0,
+}
+
+
+@pytest.mark.parametrize("arm", TRAINED)
+def test_an_arm_takes_the_flags_that_say_something_to_it(arm) -> None:
+    own = {name: OTHERS[name] for name in TRAINED[arm].own}
+    found = for_recovery(load_recipe(None), {"arm": arm, **own}).recovery
+    assert {name: getattr(found, name) for name in own} == own
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"teacher": "dense"}, "--teacher: says nothing without --distill or --squarehead; add one, or leave it out"),
+        ({"distill_temperature": 2.0}, "--distill-temperature: says nothing without --distill"),
+        ({"sweep_steps": 7}, "--sweep-steps: says nothing without --sweep"),
+    ],
+)
+def test_a_flag_that_leans_on_another_is_refused_without_it(flags, said) -> None:
+    with pytest.raises(UsageError, match=f"^{said}"):
+        for_recovery(load_recipe(None), flags)
+    assert for_recovery(load_recipe(None), {**flags, "distill": 0.5, "sweep": True})
+    if "teacher" in flags:
+        assert for_recovery(load_recipe(None), {**flags, "arm": "eora"})
+
+
 def test_every_setting_of_a_recovery_says_something_to_some_arm() -> None:
     fields = PromptRecoveryModifier.model_fields
     assert [name for name in fields if not listeners(name)] == []

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from mopcompress.recover.distillation import Distillation, Teacher
 from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.recover.squarehead import squarehead, watched
+from mopcompress.recover.squarehead import TeacherStates, squarehead, watched
 from mopcompress.recover.train import Training, fit, losses_of
 from mopcompress.scoring import response_logits
 from mopcompress.states import CachedStates
@@ -73,6 +73,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_llama):
     assert float(taught.loss(torch.tensor(0.0), logits, seen, batch, ROWS)) < 1e-4
 
 
+def test_states_too_large_for_float16_are_kept(tiny_llama):
+    batch = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
+    kept = TeacherStates(tiny_llama, [len(one.tokens) - one.context_tokens for one in DOCUMENTS])
+    huge = [torch.full_like(batch.hidden, 1e6) for _ in range(BLOCKS)]
+    kept.keep(ROWS, batch, huge)
+    assert_close(kept._of(ROWS[0]).float(), torch.full_like(kept._of(ROWS[0]), 1e6).float(), rtol=1e-2, atol=0)
+
+
 def test_no_block_weighs_more_for_having_larger_states():
     student, teacher = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
     scale = torch.tensor([1.0, 100.0, 0.01])[:, None, None]
@@ -123,7 +131,8 @@ def test_recover_follows_hidden_states_and_refuses_a_teacher_of_another_shape(st
     data, nats = write_data(tmp_path / "data"), {}
     for weight in (0, 50):
         target = tmp_path / f"adapter-{weight}"
-        flags = ["--squarehead", weight, "--teacher", stories, "--arm", "single", "--steps", 3]
+        taught = ["--squarehead", weight, "--teacher", stories] if weight else []
+        flags = [*taught, "--arm", "single", "--steps", 3]
         outcome = invoke("recover", stories, "--data", data, "--output-dir", target, *flags)
         assert outcome.code == 0, outcome.err
         nats[weight] = json.loads((target / "manifest.json").read_text())["final_nats"]

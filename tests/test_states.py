@@ -1,9 +1,12 @@
+import tempfile
+
 import pytest
 import torch
 from tiny import HIDDEN, random_documents
 from torch.testing import assert_close
 
-from mopcompress.states import CachedStates, batches_by_length
+from mopcompress.errors import StorageError
+from mopcompress.states import CachedStates, batches_by_length, unseen
 
 DOCUMENTS = random_documents(10)
 LAYER = 2
@@ -125,3 +128,10 @@ def test_shuffled_batches_are_of_similar_length_and_in_no_order_of_length():
     everything = [length for batch in lengths for length in batch]
     assert spread < 0.3 * (max(everything) - min(everything))
     assert [max(batch) for batch in lengths] != sorted(max(batch) for batch in lengths)
+
+
+def test_states_without_room_are_refused_in_words(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(StorageError, match=r"bytes of hidden states find no room in .*; free some, or set TMPDIR"):
+        unseen(2**50, 2**8, torch.float32)
+    assert list(tmp_path.iterdir()) == []

@@ -5,15 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from invoking import invoke, write_data
+from safetensors.torch import load_file
 from tiny import random_documents
 
 from mopcompress.errors import DataError, NumericalError
 from mopcompress.evaluation import evaluate
 from mopcompress.recipe import PromptRecoveryModifier, load_recipe
 from mopcompress.recipe.commands import with_recovery
+from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.recovered import Recovered
 from mopcompress.results import read_rows
 from mopcompress.stages.bench import bench
+from mopcompress.stages.protocol import protocol
+from mopcompress.stages.recover import train_arm
 from mopcompress.stages.sweep import check_validation, sweep_rate, told
 from mopcompress.states import CachedStates
 
@@ -31,9 +36,24 @@ def prompt(number):
     return MixtureOfPrompts(drawn, LAYER, None)
 
 
-def swept(model, validation, trained, **fields):
+def recovered(adapter):
+    config = AdapterConfig(
+        arm="single", experts=1, prompts_per_expert=2, layer=LAYER, hidden_size=32, base_sha256="", tasks=()
+    )
+    return Recovered(adapter, config, [], 0.0)
+
+
+def sweep_and_winner(model, validation, trained, *, known=None, keep=lambda trials: None, **fields):
     modifier = PromptRecoveryModifier(**{"arm": "single", "sweep": True, "sweep_steps": 7} | fields)
-    return sweep_rate(modifier, model, validation, trained, batch_size=4)
+
+    def train(one):
+        return recovered(trained(one))
+
+    return sweep_rate(modifier, model, validation, train, batch_size=4, known=known, keep=keep)
+
+
+def swept(model, validation, trained, **fields):
+    return sweep_and_winner(model, validation, trained, **fields)[0]
 
 
 def loss_of(model, states, adapter):
@@ -85,6 +105,50 @@ def test_each_trial_is_the_same_arm_as_short_as_asked_for(tiny_llama, validation
     assert len({modifier.learning_rate for modifier in seen}) == 6
 
 
+def ranked_by_rate(model, states, *, best):
+    """Trainings whose loss on the validation rows is the greater the farther their rate is from `best`."""
+    drawn = [prompt(number) for number in range(6)]
+    ranked = sorted(drawn, key=lambda adapter: loss_of(model, states, adapter))
+    return lambda modifier: ranked[abs(round(math.log(modifier.learning_rate / best, 3)))]
+
+
+@pytest.mark.parametrize("best", [0.1, 0.3, 0.9])
+def test_a_trial_as_long_as_the_training_is_the_training(tiny_llama, validation, best):
+    trained = ranked_by_rate(tiny_llama, validation, best=best)
+    for steps in ({"sweep_steps": None, "steps": 5}, {"sweep_steps": 5, "steps": 5}):
+        found, winner = sweep_and_winner(tiny_llama, validation, trained, learning_rate=0.3, **steps)
+        assert (found.steps, found.learning_rate) == (5, pytest.approx(best))
+        assert winner.adapter is trained(PromptRecoveryModifier(learning_rate=best))
+    _, winner = sweep_and_winner(tiny_llama, validation, trained, learning_rate=0.3, sweep_steps=4, steps=5)
+    assert winner is None
+
+
+def test_a_sweep_that_was_stopped_goes_on_with_the_next_rate(tiny_llama, validation):
+    kept, trained = [], ranked_by_rate(tiny_llama, validation, best=0.3)
+    whole = swept(tiny_llama, validation, trained, learning_rate=0.3, keep=kept.append)
+    assert [len(trials) for trials in kept] == [1, 2, 3]
+    seen = []
+
+    def train(modifier):
+        seen.append(modifier)
+        return trained(modifier)
+
+    for trials in kept:
+        known = {trial.learning_rate: trial for trial in trials}
+        found, winner = sweep_and_winner(tiny_llama, validation, train, learning_rate=0.3, known=known)
+        assert [trial.validation_nats for trial in found.trials] == [trial.validation_nats for trial in whole.trials]
+        assert winner is None
+    assert len(seen) == 2 + 1 + 0
+
+
+def test_the_winner_that_another_run_trained_is_not_at_hand(tiny_llama, validation):
+    trained = ranked_by_rate(tiny_llama, validation, best=0.3)
+    best = swept(tiny_llama, validation, trained, learning_rate=0.3).trials[1]
+    known = {best.learning_rate: best}
+    found, winner = sweep_and_winner(tiny_llama, validation, trained, learning_rate=0.3, steps=7, known=known)
+    assert (found.learning_rate, winner) == (best.learning_rate, None)
+
+
 def test_without_a_rate_in_the_recipe_the_grid_is_around_the_arms_own(tiny_llama, validation):
     found = swept(tiny_llama, validation, lambda modifier: prompt(0))
     assert PromptRecoveryModifier(arm="single").rate in [trial.learning_rate for trial in found.trials]
@@ -132,6 +196,17 @@ def test_recover_trains_with_the_rate_that_it_found_and_keeps_what_it_tried(stor
     assert manifest["train_steps"] == 1
 
 
+def test_the_adapter_of_a_whole_sweep_is_that_of_its_rate_alone(stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
+    data, flags = write_data(tmp_path), ["--arm", "mop", "--steps", 2, "--prompts-per-expert", 1]
+    common = ["recover", stories, "--data", data, *flags]
+    assert invoke(*common, "--sweep", "--output-dir", tmp_path / "swept").code == 0
+    rate = json.loads((tmp_path / "swept" / "manifest.json").read_text())["learning_rate"]
+    assert invoke(*common, "--learning-rate", rate, "--output-dir", tmp_path / "alone").code == 0
+    swept, alone = (load_file(tmp_path / name / "adapter.safetensors") for name in ("swept", "alone"))
+    assert all(torch.equal(swept[name], alone[name]) for name in alone)
+
+
 def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
     calls = []
@@ -145,6 +220,7 @@ def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypat
     bench(recipe, tmp_path / "run")
     bench(recipe_of(stories, seeds=(0, 1)), tmp_path / "run")
     assert calls == ["single", "mop"]
+    assert not list((tmp_path / "run").glob("sweeps/*.unfinished"))
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {name: found["arm"] for name, found in manifest["sweeps"].items()} == {
         "sparsegpt-50-single": "single",
@@ -157,3 +233,34 @@ def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypat
 def recipe_of(stories, **run):
     recipe = load_recipe(TINY, {"model": str(stories), "group_size": "4", **run})
     return with_recovery(recipe, {"sweep": True, "sweep_steps": 1, "steps": 2})
+
+
+def test_a_bench_that_was_stopped_in_a_sweep_does_not_repeat_its_trials(stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
+    whole = with_recovery(recipe_of(stories, seeds=(0,)), {"sweep_steps": 2})
+    rates, train = [], train_arm
+
+    def stopped(*given, **named):
+        rates.append(given[3].learning_rate)
+        if len(rates) == 3:
+            raise KeyboardInterrupt
+        return train(*given, **named)
+
+    monkeypatch.setattr("mopcompress.stages.bench.train_arm", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench(whole, tmp_path / "run")
+    assert len(list((tmp_path / "run").glob("sweeps/*.unfinished"))) == 1
+    bench(whole, tmp_path / "run")
+    tried = rates[: rates.index(rates[2], 3) + 1]
+    assert len(tried) == 4  # two, the one that was stopped, and that one again
+    assert not list((tmp_path / "run").glob("sweeps/*.unfinished"))
+
+
+def test_arms_have_the_rates_that_a_recipe_gives_them() -> None:
+    given = PromptRecoveryModifier(learning_rate=0.1, learning_rates={"mop": 0.2})
+    assert [given.with_arm(arm).rate for arm in ("single", "mop", "eora")] == [0.1, 0.2, None]
+    assert given.at_rate(0.7).rate == 0.7
+    recipe = with_recovery(load_recipe(None), {"learning_rates": {"mop": 0.2}})
+    assert recipe.recovery.rate == 0.2
+    assert with_recovery(recipe, {"learning_rate": 0.3}).recovery.rate == 0.3
+    assert "(mop 0.2)" in " ".join(protocol(recipe, ("add",)))

@@ -142,7 +142,7 @@ RECOVERY = _recovery_fields(
     teacher=("teacher", str, "Dense model to distil or repair from; the one that the model was made from if not given"),
     squarehead=("squarehead", float, "Weight of a loss that draws hidden states to the dense model's"),
     sweep=("sweep", bool, "Try a third, one and three times the learning rate, and on past an edge that is best"),
-    sweep_steps=("sweep_steps", int, "Training steps of each rate tried"),
+    sweep_steps=("sweep_steps", int, "Training steps of each rate tried; as many as --steps if not given"),
 )
 OUTPUT: Options = {
     **_run_fields("Output", output_dir=("FOLDER", "Where the result goes")),

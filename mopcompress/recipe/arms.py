@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from mopcompress.recipe.faults import nearest
 from mopcompress.recipe.fields import fault
 
-PROMPTS = frozenset({"experts", "prompts_per_expert"})
-BUDGET = PROMPTS | {"shared_expert"}  # what the parameters of a `mop` that is not deep depend on
-OPENED = PROMPTS | {"layer", "log_opening", "gate_labels"}  # prompts in the middle: experts begin in their own domains
-MIXED = OPENED | {"shared_expert", "deep"}
+BUDGET = frozenset({"experts", "prompts_per_expert", "shared_expert"})  # of a `mop` that is not deep
+OPENED = BUDGET | {"layer", "log_opening", "gate_labels"}  # prompts in the middle: experts begin in their own domains
+MIXED = OPENED | {"deep"}
 GATE = frozenset({"gate_learning_rate", "gate_pretraining_steps", "gate_temper", "gate_labels"})
-STEPS = frozenset({"steps", "batch_size", "accumulate", "learning_rate", "warmup_fraction", "clip_norm"})
-TRAINING = STEPS | {"sweep", "sweep_steps", "distill", "distill_temperature", "squarehead"}  # to all that take steps
+RATES = frozenset({"learning_rate", "learning_rates", "sweep", "sweep_steps"})
+STEPS = frozenset({"steps", "batch_size", "accumulate", "warmup_fraction", "clip_norm"})
+TRAINING = STEPS | RATES | {"distill", "distill_temperature", "squarehead"}  # to all that take steps
 LOW_RANK = BUDGET | {"layer", "rank", "adapter_targets"}
 
 
@@ -34,13 +34,15 @@ TRAINED = {
     "single": ArmSettings(learning_rate=0.5, own=MIXED, deep_learning_rate=3e-2),
     "mop": ArmSettings(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
     "uniform": ArmSettings(learning_rate=0.5, own=MIXED | {"gate_reading"}, deep_learning_rate=3e-2),
-    "oracle": ArmSettings(learning_rate=0.5, own=MIXED | {"gate_reading"}, needs_tasks=True, deep_learning_rate=3e-2),
+    "oracle": ArmSettings(
+        learning_rate=0.5, own=MIXED - {"gate_labels"} | {"gate_reading"}, needs_tasks=True, deep_learning_rate=3e-2
+    ),
     "shuffled": ArmSettings(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
     "idp": ArmSettings(learning_rate=0.5, own=OPENED),
     # not swept: AdamW's rate for prompt and prefix tuning in PEFT's own guide to prompt-based methods, which deep
     # prompts are too; Xu et al. take 1e-3 after 500 warm-up steps, more than ours are in all
-    "input": ArmSettings(learning_rate=3e-2, own=PROMPTS, at_input=True),
-    "smop": ArmSettings(learning_rate=3e-2, own=PROMPTS | {"gate_learning_rate"}, at_input=True),
+    "input": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
+    "smop": ArmSettings(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate"}, at_input=True),
     "prefix": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
     # a short sweep: benchmarks/LOG.md
     "lora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),

@@ -30,6 +30,11 @@ FLAG_OF = {  # fields that have another name on the command line
     "num_bits": "bits",
     "batch_size": "rows_per_step",
 }
+NEEDS = {  # fields that say nothing unless one of others is set
+    "teacher": ("distill", "squarehead"),
+    "distill_temperature": ("distill",),
+    "sweep_steps": ("sweep",),
+}
 REPAIR_FLAG_OF = {"rank": "repair_rank"}  # recovery has a `--rank` of its own
 
 
@@ -84,13 +89,17 @@ def for_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
 
     A flag that would change nothing is refused, too.
     """
-    modifier = _with(recipe.recovery, flags)
+    modifier = _recovery_with(recipe, flags)
     for name, given in flags.items():
         heard = listeners(name)
         idle = given is None or given == PromptRecoveryModifier.model_fields[name].default
+        flag = FLAG_OF.get(name, name).replace("_", "-")
         if not idle and modifier.arm not in heard:
-            flag = FLAG_OF.get(name, name).replace("_", "-")
             raise UsageError(f"--{flag}: says nothing to {modifier.arm}, only to {', '.join(heard)}; leave it out")
+        needed = NEEDS.get(name, ()) if modifier.rate is not None else ()
+        if not idle and needed and not any(getattr(modifier, other) for other in needed):
+            others = " or ".join(f"--{other.replace('_', '-')}" for other in needed)
+            raise UsageError(f"--{flag}: says nothing without {others}; add one, or leave it out")
     return replace(recipe, stages=(_recovery_stage(modifier),))
 
 
@@ -106,7 +115,7 @@ def with_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
         ]
         kept.append(replace(stage, groups=tuple(group for group in groups if group.modifiers)))
     others = [stage for stage in kept if stage.groups and stage.name != "recovery_stage"]
-    return replace(recipe, stages=(*others, _recovery_stage(_with(recipe.recovery, flags))))
+    return replace(recipe, stages=(*others, _recovery_stage(_recovery_with(recipe, flags))))
 
 
 def _default(recipe: Recipe, method: str) -> Pruning | GPTQModifier:
@@ -179,6 +188,12 @@ def _check_repairable(recipe: Recipe, modifiers: Sequence[Spec]) -> None:
         raise UsageError("--repair-rank: structured refits what it keeps, and makes no repair; use another --method")
     if recipe.run.backend != OURS:
         raise UsageError(f"--repair-rank: {recipe.run.backend} makes no repair; leave it or --backend out")
+
+
+def _recovery_with(recipe: Recipe, flags: Mapping[str, object]) -> PromptRecoveryModifier:
+    """A rate for all arms takes the place of those that the recipe gives to some."""
+    rates: dict[str, object] = {} if flags.get("learning_rate") is None else {"learning_rates": {}}
+    return _with(recipe.recovery, {**rates, **flags})
 
 
 def _recovery_stage(modifier: PromptRecoveryModifier) -> Stage:

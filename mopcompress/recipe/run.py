@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mopcompress.errors import UsageError
-from mopcompress.recipe.arms import known_arm
+from mopcompress.recipe.arms import TRAINED, known_arm
 from mopcompress.recipe.faults import Fault, faults_of, lines, nearest
 from mopcompress.recipe.fields import Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
 
@@ -101,6 +101,11 @@ class RunSpec(Spec):
     def trained_arms(self) -> tuple[str, ...]:
         """The arms of the grid that begin as an adapter, each once."""
         return tuple(dict.fromkeys(arm for arm in (*self.arms, *self.dense_arms) if arm != "none"))
+
+    @property
+    def computed_arms(self) -> tuple[str, ...]:
+        """Those of them that have a closed form: the dense model's weights say all, and no seed is drawn from."""
+        return tuple(arm for arm in self.trained_arms if TRAINED[arm].learning_rate is None)
 
 
 LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}

@@ -9,6 +9,9 @@ from mopcompress.recipe.arms import TRAINED, trained_arm
 from mopcompress.recipe.fields import FilePath, Spec, Targets, Time
 from mopcompress.recipe.modifiers import changed
 
+TrainedArm = Annotated[str, AfterValidator(trained_arm)]
+Rate = Annotated[float, Field(gt=0, le=1000)]
+
 
 class ConstantPruningModifier(Spec):
     """Keep zeros while training. Always so here: recovery never touches a weight."""
@@ -22,7 +25,7 @@ class ConstantPruningModifier(Spec):
 class PromptRecoveryModifier(Spec):
     """Train an adapter on a frozen compressed model: one prompt, or a mixture chosen by a gate, or a rival."""
 
-    arm: Annotated[str, AfterValidator(trained_arm)] = "mop"
+    arm: TrainedArm = "mop"
     experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
@@ -32,7 +35,8 @@ class PromptRecoveryModifier(Spec):
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
     accumulate: Annotated[int, Field(ge=1, le=65536)] = 1  # parts that a step's rows run in, to save memory
-    learning_rate: Annotated[float, Field(gt=0, le=1000)] | None = None  # of all but the gate; None: the arm's own
+    learning_rate: Rate | None = None  # of all but the gate; None: the arm's own
+    learning_rates: dict[TrainedArm, Rate] = Field(default_factory=dict)  # of arms by name: goes before learning_rate
     gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
@@ -50,7 +54,7 @@ class PromptRecoveryModifier(Spec):
     sweep: bool = (
         False  # try a third, one and three times the learning rate first, and on past an edge; the best trains
     )
-    sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] = 20  # of each rate tried
+    sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None  # of each rate tried; None: as many as steps
 
     @property
     def rate(self) -> float | None:
@@ -58,8 +62,9 @@ class PromptRecoveryModifier(Spec):
         settings = TRAINED[self.arm]
         if settings.learning_rate is None:
             return None
-        if self.learning_rate is not None:
-            return self.learning_rate
+        given = self.learning_rates.get(self.arm, self.learning_rate)
+        if given is not None:
+            return given
         return settings.deep_learning_rate if self.deep and settings.deep_learning_rate else settings.learning_rate
 
     @property
@@ -81,7 +86,7 @@ class PromptRecoveryModifier(Spec):
 
     def at_rate(self, rate: float) -> "PromptRecoveryModifier":
         """The same with a rate that a sweep tries or found: it may lie beyond what a recipe may ask for."""
-        return self.model_copy(update={"learning_rate": rate})
+        return self.model_copy(update={"learning_rate": rate, "learning_rates": {}})
 
     def with_arm(self, arm: str) -> "PromptRecoveryModifier":
         """The same settings for another arm: equal prompts in all, steps and data."""

@@ -56,6 +56,11 @@ class AdapterConfig:
     rank: int | None = None  # of low-rank updates; None: the largest that trains no more than `mop` would
     targets: Sequence[str] | None = None  # ends of the names of linears that have low-rank updates; None: the family's
 
+    @property
+    def groups(self) -> int:
+        """Groups of prompts: the experts, and the shared one if there is one."""
+        return self.experts + self.shared_expert
+
 
 def trained_parameters(adapter: Adapter) -> int:
     """How many numbers training changes, the gate's included."""

@@ -18,8 +18,11 @@ from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear
 from mopcompress.models.replacing import replacing
+from mopcompress.models.widths import ATTENTIONS, MLPS
 from mopcompress.states import Applied, Instructions
 from mopcompress.targets import ALL, meant
+
+WRITERS = {last for _, last in (*MLPS, *ATTENTIONS)}  # what they give is added to the residual stream
 
 
 @runtime_checkable  # so that the test run can check it
@@ -122,6 +125,18 @@ def linears_from(model: LanguageModel, layer: int, targets: Sequence[str]) -> di
             )
         chosen |= set(found)
     return {name: linear for name, linear in linears.items() if name in chosen}
+
+
+def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
+    """The linears of those blocks that write to the residual stream. Raises `DataError` when none is known."""
+    linears = linears_from(model, layer, ("Linear",))
+    found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in WRITERS}
+    if not found:
+        raise DataError(
+            f"the blocks of {type(model.network).__name__} have no linear called {', '.join(sorted(WRITERS))}; "
+            "use another arm"
+        )
+    return found
 
 
 def first_present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str]:

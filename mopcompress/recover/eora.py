@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.eora import eora
-from mopcompress.errors import DataError, UsageError
+from mopcompress.errors import DataError, NumericalError, UsageError
 from mopcompress.gram import InputGram
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
 from mopcompress.models.repair import repair_of
 from mopcompress.recover import lora
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.changes import Changes
 from mopcompress.recover.start import DenseWeights, Material, Start
 from mopcompress.states import CachedStates
@@ -60,7 +60,13 @@ def input_grams(
     grams: defaultdict[str, InputGram] = defaultdict(InputGram)
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _linear, inputs: grams[name].update(inputs[0].flatten(0, -2))
+        def note(_linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            try:
+                grams[name].update(inputs[0].flatten(0, -2))
+            except NumericalError as error:
+                raise NumericalError(f"{name}, on the training rows: {error}") from error
+
+        return note
 
     handles = [linear.register_forward_pre_hook(noting(name)) for name, linear in linears.items()]
     try:
@@ -84,14 +90,25 @@ def _equally_long(documents: Sequence[Encoded]) -> list[list[int]]:
     return batches
 
 
+def check_dense(adapter: Adapter, model: LanguageModel, dense: DenseWeights | None) -> None:
+    """Raise `DataError` when a linear that the adapter changes has another width in the dense model."""
+    if dense is not None and isinstance(adapter, Changes):
+        for name in adapter.by_name():
+            _check_shapes(name, dense(name), weight_of(model.network.get_submodule(name)))
+
+
 def _dense_and_now(
     name: str, linear: Linear, dense: DenseWeights
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
     """The weight that a linear had, and the one that it computes with."""
     had, now, repair = dense(name), weight_of(linear), repair_of(linear)
+    _check_shapes(name, had, now)
+    return had, now if repair is None else now + repair.up @ repair.down
+
+
+def _check_shapes(name: str, had: Tensor, now: Tensor) -> None:
     if had.shape != now.shape:
         raise DataError(
             f"{name} is {len(now)} x {now.shape[1]}, and {len(had)} x {had.shape[1]} in the dense model: nothing can "
             "be told from a model of other widths; use another arm, or name the right --teacher"
         )
-    return had, now if repair is None else now + repair.up @ repair.down

@@ -30,11 +30,10 @@ from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
 from mopcompress.models.replacing import replacing
-from mopcompress.models.widths import ATTENTIONS, MLPS
 from mopcompress.recover import gate as gates
 from mopcompress.recover import prompts
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.changes import linears_from
+from mopcompress.recover.changes import writers_from
 from mopcompress.recover.gate import Gate
 from mopcompress.recover.norms import norms_from
 from mopcompress.recover.prompts import expert_domains
@@ -42,7 +41,6 @@ from mopcompress.recover.start import Material, Start
 from mopcompress.states import Applied, Instructions
 
 UNIT = 10.0  # of s and t as they are stored: AdamW moves a number by its rate, and an expert has to move by about 1
-WRITERS = {last for _, last in (*MLPS, *ATTENTIONS)}  # what they give is added to the residual stream
 
 
 class LowRank(nn.Module):
@@ -134,6 +132,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
         of_a_rank=sum(sum(weight_of(linear).shape) + 2 * config.experts for linear in linears.values()),
         of_a_width=config.hidden_size + 1 + config.experts,
         fixed=config.experts,
+        most=min(min(weight_of(linear).shape) for linear in linears.values()),
     )
     adapter = GatedPaths(
         config.layer,
@@ -144,13 +143,13 @@ def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     return adapter.to(model.device)
 
 
-def fitted(budget: int, *, of_a_rank: int, of_a_width: int, fixed: int) -> Sizes:
-    """The highest rank that leaves room for the narrowest gate, then the widest gate that still fits.
+def fitted(budget: int, *, of_a_rank: int, of_a_width: int, fixed: int, most: int) -> Sizes:
+    """The highest rank, up to `most`, that leaves room for the narrowest gate; then the widest gate that still fits.
 
     Raises `DataError` when there is no room for either.
     """
     narrow = gates.WIDTH // 8
-    rank = (budget - fixed - narrow * of_a_width) // of_a_rank
+    rank = min(most, (budget - fixed - narrow * of_a_width) // of_a_rank)
     if rank < 1:
         raise DataError(
             f"mop+: rank 1 and a gate of width {narrow} are {of_a_rank + fixed + narrow * of_a_width} numbers besides "
@@ -174,15 +173,3 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths
             drawn = torch.empty(path.down.shape).normal_(std=path.down.shape[1] ** -0.5, generator=generator)
             path.down.copy_(drawn)
     return adapter
-
-
-def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that write to the residual stream. Raises `DataError` when none is known."""
-    linears = linears_from(model, layer, ("Linear",))
-    found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in WRITERS}
-    if not found:
-        raise DataError(
-            f"the blocks of {type(model.network).__name__} have no linear called {', '.join(sorted(WRITERS))}; "
-            "use another arm"
-        )
-    return found

@@ -90,9 +90,9 @@ class DynamicPrompts(nn.Module):
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> DynamicPrompts:
-    """As many groups as there are experts. Raises `DataError` for some families."""
+    """As many groups as a mixture has. Raises `DataError` for some families."""
     model.check_promptable()
-    prompts = torch.zeros(config.experts, config.prompts_per_expert, config.hidden_size)
+    prompts = torch.zeros(config.groups, config.prompts_per_expert, config.hidden_size)
     return DynamicPrompts(prompts, config.layer).to(model.device)
 
 

@@ -46,7 +46,7 @@ class InputPrompt(nn.Module):
 def build(model: LanguageModel, config: AdapterConfig) -> InputPrompt:
     """As many tokens as the other arms have. Raises `DataError` for some families."""
     check_precedable(model)
-    prompts = torch.zeros(config.experts * config.prompts_per_expert, config.hidden_size)
+    prompts = torch.zeros(config.groups * config.prompts_per_expert, config.hidden_size)
     return InputPrompt(prompts).to(model.device)
 
 

@@ -38,8 +38,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
         raise UsageError(
             f"arm oracle: {config.experts} experts are not one for each task of the data; leave --experts out"
         )
-    groups = config.experts + config.shared_expert
-    prompts = torch.zeros(groups, config.prompts_per_expert, config.hidden_size)
+    prompts = torch.zeros(config.groups, config.prompts_per_expert, config.hidden_size)
     gate = gates.Gate(config.hidden_size, config.experts) if config.arm in GATED else None
     if config.arm == "single":
         return _built(MixtureOfPrompts(prompts.flatten(0, 1)[None], config.layer, None), model, config)
@@ -71,9 +70,6 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfP
     generator = torch.Generator().manual_seed(start.seed)
     domains = expert_domains(states, config.tasks, config.experts, generator=generator)
     groups = first_prompts(states, domains, config, generator=generator)
-    if config.shared_expert:
-        every = range(len(states.documents))
-        groups = torch.cat([groups, states.some_states(every, config.prompts_per_expert, generator)[None]])
     with torch.no_grad():
         mixture.prompts.copy_(groups.view_as(mixture.prompts))
         mixture.log_opening.fill_(start.log_opening)
@@ -96,8 +92,8 @@ def budget(model: LanguageModel, config: AdapterConfig) -> int:
 
 def first_prompts(
     states: CachedStates, domains: Int[Tensor, " documents"], config: AdapterConfig, *, generator: torch.Generator
-) -> Float[Tensor, "experts prompts hidden"]:
-    """States at random instruction positions, each expert's of its own domain's documents."""
+) -> Float[Tensor, "groups prompts hidden"]:
+    """States at random instruction positions, each expert's of its own domain's documents, a shared one's of all."""
     every = range(len(states.documents))
     groups = [
         states.some_states(
@@ -105,6 +101,8 @@ def first_prompts(
         )
         for expert in range(config.experts)
     ]
+    if config.shared_expert:
+        groups.append(states.some_states(every, config.prompts_per_expert, generator))
     return torch.stack(groups)
 
 

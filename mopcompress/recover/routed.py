@@ -89,5 +89,5 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> RoutedProm
 
 def _routed(model: LanguageModel, config: AdapterConfig, *, seed: int) -> RoutedPrompts:
     check_precedable(model)
-    prompts = torch.zeros(config.experts, config.prompts_per_expert, config.hidden_size)
+    prompts = torch.zeros(config.groups, config.prompts_per_expert, config.hidden_size)
     return RoutedPrompts(prompts, seed=seed).to(model.device)

@@ -14,41 +14,44 @@ from typing import Any
 import torch
 
 from mopcompress import artifact
-from mopcompress.evaluation import macro_perplexity, macro_rouge_l, micro, task_scores
 from mopcompress.grid import DENSE, Cell, Setting, cells_of
-from mopcompress.models.checkpoint import load_model, resolve_model, weights_bytes, weights_hash
+from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
 from mopcompress.recipe import PromptRecoveryModifier, Recipe
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.modifiers import changed
-from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.arms import ARMS
-from mopcompress.recover.folder import adapter_bytes
+from mopcompress.recover.eora import check_dense
+from mopcompress.recover.recovered import Recovered
 from mopcompress.report import write_report
-from mopcompress.results import BenchRow, append_row, read_rows, write_documents
+from mopcompress.results import BenchRow, append_row, read_rows
 from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.cell import score_cell
 from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
-from mopcompress.stages.evaluate import score
-from mopcompress.stages.gate import read_gate
 from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
 from mopcompress.stages.manifest import continued, write_manifest
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.protocol import new_manifest
-from mopcompress.stages.provenance import choose_device, now, peak_bytes, provenance
+from mopcompress.stages.provenance import choose_device, now, provenance
 from mopcompress.stages.recover import (
     TRAINING,
-    Recovered,
     adapter_config,
     cache_states,
     first_layer,
-    publish_adapter,
     train_arm,
 )
-from mopcompress.stages.sweep import check_validation, read_sweeps, sweep_rate, told, write_sweep
+from mopcompress.stages.sweep import (
+    check_validation,
+    read_sweeps,
+    read_trials,
+    sweep_rate,
+    told,
+    write_sweep,
+    write_trials,
+)
 from mopcompress.stages.teacher import dense_weights, taught_by
-from mopcompress.stages.written import samples, with_answers
 from mopcompress.states import CachedStates
 
 
@@ -77,12 +80,15 @@ class _Bench:
         self.command = command
 
     def run(self) -> list[BenchRow]:
-        start = time.perf_counter()
+        start, settings = time.perf_counter(), settings_of(self.recipe)
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
         arms = [self.recovery.with_arm(arm) for arm in self.recipe.run.trained_arms]
+        first_layer("none", self.recovery.layer, model)
         for one in arms:
-            ARMS[one.arm].build(model, adapter_config(one, model, documents.tasks, self.source_sha256))
+            config = adapter_config(one, model, documents.tasks, self.source_sha256)
+            adapter = ARMS[one.arm].build(model, config)
+            check_dense(adapter, model, dense_weights(one, self.source, model))
         if any(one.sweeps for one in arms):
             check_validation(len(documents.validation), self.recipe.run.data)
         size = self.recipe.run.batch_size
@@ -97,7 +103,7 @@ class _Bench:
         manifest = continued(manifest, self.folder)
         before = manifest["seconds"] or 0.0
         write_manifest(manifest, self.folder)
-        for setting in settings_of(self.recipe):
+        for setting in settings:
             done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
             missing = [cell for cell in cells_of(self.recipe.run.model_dump(), setting) if cell not in done]
             if missing:
@@ -123,7 +129,6 @@ class _Bench:
     def _fill(self, setting: Setting, base: Path, documents: Documents, cells: Sequence[Cell]) -> None:
         """Train and score the missing cells of one setting, on states that they share."""
         model = load_model(base, device=self.device)
-        facts = (artifact.read_manifest(base) or {}) if setting != DENSE else {}
         cached: dict[tuple[int, str], CachedStates] = {}
 
         sha256 = weights_hash(base)
@@ -143,13 +148,28 @@ class _Bench:
                 train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed)
                 if modifier.sweeps:
                     validation = states(layer, documents.validation, "validation rows")
-                    modifier = self._swept(f"{folder_of(setting)}-{cell.arm}", modifier, model, validation, train)
-                recovered = train(modifier)
+                    name = f"{folder_of(setting)}-{cell.arm}"
+                    modifier, recovered = self._swept(name, modifier, model, validation, train)
+                recovered = recovered or train(modifier)
             layer = first_layer(cell.arm, modifier.layer, model)
             test = states(layer, documents.test, "test rows")
             scorable = cell.arm == "none" or not TRAINED[cell.arm].needs_tasks
             text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
-            self._score(setting, base, facts, documents, test, text, model, cell, recovered)
+            row = score_cell(
+                cell,
+                setting,
+                base,
+                model,
+                test,
+                text,
+                recovered,
+                run=self.recipe.run,
+                data=documents.facts["name"],
+                folder=self.folder,
+                progress=self.progress,
+            )
+            append_row(row, self.folder / "rows.jsonl")
+            self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
 
     def _train(
         self,
@@ -170,71 +190,22 @@ class _Bench:
         model: LanguageModel,
         validation: CachedStates,
         train: Callable[[PromptRecoveryModifier], Recovered],
-    ) -> PromptRecoveryModifier:
-        """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds."""
-        path = self.folder / "sweeps" / f"{name}.json"
+    ) -> tuple[PromptRecoveryModifier, Recovered | None]:
+        """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds.
+
+        The training too, where the sweep was done here and its trials were as long.
+        """
+        path, recovered = self.folder / "sweeps" / f"{name}.json", None
         if not path.exists():
-            size = self.recipe.run.batch_size
-            found = sweep_rate(modifier, model, validation, lambda one: train(one).adapter, batch_size=size)
+            found, recovered = sweep_rate(
+                modifier,
+                model,
+                validation,
+                train,
+                batch_size=self.recipe.run.batch_size,
+                known=read_trials(path),
+                keep=lambda trials: write_trials(trials, path),
+            )
             self.progress(told(found), 0, 0)
             write_sweep(found, path)
-        return modifier.at_rate(read_sweeps(path.parent)[name]["learning_rate"])
-
-    def _score(
-        self,
-        setting: Setting,
-        base: Path,
-        facts: dict[str, Any],
-        documents: Documents,
-        test: CachedStates,
-        text: CachedStates | None,
-        model: LanguageModel,
-        cell: Cell,
-        recovered: Recovered | None,
-    ) -> None:
-        trained, size = recovered.adapter if recovered else None, self.recipe.run.batch_size
-        start = time.perf_counter()
-        scores = score(model, test, trained, size, self.progress)
-        seconds = time.perf_counter() - start
-        scores = with_answers(scores, model, test, trained, self.recipe.run, self.progress)
-        on_text = micro(score(model, text, trained, size, self.progress)) if text else None
-        name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
-        adapter = self.folder / "adapters" / name
-        if recovered and artifact.read_manifest(adapter) is None:
-            publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(self.device)})
-        write_documents(scores, self.folder / "documents" / f"{name}.json")
-        domains = recovered.config.tasks if recovered else ()
-        row = BenchRow(
-            ratio=setting.ratio,
-            bits=setting.bits,
-            method=setting.method,
-            arm=cell.arm,
-            seed=cell.seed,
-            data=documents.facts["name"],
-            perplexity=micro(scores).perplexity,
-            perplexity_macro=macro_perplexity(scores),
-            exact_match=micro(scores).exact_match,
-            documents=micro(scores).documents,
-            scored_tokens=micro(scores).scored_tokens,
-            sparsity=facts.get("sparsity", 0.0),
-            weights=facts.get("weights", 0),
-            model_bytes=weights_bytes(base),
-            adapter_bytes=adapter_bytes(adapter) if recovered else 0,
-            trained_parameters=trained_parameters(trained) if trained else 0,
-            train_steps=len(recovered.rows) if recovered else 0,
-            train_seconds=recovered.seconds if recovered else 0.0,
-            compress_seconds=facts.get("compress_seconds", 0.0),
-            evaluate_seconds=seconds,
-            text_perplexity=on_text.perplexity if on_text else None,
-            rouge_l=micro(scores).rouge_l,
-            rouge_l_macro=macro_rouge_l(scores),
-            written_exact_match=micro(scores).written_exact_match,
-            samples=samples(model, test.documents, scores),
-            fallbacks=facts.get("fallbacks", 0),
-            peak_bytes=peak_bytes(),
-            per_task=task_scores(scores),
-            gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
-            documents_file=f"documents/{name}.json",
-        )
-        append_row(row, self.folder / "rows.jsonl")
-        self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
+        return modifier.at_rate(read_sweeps(path.parent)[name]["learning_rate"]), recovered

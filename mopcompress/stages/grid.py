@@ -15,6 +15,11 @@ def settings_of(recipe: Recipe) -> list[Setting]:
         raise RecipeError("run.joint: structured pruning is measured alone; leave joint or the method structured out")
     if recipe.repair and "structured" in recipe.run.methods:
         raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
+    if recipe.run.computed_arms and "structured" in recipe.run.methods:
+        raise RecipeError(
+            f"run.arms: {recipe.run.computed_arms[0]} compares with the dense model's linears, and structured pruning "
+            "makes narrower ones; leave one of them out"
+        )
     for method in recipe.run.methods:
         modifier = recipe.modifier_for(method)
         if isinstance(modifier, Pruning) and isinstance(modifier.sparsity, tuple):

@@ -25,7 +25,7 @@ from mopcompress import artifact
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, OutputError, StorageError
 from mopcompress.models.smollm2 import cache_folder
-from mopcompress.states import Fill, mapped, unseen
+from mopcompress.states import Fill, mapped, reserve, unseen
 
 STATES, SUMMARIES = "states", "summaries.safetensors"
 LIMIT = 16 * 2**30  # bytes of all folders; what was not used for longest goes first
@@ -86,9 +86,7 @@ def _make(folder: Path, rows: int, columns: int, fill: Fill, facts: Mapping[str,
     manifest = dict(facts)
 
     def into(dtype: torch.dtype) -> Tensor:
-        with (scratch / STATES).open("wb") as file:
-            # a full disk is an error here, and would be the end of the process in the middle of a mapping
-            os.posix_fallocate(file.fileno(), 0, rows * columns * dtype.itemsize)
+        reserve(scratch / STATES, rows * columns * dtype.itemsize)
         manifest["stored"] = str(dtype).removeprefix("torch.")
         return mapped(scratch / STATES, rows, columns, dtype)
 

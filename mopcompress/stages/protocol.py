@@ -1,10 +1,9 @@
 """What a bench is made of and how its arms are compared: what its `run.json` begins with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
-from mopcompress.recipe.arms import TRAINED
 from mopcompress.stages.documents import Documents
 from mopcompress.stages.provenance import now
 from mopcompress.stages.teacher import named_teacher
@@ -41,27 +40,47 @@ def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
         f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
         "gate.",
         _rates(recovery),
+        *_losses(recovery),
+        *(
+            ["Prompts of single and mop are deep; the budget of their rivals is that of a mop that is not."]
+            if recovery.deep
+            else []
+        ),
         *(
             f"{arm} is computed from the dense model's weights and all training rows; it takes no steps."
-            for arm in _computed_arms(recipe)
+            for arm in recipe.run.computed_arms
         ),
         "Embeddings and head are not compressed; sparsity is counted over the compressed linears of the blocks.",
         *([f"Every compressed model has a low-rank repair of rank {repair.rank} beside it."] if repair else []),
     ]
 
 
-def _computed_arms(recipe: Recipe) -> list[str]:
-    return [arm for arm in recipe.run.trained_arms if TRAINED[arm].learning_rate is None]
+def _losses(recovery: PromptRecoveryModifier) -> Iterator[str]:
+    teacher = "the dense model" if recovery.teacher is None else recovery.teacher
+    if recovery.distill:
+        yield (
+            f"{recovery.distill:g} of every trained arm's loss follows the distributions of {teacher} at temperature "
+            f"{recovery.distill_temperature:g}."
+        )
+    if recovery.squarehead:
+        yield (
+            f"A loss of weight {recovery.squarehead:g} draws the hidden states of every trained arm to those of "
+            f"{teacher}."
+        )
 
 
 def _rates(recovery: PromptRecoveryModifier) -> str:
     if recovery.sweep:
+        short = recovery.sweep_steps not in (None, recovery.steps)
+        length = f"{recovery.sweep_steps} steps, fewer than the training has, " if short else "as many steps as all "
         return (
             "Each arm's learning rate was chosen for each setting on validation rows, never on test rows, among three "
-            f"rates, and more past an edge that is best, trained for {recovery.sweep_steps} steps with the first seed; "
-            "run.json has them with their losses. "
-            "The gate's rate was not swept."
+            f"rates, and more past an edge that is best, trained for {length}with the first seed; "
+            "run.json has them with their losses. The gate's rate was not swept."
         )
+    if recovery.learning_rates:
+        given = ", ".join(f"{arm} {rate:g}" for arm, rate in recovery.learning_rates.items())
+        return f"Learning rates are the recipe's ({given}): they were not swept for this run."
     if recovery.learning_rate is not None:
         return f"All arms have one learning rate, the recipe's {recovery.learning_rate:g}: it was not swept."
     return "Each arm has the learning rate that is its own by default: it was not swept for this run."

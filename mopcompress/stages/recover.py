@@ -3,7 +3,7 @@
 import functools
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from mopcompress.models.checkpoint import check_output, load_model, resolve_mode
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
 from mopcompress.recipe.arms import NONE, TRAINED
-from mopcompress.recover.adapter import Adapter, AdapterConfig, trained_parameters
+from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.folder import adapter_bytes, save_adapter
+from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.standing import Keeping, TrainRow
 from mopcompress.recover.start import DenseWeights, Material, Start
 from mopcompress.recover.train import Training, fit
@@ -36,16 +37,6 @@ from mopcompress.states import CachedStates
 TRAINING = torch.float16  # of states that nothing is scored on
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """A trained adapter, and how it was trained."""
-
-    adapter: Adapter
-    config: AdapterConfig
-    rows: list[TrainRow]
-    seconds: float  # the start (gate pre-training included) and all steps; not the shared cache of lower states
-
-
 def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = silent) -> dict[str, Any]:
     """Train the recipe's recovery on its model, publish the adapter as `target`, and return the manifest."""
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
@@ -56,8 +47,8 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         model = load_model(base, device=device)
         documents = load_documents(recipe.run, model.tokenizer)
         layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
-        modifier, sweep = recipe.recovery, None
-        dense = dense_weights(modifier, base, model)
+        modifier, sweep, recovered = recipe.recovery, None, None
+        teacher, dense = named_teacher(modifier), dense_weights(modifier, base, model)
         if modifier.sweeps:
             check_validation(len(documents.validation), recipe.run.data)
         with workers.first_alone():
@@ -68,17 +59,17 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             with workers.first_alone():
                 validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
 
-            def tried(one: PromptRecoveryModifier) -> Adapter:
-                return train(one, sha256, seed, tell, taught, workers=workers).adapter
+            def tried(one: PromptRecoveryModifier) -> Recovered:
+                return train(one, sha256, seed, tell, taught, workers=workers)
 
-            sweep = sweep_rate(modifier, model, validation, tried, batch_size=size)
+            sweep, recovered = sweep_rate(modifier, model, validation, tried, batch_size=size)
             tell(told(sweep), 0, 0)
             modifier = modifier.at_rate(sweep.learning_rate)
         facts = {
             "learning_rate": modifier.rate,
             "sweep": asdict(sweep) if sweep else None,
             "base": {"folder": str(base), "sha256": sha256},
-            "teacher": named_teacher(modifier),
+            "teacher": teacher,
             "data": documents.facts,
             "recipe": resolved(recipe),
             "seed": seed,
@@ -86,7 +77,8 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             **provenance(model.device),
         }
         with _kept(target, facts, tell) if workers.first else nullcontext() as keeping:
-            recovered = train(modifier, sha256, seed, tell, taught, keeping=keeping, workers=workers)
+            if recovered is None:
+                recovered = train(modifier, sha256, seed, tell, taught, keeping=keeping, workers=workers)
             return publish_adapter(recovered, target, facts) if workers.first else facts
 
 

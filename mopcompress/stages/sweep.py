@@ -1,13 +1,15 @@
-"""A learning rate for an arm: each rate of a small grid trains it for a few steps, the best on validation rows wins.
+"""A learning rate for an arm: each rate of a small grid trains it, and the best on validation rows wins.
 
 While the best is at the edge of the grid, the grid grows there. One rate for every arm, or one from the literature,
-chooses the winner of a comparison by accident. The rate of the gate is not swept.
+chooses the winner of a comparison by accident. So do trials that are shorter than the training: what is best for few
+steps is too high for many (benchmarks/LOG.md). So a trial is as long as the training unless told otherwise, and the
+best trial is the training. The rate of the gate is not swept.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,13 @@ from mopcompress.evaluation import evaluate, micro
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recipe.modifiers import changed
-from mopcompress.recover.adapter import Adapter
+from mopcompress.recover.recovered import Recovered
 from mopcompress.states import CachedStates
 
 FACTOR = 3.0  # from a rate to the next; the grid begins around the recipe's rate, else the arm's own
 MOST = 6  # rates tried
 
-Train = Callable[[PromptRecoveryModifier], Adapter]
+Train = Callable[[PromptRecoveryModifier], Recovered]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,58 +59,79 @@ def sweep_rate(
     train: Train,
     *,
     batch_size: int,
-) -> Sweep:
-    """Train with every rate by `train`, as short as `modifier.sweep_steps`, and score on the validation rows.
+    known: Mapping[float, Trial] | None = None,
+    keep: Callable[[Sequence[Trial]], None] = lambda trials: None,
+) -> tuple[Sweep, Recovered | None]:
+    """Train with every rate by `train`, and score on the validation rows; the training too, if a trial is as long.
 
-    Raises `NumericalError` when no rate gives a finite loss.
+    Trials in `known`, by their rates, are not repeated; `keep` is given all trials after each. Raises `NumericalError`
+    when no rate gives a finite loss.
     """
-    start, middle = time.perf_counter(), modifier.rate
+    middle = modifier.rate
     assert middle is not None  # for mypy: arms without a rate are not swept
-
-    def tried(exponent: int) -> Trial:
-        begin = time.perf_counter()
-        rate = middle * FACTOR**exponent
-        nats = None
-        try:
-            adapter = train(changed(modifier, steps=modifier.sweep_steps).at_rate(rate))
-            loss = math.log(
-                micro(evaluate(model, validation, adapter.compiled(model), batch_size=batch_size)).perplexity
-            )
-            nats = loss if math.isfinite(loss) else None
-        except NumericalError:
-            pass  # too high a rate is what a sweep is there to find
-        return Trial(learning_rate=rate, validation_nats=nats, seconds=time.perf_counter() - begin)
-
-    grid = {exponent: tried(exponent) for exponent in (-1, 0, 1)}
-    while (edge := _beyond(grid)) is not None and len(grid) < MOST:
-        grid[edge] = tried(edge)
-    trials = [grid[exponent] for exponent in sorted(grid)]
-    best = min(trials, key=_loss)
+    shortened = changed(modifier, steps=modifier.sweep_steps or modifier.steps)
+    grid: dict[int, Trial] = {}
+    winner: Recovered | None = None
+    exponents = [1, 0, -1]
+    while exponents:
+        exponent = exponents.pop()
+        rate, recovered = middle * FACTOR**exponent, None
+        if known and rate in known:
+            grid[exponent] = known[rate]
+        else:
+            grid[exponent], recovered = _trial(shortened.at_rate(rate), model, validation, train, batch_size)
+        if _best(grid) == exponent:
+            winner = recovered
+        trials = [grid[exponent] for exponent in sorted(grid)]
+        keep(trials)
+        if not exponents and (edge := _beyond(grid)) is not None and len(grid) < MOST:
+            exponents.append(edge)
+    best = grid[_best(grid)]
     if best.validation_nats is None:
         raise NumericalError(
             f"sweep of {modifier.arm}: no rate from {trials[0].learning_rate:g} to {trials[-1].learning_rate:g} gives "
             "a finite loss; lower --learning-rate"
         )
-    return Sweep(
+    found = Sweep(
         arm=modifier.arm,
-        steps=modifier.sweep_steps,
+        steps=shortened.steps,
         batch_size=modifier.batch_size,
         validation_rows=len(validation.documents),
         trials=trials,
         learning_rate=best.learning_rate,
         at_edge=_beyond(grid) is not None,
-        seconds=time.perf_counter() - start,
+        seconds=sum(trial.seconds for trial in trials),
     )
+    return found, winner if shortened.steps == modifier.steps else None
 
 
-def _beyond(grid: dict[int, Trial]) -> int | None:
-    """The next exponent outside, where the best of the grid is at its edge; of equal ones the lowest is the best."""
-    best = min(sorted(grid), key=lambda exponent: _loss(grid[exponent]))
+def _trial(
+    modifier: PromptRecoveryModifier, model: LanguageModel, validation: CachedStates, train: Train, batch_size: int
+) -> tuple[Trial, Recovered | None]:
+    """What came of one rate; too high a one is what a sweep is there to find."""
+    start = time.perf_counter()
+    nats, recovered = None, None
+    try:
+        recovered = train(modifier)
+        applied = recovered.adapter.compiled(model)
+        loss = math.log(micro(evaluate(model, validation, applied, batch_size=batch_size)).perplexity)
+        nats = loss if math.isfinite(loss) else None
+    except NumericalError:
+        pass
+    assert modifier.rate is not None  # for mypy
+    return Trial(learning_rate=modifier.rate, validation_nats=nats, seconds=time.perf_counter() - start), recovered
+
+
+def _best(grid: Mapping[int, Trial]) -> int:
+    """The exponent of the least loss; of equal ones the lowest."""
+    losses = {exponent: trial.validation_nats for exponent, trial in grid.items()}
+    return min(sorted(losses), key=lambda exponent: math.inf if (nats := losses[exponent]) is None else nats)
+
+
+def _beyond(grid: Mapping[int, Trial]) -> int | None:
+    """The next exponent outside, where the best of the grid is at its edge."""
+    best = _best(grid)
     return {min(grid): best - 1, max(grid): best + 1}.get(best)
-
-
-def _loss(trial: Trial) -> float:
-    return math.inf if trial.validation_nats is None else trial.validation_nats
 
 
 def told(sweep: Sweep) -> str:
@@ -135,7 +158,26 @@ def write_sweep(sweep: Sweep, path: Path) -> dict[str, Any]:
     """Keep what was found, so that a run that goes on does not sweep again."""
     path.parent.mkdir(exist_ok=True)
     artifact.write_whole(path, json.dumps(asdict(sweep), indent=1) + "\n")
+    _unfinished(path).unlink(missing_ok=True)
     return asdict(sweep)
+
+
+def write_trials(trials: Sequence[Trial], path: Path) -> None:
+    """Keep the trials of a sweep that goes on, until `write_sweep` has the whole of it at `path`."""
+    path.parent.mkdir(exist_ok=True)
+    artifact.write_whole(_unfinished(path), json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
+
+
+def read_trials(path: Path) -> dict[float, Trial]:
+    """What `write_trials` kept, by rate."""
+    if not _unfinished(path).exists():
+        return {}
+    trials = [Trial(**fields) for fields in json.loads(_unfinished(path).read_text(encoding="utf-8"))]
+    return {trial.learning_rate: trial for trial in trials}
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(".unfinished")
 
 
 def read_sweeps(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""One cell of a bench: an arm on a compressed model, scored; its adapter and its documents on disk, and its row."""
+
+import time
+from pathlib import Path
+
+from mopcompress import artifact
+from mopcompress.evaluation import macro_perplexity, macro_rouge_l, micro, task_scores
+from mopcompress.grid import DENSE, Cell, Setting
+from mopcompress.models.checkpoint import weights_bytes
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import RunSpec
+from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.folder import adapter_bytes
+from mopcompress.recover.recovered import Recovered
+from mopcompress.results import BenchRow, write_documents
+from mopcompress.stages.evaluate import score
+from mopcompress.stages.gate import read_gate
+from mopcompress.stages.grid import folder_of
+from mopcompress.stages.progress import Progress
+from mopcompress.stages.provenance import peak_bytes, provenance
+from mopcompress.stages.recover import publish_adapter
+from mopcompress.stages.written import samples, with_answers
+from mopcompress.states import CachedStates
+
+
+def score_cell(
+    cell: Cell,
+    setting: Setting,
+    base: Path,
+    model: LanguageModel,
+    test: CachedStates,
+    text: CachedStates | None,
+    recovered: Recovered | None,
+    *,
+    run: RunSpec,
+    data: str,
+    folder: Path,
+    progress: Progress,
+) -> BenchRow:
+    """Score what `recovered` gives on the model in `base`, and leave adapter and documents in the bench's `folder`."""
+    facts = (artifact.read_manifest(base) or {}) if setting != DENSE else {}
+    trained, size = recovered.adapter if recovered else None, run.batch_size
+    start = time.perf_counter()
+    scores = score(model, test, trained, size, progress)
+    seconds = time.perf_counter() - start
+    scores = with_answers(scores, model, test, trained, run, progress)
+    on_text = micro(score(model, text, trained, size, progress)) if text else None
+    name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
+    adapter = folder / "adapters" / name
+    if recovered and artifact.read_manifest(adapter) is None:
+        publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(model.device)})
+    write_documents(scores, folder / "documents" / f"{name}.json")
+    domains = recovered.config.tasks if recovered else ()
+    return BenchRow(
+        ratio=setting.ratio,
+        bits=setting.bits,
+        method=setting.method,
+        arm=cell.arm,
+        seed=cell.seed,
+        data=data,
+        perplexity=micro(scores).perplexity,
+        perplexity_macro=macro_perplexity(scores),
+        exact_match=micro(scores).exact_match,
+        documents=micro(scores).documents,
+        scored_tokens=micro(scores).scored_tokens,
+        sparsity=facts.get("sparsity", 0.0),
+        weights=facts.get("weights", 0),
+        model_bytes=weights_bytes(base),
+        adapter_bytes=adapter_bytes(adapter) if recovered else 0,
+        trained_parameters=trained_parameters(trained) if trained else 0,
+        train_steps=len(recovered.rows) if recovered else 0,
+        train_seconds=recovered.seconds if recovered else 0.0,
+        compress_seconds=facts.get("compress_seconds", 0.0),
+        evaluate_seconds=seconds,
+        text_perplexity=on_text.perplexity if on_text else None,
+        rouge_l=micro(scores).rouge_l,
+        rouge_l_macro=macro_rouge_l(scores),
+        written_exact_match=micro(scores).written_exact_match,
+        samples=samples(model, test.documents, scores),
+        fallbacks=facts.get("fallbacks", 0),
+        peak_bytes=peak_bytes(),
+        per_task=task_scores(scores),
+        gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
+        documents_file=f"documents/{name}.json",
+    )
