@@ -154,7 +154,8 @@ def test_a_rate_that_another_sweep_found_is_another_job(recipe, tmp_path, monkey
 
     def found(rate):
         counts = {"steps": 1, "batch_size": 4, "validation_rows": 1, "seconds": 0.0}
-        return lambda *_, **__: Sweep(arm="mop", trials=[], learning_rate=rate, at_edge=False, **counts)
+        sweep = Sweep(arm="mop", trials=[], learning_rate=rate, at_edge=False, **counts)
+        return lambda *_, **__: (sweep, None)
 
     swept = for_recovery(recipe, {"sweep": True})
     monkeypatch.setattr("mopcompress.stages.recover.sweep_rate", found(0.5))
