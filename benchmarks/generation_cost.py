@@ -60,7 +60,8 @@ def main() -> None:
         for what, values in found[f"batch {batch}"].items():
             sys.stderr.write(f"batch {batch}: {what}: {values}\n")
     described = {name: asdict(config) for name, (_, config) in adapters.items()}
-    facts = {"asked": vars(asked), "adapters": described, "found": found, **provenance(CPU)}
+    names = {"model": folder.name, "adapters": list(adapters)}  # a path says nothing on another machine
+    facts = {"asked": vars(asked) | names, "described": described, "found": found, **provenance(CPU)}
     print(json.dumps(facts, indent=1, default=str))
 
 

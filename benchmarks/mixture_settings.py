@@ -2,10 +2,10 @@
 
     python benchmarks/mixture_settings.py MODEL --recipe recipes/dolly.yaml --output FILE.jsonl [--only NAMES]
 
-Rows, steps and rates are those of `recovery.py`, with 300 validation rows and no test row: what is chosen here is then
-measured there. All have as many prompt tokens, a few more or less where they do not divide. A line a setting, at once;
-settings that are in FILE already are not trained again. Prints each against the single prompt (of its own kind: a deep
-mixture against a deep prompt) with the interval of a paired bootstrap over rows.
+Rows and steps are those of `recovery.py`, rates the arms' own, with 300 validation rows and no test row: what is chosen
+here is then measured there. All have as many prompt tokens, a few more or less where they do not divide. A line a
+setting, at once; settings that are in FILE already are not trained again. Prints each against the single prompt (of its
+own kind: a deep mixture against a deep prompt) with the interval of a paired bootstrap over rows.
 """
 
 import argparse

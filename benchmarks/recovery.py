@@ -1,12 +1,13 @@
 """The recovery study: what a mixture, its rivals and our own arm win back, on two data sets.
 
-    python benchmarks/recovery.py --output FOLDER [--only sni,dolly]
+    python benchmarks/recovery.py --output FOLDER [--only sni,dolly]       (in the project's folder)
 
 Runs benches in the order of what their claims are worth, each in a folder of its own under FOLDER; a run that was
 stopped goes on with the next cell. Rows of at most 128 tokens, 300 test rows, 120 steps of 8 rows that no step sees
 twice. At 50 % every arm's learning rate is chosen on 100 validation rows, by trainings as long as the one that counts;
-other settings of the same data take the rates found there, and controls of the gate that of `mop`. Fifteen hours of two
-cores. At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
+other settings of the same data take the rates found there, and controls of the gate that of `mop`. About fifteen
+hours of two cores. At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was
+measured.
 """
 
 import argparse
@@ -49,8 +50,8 @@ ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni
 )
 REGAINED = (("sni", "sparsegpt 50%", 0.8), ("sni-settings", "sparsegpt 85%", 0.5))  # of the gap to the dense mop+
 ANSWERED = ("sni", "sni-settings", "sni-2of4", "sni-long")  # of short answers, some of which have one right form
-LM = ROOT.parent / "shared" / "data" / "lm"
-TEXT, OTHER_TEXT = str(LM / "wikitext2_tokens_test.txt"), str(LM / "wikipedia_paragraphs_from_dolly_train.txt")
+LM = "../shared/data/lm"  # from the project's folder, as in the recipes
+TEXT, OTHER_TEXT = f"{LM}/wikitext2_tokens_test.txt", f"{LM}/wikipedia_paragraphs_from_dolly_train.txt"
 
 
 @dataclass(frozen=True)

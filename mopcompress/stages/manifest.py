@@ -76,8 +76,8 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
         "data": manifest["data"]["sha256"],
         "scored tokens": manifest["data"]["scored_sha256"],
         "calibration": manifest["calibration"]["sha256"],
-        "plain text": manifest["data"].get("text"),
-        "training text": manifest["data"].get("train_text"),
+        "plain text": (manifest["data"].get("text") or {}).get("sha256"),
+        "training text": (manifest["data"].get("train_text") or {}).get("sha256"),
         "teacher": manifest.get("teacher"),  # runs of before it was noted have none
     }
 
