@@ -81,7 +81,7 @@ def main() -> None:
     flops = {arm: one.get("flops_a_token") for arm, one in zip(arms, told, strict=True)}
     shared = {name: fact for name, fact in told[0].items() if name not in ("measured", "flops_a_token")}
     result = {
-        "model": asked.model,
+        "model": Path(asked.model).name,  # a path says nothing on another machine
         **shared,
         "gemm_peak_gflops": max(peaks) / 1e9,
         "gemm_median_gflops": statistics.median(peaks) / 1e9,
