@@ -25,11 +25,12 @@ from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.report.formats import change_with_interval
 from mopcompress.report.intervals import PairedBootstrap
+from mopcompress.stages.arm import first_layer, train_arm
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.evaluate import score
+from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.progress import Progress
 from mopcompress.stages.provenance import choose_device
-from mopcompress.stages.recover import TRAINING, cache_states, first_layer, train_arm
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, ROWS = 120, 8, 300

@@ -46,9 +46,9 @@ from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, fit
+from mopcompress.stages.arm import first_layer
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.provenance import peak_bytes, provenance
-from mopcompress.stages.recover import first_layer
 from mopcompress.states import CachedStates, batches_by_length
 
 PROMPTS, EXPERTS, ROWS = 80, 8, 8

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from mopcompress.evaluation import evaluate
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.stages import kept_states
+from mopcompress.stages.kept_states import cache_states
 from mopcompress.stages.progress import silent
-from mopcompress.stages.recover import cache_states
 
 DOCUMENTS = random_documents(7)
 LAYER = 2

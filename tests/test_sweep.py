@@ -16,9 +16,9 @@ from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.recovered import Recovered
 from mopcompress.results import read_rows
+from mopcompress.stages.arm import train_arm
 from mopcompress.stages.bench import bench
 from mopcompress.stages.protocol import protocol
-from mopcompress.stages.recover import train_arm
 from mopcompress.stages.sweep import check_validation, sweep_rate, told
 from mopcompress.states import CachedStates
 

@@ -25,7 +25,7 @@ from mopcompress.recover.peft_format import FORMATS, write_peft
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, fit
 from mopcompress.scoring import score_responses
-from mopcompress.stages.recover import first_layer
+from mopcompress.stages.arm import first_layer
 from mopcompress.states import CachedStates, Instructions
 
 WEIGHTS = ("lora", "masklora", "ia3", "norms")

@@ -26,22 +26,17 @@ from mopcompress.recover.eora import check_dense
 from mopcompress.recover.recovered import Recovered
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, read_rows
+from mopcompress.stages.arm import adapter_config, first_layer, train_arm
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.cell import score_cell
 from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
 from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
+from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.manifest import continued, write_manifest
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.protocol import new_manifest
 from mopcompress.stages.provenance import choose_device, now, provenance
-from mopcompress.stages.recover import (
-    TRAINING,
-    adapter_config,
-    cache_states,
-    first_layer,
-    train_arm,
-)
 from mopcompress.stages.sweep import (
     check_validation,
     read_sweeps,

@@ -11,11 +11,12 @@ from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import Adapter
 from mopcompress.recover.folder import load_adapter
 from mopcompress.results import DocumentScores
+from mopcompress.stages.arm import first_layer
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.gate import read_gate
+from mopcompress.stages.kept_states import cache_states
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device
-from mopcompress.stages.recover import cache_states, first_layer
 from mopcompress.stages.written import samples, with_answers
 from mopcompress.states import CachedStates
 

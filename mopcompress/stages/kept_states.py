@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,11 +25,49 @@ from transformers import PretrainedConfig
 from mopcompress import artifact
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, OutputError, StorageError
+from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import cache_folder
-from mopcompress.states import Fill, mapped, reserve, unseen
+from mopcompress.stages.progress import Progress
+from mopcompress.states import CachedStates, Fill, mapped, reserve, unseen
 
 STATES, SUMMARIES = "states", "summaries.safetensors"
 LIMIT = 16 * 2**30  # bytes of all folders; what was not used for longest goes first
+TRAINING = torch.float16  # of states that nothing is scored on
+
+
+def cache_states(
+    model: LanguageModel,
+    base_sha256: str,
+    documents: tuple[Any, ...],
+    layer: int,
+    batch_size: int,
+    which: str,
+    progress: Progress,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> CachedStates:
+    """The states that enter `layer` for every document: those kept from another run, or computed and kept."""
+    what = f"lower blocks, once for all arms: {which}"
+    facts = {
+        "kind": "states that enter a block",
+        "model": base_sha256,
+        "config": config_digest(model.network.config),
+        "layer": layer,
+        "documents": digest(documents),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    with torch.inference_mode():
+        return CachedStates(
+            model,
+            documents,
+            layer,
+            batch_size=batch_size,
+            progress=lambda done: progress(what, done, len(documents)),
+            store=functools.partial(kept, facts=facts, dtype=dtype),
+        )
 
 
 def kept(
