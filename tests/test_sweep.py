@@ -220,7 +220,6 @@ def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypat
     bench(recipe, tmp_path / "run")
     bench(recipe_of(stories, seeds=(0, 1)), tmp_path / "run")
     assert calls == ["single", "mop"]
-    assert not list((tmp_path / "run").glob("sweeps/*.unfinished"))
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     assert {name: found["arm"] for name, found in manifest["sweeps"].items()} == {
         "sparsegpt-50-single": "single",
@@ -249,11 +248,9 @@ def test_a_bench_that_was_stopped_in_a_sweep_does_not_repeat_its_trials(stories,
     monkeypatch.setattr("mopcompress.stages.bench.train_arm", stopped)
     with pytest.raises(KeyboardInterrupt):
         bench(whole, tmp_path / "run")
-    assert len(list((tmp_path / "run").glob("sweeps/*.unfinished"))) == 1
     bench(whole, tmp_path / "run")
     tried = rates[: rates.index(rates[2], 3) + 1]
     assert len(tried) == 4  # two, the one that was stopped, and that one again
-    assert not list((tmp_path / "run").glob("sweeps/*.unfinished"))
 
 
 def test_arms_have_the_rates_that_a_recipe_gives_them() -> None:

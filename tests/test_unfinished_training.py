@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.commands import for_recovery
+from mopcompress.recipe.commands import for_recovery, with_recovery
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.standing import Standing, TrainRow
 from mopcompress.stages import unfinished_training
+from mopcompress.stages.bench import bench
+from mopcompress.stages.provenance import provenance
 from mopcompress.stages.recover import recover
 from mopcompress.stages.resume import finished
-from mopcompress.stages.sweep import Sweep
 from mopcompress.stages.unfinished_training import UnfinishedTraining
 
 STEPS = 5
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 
 class KilledError(BaseException):
@@ -108,9 +111,9 @@ def test_a_process_that_is_killed_goes_on_to_the_same_adapter(stories, data, tmp
     whole = start(tmp_path / "whole")
     whole.communicate()
     assert whole.returncode == 0
-    target, standing = tmp_path / "out", tmp_path / ".out.unfinished" / "standing.safetensors"
+    target, unfinished = tmp_path / "out", tmp_path / ".out.unfinished"
     killed = start(target)
-    while not standing.exists() and killed.poll() is None:
+    while not list(unfinished.glob("*.safetensors")) and killed.poll() is None:
         pass
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
@@ -126,7 +129,7 @@ def test_a_damaged_standing_is_told_of_and_not_used(recipe, whole, tmp_path):
     target, told = tmp_path / "out", []
     with pytest.raises(KilledError):
         recover(recipe, target, seed=0, progress=stop_after(3))
-    path = tmp_path / ".out.unfinished" / "standing.safetensors"
+    (path,) = (tmp_path / ".out.unfinished").glob("*.safetensors")
     content = path.read_bytes()
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     recover(recipe, target, seed=0, progress=lambda line, _done, _total: told.append(line))
@@ -149,21 +152,74 @@ def test_another_job_in_its_place_is_refused(recipe, tmp_path, flags, seed, said
         recover(for_recovery(recipe, flags), tmp_path / "out", seed=seed)
 
 
-def test_a_rate_that_another_sweep_found_is_another_job(recipe, tmp_path, monkeypatch):
-    """The recipe is the same; only what the sweep gives is not."""
+@pytest.mark.parametrize(("sweep_steps", "finished"), [(None, 1), (None, 2), (2, 0), (2, 3)])
+def test_a_stopped_sweep_goes_on_where_it_was(recipe, tmp_path, sweep_steps, finished):
+    """In the middle of a training, after so many finished ones."""
+    swept = for_recovery(recipe, {"sweep": True, "sweep_steps": sweep_steps})
+    whole, begun, told = recover(swept, tmp_path / "whole", seed=0), [], []
 
-    def found(rate):
-        counts = {"steps": 1, "batch_size": 4, "validation_rows": 1, "seconds": 0.0}
-        sweep = Sweep(arm="mop", trials=[], learning_rate=rate, at_edge=False, **counts)
-        return lambda *_, **__: (sweep, None)
+    def stop(what, done, _total):
+        if what.startswith("training mop") and done == 1:
+            begun.append(what)
+            if len(begun) > finished:
+                raise KilledError
 
-    swept = for_recovery(recipe, {"sweep": True})
-    monkeypatch.setattr("mopcompress.stages.recover.sweep_rate", found(0.5))
     with pytest.raises(KilledError):
-        recover(swept, tmp_path / "out", seed=0, progress=stop_after(2))
-    monkeypatch.setattr("mopcompress.stages.recover.sweep_rate", found(0.1))
-    with pytest.raises(OutputError, match=r"learning_rate was 0\.5, is 0\.1"):
-        recover(swept, tmp_path / "out", seed=0)
+        recover(swept, tmp_path / "out", seed=0, progress=stop)
+    again = recover(swept, tmp_path / "out", seed=0, progress=lambda line, *_: told.append(line))
+    assert sum("going on after 1 finished step" in line for line in told) == 1
+    trials = [[one["validation_nats"] for one in facts["sweep"]["trials"]] for facts in (whole, again)]
+    assert trials[0] == trials[1]
+    assert equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert again["train_steps"] == STEPS
+    assert not (tmp_path / ".out.unfinished").exists()
+
+
+def test_seconds_of_a_stopped_training_are_those_of_all_its_steps(recipe, tmp_path, monkeypatch):
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += 1.0
+        return now
+
+    monkeypatch.setattr("mopcompress.recover.train.time.perf_counter", clock)
+    seconds = recover(recipe, tmp_path / "whole", seed=0)["train_seconds"]
+    with pytest.raises(KilledError):
+        recover(recipe, tmp_path / "out", seed=0, progress=stop_after(3))
+    assert recover(recipe, tmp_path / "out", seed=0)["train_seconds"] == seconds
+
+
+@pytest.fixture
+def grid(stories):
+    run = {"model": str(stories), "group_size": "4", "arms": ("mop",), "seeds": (0,)}
+    return with_recovery(load_recipe(TINY, run), {"steps": STEPS})
+
+
+def test_a_bench_that_was_stopped_in_a_training_goes_on_in_it(grid, tmp_path):
+    told = []
+    bench(grid, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        bench(grid, tmp_path / "run", progress=stop_after(3))
+    assert len(list((tmp_path / "run" / "adapters").iterdir())) == 1
+    rows = bench(grid, tmp_path / "run", progress=lambda line, *_: told.append(line))
+    assert any("going on after 3 finished steps" in line for line in told)
+    adapter = "adapters/sparsegpt-50-mop-0"
+    assert equal(weights(tmp_path / "run" / adapter), weights(tmp_path / "whole" / adapter))
+    assert rows[-1].train_steps == STEPS
+    assert [path.name for path in (tmp_path / "run" / "adapters").iterdir()] == ["sparsegpt-50-mop-0"]
+
+
+def test_a_bench_goes_on_with_other_code_but_not_in_the_middle_of_a_training(grid, tmp_path, monkeypatch):
+    told = []
+    with pytest.raises(KilledError):
+        bench(grid, tmp_path / "run", progress=stop_after(3))
+    monkeypatch.setattr(
+        "mopcompress.stages.bench.provenance", lambda device: provenance(device) | {"commit": "another"}
+    )
+    bench(grid, tmp_path / "run", progress=lambda line, *_: told.append(line))
+    assert any("cannot go on here (commit was" in line and "beginning again" in line for line in told)
+    assert not any("finished steps" in line for line in told)
 
 
 def test_a_teacher_with_other_weights_is_another_job(recipe, stories, tmp_path):
@@ -206,14 +262,14 @@ def standing_of(rows=()):
 
 def test_it_writes_no_more_often_than_it_should(tmp_path, monkeypatch):
     monkeypatch.setattr(unfinished_training, "SECONDS", 1000.0)
-    keeping = UnfinishedTraining(tmp_path / "standing.safetensors", print)
+    keeping = UnfinishedTraining(tmp_path, print).at(0.5, 2)
     keeping.keep(standing_of())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(unfinished_training, "SECONDS", 0.0)
     keeping.keep(standing_of([TrainRow(step=1, steps=2, nats=1.5, tokens=3, seconds=0.1)]))
-    assert [path.name for path in tmp_path.iterdir()] == ["standing.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["2-steps-at-0.5.safetensors"]
 
 
 def test_a_disk_that_fails_is_named(tmp_path):
-    with pytest.raises(StorageError, match=r"standing\.safetensors failed"):
-        UnfinishedTraining(tmp_path / "nowhere" / "standing.safetensors", print).keep(standing_of())
+    with pytest.raises(StorageError, match=r"2-steps-at-0\.5\.safetensors failed"):
+        UnfinishedTraining(tmp_path / "nowhere", print).at(0.5, 2).keep(standing_of())

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from mopcompress.recover.standing import Standing
 
 PATIENCE = timedelta(days=1)  # the first process may compute states for hours while the others wait
+
+
+Known = TypeVar("Known")
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,15 @@ class Workers:
 
     def make_equal(self, standing: Standing) -> None:
         """Bring every process, in place, to where the first one stands."""
-        if self.count == 1:
-            return
-        given = [(standing.tensors(), standing.rows)]
-        torch.distributed.broadcast_object_list(given, src=0)
-        standing.restore(*given[0])
+        if self.count > 1:
+            standing.restore(*self.same((standing.tensors(), standing.rows)))
+
+    def same(self, known: Known) -> Known:
+        """What the first process knows, in every process."""
+        given = [known]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(given, src=0)
+        return given[0]
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:

@@ -10,11 +10,12 @@ from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.recovered import Recovered
-from mopcompress.recover.standing import Keeping, TrainRow
+from mopcompress.recover.standing import TrainRow
 from mopcompress.recover.start import DenseWeights, Material, Start
 from mopcompress.recover.train import Training, fit
 from mopcompress.recover.workers import Workers
 from mopcompress.stages.progress import Progress
+from mopcompress.stages.unfinished_training import UnfinishedTraining
 from mopcompress.states import CachedStates
 
 
@@ -29,10 +30,10 @@ def train_arm(
     distillation: Distillation | None = None,
     *,
     dense: DenseWeights | None = None,
-    keeping: Keeping | None = None,
+    unfinished: UnfinishedTraining | None = None,
     workers: Workers | None = None,
 ) -> Recovered:
-    """Begin and train one arm on cached states; go on with what `keeping` kept. `dense` is for arms that repair.
+    """Begin and train one arm on cached states; go on with what `unfinished` kept. `dense` is for arms that repair.
 
     Raises `UsageError` when more experts are to act than there are.
     """
@@ -50,7 +51,7 @@ def train_arm(
             seed=seed,
         ),
     )
-    what = f"training {modifier.arm}, seed {seed}"
+    seconds, what = time.perf_counter() - start, f"training {modifier.arm}, seed {seed}"
     rows: list[TrainRow] = []
     if modifier.rate is not None:
         training = Training(
@@ -70,13 +71,13 @@ def train_arm(
             training,
             distillation=distillation,
             progress=lambda row: progress(what, row.step, row.steps),
-            keeping=keeping,
+            keeping=unfinished.at(modifier.rate, modifier.steps) if unfinished else None,
             workers=workers,
         )
     for group in adapter.learned().values():
         for parameter in group:
             parameter.requires_grad_(False)
-    return Recovered(adapter, config, rows, time.perf_counter() - start)
+    return Recovered(adapter, config, rows, seconds + sum(row.seconds for row in rows))
 
 
 def adapter_config(

@@ -1,12 +1,13 @@
 """`bench`: the grid setting x arm x seed, one compressed model a setting, one row a finished cell.
 
 A run can be stopped anywhere and started again: compressed models and rows that are finished are kept, a larger grid
-runs only what is new, and a run with other settings than those the folder was made with is refused.
+runs only what is new, a training goes on where it stopped, and a run with other settings than those the folder was made with is refused.
 """
 
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, read_rows
 from mopcompress.stages.arm import adapter_config, first_layer, train_arm
 from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.cell import score_cell
+from mopcompress.stages.cell import adapter_of, score_cell
 from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
 from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
@@ -47,6 +48,7 @@ from mopcompress.stages.sweep import (
     write_trials,
 )
 from mopcompress.stages.teacher import dense_weights, taught_by
+from mopcompress.stages.unfinished_training import UnfinishedTraining, unfinished_training
 from mopcompress.states import CachedStates
 
 
@@ -135,36 +137,42 @@ class _Bench:
             return cached[layer, which]
 
         for cell in cells:
-            recovered, modifier = None, self.recovery
-            if cell.arm != "none":
-                modifier = modifier.with_arm(cell.arm)
-                layer = first_layer(cell.arm, modifier.layer, model)
-                rows = states(layer, documents.train, "training rows", TRAINING)
-                train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed)
-                if modifier.sweeps:
-                    validation = states(layer, documents.validation, "validation rows")
-                    name = f"{folder_of(setting)}-{cell.arm}"
-                    modifier, recovered = self._swept(name, modifier, model, validation, train)
-                recovered = recovered or train(modifier)
+            modifier = self.recovery if cell.arm == "none" else self.recovery.with_arm(cell.arm)
             layer = first_layer(cell.arm, modifier.layer, model)
-            test = states(layer, documents.test, "test rows")
-            scorable = cell.arm == "none" or not TRAINED[cell.arm].needs_tasks
-            text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
-            row = score_cell(
-                cell,
-                setting,
-                base,
-                model,
-                test,
-                text,
-                recovered,
-                run=self.recipe.run,
-                data=documents.facts["name"],
-                folder=self.folder,
-                progress=self.progress,
-            )
-            append_row(row, self.folder / "rows.jsonl")
+            with self._unfinished(adapter_of(self.folder, setting, cell)) as unfinished:
+                recovered = None
+                if cell.arm != "none":
+                    rows = states(layer, documents.train, "training rows", TRAINING)
+                    train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed, unfinished)
+                    if modifier.sweeps:
+                        validation = states(layer, documents.validation, "validation rows")
+                        name = f"{folder_of(setting)}-{cell.arm}"
+                        modifier, recovered = self._swept(name, modifier, model, validation, train, unfinished)
+                    recovered = recovered or train(modifier)
+                test = states(layer, documents.test, "test rows")
+                scorable = cell.arm == "none" or not TRAINED[cell.arm].needs_tasks
+                text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
+                row = score_cell(
+                    cell,
+                    setting,
+                    base,
+                    model,
+                    test,
+                    text,
+                    recovered,
+                    run=self.recipe.run,
+                    data=documents.facts["name"],
+                    folder=self.folder,
+                    progress=self.progress,
+                )
+                append_row(row, self.folder / "rows.jsonl")
             self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
+
+    def _unfinished(self, adapter: Path) -> AbstractContextManager[UnfinishedTraining]:
+        """A cell's training so far. Its settings are the folder's, so that only the code and machine can be others."""
+        facts = provenance(self.device)
+        job = {name: facts[name] for name in ("versions", "commit", "device", "threads")}
+        return unfinished_training(adapter, job, lambda line: self.progress(line, 0, 0), begin_again=True)
 
     def _train(
         self,
@@ -173,10 +181,21 @@ class _Bench:
         tasks: tuple[str, ...],
         base_sha256: str,
         seed: int,
+        unfinished: UnfinishedTraining,
         modifier: PromptRecoveryModifier,
     ) -> Recovered:
-        dense = dense_weights(modifier, self.source, model)
-        return train_arm(model, rows, tasks, modifier, base_sha256, seed, self.progress, self.taught, dense=dense)
+        return train_arm(
+            model,
+            rows,
+            tasks,
+            modifier,
+            base_sha256,
+            seed,
+            self.progress,
+            self.taught,
+            dense=dense_weights(modifier, self.source, model),
+            unfinished=unfinished,
+        )
 
     def _swept(
         self,
@@ -185,6 +204,7 @@ class _Bench:
         model: LanguageModel,
         validation: CachedStates,
         train: Callable[[PromptRecoveryModifier], Recovered],
+        unfinished: UnfinishedTraining,
     ) -> tuple[PromptRecoveryModifier, Recovered | None]:
         """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds.
 
@@ -198,8 +218,8 @@ class _Bench:
                 validation,
                 train,
                 batch_size=self.recipe.run.batch_size,
-                known=read_trials(path),
-                keep=lambda trials: write_trials(trials, path),
+                known=read_trials(unfinished.folder),
+                keep=partial(write_trials, folder=unfinished.folder),
             )
             self.progress(told(found), 0, 0)
             write_sweep(found, path)

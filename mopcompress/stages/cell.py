@@ -23,6 +23,11 @@ from mopcompress.stages.written import samples, with_answers
 from mopcompress.states import CachedStates
 
 
+def adapter_of(folder: Path, setting: Setting, cell: Cell) -> Path:
+    """Where a bench's `folder` has, or will have, the adapter of a cell."""
+    return folder / "adapters" / f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
+
+
 def score_cell(
     cell: Cell,
     setting: Setting,
@@ -45,11 +50,10 @@ def score_cell(
     seconds = time.perf_counter() - start
     scores = with_answers(scores, model, test, trained, run, progress)
     on_text = micro(score(model, text, trained, size, progress)) if text else None
-    name = f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
-    adapter = folder / "adapters" / name
+    adapter = adapter_of(folder, setting, cell)
     if recovered and artifact.read_manifest(adapter) is None:
         publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(model.device)})
-    write_documents(scores, folder / "documents" / f"{name}.json")
+    write_documents(scores, folder / "documents" / f"{adapter.name}.json")
     domains = recovered.config.tasks if recovered else ()
     return BenchRow(
         ratio=setting.ratio,
@@ -81,5 +85,5 @@ def score_cell(
         peak_bytes=peak_bytes(),
         per_task=task_scores(scores),
         gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
-        documents_file=f"documents/{name}.json",
+        documents_file=f"documents/{adapter.name}.json",
     )

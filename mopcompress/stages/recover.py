@@ -1,8 +1,8 @@
 """`recover`: a compressed folder and data in, a small adapter folder out."""
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,15 @@ from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.folder import adapter_bytes, save_adapter
 from mopcompress.recover.recovered import Recovered
-from mopcompress.recover.standing import Keeping
 from mopcompress.recover.workers import joined
 from mopcompress.stages.arm import first_layer, train_arm
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
-from mopcompress.stages.sweep import check_validation, sweep_rate, told
+from mopcompress.stages.sweep import check_validation, read_trials, sweep_rate, told, write_trials
 from mopcompress.stages.teacher import dense_weights, named_teacher, taught_by
-from mopcompress.stages.unfinished_training import unfinished_training
+from mopcompress.stages.unfinished_training import UnfinishedTraining, unfinished_training
 
 
 def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = silent) -> dict[str, Any]:
@@ -34,27 +33,16 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         model = load_model(base, device=device)
         documents = load_documents(recipe.run, model.tokenizer)
         layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
-        modifier, sweep, recovered = recipe.recovery, None, None
+        modifier, recovered = recipe.recovery, None
         teacher, dense = named_teacher(modifier), dense_weights(modifier, base, model)
         if modifier.sweeps:
             check_validation(len(documents.validation), recipe.run.data)
         with workers.first_alone():
             states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
         taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
-        train = functools.partial(train_arm, model, states, documents.tasks, dense=dense)
-        if modifier.sweeps:
-            with workers.first_alone():
-                validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
-
-            def tried(one: PromptRecoveryModifier) -> Recovered:
-                return train(one, sha256, seed, tell, taught, workers=workers)
-
-            sweep, recovered = sweep_rate(modifier, model, validation, tried, batch_size=size)
-            tell(told(sweep), 0, 0)
-            modifier = modifier.at_rate(sweep.learning_rate)
         facts = {
             "learning_rate": modifier.rate,
-            "sweep": asdict(sweep) if sweep else None,
+            "sweep": None,
             "base": {"folder": str(base), "sha256": sha256},
             "teacher": teacher,
             "data": documents.facts,
@@ -63,13 +51,37 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             "processes": workers.count,
             **provenance(model.device),
         }
-        with _kept(target, facts, tell) if workers.first else nullcontext() as keeping:
-            if recovered is None:
-                recovered = train(modifier, sha256, seed, tell, taught, keeping=keeping, workers=workers)
+        with _kept(target, facts, tell) if workers.first else nullcontext() as unfinished:
+
+            def train(one: PromptRecoveryModifier) -> Recovered:
+                return train_arm(
+                    model,
+                    states,
+                    documents.tasks,
+                    one,
+                    sha256,
+                    seed,
+                    tell,
+                    taught,
+                    dense=dense,
+                    unfinished=unfinished,
+                    workers=workers,
+                )
+
+            if modifier.sweeps:
+                with workers.first_alone():
+                    rows = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
+                known = workers.same(read_trials(unfinished.folder) if unfinished else {})
+                keep = partial(write_trials, folder=unfinished.folder) if unfinished else lambda trials: None
+                sweep, recovered = sweep_rate(modifier, model, rows, train, batch_size=size, known=known, keep=keep)
+                tell(told(sweep), 0, 0)
+                modifier = modifier.at_rate(sweep.learning_rate)
+                facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}
+            recovered = recovered or train(modifier)
             return publish_adapter(recovered, target, facts) if workers.first else facts
 
 
-def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractContextManager[Keeping]:
+def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractContextManager[UnfinishedTraining]:
     """The training so far that is to become `target`, if it was of the same model, data, settings and machine."""
     recipe = facts["recipe"]
     run = {name: setting for name, setting in recipe["run"].items() if name not in ("model", "output_dir")}

@@ -25,6 +25,7 @@ from mopcompress.states import CachedStates
 
 FACTOR = 3.0  # from a rate to the next; the grid begins around the recipe's rate, else the arm's own
 MOST = 6  # rates tried
+TRIALS = "trials.json"
 
 Train = Callable[[PromptRecoveryModifier], Recovered]
 
@@ -35,7 +36,7 @@ class Trial:
 
     learning_rate: float
     validation_nats: float | None  # mean over the scored tokens; None: it broke down
-    seconds: float
+    seconds: float  # of the process that finished it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,26 +159,19 @@ def write_sweep(sweep: Sweep, path: Path) -> dict[str, Any]:
     """Keep what was found, so that a run that goes on does not sweep again."""
     path.parent.mkdir(exist_ok=True)
     artifact.write_whole(path, json.dumps(asdict(sweep), indent=1) + "\n")
-    _unfinished(path).unlink(missing_ok=True)
     return asdict(sweep)
 
 
-def write_trials(trials: Sequence[Trial], path: Path) -> None:
-    """Keep the trials of a sweep that goes on, until `write_sweep` has the whole of it at `path`."""
-    path.parent.mkdir(exist_ok=True)
-    artifact.write_whole(_unfinished(path), json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
+def write_trials(trials: Sequence[Trial], folder: Path) -> None:
+    """Keep, in the folder of a training that goes on, what a sweep for it has tried."""
+    artifact.write_whole(folder / TRIALS, json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
 
 
-def read_trials(path: Path) -> dict[float, Trial]:
+def read_trials(folder: Path) -> dict[float, Trial]:
     """What `write_trials` kept, by rate."""
-    if not _unfinished(path).exists():
-        return {}
-    trials = [Trial(**fields) for fields in json.loads(_unfinished(path).read_text(encoding="utf-8"))]
-    return {trial.learning_rate: trial for trial in trials}
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_suffix(".unfinished")
+    path = folder / TRIALS
+    fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return {trial.learning_rate: trial for trial in (Trial(**one) for one in fields)}
 
 
 def read_sweeps(folder: Path) -> dict[str, Any]:

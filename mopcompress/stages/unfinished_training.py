@@ -1,7 +1,8 @@
 """A training so far, in a folder beside its output, so that it can be stopped anywhere and go on.
 
 The folder `.NAME.unfinished` holds the last standing that was kept, in one file that is replaced whole, and the job it
-belongs to: the same model, data, settings, versions and processes, which go on with the very same numbers.
+belongs to: the same model, data, settings, versions and processes, which go on with the very same numbers. A sweep has
+a standing for each of its rates there, and its finished trials.
 """
 
 import json
@@ -10,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +24,52 @@ from mopcompress.errors import DataError, NumericalError, OutputError, StorageEr
 from mopcompress.recover.standing import Standing, TrainRow
 from mopcompress.stages.manifest import differences
 
-JOB, STANDING = "job.json", "standing.safetensors"
+JOB = "job.json"
 SECONDS = 20.0  # between two standings on disk: what a kill can cost
 
 
 @contextmanager
 def unfinished_training(
-    target: Path, facts: Mapping[str, Any], tell: Callable[[str], None]
+    target: Path, facts: Mapping[str, Any], tell: Callable[[str], None], *, begin_again: bool = False
 ) -> Iterator["UnfinishedTraining"]:
     """The training that is to become `target`; its folder is removed when the block ends well, or could only end so.
 
-    Raises `OutputError` when the folder holds another job or another process works on it.
+    Raises `OutputError` when another process works on it, or when the folder holds another job, unless that is to
+    `begin_again`.
     """
     folder = artifact.unfinished_folder(target)
     with artifact.locked(folder):
         job = json.loads(json.dumps(facts))
-        _check_same(folder, job)
+        if found := _differences(folder, job):
+            if not begin_again:
+                raise OutputError(
+                    f"{folder} holds the unfinished work of another job ({found}); "
+                    "run that command again to finish it, or remove the folder"
+                )
+            tell(f"{folder} holds a training that cannot go on here ({found}): beginning again")
+            _clear(folder)
         try:
             artifact.write_whole(folder / JOB, json.dumps(job, indent=1))
-            yield UnfinishedTraining(folder / STANDING, tell)
+            yield UnfinishedTraining(folder, tell)
         except (DataError, NumericalError, UsageError):
             shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 
 
+@dataclass(frozen=True)
 class UnfinishedTraining:
+    """What is kept of a training, or of a sweep of trainings."""
+
+    folder: Path
+    tell: Callable[[str], None]
+
+    def at(self, learning_rate: float, steps: int) -> "KeptStanding":
+        """The training with this rate and length."""
+        return KeptStanding(self.folder / f"{steps}-steps-at-{learning_rate:.9g}.safetensors", self.tell)
+
+
+class KeptStanding:
     """Keeps a standing in a file, at most every `SECONDS`."""
 
     def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
@@ -78,16 +99,16 @@ class UnfinishedTraining:
         self._kept = time.monotonic()
 
 
-def _check_same(folder: Path, job: dict[str, Any]) -> None:
+def _differences(folder: Path, job: dict[str, Any]) -> str:
+    """What the job in the folder has that this one has not; nothing without one."""
     path = folder / JOB
-    if not path.exists():
-        return
-    found = differences(json.loads(path.read_text(encoding="utf-8")), job)
-    if found:
-        raise OutputError(
-            f"{folder} holds the unfinished work of another job ({'; '.join(found)}); "
-            "run that command again to finish it, or remove the folder"
-        )
+    return "; ".join(differences(json.loads(path.read_text(encoding="utf-8")), job)) if path.exists() else ""
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "LOCK":
+            path.unlink()
 
 
 def _write(path: Path, standing: Standing) -> None:
