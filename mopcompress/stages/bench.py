@@ -1,7 +1,7 @@
 """`bench`: the grid setting x arm x seed, one compressed model a setting, one row a finished cell.
 
-A run can be stopped anywhere and started again: compressed models and rows that are finished are kept, a larger grid
-runs only what is new, a training goes on where it stopped, and a run with other settings than those the folder was made with is refused.
+A run can be stopped anywhere and started again: compressed models and rows that are finished are kept, a training goes
+on where it stopped, a larger grid runs only what is new, and a run with other settings than the folder's is refused.
 """
 
 import shutil
