@@ -67,9 +67,9 @@ def whole(recipe, tmp_path):
     return weights(tmp_path / "whole")
 
 
-def stop_after(step):
+def stop_after(step, which="training mop"):
     def progress(what, done, _total):
-        if what.startswith("training mop") and done == step:
+        if what.startswith(which) and done == step:
             raise KilledError
 
     return progress
@@ -210,16 +210,19 @@ def test_a_bench_that_was_stopped_in_a_training_goes_on_in_it(grid, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "adapters").iterdir()] == ["sparsegpt-50-mop-0"]
 
 
-def test_a_bench_goes_on_with_other_code_but_not_in_the_middle_of_a_training(grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "what", "step"), [("compress", "sparsegpt: calibrating", 2), ("bench", "training mop", 3)]
+)
+def test_a_bench_goes_on_with_other_code_but_not_in_the_middle(grid, tmp_path, monkeypatch, stage, what, step):
     told = []
     with pytest.raises(KilledError):
-        bench(grid, tmp_path / "run", progress=stop_after(3))
-    monkeypatch.setattr(
-        "mopcompress.stages.bench.provenance", lambda device: provenance(device) | {"commit": "another"}
-    )
+        bench(grid, tmp_path / "run", progress=stop_after(step, what))
+    changed = {"commit": "another"}
+    monkeypatch.setattr(f"mopcompress.stages.{stage}.provenance", lambda device: provenance(device) | changed)
     bench(grid, tmp_path / "run", progress=lambda line, *_: told.append(line))
     assert any("cannot go on here (commit was" in line and "beginning again" in line for line in told)
-    assert not any("finished steps" in line for line in told)
+    assert not any("going on after" in line for line in told)
+    assert not list((tmp_path / "run").glob("*/.*"))
 
 
 def test_a_teacher_with_other_weights_is_another_job(recipe, stories, tmp_path):

@@ -120,7 +120,16 @@ class _Bench:
         target = self.folder / "models" / folder_of(setting)
         if artifact.read_manifest(target) is None:
             modifiers = modifiers_of(self.recipe, setting)
-            compress_into(target, self.source, modifiers, tokens, calibration, self.recipe, progress=self.progress)
+            compress_into(
+                target,
+                self.source,
+                modifiers,
+                tokens,
+                calibration,
+                self.recipe,
+                progress=self.progress,
+                begin_again=True,
+            )
         return target
 
     def _fill(self, setting: Setting, base: Path, documents: Documents, cells: Sequence[Cell]) -> None:

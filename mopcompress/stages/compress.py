@@ -73,9 +73,11 @@ def compress_into(
     recipe: Recipe,
     *,
     progress: Progress,
+    begin_again: bool = False,
 ) -> dict[str, Any]:
     """Compress a folder, block by block, into another; work that was stopped before goes on where it was.
 
+    Where that was another job's, such as of other code, it is refused, or removed to `begin_again`.
     Structured pruning, which stands alone, makes matrices smaller, and begins anew.
     """
     check_not_repaired(source)
@@ -105,7 +107,9 @@ def compress_into(
         "commit": made_by["commit"],
         "device": made_by["device"],
     }
-    with unfinished(target, source, asked, streamed.places, lambda line: progress(line, 0, 0)) as job:
+    with unfinished(
+        target, source, asked, streamed.places, lambda line: progress(line, 0, 0), begin_again=begin_again
+    ) as job:
         _run(streamed, tokens.to(device), steps, job, _told(progress, requested["method"]))
         facts: dict[str, Any] = {
             **requested,

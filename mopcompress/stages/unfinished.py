@@ -23,35 +23,32 @@ from torch import Tensor
 
 from mopcompress import artifact
 from mopcompress.compress.walk import CompressedBlock, Hidden, LayerRow
-from mopcompress.errors import DataError, NumericalError, OutputError, StorageError
+from mopcompress.errors import StorageError
 from mopcompress.models.repair import LowRank, Repairs, repairs_in, tensors_of
 from mopcompress.models.stored import Place, digest, overwrite
 from mopcompress.models.weight_files import INDEX, weight_files
-from mopcompress.stages.manifest import differences
+from mopcompress.stages.job import begun, clear, unfinished_work, write_job
 
-JOB = "job.json"
 _SCALES = ".scales"  # after a linear's name
 SUFFIX = ".unfinished"  # of the weight files, so that nobody takes them for finished ones
 
 
 @contextmanager
 def unfinished(
-    target: Path, source: Path, facts: Mapping[str, Any], places: Mapping[str, Place], tell: Callable[[str], None]
+    target: Path,
+    source: Path,
+    facts: Mapping[str, Any],
+    places: Mapping[str, Place],
+    tell: Callable[[str], None],
+    *,
+    begin_again: bool = False,
 ) -> Iterator["Unfinished"]:
     """The job that is to become `target`, begun or gone on with; its folder is removed when the block ends well.
 
-    It is removed too when the block ends with an error that would come again. Raises `OutputError` when the folder
-    holds another job or another process works on it.
+    Raises `OutputError` as `unfinished_work` does, which says what `begin_again` means.
     """
-    folder = artifact.unfinished_folder(target)
-    with artifact.locked(folder):
-        job = Unfinished(folder, source, json.loads(json.dumps(facts)), places, tell)
-        try:
-            yield job
-        except (DataError, NumericalError):
-            shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
+    with unfinished_work(target, facts, tell, begin_again=begin_again) as folder:
+        yield Unfinished(folder, source, facts, places, tell)
 
 
 class Unfinished:
@@ -61,7 +58,7 @@ class Unfinished:
         self,
         folder: Path,
         source: Path,
-        facts: dict[str, Any],
+        facts: Mapping[str, Any],
         places: Mapping[str, Place],
         tell: Callable[[str], None],
     ) -> None:
@@ -73,17 +70,10 @@ class Unfinished:
         self.seconds = 0.0
         self.done, self.hidden = 0, Hidden()
         self._source, self._changed = source, set[str]()
-        before = _read_json(folder / JOB)
-        found = differences(before, facts) if before else []
-        if found:
-            raise OutputError(
-                f"{folder} holds the unfinished work of another job ({'; '.join(found)}); "
-                "run that command again to finish it, or remove the folder"
-            )
-        if before and not self._go_on(facts["device"]):
+        whole = begun(folder) and self._go_on(facts["device"])
+        if begun(folder) and not whole:
             tell(f"{folder} is damaged: beginning again")
-            before = {}
-        if not before:
+        if not whole:
             self._begin(facts)
         elif self.done:
             tell(f"going on after {self.done} finished blocks, from {folder}")
@@ -127,15 +117,13 @@ class Unfinished:
                 shutil.copyfile(path, there)
 
     def _begin(self, facts: Mapping[str, Any]) -> None:
-        for path in self._folder.iterdir():
-            if path.name != "LOCK":
-                path.unlink()
+        clear(self._folder)
         self.rows, self.scales, self.repairs, self._changed = [], {}, {}, set()
         self.seconds, self.done, self.hidden = 0.0, 0, Hidden()
         try:
             for path in [*weight_files(self._source), *self._source.glob(INDEX)]:
                 shutil.copyfile(path, self._folder / f"{path.name}{SUFFIX}")
-            artifact.write_whole(self._folder / JOB, json.dumps(facts, indent=1))
+            write_job(facts, self._folder)
         except OSError as error:
             raise StorageError(f"writing {self._folder} failed: {error}; free some space and run again") from error
 

@@ -6,7 +6,6 @@ a standing for each of its rates there, and its finished trials.
 """
 
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mopcompress import artifact
-from mopcompress.errors import DataError, NumericalError, OutputError, StorageError, UsageError
+from mopcompress.errors import StorageError
 from mopcompress.recover.standing import Standing, TrainRow
-from mopcompress.stages.manifest import differences
+from mopcompress.stages.job import unfinished_work, write_job
 
-JOB = "job.json"
 SECONDS = 20.0  # between two standings on disk: what a kill can cost
 
 
@@ -34,27 +31,11 @@ def unfinished_training(
 ) -> Iterator["UnfinishedTraining"]:
     """The training that is to become `target`; its folder is removed when the block ends well, or could only end so.
 
-    Raises `OutputError` when another process works on it, or when the folder holds another job, unless that is to
-    `begin_again`.
+    Raises `OutputError` as `unfinished_work` does, which says what `begin_again` means.
     """
-    folder = artifact.unfinished_folder(target)
-    with artifact.locked(folder):
-        job = json.loads(json.dumps(facts))
-        if found := _differences(folder, job):
-            if not begin_again:
-                raise OutputError(
-                    f"{folder} holds the unfinished work of another job ({found}); "
-                    "run that command again to finish it, or remove the folder"
-                )
-            tell(f"{folder} holds a training that cannot go on here ({found}): beginning again")
-            _clear(folder)
-        try:
-            artifact.write_whole(folder / JOB, json.dumps(job, indent=1))
-            yield UnfinishedTraining(folder, tell)
-        except (DataError, NumericalError, UsageError):
-            shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
+    with unfinished_work(target, facts, tell, begin_again=begin_again) as folder:
+        write_job(facts, folder)
+        yield UnfinishedTraining(folder, tell)
 
 
 @dataclass(frozen=True)
@@ -97,18 +78,6 @@ class KeptStanding:
         except OSError as error:
             raise StorageError(f"writing {self._path} failed: {error}; free some space and run again") from error
         self._kept = time.monotonic()
-
-
-def _differences(folder: Path, job: dict[str, Any]) -> str:
-    """What the job in the folder has that this one has not; nothing without one."""
-    path = folder / JOB
-    return "; ".join(differences(json.loads(path.read_text(encoding="utf-8")), job)) if path.exists() else ""
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != "LOCK":
-            path.unlink()
 
 
 def _write(path: Path, standing: Standing) -> None:
