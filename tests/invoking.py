@@ -11,6 +11,8 @@ import pytest
 
 from mopcompress.cli import app
 
+TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"  # a grid for a tiny model
+
 
 @dataclass(frozen=True)
 class Outcome:

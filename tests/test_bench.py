@@ -1,11 +1,10 @@
 import json
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from invoking import write_data
+from invoking import TINY, write_data
 from safetensors.torch import load_file, save_file
 from tiny import saved, tiny_model
 
@@ -22,7 +21,6 @@ from mopcompress.stages.compress import compress
 from mopcompress.stages.evaluate import evaluate_folder
 from mopcompress.stages.recover import recover
 
-TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 CELLS = [
     ("dense", "none", 0),
     ("sparsegpt 50%", "none", 0),

@@ -1,10 +1,9 @@
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from invoking import invoke, write_data
+from invoking import TINY, invoke, write_data
 from safetensors.torch import load_file
 from tiny import random_documents
 
@@ -23,7 +22,6 @@ from mopcompress.stages.sweep import check_validation, sweep_rate, told
 from mopcompress.states import CachedStates
 
 LAYER = 2
-TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from invoking import TRAINED, write_data
+from invoking import TINY, TRAINED, write_data
 from safetensors.torch import load_file, save_file
 
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
@@ -25,7 +24,6 @@ from mopcompress.stages.resume import finished
 from mopcompress.stages.unfinished_training import UnfinishedTraining
 
 STEPS = 5
-TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 
 class KilledError(BaseException):

@@ -42,3 +42,42 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path
         assert_close(together[name], weight, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["processes"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "one", "two"]
+
+
+SWEPT = """
+import os, sys
+from mopcompress.stages import recover
+write = recover.write_trials
+def die(trials, folder):
+    write(trials, folder)
+    if len(trials) == 2:
+        os._exit(9)
+recover.write_trials = die if os.environ.get("DIE") else write
+from mopcompress.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_as_one_and_go_on_after_the_trials_that_the_first_one_kept(stories, tmp_path):
+    data, script = write_data(tmp_path / "data"), tmp_path / "swept.py"
+    script.write_text(SWEPT)
+    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, "--sweep", "--json"]
+    environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def run(*before, target, **more):
+        command = [sys.executable, *before, str(script), *words, "--output-dir", str(tmp_path / target)]
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True, check=False)
+
+    two = ("-m", *LAUNCHERS["torchrun"])
+    alone, killed = run(target="one"), run(*two, target="two", DIE="1")
+    assert alone.returncode == 0, alone.stderr
+    assert killed.returncode != 0
+    kept = json.loads((tmp_path / ".two.unfinished" / "trials.json").read_text())
+    again = run(*two, target="two")
+    assert again.returncode == 0, again.stderr
+    one, both = (json.loads((tmp_path / name / "manifest.json").read_text())["sweep"] for name in ("one", "two"))
+    assert both["trials"][:2] == kept  # their seconds too: they were not tried again
+    assert both["learning_rate"] == one["learning_rate"]
+    found, expected = ([trial["validation_nats"] for trial in sweep["trials"]] for sweep in (both, one))
+    assert found == pytest.approx(expected, rel=1e-3)

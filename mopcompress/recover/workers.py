@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from mopcompress.recover.standing import Standing
 
 PATIENCE = timedelta(days=1)  # the first process may compute states for hours while the others wait
-
-
 Known = TypeVar("Known")
 
 

@@ -7,7 +7,7 @@ on where it stopped, a larger grid runs only what is new, and a run with other s
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,10 @@ class _Bench:
         for cell in cells:
             modifier = self.recovery if cell.arm == "none" else self.recovery.with_arm(cell.arm)
             layer = first_layer(cell.arm, modifier.layer, model)
-            with self._unfinished(adapter_of(self.folder, setting, cell)) as unfinished:
+            trained, adapter = cell.arm != "none", adapter_of(self.folder, setting, cell)
+            with self._unfinished(adapter, sha256) if trained else nullcontext() as unfinished:
                 recovered = None
-                if cell.arm != "none":
+                if unfinished:
                     rows = states(layer, documents.train, "training rows", TRAINING)
                     train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed, unfinished)
                     if modifier.sweeps:
@@ -177,10 +178,10 @@ class _Bench:
                 append_row(row, self.folder / "rows.jsonl")
             self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
 
-    def _unfinished(self, adapter: Path) -> AbstractContextManager[UnfinishedTraining]:
-        """A cell's training so far. Its settings are the folder's, so that only the code and machine can be others."""
+    def _unfinished(self, adapter: Path, base_sha256: str) -> AbstractContextManager[UnfinishedTraining]:
+        """A cell's training so far. Its settings are the folder's: only model, code and machine can be others."""
         facts = provenance(self.device)
-        job = {name: facts[name] for name in ("versions", "commit", "device", "threads")}
+        job = {name: facts[name] for name in ("versions", "commit", "device", "threads")} | {"model": base_sha256}
         return unfinished_training(adapter, job, lambda line: self.progress(line, 0, 0), begin_again=True)
 
     def _train(

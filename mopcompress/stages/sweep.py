@@ -36,7 +36,7 @@ class Trial:
 
     learning_rate: float
     validation_nats: float | None  # mean over the scored tokens; None: it broke down
-    seconds: float  # of the process that finished it
+    seconds: float  # of its training; without an end, until it broke down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,9 @@ def _trial(
         nats = loss if math.isfinite(loss) else None
     except NumericalError:
         pass
+    seconds = recovered.seconds if recovered else time.perf_counter() - start
     assert modifier.rate is not None  # for mypy
-    return Trial(learning_rate=modifier.rate, validation_nats=nats, seconds=time.perf_counter() - start), recovered
+    return Trial(learning_rate=modifier.rate, validation_nats=nats, seconds=seconds), recovered
 
 
 def _best(grid: Mapping[int, Trial]) -> int:

@@ -70,10 +70,10 @@ class Unfinished:
         self.seconds = 0.0
         self.done, self.hidden = 0, Hidden()
         self._source, self._changed = source, set[str]()
-        whole = begun(folder) and self._go_on(facts["device"])
-        if begun(folder) and not whole:
+        if not begun(folder):
+            self._begin(facts)
+        elif not self._go_on(facts["device"]):
             tell(f"{folder} is damaged: beginning again")
-        if not whole:
             self._begin(facts)
         elif self.done:
             tell(f"going on after {self.done} finished blocks, from {folder}")
