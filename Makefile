@@ -2,16 +2,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOADERS := .venv-loaders
 OUTPUT ?= runs/bench
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench test check install clean
+.PHONY: bench test test-loaders check install clean
 
 bench: $(VENV)/.installed  ## three ratios x {none, single, mop} on a real model, then the report
 	$(BIN)/mopcompress bench --ratios 0.5,0.85,0.95 --output-dir $(OUTPUT)
 
 test: $(VENV)/.installed-dev check  ## style, types, import contracts, tests
 	$(BIN)/python -m pytest
+
+# gptqmodel compiles at installation, so it has an environment of its own; a warning there is torchao's, not ours
+test-loaders:  ## what we export in the loaders of others, gptqmodel among them; needs a C++ compiler
+	$(PYTHON) -m venv $(LOADERS)
+	$(LOADERS)/bin/python -m pip install -e '.[dev,gptq]' gptqmodel==7.6.0 optimum==2.3.0
+	$(LOADERS)/bin/python -m pytest --disable-warnings -W 'ignore:invalid escape sequence' tests/test_stock_loaders.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -36,4 +43,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(LOADERS) build *.egg-info

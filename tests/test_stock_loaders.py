@@ -16,7 +16,8 @@ TOKENS = random_tokens(2, 20)
 
 
 def need(format: str) -> None:
-    """compressed-tensors is in the extra `dev`: in CI its absence is a failure. gptqmodel takes a compiler."""
+    """compressed-tensors is in the extra `dev`: in CI its absence is a failure. gptqmodel takes a
+    compiler: `make test-loaders`, which CI runs where there is one, installs it."""
     missing = [name for name in PACKAGES[format] if importlib.util.find_spec(name) is None]
     if missing and format == "compressed-tensors" and os.environ.get("CI"):
         pytest.fail(f"{missing[0]} is not installed")
