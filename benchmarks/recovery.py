@@ -4,9 +4,9 @@
 
 Runs benches in the order of what their claims are worth, each in a folder of its own under FOLDER; a run that was
 stopped goes on with the next cell. Rows of at most 128 tokens, 300 test rows, 120 steps of 8 rows that no step sees
-twice. At 50 % every arm's learning rate is chosen on 100 validation rows, by trainings as long as the one that counts;
-other settings of the same data take the rates found there, and controls of the gate that of `mop`. About fifteen
-hours of two cores. At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was
+twice. On SNI at 50 % every arm's learning rate is chosen on 100 validation rows, by trainings as long as the one that
+counts; other settings and Dolly take the rates found there, and controls of the gate that of `mop`. About fifteen hours
+of two cores. At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was
 measured.
 """
 
@@ -77,23 +77,24 @@ PARTS = (
     part("sni", "0.5", MAIN),
     part("sni-controls", "0.5", ("eora", *CONTROLS), rates="sni"),
     part("sni", "0.5", RIVALS[:2]),
+    part("sni-settings", "0.85", ("none",), rates="sni", dense=("mop+",)),
+    part("dolly-settings", "0.85", ("none", "single", "mop"), rates="sni", recipe="dolly.yaml"),
+    part("sni-settings", "0.85", MAIN, rates="sni", dense=("mop+",)),
     part("sni-ungated", "0.5", ("mop+",), rates="sni", recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
-    part("sni-settings", "0.85", MAIN, rates="sni", dense=("single", "mop", "mop+")),
+    part("dolly-settings", "0.5,0.85", MAIN, rates="sni", recipe="dolly.yaml"),
     part("sni", "0.5", ("single", "mop"), "1,2"),
-    part("dolly", "0.5", MAIN, recipe="dolly.yaml"),
-    part("dolly-settings", "0.85", MAIN, rates="dolly", dense=("single", "mop", "mop+"), recipe="dolly.yaml"),
-    part("sni", "0.5", RIVALS[2:]),
-    part("dolly", "0.5", ("single", "mop"), "1,2", recipe="dolly.yaml"),
     part("sni-settings", "0.7,0.95", MAIN, rates="sni", bits="3,2"),
     part("sni-2of4", "0.5", MAIN, rates="sni", recipe="sni_24.yaml"),
     part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
+    part("sni", "0.5", RIVALS[2:]),
+    part("dolly-settings", "0.5", ("single", "mop"), "1,2", rates="sni", recipe="dolly.yaml"),
     part("sni-settings", "0.85", ("single", "mop"), "1,2", rates="sni"),
     part("sni-wide", "0.5", ("single",), rates="sni", recovery={"prompts_per_expert": 21}),  # 11 x 10, the gate
     part("sni-text", "0.5", MAIN, rates="sni", train_text=OTHER_TEXT),
     part("sni-zero-gate", "0.5", ("mop",), rates="sni", recovery={"gate_temper": 0.0}),
     part("sni-frozen-gate", "0.5", ("mop",), rates="sni", recovery={"gate_learning_rate": 0.0}),
     part("sni-clusters", "0.5", ("mop",), rates="sni", recovery={"gate_labels": "clusters"}),
-    part("dolly-settings", "0.85", ("single", "mop"), "1,2", rates="dolly", recipe="dolly.yaml"),
+    part("dolly-settings", "0.85", ("single", "mop"), "1,2", rates="sni", recipe="dolly.yaml"),
 )
 
 

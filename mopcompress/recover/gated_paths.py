@@ -173,14 +173,14 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths
     adapter.gate.draw(generator)
     gates.pretrain(adapter.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
     adapter.gate.temper(start.gate_temper)
+    paths = [path for path in adapter.paths.values() if isinstance(path, LowRank)]  # all: for mypy, which cannot know
     with torch.no_grad():
-        for path in adapter.paths.values():
-            assert isinstance(path, LowRank)  # for mypy: a ModuleDict forgets what it holds
+        for path in paths:
             drawn = torch.empty(path.down.shape).normal_(std=path.down.shape[1] ** -0.5, generator=generator)
             path.down.copy_(drawn)
     batches = batches_by_length(states.documents, 8, generator=generator)[:ALIGNED_BY]
     align(
-        [Path(path.down, path.up) for path in adapter.paths.values()],
+        [Path(path.down, path.up) for path in paths],
         lambda: (losses_of(adapter, material.model, states, rows)[0] for rows in batches),
     )
     return adapter
