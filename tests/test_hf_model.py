@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, pipelin
 from mopcompress import artifact
 from mopcompress.errors import DataError, UsageError
 from mopcompress.hf import MopConfig, MopForCausalLM
+from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import weight_of
@@ -129,7 +130,7 @@ def test_forwards_of_ones_own_give_the_same(family: str) -> None:
 
 
 def test_a_cache_that_another_model_began_is_refused(model: MopForCausalLM) -> None:
-    cache = model.network(input_ids=torch.tensor([CONTEXTS[0]])).past_key_values
+    cache = model.network(input_ids=torch.tensor([CONTEXTS[0]]))[CACHE]
     with pytest.raises(DataError, match="was not begun by this model"):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
@@ -182,7 +183,7 @@ def test_a_generation_that_goes_on_from_a_cache_reads_the_whole_text_anew(model:
     kept = model.generate(first, return_dict_in_generate=True, **GREEDY)
     longer = torch.cat([kept.sequences, random_tokens(1, 3)], dim=1)
     with gates_of(model) as said:
-        model.generate(longer, past_key_values=kept.past_key_values, **GREEDY)
+        model.generate(longer, **GREEDY | {CACHE: kept[CACHE]})
         written(model, longer.tolist())
     assert_close(*said)
 

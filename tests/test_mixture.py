@@ -11,6 +11,7 @@ from mopcompress import artifact
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.evaluation import evaluate
+from mopcompress.models.cache import CACHE
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.folder import load_adapter, save_adapter
 from mopcompress.recover.gate import Gate
@@ -132,7 +133,7 @@ def test_prompts_see_the_prompts_before_them_and_no_others(tiny_llama):
 def test_the_stream_of_prompts_is_a_text_of_its_own(tiny_llama):
     """Prompts that are the hidden states of a text get the keys and values of that text."""
     tokens = torch.tensor([DOCUMENTS[0].tokens[:4]])
-    cache = tiny_llama.network(input_ids=tokens, use_cache=True).past_key_values
+    cache = tiny_llama.network(input_ids=tokens, use_cache=True)[CACHE]
     mixture = MixtureOfPrompts(tiny_llama.enter(tokens, LAYER), LAYER, None)
     keys, values = mixture.keys_and_values(tiny_llama)
     for layer in range(LAYER, BLOCKS):
