@@ -8,7 +8,6 @@ from tiny import BLOCKS, HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
 from mopcompress import artifact
-from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.evaluation import evaluate
 from mopcompress.models.cache import CACHE
@@ -146,29 +145,6 @@ def test_compiled_prompts_are_the_trained_ones(tiny_llama, states):
     with mixture.compiled(tiny_llama)(batch.instructions):
         compiled = score_responses(tiny_llama, batch, LAYER).nats
     assert torch.equal(compiled, nats(tiny_llama, states, mixture))
-
-
-# --- no peeking
-
-
-def test_no_peeking(tiny_llama, states):
-    """Another response token changes no gate, and no score of a token before it."""
-    mixture = mixture_of()
-    original = nats(tiny_llama, states, mixture)
-    scored = [len(document.tokens) - document.context_tokens for document in DOCUMENTS]
-    firsts = [sum(scored[:row]) for row in range(len(DOCUMENTS))]
-    for row, document in enumerate(DOCUMENTS):
-        for place in range(document.context_tokens, len(document.tokens)):
-            tokens = list(document.tokens)
-            tokens[place] = 3 + (tokens[place] + 1) % 60
-            altered = list(DOCUMENTS)
-            altered[row] = Encoded(document.task, tuple(tokens), document.context_tokens)
-            others = CachedStates(tiny_llama, altered, LAYER, batch_size=4)
-            assert torch.equal(mixture.log_weights(everything(others)), mixture.log_weights(everything(states)))
-            found, kept = nats(tiny_llama, others, mixture), place - document.context_tokens
-            before = slice(firsts[row], firsts[row] + kept)
-            assert torch.equal(found[before], original[before])
-            assert found[firsts[row] + kept] != original[firsts[row] + kept]
 
 
 # --- training reaches what it should
