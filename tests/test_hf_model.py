@@ -1,6 +1,7 @@
 """A recovered model in transformers' hands: the gate reads the instruction alone, once, and stands."""
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from mopcompress.states import CachedStates, Instructions
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "opt", "gpt_neox")
 LAYER, NEW = 1, 6
 CONTEXTS = [random_tokens(length, seed=length).tolist() for length in (9, 4, 6)]
+GENERATING = [arm for arm in ARMS if not TRAINED[arm].needs_tasks]
+BEAMS = [{"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}]
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -49,6 +52,31 @@ def mixture(layer: int = LAYER) -> MixtureOfPrompts:
 
 def made(family: str = "llama") -> MopForCausalLM:
     return recovered(tiny_model(family), mixture())
+
+
+def begun(model: LanguageModel, arm: str, base_sha256: str, **changes: Any) -> tuple[Any, AdapterConfig]:
+    """An adapter as training would leave it, near enough: begun, and pushed away from doing nothing."""
+    tasks = ("add", "sort", "tell")
+    config = AdapterConfig(
+        arm=arm, experts=3, prompts_per_expert=8, layer=0, hidden_size=HIDDEN, base_sha256=base_sha256, tasks=tasks
+    )
+    config = replace(config, layer=0 if TRAINED[arm].at_input else LAYER, **changes)
+    states = CachedStates(model, random_documents(9), config.layer, batch_size=4)
+    start = Start(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
+    adapter = ARMS[arm].begin(
+        config, Material(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapter, config
+
+
+@functools.cache
+def acting(arm: str) -> MopForCausalLM:
+    """Not to be changed."""
+    return recovered(tiny_model(), begun(tiny_model(), arm, "")[0])
 
 
 @pytest.fixture(scope="module")
@@ -135,21 +163,40 @@ def test_a_cache_that_another_model_began_is_refused(model: MopForCausalLM) -> N
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}]
-)
-def test_the_beams_of_each_row_keep_its_gate(model: MopForCausalLM, settings: dict[str, Any]) -> None:
-    together = written(model, CONTEXTS, **settings)
-    assert together == [answer for context in CONTEXTS for answer in written(model, [context], **settings)]
-    assert together != written(model.network, CONTEXTS, **settings)
+def generated(model: MopForCausalLM, rows: list[list[int]], **settings: Any) -> tuple[list[list[int]], Tensor]:
+    """What is written, and the score of each token of it, in which a gate shows where the tokens stay the same."""
+    tokens, mask = padded(rows)
+    more = {"output_scores": True, "return_dict_in_generate": True}
+    output = model.generate(tokens, attention_mask=mask, **GREEDY | more | settings)
+    scores = model.compute_transition_scores(output.sequences, output.scores, output.get("beam_indices"))
+    return output.sequences[:, tokens.shape[1] :].tolist(), scores
 
 
-def test_samples_are_drawn_under_the_gate_of_their_row(model: MopForCausalLM) -> None:
+@pytest.mark.parametrize("settings", [{}, *BEAMS])
+@pytest.mark.parametrize("arm", GENERATING)
+def test_each_row_is_generated_as_if_alone(arm: str, settings: dict[str, Any]) -> None:
+    """Its beams too keep its gate."""
+    model = acting(arm)
+    answers, scores = generated(model, CONTEXTS, **settings)
+    alone = [generated(model, [context], **settings) for context in CONTEXTS]
+    assert answers == [answer for some, _ in alone for answer in some]
+    assert_close(scores, torch.cat([some for _, some in alone]), rtol=1e-4, atol=1e-4)
+    assert answers != written(model.network, CONTEXTS, **settings)
+
+
+@pytest.mark.parametrize("arm", GENERATING)
+def test_samples_are_drawn_under_the_gate_of_their_row_and_by_the_seed(arm: str) -> None:
     """Sampled at a temperature of nearly 0, every sequence is the greedy one."""
-    sampled = written(model, CONTEXTS, do_sample=True, temperature=1e-4, num_return_sequences=3)
-    assert sampled == [answer for answer in written(model, CONTEXTS) for _ in range(3)]
-    torch.manual_seed(0)
-    assert len({tuple(answer) for answer in written(model, CONTEXTS[:1] * 8, do_sample=True)}) > 1
+    model, temperature = acting(arm), 1e-4
+    answers, scores = generated(model, CONTEXTS)
+    again, sampled = generated(model, CONTEXTS, do_sample=True, temperature=temperature, num_return_sequences=3)
+    assert again == [answer for answer in answers for _ in range(3)]
+    assert_close(sampled * temperature, scores.repeat_interleave(3, dim=0), rtol=1e-4, atol=1e-4)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(written(model, CONTEXTS, do_sample=True))
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_static_cache_changes_nothing(model: MopForCausalLM) -> None:
@@ -282,25 +329,6 @@ def test_gradients_reach_all_of_the_adapter_and_nothing_else() -> None:
 # --- folders
 
 
-def begun(model: LanguageModel, arm: str, base_sha256: str, **changes: Any) -> tuple[Any, AdapterConfig]:
-    """An adapter as training would leave it, near enough: begun, and pushed away from doing nothing."""
-    tasks = ("add", "sort", "tell")
-    config = AdapterConfig(
-        arm=arm, experts=3, prompts_per_expert=8, layer=0, hidden_size=HIDDEN, base_sha256=base_sha256, tasks=tasks
-    )
-    config = replace(config, layer=0 if TRAINED[arm].at_input else LAYER, **changes)
-    states = CachedStates(model, random_documents(9), config.layer, batch_size=4)
-    start = Start(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
-    adapter = ARMS[arm].begin(
-        config, Material(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapter, config
-
-
 def folders_of(arm: str, folder: Path, family: str = "llama") -> tuple[Path, Path]:
     model = tiny_model(family)
     base = saved(model, folder / "base")
@@ -309,7 +337,7 @@ def folders_of(arm: str, folder: Path, family: str = "llama") -> tuple[Path, Pat
     return base, folder / "adapter"
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if not TRAINED[arm].needs_tasks])
+@pytest.mark.parametrize("arm", GENERATING)
 def test_every_arm_goes_from_its_folders_into_one_and_back(arm: str, tmp_path: Path) -> None:
     model = MopForCausalLM.from_pretrained(*folders_of(arm, tmp_path))
     assert not model.training
