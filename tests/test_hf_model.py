@@ -34,7 +34,7 @@ from mopcompress.recover.start import Material, Start
 from mopcompress.scoring import score_responses
 from mopcompress.states import CachedStates, Instructions
 
-FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "opt", "gpt_neox")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2", "opt", "gpt_neox")
 LAYER, NEW = 1, 6
 CONTEXTS = [random_tokens(length, seed=length).tolist() for length in (9, 4, 6)]
 GENERATING = [arm for arm in ARMS if not TRAINED[arm].needs_tasks]

@@ -28,7 +28,7 @@ from mopcompress.stages.arm import first_layer
 from mopcompress.states import CachedStates, Instructions
 
 WEIGHTS = ("lora", "masklora", "ia3", "norms")
-KNOWN = ("llama", "qwen3", "gpt2", "gpt_neox", "opt")
+KNOWN = ("llama", "qwen3", "mistral", "gemma", "gpt2", "gpt_neox", "opt")
 LAYER = 2
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(6, tasks=TASKS)
