@@ -409,6 +409,30 @@ def test_dtype_and_device_are_transformers_own(tmp_path: Path) -> None:
     assert len(written(model, CONTEXTS)[0]) == NEW
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"attn_implementation": "sdpa"}, "attn_implementation: adapters need"),
+        ({"device": "cpu"}, "no argument 'device'"),
+        ({"quantization_config": {}}, "no argument 'quantization_config'"),
+    ],
+)
+def test_what_would_not_be_heeded_is_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    base, adapter = folders_of("norms", tmp_path)
+    with pytest.raises(TypeError, match=said):
+        MopForCausalLM.from_pretrained(base, adapter, **settings)
+
+
+def test_what_transformers_hands_over_is_taken(tmp_path: Path) -> None:
+    MopForCausalLM.from_pretrained(*folders_of("norms", tmp_path)).save_pretrained(tmp_path / "one")
+    hub = {"cache_dir": str(tmp_path), "local_files_only": True, "token": None, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype="bfloat16", **hub)
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    word_tokenizer().save_pretrained(tmp_path / "one")
+    piped = pipeline("text-generation", model=str(tmp_path / "one"), device="cpu", dtype=torch.float32)
+    assert isinstance(piped.model, MopForCausalLM)
+
+
 def test_a_pipeline_writes_what_generate_writes(model: MopForCausalLM) -> None:
     tokenizer = word_tokenizer()
     tokenizer.pad_token, tokenizer.padding_side = "<unk>", "left"

@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from mopcompress.errors import DataError
 from mopcompress.hf.config import MopConfig
-from mopcompress.hf.folder import adapter_of, load_whole, network_of
+from mopcompress.hf.folder import adapter_of, load_whole, network_of, refuse_unheeded
 from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, read_by_itself
 from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
@@ -80,12 +80,14 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         config: PretrainedConfig | None = None,
         dtype: Any = None,
         device_map: Any = None,
-        **_plumbing: Any,
+        **plumbing: Any,
     ) -> "MopForCausalLM":
         """A base (folder, hub id or `smollm2`) and the adapter that `recover` wrote for it; or what was saved, alone.
 
-        A base is in fp32 unless `dtype` says otherwise; `device_map` may name one device.
+        A base is in fp32 unless `dtype` says otherwise; `device_map` may name one device. Raises `TypeError` for what
+        a stock model takes and this one would not heed.
         """
+        refuse_unheeded(plumbing)
         folder = resolve_model(str(pretrained_model_name_or_path))
         if adapter is None:
             config = config or MopConfig.from_pretrained(folder)
