@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from mopcompress.errors import DataError
 from mopcompress.models.attention import Prefix, attending_to, prompted_attention, recording, watching
+from mopcompress.models.cache import CACHE
 
 TOKENS = random_tokens(2, 9)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -127,7 +128,7 @@ def test_open_gates_are_a_real_prefix_of_the_text(tiny_llama):
     """Keys and values of real text, given as prompts in every layer, do what the text itself does."""
     text, start = random_tokens(1, 12, seed=3), PROMPTS
     cache = DynamicCache(config=tiny_llama.network.config)
-    tiny_llama.network(input_ids=text[:, :start], past_key_values=cache, use_cache=True)
+    tiny_llama.network(input_ids=text[:, :start], use_cache=True, **{CACHE: cache})
     prefix = Prefix(
         {layer: one.keys[0] for layer, one in enumerate(cache.layers)},
         {layer: one.values[0] for layer, one in enumerate(cache.layers)},
@@ -238,7 +239,7 @@ def test_an_inner_block_gives_way_to_the_outer_one(tiny_llama):
 @torch.no_grad()
 def test_recording_notes_what_the_cache_holds(tiny_llama):
     with recording() as seen:
-        cache = tiny_llama.network(input_ids=TOKENS, use_cache=True).past_key_values
+        cache = tiny_llama.network(input_ids=TOKENS, use_cache=True)[CACHE]
     tiny_llama.network(input_ids=TOKENS)
     assert sorted(seen) == [0, 1, 2, 3]
     for layer, (key, value) in seen.items():

@@ -1,6 +1,7 @@
 """A recovered model in transformers' hands: the gate reads the instruction alone, once, and stands."""
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, pipelin
 from mopcompress import artifact
 from mopcompress.errors import DataError, UsageError
 from mopcompress.hf import MopConfig, MopForCausalLM
+from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import weight_of
@@ -32,9 +34,11 @@ from mopcompress.recover.start import Material, Start
 from mopcompress.scoring import score_responses
 from mopcompress.states import CachedStates, Instructions
 
-FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "opt", "gpt_neox")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2", "opt", "gpt_neox")
 LAYER, NEW = 1, 6
 CONTEXTS = [random_tokens(length, seed=length).tolist() for length in (9, 4, 6)]
+GENERATING = [arm for arm in ARMS if not TRAINED[arm].needs_tasks]
+BEAMS = [{"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}]
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -48,6 +52,31 @@ def mixture(layer: int = LAYER) -> MixtureOfPrompts:
 
 def made(family: str = "llama") -> MopForCausalLM:
     return recovered(tiny_model(family), mixture())
+
+
+def begun(model: LanguageModel, arm: str, base_sha256: str, **changes: Any) -> tuple[Any, AdapterConfig]:
+    """An adapter as training would leave it, near enough: begun, and pushed away from doing nothing."""
+    tasks = ("add", "sort", "tell")
+    config = AdapterConfig(
+        arm=arm, experts=3, prompts_per_expert=8, layer=0, hidden_size=HIDDEN, base_sha256=base_sha256, tasks=tasks
+    )
+    config = replace(config, layer=0 if TRAINED[arm].at_input else LAYER, **changes)
+    states = CachedStates(model, random_documents(9), config.layer, batch_size=4)
+    start = Start(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
+    adapter = ARMS[arm].begin(
+        config, Material(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapter, config
+
+
+@functools.cache
+def acting(arm: str) -> MopForCausalLM:
+    """Not to be changed."""
+    return recovered(tiny_model(), begun(tiny_model(), arm, "")[0])
 
 
 @pytest.fixture(scope="module")
@@ -129,26 +158,45 @@ def test_forwards_of_ones_own_give_the_same(family: str) -> None:
 
 
 def test_a_cache_that_another_model_began_is_refused(model: MopForCausalLM) -> None:
-    cache = model.network(input_ids=torch.tensor([CONTEXTS[0]])).past_key_values
+    cache = model.network(input_ids=torch.tensor([CONTEXTS[0]]))[CACHE]
     with pytest.raises(DataError, match="was not begun by this model"):
         model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}]
-)
-def test_the_beams_of_each_row_keep_its_gate(model: MopForCausalLM, settings: dict[str, Any]) -> None:
-    together = written(model, CONTEXTS, **settings)
-    assert together == [answer for context in CONTEXTS for answer in written(model, [context], **settings)]
-    assert together != written(model.network, CONTEXTS, **settings)
+def generated(model: MopForCausalLM, rows: list[list[int]], **settings: Any) -> tuple[list[list[int]], Tensor]:
+    """What is written, and the score of each token of it, in which a gate shows where the tokens stay the same."""
+    tokens, mask = padded(rows)
+    more = {"output_scores": True, "return_dict_in_generate": True}
+    output = model.generate(tokens, attention_mask=mask, **GREEDY | more | settings)
+    scores = model.compute_transition_scores(output.sequences, output.scores, output.get("beam_indices"))
+    return output.sequences[:, tokens.shape[1] :].tolist(), scores
 
 
-def test_samples_are_drawn_under_the_gate_of_their_row(model: MopForCausalLM) -> None:
+@pytest.mark.parametrize("settings", [{}, *BEAMS])
+@pytest.mark.parametrize("arm", GENERATING)
+def test_each_row_is_generated_as_if_alone(arm: str, settings: dict[str, Any]) -> None:
+    """Its beams too keep its gate."""
+    model = acting(arm)
+    answers, scores = generated(model, CONTEXTS, **settings)
+    alone = [generated(model, [context], **settings) for context in CONTEXTS]
+    assert answers == [answer for some, _ in alone for answer in some]
+    assert_close(scores, torch.cat([some for _, some in alone]), rtol=1e-4, atol=1e-4)
+    assert answers != written(model.network, CONTEXTS, **settings)
+
+
+@pytest.mark.parametrize("arm", GENERATING)
+def test_samples_are_drawn_under_the_gate_of_their_row_and_by_the_seed(arm: str) -> None:
     """Sampled at a temperature of nearly 0, every sequence is the greedy one."""
-    sampled = written(model, CONTEXTS, do_sample=True, temperature=1e-4, num_return_sequences=3)
-    assert sampled == [answer for answer in written(model, CONTEXTS) for _ in range(3)]
-    torch.manual_seed(0)
-    assert len({tuple(answer) for answer in written(model, CONTEXTS[:1] * 8, do_sample=True)}) > 1
+    model, temperature = acting(arm), 1e-4
+    answers, scores = generated(model, CONTEXTS)
+    again, sampled = generated(model, CONTEXTS, do_sample=True, temperature=temperature, num_return_sequences=3)
+    assert again == [answer for answer in answers for _ in range(3)]
+    assert_close(sampled * temperature, scores.repeat_interleave(3, dim=0), rtol=1e-4, atol=1e-4)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(written(model, CONTEXTS, do_sample=True))
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_static_cache_changes_nothing(model: MopForCausalLM) -> None:
@@ -182,7 +230,7 @@ def test_a_generation_that_goes_on_from_a_cache_reads_the_whole_text_anew(model:
     kept = model.generate(first, return_dict_in_generate=True, **GREEDY)
     longer = torch.cat([kept.sequences, random_tokens(1, 3)], dim=1)
     with gates_of(model) as said:
-        model.generate(longer, past_key_values=kept.past_key_values, **GREEDY)
+        model.generate(longer, **GREEDY | {CACHE: kept[CACHE]})
         written(model, longer.tolist())
     assert_close(*said)
 
@@ -248,21 +296,6 @@ def test_the_loss_is_that_of_training_and_evaluation(family: str, side: str) -> 
             assert_close(model(**batch_of(DOCUMENTS, side=side)).loss, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_no_peeking(model: MopForCausalLM, side: str) -> None:
-    """Another response token changes no gate weight, bitwise; another instruction token does."""
-    batch = batch_of(DOCUMENTS, side=side)
-    scored = batch["labels"] != -100
-    real_context = batch["attention_mask"].bool() & ~scored
-    with gates_of(model) as said:
-        for where in (torch.zeros_like(scored), scored, real_context):
-            tokens = torch.where(where, next_of(batch["input_ids"]), batch["input_ids"])
-            labels = torch.where(scored, tokens, -100)
-            model(input_ids=tokens, attention_mask=batch["attention_mask"], labels=labels)
-    assert torch.equal(said[0], said[1])
-    assert bool((said[0] != said[2]).any(1).all())
-
-
 def test_what_is_not_scored_after_the_first_response_is_not_read(model: MopForCausalLM) -> None:
     """A second turn of the user depends on the first answer."""
     tokens = random_tokens(1, 9)
@@ -296,25 +329,6 @@ def test_gradients_reach_all_of_the_adapter_and_nothing_else() -> None:
 # --- folders
 
 
-def begun(model: LanguageModel, arm: str, base_sha256: str) -> tuple[Any, AdapterConfig]:
-    """An adapter as training would leave it, near enough: begun, and pushed away from doing nothing."""
-    tasks = ("add", "sort", "tell")
-    config = AdapterConfig(
-        arm=arm, experts=3, prompts_per_expert=8, layer=0, hidden_size=HIDDEN, base_sha256=base_sha256, tasks=tasks
-    )
-    config = replace(config, layer=0 if TRAINED[arm].at_input else LAYER)
-    states = CachedStates(model, random_documents(9), config.layer, batch_size=4)
-    start = Start(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
-    adapter = ARMS[arm].begin(
-        config, Material(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return adapter, config
-
-
 def folders_of(arm: str, folder: Path, family: str = "llama") -> tuple[Path, Path]:
     model = tiny_model(family)
     base = saved(model, folder / "base")
@@ -323,7 +337,7 @@ def folders_of(arm: str, folder: Path, family: str = "llama") -> tuple[Path, Pat
     return base, folder / "adapter"
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if not TRAINED[arm].needs_tasks])
+@pytest.mark.parametrize("arm", GENERATING)
 def test_every_arm_goes_from_its_folders_into_one_and_back(arm: str, tmp_path: Path) -> None:
     model = MopForCausalLM.from_pretrained(*folders_of(arm, tmp_path))
     assert not model.training
@@ -393,6 +407,30 @@ def test_dtype_and_device_are_transformers_own(tmp_path: Path) -> None:
     model = MopForCausalLM.from_pretrained(*folders, dtype="bfloat16", device_map="cpu")
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
     assert len(written(model, CONTEXTS)[0]) == NEW
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"attn_implementation": "sdpa"}, "attn_implementation: adapters need"),
+        ({"device": "cpu"}, "no argument 'device'"),
+        ({"quantization_config": {}}, "no argument 'quantization_config'"),
+    ],
+)
+def test_what_would_not_be_heeded_is_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    base, adapter = folders_of("norms", tmp_path)
+    with pytest.raises(TypeError, match=said):
+        MopForCausalLM.from_pretrained(base, adapter, **settings)
+
+
+def test_what_transformers_hands_over_is_taken(tmp_path: Path) -> None:
+    MopForCausalLM.from_pretrained(*folders_of("norms", tmp_path)).save_pretrained(tmp_path / "one")
+    hub = {"cache_dir": str(tmp_path), "local_files_only": True, "token": None, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype="bfloat16", **hub)
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    word_tokenizer().save_pretrained(tmp_path / "one")
+    piped = pipeline("text-generation", model=str(tmp_path / "one"), device="cpu", dtype=torch.float32)
+    assert isinstance(piped.model, MopForCausalLM)
 
 
 def test_a_pipeline_writes_what_generate_writes(model: MopForCausalLM) -> None:

@@ -77,6 +77,20 @@ def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.parametrize(
+    "flags", [{"arm": arm} for arm in ("mop+", "lora", "smop")] + [{"arm": "mop", "distill": 0.5}], ids=str
+)
+def test_every_kind_of_arm_goes_on_to_the_same_adapter(recipe, stories, tmp_path, flags):
+    teacher = {"teacher": str(stories)} if "distill" in flags else {}
+    chosen, told = for_recovery(recipe, flags | teacher), []
+    recover(chosen, tmp_path / "whole", seed=0)
+    with pytest.raises(KilledError):
+        recover(chosen, tmp_path / "out", seed=0, progress=stop_after(3, f"training {flags['arm']}"))
+    recover(chosen, tmp_path / "out", seed=0, progress=lambda line, _done, _total: told.append(line))
+    assert any("going on after 3 finished steps" in line for line in told)
+    assert equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("step", [1, 3, STEPS])
 def test_a_stopped_training_goes_on_to_the_same_adapter(recipe, whole, tmp_path, step):
     target, told = tmp_path / "out", []

@@ -12,7 +12,6 @@ from tiny import BLOCKS, HIDDEN, config_of, generate, network_of, random_documen
 from torch.testing import assert_close
 
 from mopcompress import artifact
-from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, UsageError
 from mopcompress.evaluation import evaluate
 from mopcompress.models.linears import set_weight, weight_of
@@ -29,7 +28,7 @@ from mopcompress.stages.arm import first_layer
 from mopcompress.states import CachedStates, Instructions
 
 WEIGHTS = ("lora", "masklora", "ia3", "norms")
-KNOWN = ("llama", "qwen3", "gpt2", "gpt_neox", "opt")
+KNOWN = ("llama", "qwen3", "mistral", "gemma", "gpt2", "gpt_neox", "opt")
 LAYER = 2
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(6, tasks=TASKS)
@@ -256,24 +255,6 @@ def test_equal_seeds_give_equal_results(tiny_llama, arm):
     first, again, other = results
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     assert not all(torch.equal(*pair) for pair in zip(first, other, strict=True))
-
-
-@pytest.mark.parametrize("arm", WEIGHTS)
-def test_no_peeking(tiny_llama, arm):
-    """Another response token changes no score of a token before it."""
-    adapter, original = moved(tiny_llama, arm), None
-    document = DOCUMENTS[0]
-    for place in range(document.context_tokens, len(document.tokens)):
-        found = []
-        for shift in (0, 1):
-            tokens = list(document.tokens)
-            tokens[place] = 3 + (tokens[place] + shift) % 60
-            altered = Encoded(document.task, tuple(tokens), document.context_tokens)
-            found.append(nats(tiny_llama, adapter, states_of(tiny_llama, documents=(altered, *DOCUMENTS[1:]))))
-        original, changed = found
-        kept = place - document.context_tokens
-        assert torch.equal(changed[:kept], original[:kept])
-        assert changed[kept] != original[kept]
 
 
 @pytest.mark.parametrize("arm", WEIGHTS)

@@ -1,5 +1,6 @@
 """Recovered models from folders: a base and its adapter, or the one folder that `save_pretrained` wrote."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import init_empty_weights
@@ -17,6 +18,20 @@ from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.arms import ARMS
 
 NETWORK, ADAPTER = "network.", "adapter."  # what the names of the weights begin with
+# transformers' Auto classes and pipelines hand these over, and a finished folder is the same with them and without
+HANDED_OVER = frozenset(
+    {"adapter_kwargs", "cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
+    | {"token", "trust_remote_code", "use_safetensors", "_commit_hash", "_from_auto", "_from_pipeline"}
+)
+
+
+def refuse_unheeded(settings: Mapping[str, object]) -> None:
+    """Raise `TypeError` for a setting of `from_pretrained` that would be taken and change nothing."""
+    for name in settings:
+        if name == "attn_implementation":
+            raise TypeError(f"from_pretrained: {name}: adapters need attention of their own kind; leave it out")
+        if name not in HANDED_OVER:
+            raise TypeError(f"from_pretrained: it has no argument {name!r}; leave it out")
 
 
 def network_of(config: PretrainedConfig) -> PreTrainedModel:

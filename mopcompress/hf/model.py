@@ -20,8 +20,9 @@ from transformers.utils.generic import ModelOutput
 
 from mopcompress.errors import DataError
 from mopcompress.hf.config import MopConfig
-from mopcompress.hf.folder import adapter_of, load_whole, network_of
+from mopcompress.hf.folder import adapter_of, load_whole, network_of, refuse_unheeded
 from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, read_by_itself
+from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.repair import Repairs, read_repairs, repair_of, write_repairs
@@ -79,12 +80,14 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         config: PretrainedConfig | None = None,
         dtype: Any = None,
         device_map: Any = None,
-        **_plumbing: Any,
+        **plumbing: Any,
     ) -> "MopForCausalLM":
         """A base (folder, hub id or `smollm2`) and the adapter that `recover` wrote for it; or what was saved, alone.
 
-        A base is in fp32 unless `dtype` says otherwise; `device_map` may name one device.
+        A base is in fp32 unless `dtype` says otherwise; `device_map` may name one device. Raises `TypeError` for what
+        a stock model takes and this one would not heed.
         """
+        refuse_unheeded(plumbing)
         folder = resolve_model(str(pretrained_model_name_or_path))
         if adapter is None:
             config = config or MopConfig.from_pretrained(folder)
@@ -147,16 +150,19 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "batch time"] | None = None,
         instruction_mask: Bool[Tensor, "batch instruction"] | None = None,
         logits_to_keep: Int[Tensor, " kept"] | int = 0,
+        cache: Cache | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         """The network's own forward with the adapter acting on it.
 
         The instruction is what `instruction_mask` marks; or what stands before the first label that is not -100; or,
         without either, the whole text. Where a cache has begun already it is what was read at its beginning.
+        `past_key_values` is the older name of `cache`.
         """
-        if position_ids is None and attention_mask is not None and past_key_values is None:
+        cache = past_key_values if cache is None else cache
+        if position_ids is None and attention_mask is not None and cache is None:
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # padding on the left counts for nothing
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
         inputs |= {"input_ids": input_ids, "labels": labels, **given}
         if not isinstance(logits_to_keep, int) or logits_to_keep:  # transformers looks for the parameter here
             inputs["logits_to_keep"] = logits_to_keep
@@ -178,16 +184,16 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         token = _generation.set(generation)
         try:
             with generation.acting:
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+                return super().generate(*args, **kwargs)  # type: ignore[misc, unused-ignore]
         finally:
             _generation.reset(token)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(  # type: ignore[override, unused-ignore]
         self, input_ids: Int[Tensor, "batch time"], **kwargs: Any
     ) -> dict[str, Any]:
         """The network's own, and at the prompt which of its tokens are real."""
         inputs = self.network.prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[operator]
-        generation, mask, cache = _generation.get(), kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        generation, mask, cache = _generation.get(), kwargs.get("attention_mask"), kwargs.get(CACHE)
         if generation is None or generation.model is not self or generation.has_read:
             return inputs
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -203,12 +209,10 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
     def _read_and_run(
         self, acting: ExitStack, inputs: dict[str, Any], mask: Bool[Tensor, "batch time"] | None
     ) -> ModelOutput:
-        cache, tokens = inputs["past_key_values"], inputs["input_ids"]
+        cache, tokens = inputs[CACHE], inputs["input_ids"]
         if cache is not None and cache.get_seq_length() > 0:
             if cache not in _read:
-                raise DataError(
-                    "past_key_values was not begun by this model, so no instruction was read; begin without"
-                )
+                raise DataError(f"{CACHE} was not begun by this model, so no instruction was read; begin without")
             acting.enter_context(self._applied(_read[cache]))
             return self.network(**inputs)
         if mask is None:
@@ -225,8 +229,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             with entering(self.language_model.blocks[self.adapter.layer], act):
                 output = self.network(**inputs)
-        if isinstance(output.past_key_values, Cache):
-            _read[output.past_key_values] = read[0]
+        if isinstance(begun := output.get(CACHE), Cache):
+            _read[begun] = read[0]
         return output
 
     def _applied(self, instructions: Instructions) -> Any:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mopcompress.models.cache import CACHE
 from mopcompress.models.language_model import LanguageModel
 
 
@@ -33,6 +34,6 @@ def sample_text(
             progress(len(tokens))
             if len(tokens) == length:
                 return torch.cat(tokens, dim=1)
-            output = model.network(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model.network(input_ids=tokens[-1], use_cache=True, **{CACHE: cache})
+            cache = output[CACHE]
             drawn = output.logits[:, -1].softmax(-1)
