@@ -16,7 +16,7 @@ import pytest
 
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
 from mopcompress.report import write_report
-from mopcompress.report.choices import gate_tables
+from mopcompress.report.choices import confusion_tables, gates_table
 from mopcompress.report.content import headline, summary
 from mopcompress.report.drawing import change_ticks, log_ticks
 from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
@@ -222,7 +222,7 @@ def small_run(
 def test_the_confusion_and_load_of_each_arm_that_chooses_are_shown(folder: Path) -> None:
     run = read_run(folder)
     grid = make_grid(run.rows, run.spec)
-    tables = gate_tables(grid)
+    tables = confusion_tables(grid)
     assert [table.title for table in tables] == [f"{setting}, mop" for setting in grid.settings if setting != "dense"]
     reading = grid.rows("gptq 3-bit", "mop")[0].gate
     assert reading is not None
@@ -246,8 +246,41 @@ def test_rows_from_before_it_was_counted_have_no_such_table(folder: Path) -> Non
                 del row["gate"][name]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     run = read_run(folder)
-    assert gate_tables(make_grid(run.rows, run.spec)) == ()
+    assert confusion_tables(make_grid(run.rows, run.spec)) == ()
     for path in write_report(folder)[1:]:
+        assert "by the expert that weighs most" not in path.read_text()
+
+
+def test_accuracy_entropy_and_load_of_each_arm_that_chooses_are_in_a_table(tmp_path: Path) -> None:
+    """Over seeds; where experts have no tasks there is no accuracy, in rows from before it was counted no load."""
+    right = replace(gate(TASKS, sharpness=2.0), accuracy=0.75, entropy_nats=1.0, load=[0.5] * 7 + [4.5])
+    read = {
+        ("mop", 0): right,
+        ("mop", 1): replace(right, accuracy=0.25, entropy_nats=0.5, load=[0.9] * 7 + [1.7]),
+        ("mop+", 0): replace(right, accuracy=None, load=()),
+        ("idp", 0): replace(right, load=[0.0] * 7 + [1.0]),
+        ("single", 0): None,
+    }
+    for (arm, seed), reading in read.items():
+        add(tmp_path, documents(2.0, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed, gate=reading)
+    run = read_run(tmp_path)
+    table = gates_table(make_grid(run.rows, {}))
+    cells = [[(cell.main, cell.minor) for cell in line.cells] for line in table.lines]
+    of_mop, of_ours, of_idp = (dict(zip(table.columns, line, strict=True)) for line in cells)
+    assert (of_mop["setting"], of_ours["arm"]) == (("wanda 50%", ""), ("mop+", ""))
+    assert of_mop["accuracy"] == (share(0.5), f"{share(0.25)} to {share(0.75)}")
+    assert of_mop["entropy, nats"] == ("0.750", "0.500 to 1.000")
+    assert of_mop["ln(experts)"] == (number(math.log(8)), "")
+    assert of_mop["greatest load"] == ("3.10", "1.70 to 4.50")
+    assert [of_ours[name][0] for name in ("accuracy", "entropy, nats", "greatest load")] == ["-", "1.000", "-"]
+    assert of_idp["greatest load"] == ("8.00", "")  # one for all, whatever its weights add up to
+    for path in write_report(tmp_path)[1:]:
+        assert "entropy, nats" in path.read_text()
+
+
+def test_a_run_without_a_gate_does_not_speak_of_one(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 4.0, "single": 3.0})
+    for path in write_report(tmp_path)[1:]:
         assert "What the gate chooses" not in path.read_text()
 
 

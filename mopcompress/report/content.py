@@ -44,7 +44,8 @@ class Content:
     comparisons: views.Table
     costs: views.Table
     tasks: tuple[views.Table, ...]
-    gates: tuple[views.Table, ...]
+    gates: views.Table
+    confusions: tuple[views.Table, ...]
     answers: tuple[views.Table, ...]
     definitions: provenance.Facts
     protocol: provenance.Facts
@@ -67,7 +68,8 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         comparisons=views.comparisons_table(comparisons),
         costs=views.costs_table(grid),
         tasks=tasks.task_tables(grid),
-        gates=choices.gate_tables(grid),
+        gates=choices.gates_table(grid),
+        confusions=choices.confusion_tables(grid),
         answers=answers.answer_tables(grid),
         definitions=provenance.definitions(run),
         protocol=provenance.protocol_facts(run),

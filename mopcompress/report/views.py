@@ -19,7 +19,17 @@ from mopcompress.report.formats import (
     size_in_bytes,
 )
 from mopcompress.report.intervals import Interval
-from mopcompress.report.tables import DENSE, Comparison, Grid, Spread, best_arms, perplexity_spread, recovery, spread
+from mopcompress.report.tables import (
+    DENSE,
+    Comparison,
+    Grid,
+    Measured,
+    Spread,
+    best_arms,
+    perplexity_spread,
+    recovery,
+    spread,
+)
 from mopcompress.results import BenchRow
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
@@ -73,10 +83,10 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
         trained = None if arm == "none" else recovery(grid, setting, arm, dense_arm=arm)
         alike = "" if trained is None else f"{ratio(trained)} of the dense model with {arm}"
         values = (
-            _over_seeds(rows, lambda row: row.sparsity, lambda value: share(value, decimals=2)),
+            over_seeds(rows, lambda row: row.sparsity, lambda value: share(value, decimals=2)),
             _perplexity(rows, lambda row: row.perplexity),
             _perplexity(rows, lambda row: row.perplexity_macro),
-            _over_seeds(rows, lambda row: row.exact_match, share),
+            over_seeds(rows, lambda row: row.exact_match, share),
             *(_written(rows, field, show) for _, field, show in written),
             *([_perplexity(rows, lambda row: row.text_perplexity or math.nan)] if texts else []),
             Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained), alike),
@@ -123,15 +133,15 @@ def costs_table(grid: Grid) -> Table:
     for setting, arm, first in _order(grid):
         rows = grid.rows(setting, arm)
         values = (
-            _over_seeds(rows, lambda row: row.trained_parameters, lambda value: f"{value:,.0f}"),
-            _over_seeds(rows, lambda row: row.train_steps, lambda value: f"{value:,.0f}"),
-            _over_seeds(rows, lambda row: row.adapter_bytes, size_in_bytes),
-            _over_seeds(rows, lambda row: row.model_bytes, size_in_bytes),
-            _over_seeds(rows, lambda row: row.train_seconds, duration),
-            _over_seeds(rows, lambda row: row.compress_seconds, duration),
-            _over_seeds(rows, lambda row: row.evaluate_seconds, duration),
-            _over_seeds(rows, lambda row: row.peak_bytes, size_in_bytes),
-            _over_seeds(rows, lambda row: row.fallbacks, lambda value: f"{value:,.3g}"),
+            over_seeds(rows, lambda row: row.trained_parameters, lambda value: f"{value:,.0f}"),
+            over_seeds(rows, lambda row: row.train_steps, lambda value: f"{value:,.0f}"),
+            over_seeds(rows, lambda row: row.adapter_bytes, size_in_bytes),
+            over_seeds(rows, lambda row: row.model_bytes, size_in_bytes),
+            over_seeds(rows, lambda row: row.train_seconds, duration),
+            over_seeds(rows, lambda row: row.compress_seconds, duration),
+            over_seeds(rows, lambda row: row.evaluate_seconds, duration),
+            over_seeds(rows, lambda row: row.peak_bytes, size_in_bytes),
+            over_seeds(rows, lambda row: row.fallbacks, lambda value: f"{value:,.3g}"),
         )
         lines.append(Line((Text(setting if first else ""), Text(arm), *values), first))
     note = (
@@ -187,6 +197,11 @@ def interval_text(interval: Interval) -> str:
     return change_with_interval(interval.estimate, interval.low, interval.high)
 
 
+def over_seeds(of_seeds: Sequence[Measured], value: Callable[[Measured], float], show: Callable[[float], str]) -> Text:
+    """The mean over seeds, and in small type the least and the greatest."""
+    return _spread_text(spread(of_seeds, value), show) if of_seeds else Text(ABSENT)
+
+
 def _order(grid: Grid) -> list[tuple[str, str, bool]]:
     """(setting, arm, whether it is the setting's first), dense on top even when it was not measured."""
     order = [(setting, arm, not place) for setting in grid.settings for place, arm in enumerate(grid.arms_of(setting))]
@@ -207,12 +222,8 @@ def _against_single(arm: str, one: Comparison | None, *, measured: bool) -> Text
     return Text(interval_text(one.micro), VERDICTS[2] if quiet else "")
 
 
-def _over_seeds(rows: Sequence[BenchRow], value: Callable[[BenchRow], float], show: Callable[[float], str]) -> Text:
-    return _spread_text(spread(rows, value), show) if rows else Text(ABSENT)
-
-
 def _written(rows: Sequence[BenchRow], field: str, show: Callable[[float], str]) -> Text:
-    return _over_seeds([row for row in rows if getattr(row, field) is not None], attrgetter(field), show)
+    return over_seeds([row for row in rows if getattr(row, field) is not None], attrgetter(field), show)
 
 
 def _difference(one: Interval | None) -> Text:
