@@ -26,9 +26,8 @@ from mopcompress.report.formats import change_with_interval
 from mopcompress.report.intervals import PairedBootstrap
 from mopcompress.report.run import Run, read_run
 from mopcompress.report.tables import Grid, compare, make_grid
-from mopcompress.results import DocumentScores
+from mopcompress.results import DocumentScores, read_sweeps
 from mopcompress.stages.bench import bench
-from mopcompress.stages.sweep import read_sweeps
 
 ROOT = Path(__file__).parents[1]
 MAIN = ("none", "single", "mop", "mop+")
@@ -119,7 +118,7 @@ def main() -> None:
 def found_rates(folder: Path) -> dict[str, float]:
     """What the sweeps in a bench's folder found at 50 %, by arm."""
     found = [one for name, one in read_sweeps(folder / "sweeps").items() if name.startswith("sparsegpt-50-")]
-    rates = {one["arm"]: float(one["learning_rate"]) for one in found if one["arm"] in MAIN}
+    rates = {one.arm: one.learning_rate for one in found if one.arm in MAIN}
     return rates | dict.fromkeys(CONTROLS, rates["mop"])
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,18 @@ from mopcompress.report.tables import (
     recovery,
 )
 from mopcompress.report.tasks import task_tables
-from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table
+from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table, sweeps_table
 from mopcompress.results import (
     BenchRow,
     DocumentScores,
     GateReading,
     Sample,
+    Sweep,
     TaskScore,
+    Trial,
     Written,
     append_row,
+    sweep_name,
     write_documents,
 )
 
@@ -498,6 +501,52 @@ def test_costs_stand_in_their_columns(tmp_path: Path) -> None:
     shown = {name: cell.main for name, cell in zip(table.columns, table.lines[-1].cells, strict=True)}
     values = ("120,968", "240", "296 kB", "269 MB", "3 min 32 s", "1 min 36 s", "14.2 s", "2.4 GB", "0")
     assert tuple(text.replace("\N{NO-BREAK SPACE}", " ") for text in shown.values())[2:] == values
+
+
+def sweep_of(arm: str, **changes: Any) -> Sweep:
+    trials = [
+        Trial(learning_rate=rate, validation_nats=nats, seconds=100.0)
+        for rate, nats in ((0.5 / 3, 2.75), (0.5, 2.5), (1.5, None))
+    ]
+    fields = {"steps": 120, "batch_size": 8, "validation_rows": 90, "learning_rate": 0.5, "at_edge": False}
+    return Sweep(**{"arm": arm, "trials": trials, "seconds": 1031.2} | fields | changes)
+
+
+def keep_sweeps(folder: Path, *sweeps: Sweep) -> None:
+    (folder / "sweeps").mkdir()
+    for one in sweeps:
+        (folder / "sweeps" / f"{sweep_name('wanda 50%', one.arm)}.json").write_text(json.dumps(asdict(one)))
+
+
+def test_what_every_sweep_tried_and_took_is_a_row_of_the_report(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 4.0, "single": 3.0, "mop": 2.5, "lora": 2.4})
+    keep_sweeps(tmp_path, sweep_of("mop"), sweep_of("lora", at_edge=True, learning_rate=1e-2, seconds=59.0))
+    run = read_run(tmp_path)
+    table = sweeps_table(make_grid(run.rows, {}), run.sweeps)
+    texts = [[cell.main.replace("\N{NO-BREAK SPACE}", " ") for cell in line.cells] for line in table.lines]
+    tried = "0.167: 2.750, 0.5: 2.500, 1.5: broke down"
+    assert texts == [
+        ["wanda 50%", "mop", tried, "0.5", "120", "90", "17 min 11 s"],
+        ["", "lora", tried, "0.01", "120", "90", "59.0 s"],
+    ]
+    assert [line.cells[3].minor != "" for line in table.lines] == [False, True]
+    for path in write_report(tmp_path)[1:]:
+        assert "Cost of choosing learning rates" in path.read_text()
+
+
+def test_a_run_without_a_sweep_has_no_table_of_them(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 4.0, "single": 3.0})
+    for path in write_report(tmp_path)[1:]:
+        assert "choosing learning rates" not in path.read_text()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"arm": "mop"}'])
+def test_a_file_that_is_no_sweep_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    small_run(tmp_path, {"mop": 2.5})
+    keep_sweeps(tmp_path, sweep_of("mop"))
+    (tmp_path / "sweeps" / "wanda-50-mop.json").write_text(text)
+    with pytest.raises(DataError, match=r"wanda-50-mop\.json: not a sweep"):
+        read_run(tmp_path)
 
 
 def test_task_tables_hold_perplexity_and_exact_match_beside_dense(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Content:
     figures: tuple[plots.Figure, ...]
     comparisons: views.Table
     costs: views.Table
+    sweeps: views.Table
     tasks: tuple[views.Table, ...]
     gates: views.Table
     confusions: tuple[views.Table, ...]
@@ -67,6 +68,7 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         figures=plots.figures(grid, comparisons),
         comparisons=views.comparisons_table(comparisons),
         costs=views.costs_table(grid),
+        sweeps=views.sweeps_table(grid, run.sweeps),
         tasks=tasks.task_tables(grid),
         gates=choices.gates_table(grid),
         confusions=choices.confusion_tables(grid),

@@ -20,6 +20,7 @@ def to_markdown(content: Content) -> str:
         _table(content.results),
         _table(content.comparisons),
         _table(content.costs),
+        _table(content.sweeps) if content.sweeps.lines else "",
         "## Tasks\n\nPerplexity and, in brackets, exact match.",
         *(_table(table, level=3) for table in content.tasks),
         _table(content.gates) if content.gates.lines else "",

@@ -1,7 +1,7 @@
 """Pivots to tables of text, which Markdown and HTML then only have to draw."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -30,7 +30,7 @@ from mopcompress.report.tables import (
     recovery,
     spread,
 )
-from mopcompress.results import BenchRow
+from mopcompress.results import BenchRow, Sweep, Trial, sweep_name
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
 PLAIN_TEXT = "Plain text: perplexity of text that no arm was trained on. "
@@ -150,6 +150,34 @@ def costs_table(grid: Grid) -> Table:
         "the next."
     )
     return Table("Cost", note, (*columns, "fallbacks"), 2, tuple(lines))
+
+
+def sweeps_table(grid: Grid, sweeps: Mapping[str, Sweep]) -> Table:
+    """Setting x arm that was swept: every rate tried with its validation nats, and what that took."""
+    lines: list[Line] = []
+    for setting in grid.settings:
+        named = {arm: sweeps.get(sweep_name(setting, arm)) for arm in grid.arms_of(setting)}
+        for place, (arm, one) in enumerate((arm, one) for arm, one in named.items() if one):
+            values = (
+                Text(", ".join(_trial(trial) for trial in one.trials)),
+                Text(f"{one.learning_rate:.3g}", "at the edge of what was tried" if one.at_edge else ""),
+                Text(f"{one.steps:,}"),
+                Text(f"{one.validation_rows:,}"),
+                Text(duration(one.seconds)),
+            )
+            lines.append(Line((Text("" if place else setting), Text(arm), *values), starts_group=not place))
+    columns = ("setting", "arm", "rates tried: validation nats", "rate", "steps each", "rows", "in all")
+    note = (
+        "Every rate tried with the mean nats a token of the validation rows after training at it; the best is that of "
+        "all seeds. In all: the time of these trainings. The best of them is the first seed's training if it has as "
+        "many steps: its seconds then count above too."
+    )
+    return Table("Cost of choosing learning rates", note, columns, 3, tuple(lines))
+
+
+def _trial(trial: Trial) -> str:
+    found = "broke down" if trial.validation_nats is None else number(trial.validation_nats)
+    return f"{trial.learning_rate:.3g}: {found}"
 
 
 def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
