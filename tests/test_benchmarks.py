@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from mopcompress.recipe.arms import TRAINED
 from mopcompress.report.intervals import Interval
 from mopcompress.results import BenchRow, append_row
 
@@ -76,3 +78,20 @@ def write_row(folder, **fields):
         **{"per_task": {}, "gate": None, "documents_file": "documents/one.json"},
     }
     append_row(BenchRow(**row | fields), folder / "rows.jsonl")
+
+
+def test_where_the_rate_of_every_arm_comes_from_is_told():
+    """The arms' own rates, and those of the deep forms, stand in the table that the recipe points to."""
+    told = {}
+    for line in (BENCHMARKS / "README.md").read_text().split("## Where each arm's")[1].splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 5:
+            plain, _, deep = cells[1].partition("with `--deep`")
+            told |= {(arm, form): cells[2] for form, named in ((False, plain), (True, deep)) for arm in ticked(named)}
+    rates = {(arm, False): settings.learning_rate for arm, settings in TRAINED.items()}
+    rates |= {(arm, True): one.deep_learning_rate for arm, one in TRAINED.items() if one.deep_learning_rate}
+    assert told == {which: "" if rate is None else f"{rate:g}" for which, rate in rates.items()}
+
+
+def ticked(text):
+    return re.findall(r"`([^`]+)`", text)
