@@ -28,7 +28,7 @@ from mopcompress.recover.eora import check_dense
 from mopcompress.recover.recovered import Recovered
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, folder_name, read_rows, read_sweeps, sweep_name
-from mopcompress.stages.arm import adapter_config, first_layer, train_arm
+from mopcompress.stages.arm import adapter_config, first_layer, tell_of_experts, train_arm
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.cell import adapter_of, score_cell
 from mopcompress.stages.compress import compress_into
@@ -81,6 +81,7 @@ class _Bench:
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
         arms = [self.recovery.with_arm(arm) for arm in self.recipe.run.trained_arms]
+        tell_of_experts(arms, documents.tasks, self.progress)
         first_layer("none", self.recovery.layer, model)
         for one in arms:
             config = adapter_config(one, model, documents.tasks, self.source_sha256)
