@@ -40,7 +40,9 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             check_validation(len(documents.validation), recipe.run.data)
         with workers.first_alone():
             states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
-        taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
+        # hidden states are not kept: with them every process runs the teacher, all at once
+        with nullcontext() if modifier.squarehead else workers.first_alone():
+            taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
         facts = {
             "learning_rate": modifier.rate,
             "sweep": None,
