@@ -23,12 +23,11 @@ from mopcompress.console import progress_on
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import with_recovery
 from mopcompress.report.formats import change_with_interval
-from mopcompress.report.intervals import PairedBootstrap
+from mopcompress.report.intervals import Interval, PairedBootstrap
 from mopcompress.report.run import Run, read_run
 from mopcompress.report.tables import Grid, compare, make_grid
-from mopcompress.results import DocumentScores
+from mopcompress.results import DocumentScores, read_sweeps
 from mopcompress.stages.bench import bench
-from mopcompress.stages.sweep import read_sweeps
 
 ROOT = Path(__file__).parents[1]
 MAIN = ("none", "single", "mop", "mop+")
@@ -120,7 +119,7 @@ def main() -> None:
 def found_rates(folder: Path) -> dict[str, float]:
     """What the sweeps in a bench's folder found at 50 %, by arm."""
     found = [one for name, one in read_sweeps(folder / "sweeps").items() if name.startswith("sparsegpt-50-")]
-    rates = {one["arm"]: float(one["learning_rate"]) for one in found if one["arm"] in MAIN}
+    rates = {one.arm: one.learning_rate for one in found if one.arm in MAIN}
     return rates | dict.fromkeys(CONTROLS, rates["mop"])
 
 
@@ -133,9 +132,12 @@ def parse() -> argparse.Namespace:
 
 
 def claims(output: Path) -> Iterator[str]:
-    """Every claim in every setting it was measured in: the change of perplexity with its interval, or a share."""
-    yield "| data | setting | claim | micro | macro | shown |"
-    yield "|---|---|---|---|---|---|"
+    """Every claim in every setting it was measured in: the change of perplexity with its interval, or a share.
+
+    Micro and macro have a verdict each: a claim can be shown over tokens and not over tasks.
+    """
+    yield "| data | setting | claim | micro | macro | micro shown | macro shown |"
+    yield "|---|---|---|---|---|---|---|"
     for folder in dict.fromkeys(one.folder for one in PARTS):
         if (output / folder / "rows.jsonl").exists():
             run = read_run(output / folder)
@@ -147,21 +149,19 @@ def claims(output: Path) -> Iterator[str]:
 
 
 def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
-    """Less than 0 is better for the first of a pair; a claim with a number is shown when the change is as large."""
+    """Less than 0 is better for the first of a pair; a claim with a number is shown where the change is as large."""
     wanted = -0.03 if folder.startswith("dolly") else -0.10
     for one in compare(run, grid):
         pair = f"{one.first} against {one.second}"
         if one.setting == "dense" or not (one.first == "mop+" or pair in {f"mop against {arm}" for arm in GATE}):
             continue
-        large_enough = one.micro.estimate <= math.log1p(wanted) if one.second == "single" else True
-        shown = "yes" if one.micro.high < 0 and large_enough else "no"
         asked = f"{pair}, {wanted:+.0%}" if pair == "mop against single" else pair
-        changes = (change_with_interval(each.estimate, each.low, each.high) for each in (one.micro, one.macro))
-        yield f"| {folder} | {one.setting} | {asked} | {' | '.join(changes)} | {shown} |"
+        least = wanted if one.second == "single" else 0.0
+        yield f"| {folder} | {one.setting} | {asked} | {_verdicts(one.micro, one.macro, least)} |"
 
 
 def _across(output: Path, folder: str, arm: str, there: str, called: str) -> Iterator[str]:
-    """An arm as it is against one in another folder, on the same rows."""
+    """An arm as it is against one in another folder, on the same rows; it is shown where it is better."""
     setting = "sparsegpt 50%"
     plain, other = _documents(output / "sni", setting, arm), _documents(output / folder, setting, there)
     if plain is None or other is None:
@@ -169,9 +169,15 @@ def _across(output: Path, folder: str, arm: str, there: str, called: str) -> Ite
     assert list(plain.scored_tokens) == list(other.scored_tokens), f"{folder} was scored on other rows"
     bootstrap = PairedBootstrap(plain.tasks, plain.scored_tokens)
     pair = np.asarray(plain.nats), np.asarray(other.nats)
-    found = bootstrap.micro(*pair), bootstrap.macro(*pair)
-    changes = " | ".join(change_with_interval(one.estimate, one.low, one.high) for one in found)
-    yield f"| {folder} | {setting} | {arm} against {called} | {changes} | {'yes' if found[0].high < 0 else 'no'} |"
+    verdicts = _verdicts(bootstrap.micro(*pair), bootstrap.macro(*pair))
+    yield f"| {folder} | {setting} | {arm} against {called} | {verdicts} |"
+
+
+def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
+    """Both changes, then whether each is clear of 0 and at least as large as `least`, a share of the perplexity."""
+    changes = [change_with_interval(one.estimate, one.low, one.high) for one in (micro, macro)]
+    shown = [one.high < 0 and one.estimate <= math.log1p(least) for one in (micro, macro)]
+    return " | ".join([*changes, *("yes" if one else "no" for one in shown)])
 
 
 def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator[str]:
@@ -182,7 +188,7 @@ def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator
     share = (none - ours) / (none - dense)
     if math.isfinite(share):
         shown = "yes" if share >= least else "no"
-        yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {share:.0%} | | {shown} |"
+        yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {share:.0%} | | {shown} | |"
 
 
 def _documents(folder: Path, setting: str, arm: str) -> DocumentScores | None:

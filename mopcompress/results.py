@@ -68,6 +68,29 @@ class GateReading:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One rate of a sweep."""
+
+    learning_rate: float
+    validation_nats: float | None  # mean over the scored tokens; None: it broke down
+    seconds: float  # of its training; without an end, until it broke down
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What was tried for one arm, and what came of it."""
+
+    arm: str
+    steps: int  # of each trial, warm-up and decay included
+    batch_size: int
+    validation_rows: int
+    trials: list[Trial]
+    learning_rate: float  # the best
+    at_edge: bool  # no higher or no lower rate was tried: the best may lie outside
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchRow:
     """One cell of the grid ratio x method x arm x seed."""
 
@@ -123,6 +146,16 @@ def setting_name(method: str, ratio: float | None, bits: int | None) -> str:
     return f"{method} {bits}-bit" if bits else f"{method} {100 * (ratio or 0):g}%"
 
 
+def folder_name(setting: str) -> str:
+    """The name of a setting as a file name."""
+    return setting.replace("%", "").replace(" + ", "-").replace(" ", "-")
+
+
+def sweep_name(setting: str, arm: str) -> str:
+    """Under which name a bench keeps the sweep of an arm."""
+    return f"{folder_name(setting)}-{arm}"
+
+
 def append_row(row: BenchRow, path: Path) -> None:
     """Append one JSON line in place of an unfinished one; it is on disk when this returns."""
     line = json.dumps(asdict(row), allow_nan=True) + "\n"
@@ -171,3 +204,16 @@ def read_documents(path: Path) -> DocumentScores:
     fields = json.loads(path.read_text(encoding="utf-8"))
     written = fields.pop("written", None)
     return DocumentScores(**fields, written=written and Written(**written))
+
+
+def read_sweeps(folder: Path) -> dict[str, Sweep]:
+    """The sweeps of a bench by `sweep_name`. Raises `DataError` when a file is none."""
+    return {path.stem: _sweep(path) for path in sorted(folder.glob("*.json"))}
+
+
+def _sweep(path: Path) -> Sweep:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return Sweep(**fields | {"trials": [Trial(**trial) for trial in fields["trials"]]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a sweep ({error}); remove it, and the arm is swept again") from error

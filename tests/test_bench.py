@@ -286,6 +286,35 @@ def test_plain_text_is_a_domain_of_the_gate_where_it_is_trained_on(recipe_of, tm
         bench(recipe, tmp_path / "run")
 
 
+def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwise(recipe_of, tmp_path):
+    """As many prompt tokens in each, a gate that knows no right expert, and a line that says so, once."""
+    data = write_data(tmp_path / "data", rows=12)
+    for path in data.iterdir():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line | {"task": ""}) + "\n" for line in lines))
+    arms, told = ("single", "mop", "smop", "idp"), []
+    recipe = recipe_of(data=str(data), arms=",".join(arms))
+    rows = bench(recipe, tmp_path / "run", progress=lambda line, done, total: told.append(line))
+    rows = {row.arm: row for row in rows if row.method != "dense"}
+    tokens = 7 * recipe.recovery.prompts_per_expert
+    assert {rows[arm].trained_parameters for arm in ("single", "idp")} == {64 * tokens + 1}
+    for arm in arms[1:]:
+        shape = load_file(tmp_path / "run" / "adapters" / f"sparsegpt-50-{arm}-0" / "adapter.safetensors")[
+            "prompts"
+        ].shape
+        assert (shape[0], shape[0] * shape[1]) == (7, tokens)
+    assert (len(rows["mop"].gate.load), rows["mop"].gate.accuracy) == (7, None)
+    assert sum("7 experts" in line and "--experts" in line for line in told) == 1
+    assert "clusters of the training instructions" in (tmp_path / "run" / "report.md").read_text()
+    with pytest.raises(UsageError, match="where rows name no tasks"):
+        bench(recipe_of(data=str(data), arms="oracle"), tmp_path / "oracle")
+    told.clear()
+    few = with_recovery(recipe_of(data=str(data), arms="mop"), {"experts": 2})
+    found = bench(few, tmp_path / "few", progress=lambda line, done, total: told.append(line))[-1]
+    assert len(found.gate.load) == 2
+    assert not any("name no tasks" in line for line in told)
+
+
 def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
     """The oracle cannot score text of no task; a gate of clusters has no tasks to be right about."""
     text = tmp_path / "text.txt"

@@ -41,6 +41,18 @@ def test_rows_that_are_too_long_are_passed_over_and_counted() -> None:
     assert encode_documents(splits(train=mixed), limited, word_tokenizer()).facts["dropped_rows"] == 10
 
 
+def test_rows_that_name_no_task_have_none_and_texts_beside_them_are_told_apart(tmp_path: Path) -> None:
+    """A column of one task names one: that is what somebody said of the rows."""
+    run = RunSpec(train_rows=8, validation_rows=2, test_rows=3)
+    parts = {"train": rows(20, task="all"), "validation": [], "test": rows(6, words=6, task="all")}
+    unlabelled = encode_documents(splits(**parts), run, word_tokenizer())
+    assert (unlabelled.tasks, unlabelled.facts["tasks"]) == ((), ["all"])
+    assert encode_documents(splits(), run, word_tokenizer()).tasks == ("add",)
+    (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 200)
+    beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
+    assert encode_documents(splits(**parts), beside, word_tokenizer()).tasks == ("all", "plain text")
+
+
 def test_nothing_short_enough_is_an_error() -> None:
     with pytest.raises(DataError, match="no train row of at most 8 tokens"):
         encode_documents(splits(train=rows(5, words=20)), RunSpec(longest_row=8), word_tokenizer())

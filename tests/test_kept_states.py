@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from mopcompress.evaluation import evaluate
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.stages import kept_states
+from mopcompress.stages import kept
 from mopcompress.stages.kept_states import cache_states
 from mopcompress.stages.progress import silent
 
@@ -127,7 +127,7 @@ def test_what_was_not_used_for_longest_makes_room(tiny_llama, entered, cache, mo
         states_of(tiny_llama, layer=layer)
     folders = list(cache.iterdir())
     size = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in folders)
-    monkeypatch.setattr(kept_states, "LIMIT", int(2.5 * size))
+    monkeypatch.setattr(kept, "LIMIT", int(2.5 * size))
     states_of(tiny_llama, layer=1)  # used again
     states_of(tiny_llama, layer=BLOCKS - 1)
     assert len(list(cache.iterdir())) == 2
@@ -140,7 +140,7 @@ def test_what_was_not_used_for_longest_makes_room(tiny_llama, entered, cache, mo
 
 def test_states_that_another_process_takes_away_are_computed(tiny_llama, cache, monkeypatch):
     expected = everything(states_of(tiny_llama))
-    monkeypatch.setattr(kept_states, "_whole", lambda _folder: shutil.rmtree(_folder, ignore_errors=True) or True)
+    monkeypatch.setattr(kept, "whole", lambda _folder: shutil.rmtree(_folder, ignore_errors=True) or True)
     found = everything(states_of(tiny_llama))
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
@@ -149,7 +149,7 @@ def test_states_that_another_process_takes_away_are_computed(tiny_llama, cache, 
 def test_what_cannot_be_kept_is_computed_all_the_same(tiny_llama, cache, monkeypatch, reason):
     expected = everything(states_of(tiny_llama, dtype=torch.float16))
     if reason == "too large":
-        monkeypatch.setattr(kept_states, "LIMIT", 10)
+        monkeypatch.setattr(kept, "LIMIT", 10)
         there = len(list(cache.iterdir()))
     else:
         cache.parent.joinpath("file").write_text("in the way")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
 from mopcompress.report import write_report
-from mopcompress.report.choices import gate_tables
+from mopcompress.report.choices import confusion_tables, gates_table
 from mopcompress.report.content import headline, summary
 from mopcompress.report.drawing import change_ticks, log_ticks
 from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
@@ -33,15 +33,18 @@ from mopcompress.report.tables import (
     recovery,
 )
 from mopcompress.report.tasks import task_tables
-from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table
+from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table, sweeps_table
 from mopcompress.results import (
     BenchRow,
     DocumentScores,
     GateReading,
     Sample,
+    Sweep,
     TaskScore,
+    Trial,
     Written,
     append_row,
+    sweep_name,
     write_documents,
 )
 
@@ -222,7 +225,7 @@ def small_run(
 def test_the_confusion_and_load_of_each_arm_that_chooses_are_shown(folder: Path) -> None:
     run = read_run(folder)
     grid = make_grid(run.rows, run.spec)
-    tables = gate_tables(grid)
+    tables = confusion_tables(grid)
     assert [table.title for table in tables] == [f"{setting}, mop" for setting in grid.settings if setting != "dense"]
     reading = grid.rows("gptq 3-bit", "mop")[0].gate
     assert reading is not None
@@ -246,8 +249,41 @@ def test_rows_from_before_it_was_counted_have_no_such_table(folder: Path) -> Non
                 del row["gate"][name]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     run = read_run(folder)
-    assert gate_tables(make_grid(run.rows, run.spec)) == ()
+    assert confusion_tables(make_grid(run.rows, run.spec)) == ()
     for path in write_report(folder)[1:]:
+        assert "by the expert that weighs most" not in path.read_text()
+
+
+def test_accuracy_entropy_and_load_of_each_arm_that_chooses_are_in_a_table(tmp_path: Path) -> None:
+    """Over seeds; where experts have no tasks there is no accuracy, in rows from before it was counted no load."""
+    right = replace(gate(TASKS, sharpness=2.0), accuracy=0.75, entropy_nats=1.0, load=[0.5] * 7 + [4.5])
+    read = {
+        ("mop", 0): right,
+        ("mop", 1): replace(right, accuracy=0.25, entropy_nats=0.5, load=[0.9] * 7 + [1.7]),
+        ("mop+", 0): replace(right, accuracy=None, load=()),
+        ("idp", 0): replace(right, load=[0.0] * 7 + [1.0]),
+        ("single", 0): None,
+    }
+    for (arm, seed), reading in read.items():
+        add(tmp_path, documents(2.0, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed, gate=reading)
+    run = read_run(tmp_path)
+    table = gates_table(make_grid(run.rows, {}))
+    cells = [[(cell.main, cell.minor) for cell in line.cells] for line in table.lines]
+    of_mop, of_ours, of_idp = (dict(zip(table.columns, line, strict=True)) for line in cells)
+    assert (of_mop["setting"], of_ours["arm"]) == (("wanda 50%", ""), ("mop+", ""))
+    assert of_mop["accuracy"] == (share(0.5), f"{share(0.25)} to {share(0.75)}")
+    assert of_mop["entropy, nats"] == ("0.750", "0.500 to 1.000")
+    assert of_mop["ln(experts)"] == (number(math.log(8)), "")
+    assert of_mop["greatest load"] == ("3.10", "1.70 to 4.50")
+    assert [of_ours[name][0] for name in ("accuracy", "entropy, nats", "greatest load")] == ["-", "1.000", "-"]
+    assert of_idp["greatest load"] == ("8.00", "")  # one for all, whatever its weights add up to
+    for path in write_report(tmp_path)[1:]:
+        assert "entropy, nats" in path.read_text()
+
+
+def test_a_run_without_a_gate_does_not_speak_of_one(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 4.0, "single": 3.0})
+    for path in write_report(tmp_path)[1:]:
         assert "What the gate chooses" not in path.read_text()
 
 
@@ -465,6 +501,52 @@ def test_costs_stand_in_their_columns(tmp_path: Path) -> None:
     shown = {name: cell.main for name, cell in zip(table.columns, table.lines[-1].cells, strict=True)}
     values = ("120,968", "240", "296 kB", "269 MB", "3 min 32 s", "1 min 36 s", "14.2 s", "2.4 GB", "0")
     assert tuple(text.replace("\N{NO-BREAK SPACE}", " ") for text in shown.values())[2:] == values
+
+
+def sweep_of(arm: str, **changes: Any) -> Sweep:
+    trials = [
+        Trial(learning_rate=rate, validation_nats=nats, seconds=100.0)
+        for rate, nats in ((0.5 / 3, 2.75), (0.5, 2.5), (1.5, None))
+    ]
+    fields = {"steps": 120, "batch_size": 8, "validation_rows": 90, "learning_rate": 0.5, "at_edge": False}
+    return Sweep(**{"arm": arm, "trials": trials, "seconds": 1031.2} | fields | changes)
+
+
+def keep_sweeps(folder: Path, *sweeps: Sweep) -> None:
+    (folder / "sweeps").mkdir()
+    for one in sweeps:
+        (folder / "sweeps" / f"{sweep_name('wanda 50%', one.arm)}.json").write_text(json.dumps(asdict(one)))
+
+
+def test_what_every_sweep_tried_and_took_is_a_row_of_the_report(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 4.0, "single": 3.0, "mop": 2.5, "lora": 2.4})
+    keep_sweeps(tmp_path, sweep_of("mop"), sweep_of("lora", at_edge=True, learning_rate=1e-2, seconds=59.0))
+    run = read_run(tmp_path)
+    table = sweeps_table(make_grid(run.rows, {}), run.sweeps)
+    texts = [[cell.main.replace("\N{NO-BREAK SPACE}", " ") for cell in line.cells] for line in table.lines]
+    tried = "0.167: 2.750, 0.5: 2.500, 1.5: broke down"
+    assert texts == [
+        ["wanda 50%", "mop", tried, "0.5", "120", "90", "17 min 11 s"],
+        ["", "lora", tried, "0.01", "120", "90", "59.0 s"],
+    ]
+    assert [line.cells[3].minor != "" for line in table.lines] == [False, True]
+    for path in write_report(tmp_path)[1:]:
+        assert "Cost of choosing learning rates" in path.read_text()
+
+
+def test_a_run_without_a_sweep_has_no_table_of_them(tmp_path: Path) -> None:
+    small_run(tmp_path, {"none": 4.0, "single": 3.0})
+    for path in write_report(tmp_path)[1:]:
+        assert "choosing learning rates" not in path.read_text()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"arm": "mop"}'])
+def test_a_file_that_is_no_sweep_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    small_run(tmp_path, {"mop": 2.5})
+    keep_sweeps(tmp_path, sweep_of("mop"))
+    (tmp_path / "sweeps" / "wanda-50-mop.json").write_text(text)
+    with pytest.raises(DataError, match=r"wanda-50-mop\.json: not a sweep"):
+        read_run(tmp_path)
 
 
 def test_task_tables_hold_perplexity_and_exact_match_beside_dense(tmp_path: Path) -> None:

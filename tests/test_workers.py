@@ -81,3 +81,31 @@ def test_two_processes_sweep_as_one_and_go_on_after_the_trials_that_the_first_on
     assert both["learning_rate"] == one["learning_rate"]
     found, expected = ([trial["validation_nats"] for trial in sweep["trials"]] for sweep in (both, one))
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+TAUGHT = """
+import os, sys, time
+from mopcompress.recover.distillation import Teacher
+run = Teacher._run
+def noted(self, *given):
+    with open(os.environ["NOTED"], "a") as file:
+        file.write(os.environ["RANK"] + "\\n")
+    time.sleep(3)  # the other would not find it and run its own, if it did not wait
+    return run(self, *given)
+Teacher._run = noted
+from mopcompress.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_alone_runs_the_teacher(stories, tmp_path):
+    data, script, noted = write_data(tmp_path / "data"), tmp_path / "taught.py", tmp_path / "noted"
+    script.write_text(TAUGHT)
+    taught = ["--teacher", str(stories), "--distill", "0.5", "--output-dir", str(tmp_path / "out"), "--json"]
+    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, *taught]
+    environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"], str(script), *words]
+    done = subprocess.run(command, env=environment | {"NOTED": str(noted)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert noted.read_text().split() == ["0"]

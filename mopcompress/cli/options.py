@@ -121,7 +121,7 @@ JOINT: Options = {
 }
 RECOVERY = _recovery_fields(
     steps=("steps", int, "Training steps"),
-    experts=("experts", int, "Experts; one a task if not given"),
+    experts=("experts", int, "Experts; one a task if not given, 7 found by k-means if rows name no tasks"),
     prompts_per_expert=("prompts_per_expert", int, "Prompt tokens of an expert"),
     layer=("layer", int, "Block that prompts enter; 10/32 of the depth if not given"),
     deep=("deep", bool, "single, mop: train keys and values in every layer; many more parameters"),

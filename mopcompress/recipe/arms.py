@@ -44,7 +44,6 @@ TRAINED = {
     "input": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
     "smop": ArmSettings(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate"}, at_input=True),
     "prefix": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
-    # a short sweep: benchmarks/LOG.md
     "lora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),
     "masklora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),
     "eora": ArmSettings(learning_rate=None, own=LOW_RANK, whole=True),

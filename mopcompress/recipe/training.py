@@ -10,6 +10,7 @@ from mopcompress.recipe.fields import FilePath, Spec, Targets, Time
 from mopcompress.recipe.modifiers import changed
 
 TrainedArm = Annotated[str, AfterValidator(trained_arm)]
+UNLABELLED = 7  # experts for rows that name no task, as in Dun et al. (2310.02842)
 Rate = Annotated[float, Field(gt=0, le=1000)]
 
 
@@ -26,7 +27,7 @@ class PromptRecoveryModifier(Spec):
     """Train an adapter on a frozen compressed model: one prompt, or a mixture chosen by a gate, or a rival."""
 
     arm: TrainedArm = "mop"
-    experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data
+    experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data, or 7 that are found
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
     deep: bool = False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
@@ -78,8 +79,8 @@ class PromptRecoveryModifier(Spec):
         return tasks if labelled and self.experts in (None, len(tasks)) else ()
 
     def count_experts(self, tasks: tuple[str, ...]) -> int:
-        """How many experts there are. Raises `UsageError` when more are to act."""
-        experts = self.experts or len(tasks)
+        """How many experts there are: one a task unless told otherwise. Raises `UsageError` when more are to act."""
+        experts = self.experts or len(tasks) or UNLABELLED
         if self.top_k is not None and self.top_k > experts:
             raise UsageError(f"--top-k: {self.top_k} of {experts} experts cannot act; give at most {experts}")
         return experts

@@ -9,6 +9,7 @@ and a student that equals its teacher has a divergence of 0.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -30,10 +31,14 @@ class Kept:
     log_shares: Float[Tensor, "scored top+1"]  # of those tokens, and of all others together
 
 
+Store = Callable[[Callable[[], Kept]], Kept]
+"""`store(run)`: the distributions of all documents, from where they are kept or by calling `run`."""
+
+
 class Teacher:
     """The dense model's distributions over every response token of the training documents, at one temperature.
 
-    They stay in memory: half a gigabyte for a million response tokens.
+    They take half a gigabyte for a million response tokens.
     """
 
     def __init__(
@@ -45,33 +50,44 @@ class Teacher:
         batch_size: int,
         hidden: bool = False,
         progress: Callable[[int], None] = lambda done: None,
+        store: Store | None = None,
     ) -> None:
         """Run the whole model on every document, and keep its hidden states too if asked to.
 
-        `progress` is told how many documents are done.
+        Without hidden states it is not run where `store` has its distributions. `progress` is told how many documents
+        are done.
         """
         self.temperature = temperature
-        scored = [len(document.tokens) - document.context_tokens for document in documents]
-        self.states = TeacherStates(model, scored) if hidden else None
-        self._kept: dict[int, Kept] = {}
+        self._scored = [len(document.tokens) - document.context_tokens for document in documents]
+        self._ends = torch.tensor(self._scored).cumsum(0).tolist()
+        self.states = TeacherStates(model, self._scored) if hidden else None
+        run = partial(self._run, model, documents, batch_size, progress)
+        self._kept = run() if hidden or store is None else store(run)
+
+    def _run(
+        self, model: LanguageModel, documents: Sequence[Encoded], batch_size: int, progress: Callable[[int], None]
+    ) -> Kept:
+        found: dict[int, Kept] = {}
         states = CachedStates(model, documents, 0, batch_size=batch_size)
         for rows in batches_by_length(documents, batch_size, generator=None):
             batch = states.batch(rows)
-            with torch.inference_mode(), watched(model.blocks if hidden else ()) as seen:
+            with torch.inference_mode(), watched(model.blocks if self.states else ()) as seen:
                 left = model.resume(batch.hidden, 0)
-                kept = keep(model.logits(left[batch.example, batch.position]), temperature=temperature)
+                kept = keep(model.logits(left[batch.example, batch.position]), temperature=self.temperature)
             if self.states is not None:
                 self.states.keep(rows, batch, seen)
             for index, row in enumerate(rows):
                 own = batch.example == index
-                self._kept[row] = Kept(kept.tokens[own].int().cpu(), kept.log_shares[own].cpu())
-            progress(len(self._kept))
+                found[row] = Kept(kept.tokens[own].int().cpu(), kept.log_shares[own].cpu())
+            progress(len(found))
+        in_order = [found[row] for row in range(len(documents))]
+        return Kept(torch.cat([one.tokens for one in in_order]), torch.cat([one.log_shares for one in in_order]))
 
     def of(self, rows: Sequence[int], device: torch.device) -> Kept:
         """Of these documents, in the order in which a batch scores them."""
-        kept = [self._kept[row] for row in rows]
-        tokens = torch.cat([one.tokens for one in kept]).long()
-        return Kept(tokens.to(device), torch.cat([one.log_shares for one in kept]).to(device))
+        places = [slice(self._ends[row] - self._scored[row], self._ends[row]) for row in rows]
+        tokens = torch.cat([self._kept.tokens[place] for place in places]).long()
+        return Kept(tokens.to(device), torch.cat([self._kept.log_shares[place] for place in places]).to(device))
 
 
 @dataclass(frozen=True)

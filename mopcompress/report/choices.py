@@ -1,17 +1,50 @@
-"""Which expert the documents of each task choose, as tables."""
+"""How right, how sharp and how even a gate is, and which expert the documents of each task choose, as tables."""
 
-from mopcompress.report.formats import ratio
+import math
+
+from mopcompress.report.formats import number, ratio, share
 from mopcompress.report.tables import Grid
-from mopcompress.report.views import Line, Table, Text
+from mopcompress.report.views import Line, Table, Text, over_seeds
 from mopcompress.results import GateReading
 
 NOTE = (
+    "On the test documents; mean over seeds, with the least and the greatest in small type. Accuracy: share of "
+    'documents whose strongest expert is their task\'s; "-" where experts have no tasks of their own. Entropy: of the '
+    "experts' shares, mean over documents; ln(experts) when the gate has no preference. Greatest load: the "
+    "greatest mean weight of an expert over all documents, in units of an equal share; 1 when the load is even, the "
+    "number of experts when one takes all."
+)
+CONFUSION_NOTE = (
     "Test documents of each task (rows) by the expert that weighs most (columns), first seed. Load: the mean weight of "
-    "an expert over all documents; those of a gate add up to the number of experts, so 1 is its equal share."
+    "an expert over all documents; those of a gate add up to the number of experts, so 1 is its equal share, and those "
+    "of idp to 1."
 )
 
 
-def gate_tables(grid: Grid) -> tuple[Table, ...]:
+def gates_table(grid: Grid) -> Table:
+    """Setting x arm that chooses: accuracy, entropy beside its greatest value, greatest load."""
+    lines: list[Line] = []
+    for setting in grid.settings:
+        read = {arm: [row.gate for row in grid.rows(setting, arm) if row.gate] for arm in grid.arms_of(setting)}
+        choosing = {arm: gates for arm, gates in read.items() if gates}
+        for place, (arm, gates) in enumerate(choosing.items()):
+            values = (
+                over_seeds([gate.accuracy for gate in gates if gate.accuracy is not None], float, share),
+                over_seeds(gates, lambda gate: gate.entropy_nats, number),
+                over_seeds(gates, lambda gate: math.log(len(gate.weights[0])), number),
+                over_seeds([gate for gate in gates if gate.load], _greatest_load, ratio),
+            )
+            lines.append(Line((Text("" if place else setting), Text(arm), *values), starts_group=not place))
+    columns = ("setting", "arm", "accuracy", "entropy, nats", "ln(experts)", "greatest load")
+    return Table("What the gate chooses", NOTE, columns, 2, tuple(lines))
+
+
+def _greatest_load(gate: GateReading) -> float:
+    # the weights of `idp` add up to 1 a document, those of other arms to the number of experts
+    return len(gate.load) * max(gate.load) / math.fsum(gate.load)
+
+
+def confusion_tables(grid: Grid) -> tuple[Table, ...]:
     """One table a setting and arm that chooses, if its rows say what."""
     first = [rows[0] for setting in grid.settings for arm in grid.arms_of(setting) if (rows := grid.rows(setting, arm))]
     return tuple(

@@ -43,8 +43,10 @@ class Content:
     figures: tuple[plots.Figure, ...]
     comparisons: views.Table
     costs: views.Table
+    sweeps: views.Table
     tasks: tuple[views.Table, ...]
-    gates: tuple[views.Table, ...]
+    gates: views.Table
+    confusions: tuple[views.Table, ...]
     answers: tuple[views.Table, ...]
     definitions: provenance.Facts
     protocol: provenance.Facts
@@ -66,8 +68,10 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         figures=plots.figures(grid, comparisons),
         comparisons=views.comparisons_table(comparisons),
         costs=views.costs_table(grid),
+        sweeps=views.sweeps_table(grid, run.sweeps),
         tasks=tasks.task_tables(grid),
-        gates=choices.gate_tables(grid),
+        gates=choices.gates_table(grid),
+        confusions=choices.confusion_tables(grid),
         answers=answers.answer_tables(grid),
         definitions=provenance.definitions(run),
         protocol=provenance.protocol_facts(run),

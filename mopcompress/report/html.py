@@ -20,5 +20,5 @@ def to_html(content: Content) -> str:
     )
     figures = [(figure, Markup(figure.svg)) for figure in content.figures]
     return environment.get_template("report.html.jinja").render(
-        content=content, figures=figures, gates_note=choices.NOTE, answers_note=answers.NOTE
+        content=content, figures=figures, confusions_note=choices.CONFUSION_NOTE, answers_note=answers.NOTE
     )

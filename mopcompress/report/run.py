@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError
-from mopcompress.results import BenchRow, DocumentScores, read_documents, read_rows
+from mopcompress.results import BenchRow, DocumentScores, Sweep, read_documents, read_rows, read_sweeps
 
 Cell = tuple[str, str, int]  # setting, arm, seed
 
@@ -19,6 +19,7 @@ class Run:
     rows: tuple[BenchRow, ...]
     manifest: Mapping[str, Any]
     documents: Mapping[Cell, DocumentScores]
+    sweeps: Mapping[str, Sweep]  # by `results.sweep_name`
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -33,7 +34,7 @@ def section(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read `rows.jsonl`, `run.json` and the documents the rows name.
+    """Read `rows.jsonl`, `run.json`, the documents the rows name, and the sweeps.
 
     Raises `InputNotFoundError` when there is nothing to report on, `DataError` when the parts contradict each other,
     `RefusedError` when a row names a file outside the folder.
@@ -49,7 +50,12 @@ def read_run(folder: Path) -> Run:
             raise DataError(f"{folder / 'rows.jsonl'}: two rows for {row.cell}; remove one of them")
         documents[row.cell] = _documents(row, folder)
     _check_same_tokens(rows, documents)
-    return Run(rows=rows, manifest=_manifest(folder / "run.json"), documents=documents)
+    return Run(
+        rows=rows,
+        manifest=_manifest(folder / "run.json"),
+        documents=documents,
+        sweeps=read_sweeps(folder / "sweeps"),
+    )
 
 
 def _manifest(path: Path) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from mopcompress.results import BenchRow
 DENSE = "dense"
 ARMS = ("none", "single", "mop", "mop+")
 OURS, BASELINES = ("mop+", "mop"), ("single", "none")
+Measured = TypeVar("Measured")  # a row of a seed, or a part of it
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 
 
@@ -88,9 +89,9 @@ def _rank(setting: Setting) -> tuple[Any, ...]:
     return (kind, known, method, setting.ratio or 0.0, -(setting.bits or 0))
 
 
-def spread(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) -> Spread:
+def spread(of_seeds: Sequence[Measured], value: Callable[[Measured], float]) -> Spread:
     """Arithmetic mean, least and greatest over seeds."""
-    values = [float(value(row)) for row in rows]
+    values = [float(value(one)) for one in of_seeds]
     return Spread(sum(values) / len(values), min(values), max(values))
 
 

@@ -1,7 +1,7 @@
 """Pivots to tables of text, which Markdown and HTML then only have to draw."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -19,8 +19,18 @@ from mopcompress.report.formats import (
     size_in_bytes,
 )
 from mopcompress.report.intervals import Interval
-from mopcompress.report.tables import DENSE, Comparison, Grid, Spread, best_arms, perplexity_spread, recovery, spread
-from mopcompress.results import BenchRow
+from mopcompress.report.tables import (
+    DENSE,
+    Comparison,
+    Grid,
+    Measured,
+    Spread,
+    best_arms,
+    perplexity_spread,
+    recovery,
+    spread,
+)
+from mopcompress.results import BenchRow, Sweep, Trial, sweep_name
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
 PLAIN_TEXT = "Plain text: perplexity of text that no arm was trained on. "
@@ -73,10 +83,10 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
         trained = None if arm == "none" else recovery(grid, setting, arm, dense_arm=arm)
         alike = "" if trained is None else f"{ratio(trained)} of the dense model with {arm}"
         values = (
-            _over_seeds(rows, lambda row: row.sparsity, lambda value: share(value, decimals=2)),
+            over_seeds(rows, lambda row: row.sparsity, lambda value: share(value, decimals=2)),
             _perplexity(rows, lambda row: row.perplexity),
             _perplexity(rows, lambda row: row.perplexity_macro),
-            _over_seeds(rows, lambda row: row.exact_match, share),
+            over_seeds(rows, lambda row: row.exact_match, share),
             *(_written(rows, field, show) for _, field, show in written),
             *([_perplexity(rows, lambda row: row.text_perplexity or math.nan)] if texts else []),
             Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained), alike),
@@ -123,15 +133,15 @@ def costs_table(grid: Grid) -> Table:
     for setting, arm, first in _order(grid):
         rows = grid.rows(setting, arm)
         values = (
-            _over_seeds(rows, lambda row: row.trained_parameters, lambda value: f"{value:,.0f}"),
-            _over_seeds(rows, lambda row: row.train_steps, lambda value: f"{value:,.0f}"),
-            _over_seeds(rows, lambda row: row.adapter_bytes, size_in_bytes),
-            _over_seeds(rows, lambda row: row.model_bytes, size_in_bytes),
-            _over_seeds(rows, lambda row: row.train_seconds, duration),
-            _over_seeds(rows, lambda row: row.compress_seconds, duration),
-            _over_seeds(rows, lambda row: row.evaluate_seconds, duration),
-            _over_seeds(rows, lambda row: row.peak_bytes, size_in_bytes),
-            _over_seeds(rows, lambda row: row.fallbacks, lambda value: f"{value:,.3g}"),
+            over_seeds(rows, lambda row: row.trained_parameters, lambda value: f"{value:,.0f}"),
+            over_seeds(rows, lambda row: row.train_steps, lambda value: f"{value:,.0f}"),
+            over_seeds(rows, lambda row: row.adapter_bytes, size_in_bytes),
+            over_seeds(rows, lambda row: row.model_bytes, size_in_bytes),
+            over_seeds(rows, lambda row: row.train_seconds, duration),
+            over_seeds(rows, lambda row: row.compress_seconds, duration),
+            over_seeds(rows, lambda row: row.evaluate_seconds, duration),
+            over_seeds(rows, lambda row: row.peak_bytes, size_in_bytes),
+            over_seeds(rows, lambda row: row.fallbacks, lambda value: f"{value:,.3g}"),
         )
         lines.append(Line((Text(setting if first else ""), Text(arm), *values), first))
     note = (
@@ -140,6 +150,34 @@ def costs_table(grid: Grid) -> Table:
         "the next."
     )
     return Table("Cost", note, (*columns, "fallbacks"), 2, tuple(lines))
+
+
+def sweeps_table(grid: Grid, sweeps: Mapping[str, Sweep]) -> Table:
+    """Setting x arm that was swept: every rate tried with its validation nats, and what that took."""
+    lines: list[Line] = []
+    for setting in grid.settings:
+        named = {arm: sweeps.get(sweep_name(setting, arm)) for arm in grid.arms_of(setting)}
+        for place, (arm, one) in enumerate((arm, one) for arm, one in named.items() if one):
+            values = (
+                Text(", ".join(_trial(trial) for trial in one.trials)),
+                Text(f"{one.learning_rate:.3g}", "at the edge of what was tried" if one.at_edge else ""),
+                Text(f"{one.steps:,}"),
+                Text(f"{one.validation_rows:,}"),
+                Text(duration(one.seconds)),
+            )
+            lines.append(Line((Text("" if place else setting), Text(arm), *values), starts_group=not place))
+    columns = ("setting", "arm", "rates tried: validation nats", "rate", "steps each", "rows", "in all")
+    note = (
+        "Every rate tried with the mean nats a token of the validation rows after training at it; the best is that of "
+        "all seeds. In all: the time of these trainings. The best of them is the first seed's training if it has as "
+        "many steps: its seconds then count above too."
+    )
+    return Table("Cost of choosing learning rates", note, columns, 3, tuple(lines))
+
+
+def _trial(trial: Trial) -> str:
+    found = "broke down" if trial.validation_nats is None else number(trial.validation_nats)
+    return f"{trial.learning_rate:.3g}: {found}"
 
 
 def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
@@ -187,6 +225,11 @@ def interval_text(interval: Interval) -> str:
     return change_with_interval(interval.estimate, interval.low, interval.high)
 
 
+def over_seeds(of_seeds: Sequence[Measured], value: Callable[[Measured], float], show: Callable[[float], str]) -> Text:
+    """The mean over seeds, and in small type the least and the greatest."""
+    return _spread_text(spread(of_seeds, value), show) if of_seeds else Text(ABSENT)
+
+
 def _order(grid: Grid) -> list[tuple[str, str, bool]]:
     """(setting, arm, whether it is the setting's first), dense on top even when it was not measured."""
     order = [(setting, arm, not place) for setting in grid.settings for place, arm in enumerate(grid.arms_of(setting))]
@@ -207,12 +250,8 @@ def _against_single(arm: str, one: Comparison | None, *, measured: bool) -> Text
     return Text(interval_text(one.micro), VERDICTS[2] if quiet else "")
 
 
-def _over_seeds(rows: Sequence[BenchRow], value: Callable[[BenchRow], float], show: Callable[[float], str]) -> Text:
-    return _spread_text(spread(rows, value), show) if rows else Text(ABSENT)
-
-
 def _written(rows: Sequence[BenchRow], field: str, show: Callable[[float], str]) -> Text:
-    return _over_seeds([row for row in rows if getattr(row, field) is not None], attrgetter(field), show)
+    return over_seeds([row for row in rows if getattr(row, field) is not None], attrgetter(field), show)
 
 
 def _difference(one: Interval | None) -> Text:

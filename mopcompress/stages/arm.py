@@ -1,6 +1,7 @@
 """One arm of a recipe on one model: where it acts, what it is, and its training."""
 
 import time
+from collections.abc import Sequence
 
 from mopcompress.errors import UsageError
 from mopcompress.models.language_model import LanguageModel
@@ -102,6 +103,19 @@ def adapter_config(
         rank=modifier.rank,
         targets=modifier.adapter_targets,
     )
+
+
+def tell_of_experts(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[str, ...], progress: Progress) -> None:
+    """Say so where arms will have experts that nobody named: neither the recipe nor the rows."""
+    found = [one for one in modifiers if one.experts is None and "experts" in TRAINED[one.arm].own]
+    if found and not tasks:
+        count = found[0].count_experts(tasks)
+        progress(
+            f"the rows name no tasks: {count} experts, whose domains k-means finds in the states of the instructions; "
+            "--experts asks for another number, a column task for one a task",
+            0,
+            0,
+        )
 
 
 def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ from mopcompress.recover.arms import ARMS
 from mopcompress.recover.eora import check_dense
 from mopcompress.recover.recovered import Recovered
 from mopcompress.report import write_report
-from mopcompress.results import BenchRow, append_row, read_rows
-from mopcompress.stages.arm import adapter_config, first_layer, train_arm
+from mopcompress.results import BenchRow, append_row, folder_name, read_rows, read_sweeps, sweep_name
+from mopcompress.stages.arm import adapter_config, first_layer, tell_of_experts, train_arm
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.cell import adapter_of, score_cell
 from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
-from mopcompress.stages.grid import folder_of, modifiers_of, settings_of
+from mopcompress.stages.grid import modifiers_of, settings_of
 from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.manifest import continued, write_manifest
 from mopcompress.stages.progress import Progress, silent
@@ -40,7 +41,6 @@ from mopcompress.stages.protocol import new_manifest
 from mopcompress.stages.provenance import choose_device, now, provenance
 from mopcompress.stages.sweep import (
     check_validation,
-    read_sweeps,
     read_trials,
     sweep_rate,
     told,
@@ -81,6 +81,7 @@ class _Bench:
         model = load_model(self.source, device=self.device)
         documents = load_documents(self.recipe.run, model.tokenizer)
         arms = [self.recovery.with_arm(arm) for arm in self.recipe.run.trained_arms]
+        tell_of_experts(arms, documents.tasks, self.progress)
         first_layer("none", self.recovery.layer, model)
         for one in arms:
             config = adapter_config(one, model, documents.tasks, self.source_sha256)
@@ -107,7 +108,7 @@ class _Bench:
                 compressed = self._compressed(setting, tokens, calibration)
                 self._fill(setting, compressed, documents, missing)
             manifest["seconds"] = before + time.perf_counter() - start
-            manifest["sweeps"] = read_sweeps(self.folder / "sweeps")
+            manifest["sweeps"] = {name: asdict(one) for name, one in read_sweeps(self.folder / "sweeps").items()}
             write_manifest(manifest, self.folder)
         write_manifest(manifest | {"finished": now()}, self.folder)
         write_report(self.folder)
@@ -117,7 +118,7 @@ class _Bench:
         """The folder of the setting's model, made when it is not there."""
         if setting == DENSE:
             return self.source
-        target = self.folder / "models" / folder_of(setting)
+        target = self.folder / "models" / folder_name(setting.name)
         if artifact.read_manifest(target) is None:
             modifiers = modifiers_of(self.recipe, setting)
             compress_into(
@@ -156,7 +157,7 @@ class _Bench:
                     train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed, unfinished)
                     if modifier.sweeps:
                         validation = states(layer, documents.validation, "validation rows")
-                        name = f"{folder_of(setting)}-{cell.arm}"
+                        name = sweep_name(setting.name, cell.arm)
                         modifier, recovered = self._swept(name, modifier, model, validation, train, unfinished)
                     recovered = recovered or train(modifier)
                 test = states(layer, documents.test, "test rows")
@@ -233,4 +234,4 @@ class _Bench:
             )
             self.progress(told(found), 0, 0)
             write_sweep(found, path)
-        return modifier.at_rate(read_sweeps(path.parent)[name]["learning_rate"]), recovered
+        return modifier.at_rate(read_sweeps(path.parent)[name].learning_rate), recovered

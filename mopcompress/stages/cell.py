@@ -12,10 +12,9 @@ from mopcompress.recipe import RunSpec
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.folder import adapter_bytes
 from mopcompress.recover.recovered import Recovered
-from mopcompress.results import BenchRow, write_documents
+from mopcompress.results import BenchRow, folder_name, write_documents
 from mopcompress.stages.evaluate import score
 from mopcompress.stages.gate import read_gate
-from mopcompress.stages.grid import folder_of
 from mopcompress.stages.progress import Progress
 from mopcompress.stages.provenance import peak_bytes, provenance
 from mopcompress.stages.recover import publish_adapter
@@ -25,7 +24,7 @@ from mopcompress.states import CachedStates
 
 def adapter_of(folder: Path, setting: Setting, cell: Cell) -> Path:
     """Where a bench's `folder` has, or will have, the adapter of a cell."""
-    return folder / "adapters" / f"{folder_of(setting)}-{cell.arm}-{cell.seed}"
+    return folder / "adapters" / f"{folder_name(setting.name)}-{cell.arm}-{cell.seed}"
 
 
 def score_cell(

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mopcompress.data.calibration import read_text, text_windows
+from mopcompress.data.columns import NO_TASK
 from mopcompress.data.encoding import Encoded, encode, template_name
 from mopcompress.data.examples import load_examples
 from mopcompress.data.splits import Example, Splits, subset
@@ -21,7 +22,8 @@ TEXT_TASK = "plain text"
 class Documents:
     """Encoded splits, and windows of plain text if there are any. `facts` is what a report says of them.
 
-    `train` holds the windows that are trained on, too, as rows of one more task.
+    `train` holds the windows that are trained on, too, as rows of one more task. `tasks` are those of `train`; none
+    where no row names one.
     """
 
     train: tuple[Encoded, ...]
@@ -82,6 +84,8 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
             facts[name] = {"name": source, "windows": len(windows), "sha256": _digest([one.tokens for one in windows])}
     if trained:
         kept["train"], tasks = (*kept["train"], *trained), tuple(sorted({*tasks, TEXT_TASK}))
+    if tasks == (NO_TASK,):
+        tasks = ()
     return Documents(**kept, text=scored_text, tasks=tasks, facts=facts)
 
 

@@ -45,8 +45,3 @@ def modifiers_of(recipe: Recipe, setting: Setting) -> list[Pruning | GPTQModifie
         assert isinstance(rounding, GPTQModifier)
         found.append(rounding.with_bits(setting.bits, recipe.run.group_size))
     return found
-
-
-def folder_of(setting: Setting) -> str:
-    """The setting's name as a file name."""
-    return setting.name.replace("%", "").replace(" + ", "-").replace(" ", "-")

@@ -13,7 +13,7 @@ from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.folder import adapter_bytes, save_adapter
 from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.workers import joined
-from mopcompress.stages.arm import first_layer, train_arm
+from mopcompress.stages.arm import first_layer, tell_of_experts, train_arm
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.progress import Progress, silent
@@ -34,12 +34,15 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         documents = load_documents(recipe.run, model.tokenizer)
         layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
         modifier, recovered = recipe.recovery, None
+        tell_of_experts([modifier], documents.tasks, tell)
         teacher, dense = named_teacher(modifier), dense_weights(modifier, base, model)
         if modifier.sweeps:
             check_validation(len(documents.validation), recipe.run.data)
         with workers.first_alone():
             states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
-        taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
+        # hidden states are not kept: with them every process runs the teacher, all at once
+        with nullcontext() if modifier.squarehead else workers.first_alone():
+            taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
         facts = {
             "learning_rate": modifier.rate,
             "sweep": None,

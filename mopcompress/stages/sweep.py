@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.recovered import Recovered
+from mopcompress.results import Sweep, Trial
 from mopcompress.states import CachedStates
 
 FACTOR = 3.0  # from a rate to the next; the grid begins around the recipe's rate, else the arm's own
@@ -28,29 +29,6 @@ MOST = 6  # rates tried
 TRIALS = "trials.json"
 
 Train = Callable[[PromptRecoveryModifier], Recovered]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One rate of the grid."""
-
-    learning_rate: float
-    validation_nats: float | None  # mean over the scored tokens; None: it broke down
-    seconds: float  # of its training; without an end, until it broke down
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What was tried for one arm, and what came of it."""
-
-    arm: str
-    steps: int  # of each trial, warm-up and decay included
-    batch_size: int
-    validation_rows: int
-    trials: list[Trial]
-    learning_rate: float  # the best
-    at_edge: bool  # no higher or no lower rate was tried: the best may lie outside
-    seconds: float
 
 
 def sweep_rate(
@@ -173,8 +151,3 @@ def read_trials(folder: Path) -> dict[float, Trial]:
     path = folder / TRIALS
     fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return {trial.learning_rate: trial for trial in (Trial(**one) for one in fields)}
-
-
-def read_sweeps(folder: Path) -> dict[str, Any]:
-    """The sweeps of a bench, by setting and arm."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}

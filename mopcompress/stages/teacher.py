@@ -12,6 +12,7 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover.distillation import Distillation, Teacher
 from mopcompress.recover.start import DenseWeights
+from mopcompress.stages.kept_distributions import store_of
 from mopcompress.stages.progress import Progress
 
 
@@ -23,8 +24,9 @@ def taught_by(
     batch_size: int,
     progress: Progress,
 ) -> Distillation | None:
-    """Run the teacher of the model in `base` on the training documents; None where nothing is distilled.
+    """What the teacher of the model in `base` makes of the training documents; None where nothing is distilled.
 
+    Its distributions are those kept from another run, or computed and kept; its hidden states are too large for that.
     Raises `InputNotFoundError` without a teacher, `DataError` when it is not the one that the model was made from.
     """
     if not modifier.distill and not modifier.squarehead:
@@ -45,6 +47,7 @@ def taught_by(
         batch_size=batch_size,
         hidden=bool(modifier.squarehead),
         progress=lambda done: progress("teacher, once for all arms: training rows", done, len(documents)),
+        store=store_of(teacher, weights_hash(folder), documents, temperature=modifier.distill_temperature),
     )
     return Distillation(taught, modifier.distill, modifier.squarehead)
 
