@@ -98,7 +98,7 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
     found = nats(model, states, adapter)
     assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
     bare = score_responses(model, states.batch(ALL), LAYER).nats
-    assert float((found - bare).abs().median()) > 1e-2  # it is not the bare model that was compared
+    assert float((found - bare).abs().min()) > 1e-4
 
 
 def test_without_preferences_of_the_experts_the_gate_does_nothing(tiny_llama, states):

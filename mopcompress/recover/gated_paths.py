@@ -13,8 +13,8 @@ gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
   bias, which is what a prompt is (Petrov et al.), in the direction of the path. The gate is that of `mop`, read once an
   example.
 
-It begins at the bare model exactly: B = 0, s = t = 0, norms as they are; A looks along the gradient (`alignment`). It
-trains at most as many numbers as `mop` with the same settings.
+It begins at the bare model exactly: B = 0, s = t = 0, norms as they are. It trains at most as many numbers as `mop`
+with the same settings.
 """
 
 import copy
@@ -33,16 +33,13 @@ from mopcompress.models.replacing import replacing
 from mopcompress.recover import gate as gates
 from mopcompress.recover import prompts
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.alignment import Path, align
 from mopcompress.recover.changes import writers_from
 from mopcompress.recover.gate import Gate
 from mopcompress.recover.norms import norms_from
 from mopcompress.recover.prompts import expert_domains
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import losses_of
-from mopcompress.states import Applied, Instructions, batches_by_length
+from mopcompress.states import Applied, Instructions
 
-ALIGNED_BY = 8  # batches of 8 training rows, which A begins by: two backward passes, as much as 16 steps
 UNIT = 10.0  # of s and t as they are stored: AdamW moves a number by its rate, and an expert has to move by about 1
 
 
@@ -162,10 +159,7 @@ def fitted(budget: int, *, of_a_rank: int, of_a_width: int, fixed: int, most: in
 
 
 def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths:
-    """The bare model exactly, with a gate that is pre-trained on the domains and tempered, as for `mop`.
-
-    Raises `NumericalError` when the bare model's loss has no finite gradient.
-    """
+    """The bare model exactly, with a gate that is pre-trained on the domains and tempered, as for `mop`."""
     states = material.states
     adapter = build(material.model, config)
     generator = torch.Generator().manual_seed(start.seed)
@@ -173,14 +167,9 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths
     adapter.gate.draw(generator)
     gates.pretrain(adapter.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
     adapter.gate.temper(start.gate_temper)
-    paths = [path for path in adapter.paths.values() if isinstance(path, LowRank)]  # all: for mypy, which cannot know
     with torch.no_grad():
-        for path in paths:
+        for path in adapter.paths.values():
+            assert isinstance(path, LowRank)  # for mypy: a ModuleDict forgets what it holds
             drawn = torch.empty(path.down.shape).normal_(std=path.down.shape[1] ** -0.5, generator=generator)
             path.down.copy_(drawn)
-    batches = batches_by_length(states.documents, 8, generator=generator)[:ALIGNED_BY]
-    align(
-        [Path(path.down, path.up) for path in paths],
-        lambda: (losses_of(adapter, material.model, states, rows)[0] for rows in batches),
-    )
     return adapter
