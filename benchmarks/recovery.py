@@ -47,8 +47,8 @@ ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni
     ("sni-frozen-gate", "mop", "mop", "mop with a frozen gate"),
     ("sni-clusters", "mop", "mop", "mop without task labels"),
 )
-REGAINED = (("sni", "sparsegpt 50%", 0.8), ("sni-settings", "sparsegpt 85%", 0.5))  # of the gap to the dense mop+
-ANSWERED = ("sni", "sni-settings", "sni-2of4", "sni-long")  # of short answers, some of which have one right form
+REGAINED = (("sni", "sparsegpt 50%", 0.8), ("sni-85", "sparsegpt 85%", 0.5))  # of the gap to the dense mop+
+ANSWERED = ("sni", "sni-long")  # of short answers, some of which have one right form
 LM = "../shared/data/lm"  # from the project's folder, as in the recipes
 TEXT, OTHER_TEXT = f"{LM}/wikitext2_tokens_test.txt", f"{LM}/wikipedia_paragraphs_from_dolly_train.txt"
 
@@ -76,18 +76,17 @@ PARTS = (
     part("sni", "0.5", MAIN),
     part("sni-controls", "0.5", ("eora", *CONTROLS), rates="sni"),
     part("sni", "0.5", RIVALS[:2]),
-    part("sni-settings", "0.85", ("none",), rates="sni", dense=("mop+",)),
     part("dolly-settings", "0.85", ("none", "single", "mop"), rates="sni", recipe="dolly.yaml"),
-    part("sni-settings", "0.85", MAIN, rates="sni", dense=("mop+",)),
+    part("sni-85", "0.85", MAIN, rates="sni", dense=("mop+",)),
     part("sni-ungated", "0.5", ("mop+",), rates="sni", recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
     part("dolly-settings", "0.5,0.85", MAIN, rates="sni", recipe="dolly.yaml"),
     part("sni", "0.5", ("single", "mop"), "1,2"),
+    part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
     part("sni-settings", "0.7,0.95", MAIN, rates="sni", bits="3,2"),
     part("sni-2of4", "0.5", MAIN, rates="sni", recipe="sni_24.yaml"),
-    part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
+    part("sni-85", "0.85", ("single", "mop"), "1,2", rates="sni"),
     part("sni", "0.5", RIVALS[2:]),
     part("dolly-settings", "0.5", ("single", "mop"), "1,2", rates="sni", recipe="dolly.yaml"),
-    part("sni-settings", "0.85", ("single", "mop"), "1,2", rates="sni"),
     part("sni-wide", "0.5", ("single",), rates="sni", recovery={"prompts_per_expert": 21}),  # 11 x 10, the gate
     part("sni-text", "0.5", MAIN, rates="sni", train_text=OTHER_TEXT),
     part("sni-zero-gate", "0.5", ("mop",), rates="sni", recovery={"gate_temper": 0.0}),
@@ -182,7 +181,7 @@ def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
 
 def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator[str]:
     """How much of the log perplexity that lies between no arm and the dense model with `mop+` the same arm regains."""
-    arms = ((folder, setting, "none"), (folder, setting, "mop+"), ("sni-settings", "dense", "mop+"))
+    arms = ((folder, setting, "none"), (folder, setting, "mop+"), ("sni-85", "dense", "mop+"))
     found = [_documents(output / name, where, arm) for name, where, arm in arms]
     none, ours, dense = (sum(one.nats) if one else math.nan for one in found)
     share = (none - ours) / (none - dense)
