@@ -23,6 +23,7 @@ from mopcompress.models.checkpoint import load_model, resolve_model, weights_has
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.start import Material
 from mopcompress.report.formats import change_with_interval
 from mopcompress.report.intervals import PairedBootstrap
 from mopcompress.stages.arm import first_layer, train_arm
@@ -82,7 +83,8 @@ def measured(
     layer = first_layer(modifier.arm, modifier.layer, model)
     states = cache_states(model, sha256, documents.train, layer, size, "training rows", progress, dtype=TRAINING)
     validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", progress)
-    recovered = train_arm(model, states, documents.tasks, modifier, sha256, recipe.run.seed, progress)
+    material = Material(model, states, documents.tasks)
+    recovered = train_arm(modifier, material, sha256, seed=recipe.run.seed, progress=progress)
     scores = score(model, validation, recovered.adapter, size, progress)
     return {
         "name": name,

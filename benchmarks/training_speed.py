@@ -44,9 +44,9 @@ from mopcompress.recipe import RunSpec
 from mopcompress.recipe.training import PromptRecoveryModifier
 from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.arms import ARMS
-from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import Training, fit
-from mopcompress.stages.arm import first_layer
+from mopcompress.recover.start import Material
+from mopcompress.recover.train import fit
+from mopcompress.stages.arm import first_layer, start_of, training_of
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.provenance import peak_bytes, provenance
 from mopcompress.states import CachedStates, batches_by_length
@@ -162,7 +162,7 @@ def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) ->
     start = time.perf_counter()
     train, validation = (CachedStates(model, rows, layer, batch_size=16) for rows in (given.train, given.validation))
     cache_seconds = time.perf_counter() - start
-    settings = PromptRecoveryModifier(arm=arm)
+    settings = PromptRecoveryModifier(arm=arm, steps=asked.steps, batch_size=ROWS)
     config = AdapterConfig(
         arm=arm,
         experts=EXPERTS,
@@ -172,13 +172,7 @@ def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) ->
         base_sha256="",
         tasks=given.tasks if len(given.tasks) == EXPERTS else (),
     )
-    begin = Start(
-        gate_pretraining_steps=settings.gate_pretraining_steps,
-        gate_temper=settings.gate_temper,
-        log_opening=settings.log_opening,
-        seed=0,
-    )
-    adapter = ARMS[arm].begin(config, Material(model, train, given.tasks), begin)
+    adapter = ARMS[arm].begin(config, Material(model, train, given.tasks), start_of(settings, seed=0))
 
     def after(row: Any) -> None:
         measured.step(row.tokens, row.seconds)
@@ -188,16 +182,8 @@ def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) ->
             measured.validated(math.log(micro(scores).perplexity))
         wait()
 
-    training = Training(
-        steps=asked.steps,
-        batch_size=ROWS,
-        learning_rate=settings.rate,
-        gate_learning_rate=settings.gate_learning_rate,
-        warmup_fraction=settings.warmup_fraction,
-        clip_norm=settings.clip_norm,
-        seed=0,
-    )
-    fit(adapter, model, train, training, progress=after)
+    assert settings.rate is not None  # for mypy
+    fit(adapter, model, train, training_of(settings, settings.rate, seed=0), progress=after)
     return {
         "measured": asdict(measured),
         "rows": [len(given.train), len(given.validation)],

@@ -237,11 +237,11 @@ def test_a_bench_that_was_stopped_in_a_sweep_does_not_repeat_its_trials(stories,
     whole = with_recovery(recipe_of(stories, seeds=(0,)), {"sweep_steps": 2})
     rates, train = [], train_arm
 
-    def stopped(*given, **named):
-        rates.append(given[3].learning_rate)
+    def stopped(modifier, **named):
+        rates.append(modifier.learning_rate)
         if len(rates) == 3:
             raise KeyboardInterrupt
-        return train(*given, **named)
+        return train(modifier, **named)
 
     monkeypatch.setattr("mopcompress.stages.bench.train_arm", stopped)
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,6 @@
 """From what, and how, an adapter begins."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -20,7 +20,7 @@ class Material:
 
     model: LanguageModel
     states: CachedStates  # of the training documents, at the adapter's layer
-    tasks: Sequence[str]
+    tasks: tuple[str, ...]
     dense: DenseWeights | None = None  # where it is known from what the model was compressed
 
 

@@ -12,64 +12,41 @@ from mopcompress.recover.arms import ARMS
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.standing import TrainRow
-from mopcompress.recover.start import DenseWeights, Material, Start
+from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, fit
 from mopcompress.recover.workers import Workers
 from mopcompress.stages.progress import Progress
 from mopcompress.stages.unfinished_training import UnfinishedTraining
-from mopcompress.states import CachedStates
 
 
 def train_arm(
-    model: LanguageModel,
-    states: CachedStates,
-    tasks: tuple[str, ...],
     modifier: PromptRecoveryModifier,
+    material: Material,
     base_sha256: str,
+    *,
     seed: int,
     progress: Progress,
     distillation: Distillation | None = None,
-    *,
-    dense: DenseWeights | None = None,
     unfinished: UnfinishedTraining | None = None,
     workers: Workers | None = None,
 ) -> Recovered:
-    """Begin and train one arm on cached states; go on with what `unfinished` kept. `dense` is for arms that repair.
+    """Begin and train one arm on cached states; go on with what `unfinished` kept.
 
     Raises `UsageError` when more experts are to act than there are.
     """
     start = time.perf_counter()
-    config = adapter_config(modifier, model, tasks, base_sha256)
+    config = adapter_config(modifier, material.model, material.tasks, base_sha256)
     if modifier.rate is None:
         progress(f"{modifier.arm} has a closed form: no steps, and no learning rate to give or to sweep", 0, 0)
-    adapter = ARMS[modifier.arm].begin(
-        config,
-        Material(model, states, tasks, dense),
-        Start(
-            gate_pretraining_steps=modifier.gate_pretraining_steps,
-            gate_temper=modifier.gate_temper,
-            log_opening=modifier.log_opening,
-            seed=seed,
-        ),
-    )
+    adapter = ARMS[modifier.arm].begin(config, material, start_of(modifier, seed))
     seconds, what = time.perf_counter() - start, f"training {modifier.arm}, seed {seed}"
     rows: list[TrainRow] = []
     if modifier.rate is not None:
-        training = Training(
-            steps=modifier.steps,
-            batch_size=modifier.batch_size,
-            learning_rate=modifier.rate,
-            gate_learning_rate=modifier.gate_learning_rate,
-            warmup_fraction=modifier.warmup_fraction,
-            clip_norm=modifier.clip_norm,
-            seed=seed,
-            accumulate=modifier.accumulate,
-        )
         rows = fit(
             adapter,
-            model,
-            states,
-            training,
+            material.model,
+            material.states,
+            training_of(modifier, modifier.rate, seed),
             distillation=distillation,
             progress=lambda row: progress(what, row.step, row.steps),
             keeping=unfinished.at(modifier.rate, modifier.steps) if unfinished else None,
@@ -79,6 +56,30 @@ def train_arm(
         for parameter in group:
             parameter.requires_grad_(False)
     return Recovered(adapter, config, rows, seconds + sum(row.seconds for row in rows))
+
+
+def start_of(modifier: PromptRecoveryModifier, seed: int) -> Start:
+    """How the recipe's arm begins."""
+    return Start(
+        gate_pretraining_steps=modifier.gate_pretraining_steps,
+        gate_temper=modifier.gate_temper,
+        log_opening=modifier.log_opening,
+        seed=seed,
+    )
+
+
+def training_of(modifier: PromptRecoveryModifier, learning_rate: float, seed: int) -> Training:
+    """How the recipe's arm is trained."""
+    return Training(
+        steps=modifier.steps,
+        batch_size=modifier.batch_size,
+        learning_rate=learning_rate,
+        gate_learning_rate=modifier.gate_learning_rate,
+        warmup_fraction=modifier.warmup_fraction,
+        clip_norm=modifier.clip_norm,
+        seed=seed,
+        accumulate=modifier.accumulate,
+    )
 
 
 def adapter_config(

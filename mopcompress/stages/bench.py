@@ -6,7 +6,7 @@ on where it stopped, a larger grid runs only what is new, and a run with other s
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +26,7 @@ from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.eora import check_dense
 from mopcompress.recover.recovered import Recovered
+from mopcompress.recover.start import Material
 from mopcompress.report import write_report
 from mopcompress.results import BenchRow, append_row, folder_name, read_rows, read_sweeps, sweep_name
 from mopcompress.stages.arm import adapter_config, first_layer, tell_of_experts, train_arm
@@ -40,6 +41,7 @@ from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.protocol import new_manifest
 from mopcompress.stages.provenance import choose_device, now, provenance
 from mopcompress.stages.sweep import (
+    Train,
     check_validation,
     read_trials,
     sweep_rate,
@@ -154,7 +156,8 @@ class _Bench:
                 recovered = None
                 if unfinished:
                     rows = states(layer, documents.train, "training rows", TRAINING)
-                    train = partial(self._train, model, rows, documents.tasks, sha256, cell.seed, unfinished)
+                    material = Material(model, rows, documents.tasks, dense_weights(modifier, self.source, model))
+                    train = self._training(material, sha256, cell.seed, unfinished)
                     if modifier.sweeps:
                         validation = states(layer, documents.validation, "validation rows")
                         name = sweep_name(setting.name, cell.arm)
@@ -185,26 +188,15 @@ class _Bench:
         job = {name: facts[name] for name in ("versions", "commit", "device", "threads")} | {"model": base_sha256}
         return unfinished_training(adapter, job, lambda line: self.progress(line, 0, 0), begin_again=True)
 
-    def _train(
-        self,
-        model: LanguageModel,
-        rows: CachedStates,
-        tasks: tuple[str, ...],
-        base_sha256: str,
-        seed: int,
-        unfinished: UnfinishedTraining,
-        modifier: PromptRecoveryModifier,
-    ) -> Recovered:
-        return train_arm(
-            model,
-            rows,
-            tasks,
-            modifier,
-            base_sha256,
-            seed,
-            self.progress,
-            self.taught,
-            dense=dense_weights(modifier, self.source, model),
+    def _training(self, material: Material, base_sha256: str, seed: int, unfinished: UnfinishedTraining) -> Train:
+        """How a cell's arm is trained, whatever the rate."""
+        return partial(
+            train_arm,
+            material=material,
+            base_sha256=base_sha256,
+            seed=seed,
+            progress=self.progress,
+            distillation=self.taught,
             unfinished=unfinished,
         )
 
@@ -214,7 +206,7 @@ class _Bench:
         modifier: PromptRecoveryModifier,
         model: LanguageModel,
         validation: CachedStates,
-        train: Callable[[PromptRecoveryModifier], Recovered],
+        train: Train,
         unfinished: UnfinishedTraining,
     ) -> tuple[PromptRecoveryModifier, Recovered | None]:
         """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds.

@@ -97,16 +97,7 @@ def compress_into(
     ]
     steps = planned(streamed.model, [*compressions, *map(repairing, repair)])
     requested, made_by = request_facts(source, [*modifiers, *repair], calibration, recipe), provenance(device)
-    asked = {
-        "model": requested["base"]["sha256"],
-        "calibration": calibration["sha256"],
-        "compressions": {
-            str(number): asdict(one) for number, one in enumerate([step.compression for step in steps], start=1)
-        },
-        "versions": made_by["versions"],
-        "commit": made_by["commit"],
-        "device": made_by["device"],
-    }
+    asked = _job(requested, made_by, steps)
     with unfinished(
         target, source, asked, streamed.places, lambda line: progress(line, 0, 0), begin_again=begin_again
     ) as job:
@@ -129,6 +120,18 @@ def compress_into(
             )
             facts["repair"] = keep_repairs(scratch, job.repairs)
     return facts
+
+
+def _job(requested: dict[str, Any], made_by: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+    """All that a block's result depends on: work that was stopped goes on only where this is the same."""
+    return {
+        "model": requested["base"]["sha256"],
+        "calibration": requested["calibration"]["sha256"],
+        "compressions": {
+            str(number): asdict(one) for number, one in enumerate([step.compression for step in steps], start=1)
+        },
+        **{name: made_by[name] for name in ("versions", "commit", "device")},
+    }
 
 
 def _run(

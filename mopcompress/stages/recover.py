@@ -8,10 +8,11 @@ from typing import Any
 
 from mopcompress import artifact
 from mopcompress.models.checkpoint import check_output, load_model, resolve_model, weights_hash
-from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
+from mopcompress.recipe import Recipe, resolved
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.folder import adapter_bytes, save_adapter
 from mopcompress.recover.recovered import Recovered
+from mopcompress.recover.start import Material
 from mopcompress.recover.workers import joined
 from mopcompress.stages.arm import first_layer, tell_of_experts, train_arm
 from mopcompress.stages.documents import load_documents
@@ -55,22 +56,16 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             **provenance(model.device),
         }
         with _kept(target, facts, tell) if workers.first else nullcontext() as unfinished:
-
-            def train(one: PromptRecoveryModifier) -> Recovered:
-                return train_arm(
-                    model,
-                    states,
-                    documents.tasks,
-                    one,
-                    sha256,
-                    seed,
-                    tell,
-                    taught,
-                    dense=dense,
-                    unfinished=unfinished,
-                    workers=workers,
-                )
-
+            train = partial(
+                train_arm,
+                material=Material(model, states, documents.tasks, dense),
+                base_sha256=sha256,
+                seed=seed,
+                progress=tell,
+                distillation=taught,
+                unfinished=unfinished,
+                workers=workers,
+            )
             if modifier.sweeps:
                 with workers.first_alone():
                     rows = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
