@@ -51,6 +51,8 @@ def trained(model, states):
             path.up.normal_(std=0.1, generator=generator)
             path.scales.normal_(std=0.2, generator=generator)
             path.shifts.normal_(std=0.2, generator=generator)
+            if path.neurons is not None:
+                path.neurons.normal_(std=0.1, generator=generator)
         for weight in adapter.norms.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     return adapter
@@ -75,7 +77,10 @@ def test_it_begins_at_the_bare_model_exactly(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
-    """Slowly: a network of its own for each example, with B (diag(1 + g_e s_e) A x + g_e t_e), the mean over e."""
+    """Slowly: a network of its own for each example, with B (diag(1 + g_e s_e) A x + g_e t_e), the mean over e.
+
+    The neurons that an MLP's last linear reads are scaled for the linear, not for what stands beside it.
+    """
     model = tiny_model(family)
     states = CachedStates(model, DOCUMENTS, LAYER, batch_size=4)
     adapter = trained(model, states)
@@ -88,7 +93,8 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
             linear = merged.network.get_submodule(key.replace("/", "."))
             scale = sum(1 + gate * 10 * own for gate, own in zip(gates, path.scales, strict=True)) / len(gates)
             shift = sum(gate * 10 * own for gate, own in zip(gates, path.shifts, strict=True)) / len(gates)
-            weight = weight_of(linear) + path.up @ torch.diag(scale) @ path.down
+            neurons = 1 if path.neurons is None else 1 + 3 * path.neurons
+            weight = weight_of(linear) * neurons + path.up @ torch.diag(scale) @ path.down
             set_weight(linear, weight.detach(), None)
             constant = (path.up @ shift).detach()
             linear.register_forward_hook(lambda _linear, _inputs, output, constant=constant: output + constant)
@@ -99,6 +105,18 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
     assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
     bare = score_responses(model, states.batch(ALL), LAYER).nats
     assert float((found - bare).abs().min()) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_neurons_of_every_mlp_are_scaled_where_a_linear_reads_them(family):
+    model = tiny_model(family)
+    adapter = gated_paths.build(model, CONFIG)
+    scaled = {name: len(path.neurons) for name, path in adapter.paths.items() if path.neurons is not None}
+    stacked = family == "mixtral"  # its experts' matrices are no linears
+    assert len(scaled) == (0 if stacked else BLOCKS - LAYER)
+    assert all("mlp" in name or name.endswith("fc2") for name in scaled)
+    readers = {name: model.network.get_submodule(name.replace("/", ".")) for name in scaled}
+    assert scaled == {name: weight_of(linear).shape[1] for name, linear in readers.items()}
 
 
 def test_without_preferences_of_the_experts_the_gate_does_nothing(tiny_llama, states):
@@ -221,11 +239,20 @@ def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llam
     assert highest or trained_parameters(adapter) - gate + narrowest + of_a_rank > mop
 
 
-def test_what_the_ranks_leave_goes_to_the_gate_up_to_its_width_in_mop():
-    assert fitted(1000, of_a_rank=300, of_a_width=10, fixed=5, most=9) == Sizes(rank=2, gate_width=39)
-    assert fitted(1665, of_a_rank=1500, of_a_width=10, fixed=5, most=9) == Sizes(rank=1, gate_width=16)
-    assert fitted(2999, of_a_rank=1500, of_a_width=10, fixed=5, most=9) == Sizes(rank=1, gate_width=128)
-    assert fitted(1000, of_a_rank=300, of_a_width=10, fixed=5, most=1) == Sizes(rank=1, gate_width=69)
+def test_within_the_budget_neurons_go_before_ranks_and_ranks_before_a_wider_gate():
+    def sizes(budget: int, **more: int) -> Sizes:
+        return fitted(budget, **{"of_a_rank": 300, "of_neurons": 400, "of_a_width": 10, "fixed": 5, "most": 9, **more})
+
+    assert sizes(465) == Sizes(rank=1, gate_width=16, neurons=False)
+    assert sizes(864) == Sizes(rank=2, gate_width=25, neurons=False)
+    assert sizes(865) == Sizes(rank=1, gate_width=16, neurons=True)
+    assert sizes(1164) == Sizes(rank=1, gate_width=45, neurons=True)
+    assert sizes(1165) == Sizes(rank=2, gate_width=16, neurons=True)
+    assert sizes(1165, most=1) == Sizes(rank=1, gate_width=46, neurons=True)
+    assert sizes(2999, of_a_rank=1500) == Sizes(rank=1, gate_width=109, neurons=True)
+    assert sizes(3999, of_a_rank=3000) == Sizes(rank=1, gate_width=59, neurons=True)
+    assert sizes(5999, of_a_rank=3000) == Sizes(rank=1, gate_width=128, neurons=True)
+    assert sizes(465, of_neurons=0) == Sizes(rank=1, gate_width=16, neurons=True)  # of none there are
 
 
 def test_no_path_has_a_higher_rank_than_its_linear_can_have(tiny_llama):
@@ -235,7 +262,7 @@ def test_no_path_has_a_higher_rank_than_its_linear_can_have(tiny_llama):
 
 def test_a_budget_without_room_for_a_rank_is_refused():
     with pytest.raises(DataError, match="leaves 1664"):
-        fitted(1664, of_a_rank=1500, of_a_width=10, fixed=5, most=9)
+        fitted(1664, of_a_rank=1500, of_neurons=0, of_a_width=10, fixed=5, most=9)
 
 
 # --- as an arm

@@ -22,6 +22,7 @@ from mopcompress.models.widths import ATTENTIONS, MLPS
 from mopcompress.states import Applied, Instructions
 from mopcompress.targets import ALL, meant
 
+MLP_READERS = (("down_proj",), ("fc2",), ("mlp.c_proj",), ("dense_4h_to_h",))  # read the neurons of an MLP
 WRITERS = {last for _, last in (*MLPS, *ATTENTIONS)}  # what they give is added to the residual stream
 
 
@@ -139,16 +140,31 @@ def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
     return found
 
 
+def mlp_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
+    """The linears of those blocks that read the neurons of an MLP; none in families where that is no linear."""
+    targets = _present(model, MLP_READERS)
+    return {} if targets is None else linears_from(model, layer, targets)
+
+
 def first_present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str]:
     """The first choice whose targets all are in the first block. Raises `DataError` when there is none."""
-    names = [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
-    for targets in choices:
-        if all(meant(names, _pattern(target)) for target in targets):
-            return targets
-    raise DataError(
-        f"the blocks of {type(model.network).__name__} have no linears {', or '.join(map(' and '.join, choices))}, "
-        f"only {', '.join(names)}; use another arm, or a family that has them"
-    )
+    found = _present(model, choices)
+    if found is None:
+        raise DataError(
+            f"the blocks of {type(model.network).__name__} have no linears "
+            f"{', or '.join(map(' and '.join, choices))}, only {', '.join(_linears_of_a_block(model))}; use another "
+            "arm, or a family that has them"
+        )
+    return found
+
+
+def _present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str] | None:
+    names = _linears_of_a_block(model)
+    return next((targets for targets in choices if all(meant(names, _pattern(target)) for target in targets)), None)
+
+
+def _linears_of_a_block(model: LanguageModel) -> list[str]:
+    return [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
 
 
 def _pattern(target: str) -> str:

@@ -3,7 +3,8 @@
 A compressed model first needs the same repair on every task, and prompts are poor at it: they only bias what attention
 gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
 
-- the norms' weights are trained (PERP, arXiv 2312.15230), and
+- the norms' weights are trained (PERP, arXiv 2312.15230),
+- every neuron of an MLP is scaled where the budget has room for it ((IA)^3, arXiv 2205.05638), and
 - every linear that writes to the residual stream gets a low-rank path with gated experts,
 
       y = W x + sum_e B ((1 + g_e(instruction) s_e) * A x + g_e(instruction) t_e) / E,
@@ -13,8 +14,8 @@ gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
   bias, which is what a prompt is (Petrov et al.), in the direction of the path. The gate is that of `mop`, read once an
   example.
 
-It begins at the bare model exactly: B = 0, s = t = 0, norms as they are. It trains at most as many numbers as `mop`
-with the same settings.
+It begins at the bare model exactly: B = 0, s = t = 0, neurons times 1, norms as they are. It trains at most as many
+numbers as `mop` with the same settings.
 """
 
 import copy
@@ -33,31 +34,38 @@ from mopcompress.models.replacing import replacing
 from mopcompress.recover import gate as gates
 from mopcompress.recover import prompts
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.changes import writers_from
+from mopcompress.recover.changes import mlp_readers_from, writers_from
 from mopcompress.recover.gate import Gate
 from mopcompress.recover.norms import norms_from
 from mopcompress.recover.prompts import expert_domains
 from mopcompress.recover.start import Material, Start
 from mopcompress.states import Applied, Instructions
 
-UNIT = 10.0  # of s and t as they are stored: AdamW moves a number by its rate, and an expert has to move by about 1
+# AdamW moves a number by its rate, whatever its size; so numbers that have to move further are stored in larger units
+UNIT = 10.0  # of s and t: an expert has to move by about 1
+NEURON_UNIT = 3.0  # of a neuron's scale less 1: (IA)^3 likes three times the rate of norms
 
 
 class LowRank(nn.Module):
-    """The trained part of one linear: B diag(scale) A + B shift, with the experts' scales and shifts."""
+    """The trained part of one linear: B diag(scale) A + B shift, with the experts' scales and shifts.
 
-    def __init__(self, linear: Linear, rank: int, experts: int) -> None:
+    With `neurons`, a factor for each input of the linear itself, too.
+    """
+
+    def __init__(self, linear: Linear, rank: int, experts: int, *, neurons: bool) -> None:
         super().__init__()
         rows, columns = weight_of(linear).shape
         self.down = nn.Parameter(torch.zeros(rank, columns))
         self.up = nn.Parameter(torch.zeros(rows, rank))
         self.scales = nn.Parameter(torch.zeros(experts, rank))
         self.shifts = nn.Parameter(torch.zeros(experts, rank))
+        self.neurons = nn.Parameter(torch.zeros(columns)) if neurons else None
 
     def beside(self, linear: nn.Module, weights: Float[Tensor, "batch experts"]) -> nn.Module:
         """What stands in the linear's place for these examples; the experts' weights have a mean of 1."""
         unit = UNIT * weights / weights.shape[1]
-        return _Beside(linear, self.down, self.up, 1 + unit @ self.scales, unit @ self.shifts)
+        factors = None if self.neurons is None else 1 + NEURON_UNIT * self.neurons
+        return _Beside(linear, self.down, self.up, 1 + unit @ self.scales, unit @ self.shifts, factors)
 
 
 class _Beside(nn.Module):
@@ -68,18 +76,19 @@ class _Beside(nn.Module):
         up: Tensor,
         scale: Float[Tensor, "batch rank"],
         shift: Float[Tensor, "batch rank"],
+        factors: Float[Tensor, " columns"] | None,
     ) -> None:
         super().__init__()
-        self._own = (linear, down, up, scale, shift)  # in a tuple: neither submodule nor parameters
+        self._own = (linear, down, up, scale, shift, factors)  # in a tuple: neither submodule nor parameters
 
     def forward(self, inputs: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
-        linear, down, up, scale, shift = self._own
+        linear, down, up, scale, shift, factors = self._own
         low = inputs @ down.T
         # an example's tokens stand next to each other, in families that flatten them too, and so do its beams
         tokens = low.shape[:-1].numel() // len(scale)
         scale, shift = (one.repeat_interleave(tokens, dim=0).view(low.shape) for one in (scale, shift))
         low = low * scale + shift
-        return linear(inputs) + low @ up.T
+        return linear(inputs if factors is None else inputs * factors) + low @ up.T
 
 
 class GatedPaths(nn.Module):
@@ -122,40 +131,52 @@ class Sizes:
 
     rank: int
     gate_width: int
+    neurons: bool  # whether they are scaled
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     """The largest repair within the budget of `mop`. Raises `DataError` for families whose linears have other names."""
     norms, linears = norms_from(model, config.layer), writers_from(model, config.layer)
+    readers = mlp_readers_from(model, config.layer)
     sizes = fitted(
         prompts.budget(model, config) - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
         of_a_rank=sum(sum(weight_of(linear).shape) + 2 * config.experts for linear in linears.values()),
+        of_neurons=sum(weight_of(linear).shape[1] for linear in readers.values()),
         of_a_width=config.hidden_size + 1 + config.experts,
         fixed=config.experts,
         most=min(min(weight_of(linear).shape) for linear in linears.values()),
     )
+    paths = {
+        name: LowRank(linear, sizes.rank, config.experts, neurons=sizes.neurons and name in readers)
+        for name, linear in linears.items()
+    }
     adapter = GatedPaths(
         config.layer,
         {name: copy.deepcopy(norm).requires_grad_(True) for name, norm in norms.items()},
-        {name: LowRank(linear, sizes.rank, config.experts) for name, linear in linears.items()},
+        paths,
         Gate(config.hidden_size, config.experts, width=sizes.gate_width),
     )
     return adapter.to(model.device)
 
 
-def fitted(budget: int, *, of_a_rank: int, of_a_width: int, fixed: int, most: int) -> Sizes:
-    """The highest rank, up to `most`, that leaves room for the narrowest gate; then the widest gate that still fits.
+def fitted(budget: int, *, of_a_rank: int, of_neurons: int, of_a_width: int, fixed: int, most: int) -> Sizes:
+    """Rank 1 and the narrowest gate; then, as far as there is room, neurons, more ranks up to `most`, a wider gate.
 
-    Raises `DataError` when there is no room for either.
+    Raises `DataError` when there is no room for either of the first.
     """
     narrow = gates.WIDTH // 8
-    rank = min(most, (budget - fixed - narrow * of_a_width) // of_a_rank)
-    if rank < 1:
+    least = of_a_rank + fixed + narrow * of_a_width
+    room = budget - least
+    if room < 0:
         raise DataError(
-            f"mop+: rank 1 and a gate of width {narrow} are {of_a_rank + fixed + narrow * of_a_width} numbers besides "
-            f"the norms, and the budget of mop leaves {budget}; raise --layer or --prompts-per-expert"
+            f"mop+: rank 1 and a gate of width {narrow} are {least} numbers besides the norms, and the budget of mop "
+            f"leaves {budget}; raise --layer or --prompts-per-expert"
         )
-    return Sizes(rank, min(gates.WIDTH, (budget - fixed - rank * of_a_rank) // of_a_width))
+    neurons = of_neurons <= room
+    room -= of_neurons if neurons else 0
+    ranks = min(most - 1, room // of_a_rank)
+    room -= ranks * of_a_rank
+    return Sizes(1 + ranks, min(gates.WIDTH, narrow + room // of_a_width), neurons)
 
 
 def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths:

@@ -12,11 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.changes import Changes, first_present, linears_from
+from mopcompress.recover.changes import MLP_READERS, Changes, first_present, linears_from
 from mopcompress.recover.start import Material, Start
 
 ATTENTION = (("k_proj", "v_proj"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
-MLP = (("down_proj",), ("fc2",), ("mlp.c_proj",), ("dense_4h_to_h",))
 
 
 class Scaled(nn.Module):
@@ -40,7 +39,7 @@ class Scaled(nn.Module):
 def build(model: LanguageModel, config: AdapterConfig) -> Changes:
     """Raises `DataError` when the family has no such linears."""
     changes: dict[str, nn.Module] = {}
-    for choices, inputs in ((ATTENTION, False), (MLP, True)):
+    for choices, inputs in ((ATTENTION, False), (MLP_READERS, True)):
         linears = linears_from(model, config.layer, first_present(model, choices))
         changes |= {name: Scaled(linear, inputs=inputs) for name, linear in linears.items()}
     return Changes(config.layer, changes).to(model.device)
