@@ -157,6 +157,21 @@ def test_forwards_of_ones_own_give_the_same(family: str) -> None:
         tokens = torch.cat([tokens, one], dim=1)
 
 
+@torch.no_grad()
+def test_loops_of_ones_own_may_begin_a_cache_with_padding(model: MopForCausalLM) -> None:
+    alone = []
+    for context in CONTEXTS:
+        cache, one = DynamicCache(config=model.network.config), torch.tensor([context])
+        first = model(input_ids=one, past_key_values=cache).logits[:, -1]
+        second = model(input_ids=first.argmax(-1, keepdim=True), past_key_values=cache).logits[:, -1]
+        alone.append(torch.cat([first, second]))
+    (tokens, mask), cache = padded(CONTEXTS), DynamicCache(config=model.network.config)
+    first = model(input_ids=tokens, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    mask, one = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), first.argmax(-1, keepdim=True)
+    second = model(input_ids=one, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    assert_close(torch.stack([first, second], dim=1), torch.stack(alone), rtol=1e-4, atol=1e-4)
+
+
 def test_a_cache_that_another_model_began_is_refused(model: MopForCausalLM) -> None:
     cache = model.network(input_ids=torch.tensor([CONTEXTS[0]]))[CACHE]
     with pytest.raises(DataError, match="was not begun by this model"):
@@ -407,6 +422,24 @@ def test_dtype_and_device_are_transformers_own(tmp_path: Path) -> None:
     model = MopForCausalLM.from_pretrained(*folders, dtype="bfloat16", device_map="cpu")
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
     assert len(written(model, CONTEXTS)[0]) == NEW
+
+
+@pytest.mark.parametrize("arm", GENERATING)
+def test_a_model_of_half_the_precision_comes_back_as_it_was(arm: str, tmp_path: Path) -> None:
+    """Positions are as exact as in fp32, as transformers has it."""
+    model = MopForCausalLM.from_pretrained(*folders_of(arm, tmp_path), dtype="bfloat16")
+    assert {one.dtype for name, one in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+    model.save_pretrained(tmp_path / "one")
+    batch = batch_of(DOCUMENTS, side="left")
+    whole = MopForCausalLM.from_pretrained(tmp_path / "one", dtype="float32")
+    assert {one.dtype for one in whole.parameters()} == {torch.float32}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert_close(whole(**batch).logits, expected.float(), rtol=0.1, atol=0.5)
+        for dtype in (None, "auto", torch.bfloat16):
+            again = MopForCausalLM.from_pretrained(tmp_path / "one", dtype=dtype)
+            assert {one.dtype for one in again.parameters()} == {torch.bfloat16}
+            assert torch.equal(again(**batch).logits, expected)
 
 
 @pytest.mark.parametrize(

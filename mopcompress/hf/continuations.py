@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mopcompress.errors import DataError
+from mopcompress.hf.instructions import positions
 from mopcompress.hf.model import MopForCausalLM
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -58,7 +59,7 @@ def _scores(model: PreTrainedModel, pairs: Sequence[Pair]) -> list[Likelihood]:
     for row, (_, rest) in zip(logits, pairs, strict=True):
         said = row[len(row) - len(rest) :].float().log_softmax(-1)
         target = torch.tensor(rest, dtype=torch.long, device=model.device)
-        log_likelihood = said.gather(1, target[:, None]).double().sum()
+        log_likelihood = said.gather(1, target[:, None]).cpu().double().sum()
         scores.append(Likelihood(float(log_likelihood), bool((said.argmax(-1) == target).all())))
     return scores
 
@@ -107,11 +108,6 @@ def left_padded(
     tokens = [[padding] * (longest - len(row)) + [*row] for row in rows]
     mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
-
-
-def positions(mask: Bool[Tensor, "rows time"]) -> Int[Tensor, "rows time"]:
-    """Where each token stands in its own text."""
-    return (mask.long().cumsum(1) - 1).clamp_min(0)
 
 
 def _shortened(pair: Pair, longest: int) -> Pair:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -44,8 +45,10 @@ def adapter_of(model: LanguageModel, config: AdapterConfig) -> Adapter:
     return ARMS[config.arm].build(model, config)
 
 
-def load_whole(folder: Path, config: PretrainedConfig, adapter: AdapterConfig) -> tuple[PreTrainedModel, Adapter]:
-    """Network and adapter of one folder, in the dtype that they are stored in.
+def load_whole(
+    folder: Path, config: PretrainedConfig, adapter: AdapterConfig, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, Adapter]:
+    """Network and adapter of one folder, in the dtype that they are stored in unless told otherwise.
 
     Raises `DataError` when the folder holds less than both, or more.
     """
@@ -53,6 +56,8 @@ def load_whole(folder: Path, config: PretrainedConfig, adapter: AdapterConfig) -
         stored = {name: one for path in weight_files(folder) for name, one in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise DataError(f"model {folder} cannot be read ({error}); save it again") from error
+    if dtype is not None:
+        stored = {name: one.to(dtype) if one.is_floating_point() else one for name, one in stored.items()}
     with init_empty_weights(include_buffers=False):
         network = network_of(config)
     _fill(network, _part(stored, NETWORK), folder)
@@ -62,6 +67,7 @@ def load_whole(folder: Path, config: PretrainedConfig, adapter: AdapterConfig) -
     attach(model, read_repairs(folder))
     made = adapter_of(model, adapter)
     assert isinstance(made, nn.Module)  # for mypy: a protocol cannot ask for it
+    made = made.to(network.dtype)
     try:
         made.load_state_dict(_part(stored, ADAPTER))
     except RuntimeError as error:

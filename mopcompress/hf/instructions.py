@@ -31,6 +31,11 @@ def instruction_mask_of(
     return mask if labels is None else mask & ((labels != UNSCORED).cumsum(1) == 0)
 
 
+def positions(mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """Where each token stands in its own text: padding on the left counts for nothing."""
+    return (mask.long().cumsum(1) - 1).clamp_min(0)
+
+
 def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]) -> Instructions:
     """Instruction tokens of states that enter the adapter's layer, wherever in the row they stand.
 

@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from mopcompress.errors import DataError
 from mopcompress.hf.config import MopConfig
 from mopcompress.hf.folder import adapter_of, load_whole, network_of, refuse_unheeded
-from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, read_by_itself
+from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, positions, read_by_itself
 from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
@@ -89,19 +89,18 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         """
         refuse_unheeded(plumbing)
         folder = resolve_model(str(pretrained_model_name_or_path))
+        asked = None if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if adapter is None:
             config = config or MopConfig.from_pretrained(folder)
             if not isinstance(config, MopConfig) or config.text_config is None or config.adapter is None:
                 raise DataError(f"model {folder} is no recovered model; name its adapter too, or one that was saved")
-            network, loaded = load_whole(folder, config.text_config, AdapterConfig(**config.adapter))
+            network, loaded = load_whole(folder, config.text_config, AdapterConfig(**config.adapter), asked)
             made = cls(config, network, loaded)
         else:
-            base = load_model(folder, device=torch.device("cpu"))
+            base = load_model(folder, device=torch.device("cpu"), dtype=asked or torch.float32)
             loaded, described = load_adapter(Path(adapter), base, base_sha256=weights_hash(folder))
             made = cls.around(base, loaded, described)
         made._repairs = read_repairs(folder)
-        if dtype not in (None, "auto"):
-            made = made.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return made if device_map is None else made.to(device_map)
 
     @classmethod
@@ -160,8 +159,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         `past_key_values` is the older name of `cache`.
         """
         cache = past_key_values if cache is None else cache
-        if position_ids is None and attention_mask is not None and cache is None:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # padding on the left counts for nothing
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
         given = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache}
         inputs |= {"input_ids": input_ids, "labels": labels, **given}
         if not isinstance(logits_to_keep, int) or logits_to_keep:  # transformers looks for the parameter here

@@ -45,8 +45,10 @@ def resolve_model(name: str, *, progress: Callable[[str], None] = lambda line: N
     return _from_hub(name)
 
 
-def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
-    """Load a folder in fp32, ready to be taken apart and prompted; a repair is computed beside its weights.
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a folder, in fp32 unless told otherwise, ready to be taken apart and prompted.
+
+    A repair is computed beside its weights.
 
     Raises `RefusedError` for pickled weights and remote code, `DataError` for a folder that holds no causal language
     model, or not all of it.
@@ -56,7 +58,7 @@ def load_model(folder: Path, *, device: torch.device) -> LanguageModel:
         loaded: Any = attention.with_our_attention(
             lambda **chosen: AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=torch.float32,
+                dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,

@@ -46,7 +46,7 @@ def recorded(
 @torch.no_grad()
 def zeros_of(model: LanguageModel, layer: int, prompts: int) -> tuple[ByLayer, ByLayer]:
     """Zeros in the shapes of `prompts` keys and values, of each layer from `layer` on."""
-    one = torch.zeros(1, 1, model.hidden_size, device=model.device)
+    one = torch.zeros(1, 1, model.hidden_size, device=model.device, dtype=model.network.dtype)
     keys, values = recorded(model, one, layer)
     return _zeros(keys, prompts), _zeros(values, prompts)
 

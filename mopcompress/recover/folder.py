@@ -49,7 +49,7 @@ def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tup
         adapter.load_state_dict(weights)
     except RuntimeError as error:
         raise DataError(f"adapter {folder}: {str(error).splitlines()[-1].strip()}; train it again") from error
-    adapter.to(model.device).requires_grad_(False)
+    adapter.to(model.device, model.network.dtype).requires_grad_(False)
     return adapter, config
 
 
