@@ -22,10 +22,10 @@ import numpy as np
 from mopcompress.console import progress_on
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import with_recovery
-from mopcompress.report.formats import change_with_interval
 from mopcompress.report.intervals import Interval, PairedBootstrap
 from mopcompress.report.run import Run, read_run
 from mopcompress.report.tables import Grid, compare, make_grid
+from mopcompress.report.views import interval_text
 from mopcompress.results import DocumentScores, read_sweeps
 from mopcompress.stages.bench import bench
 
@@ -154,8 +154,8 @@ def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
         pair = f"{one.first} against {one.second}"
         if one.setting == "dense" or not (one.first == "mop+" or pair in {f"mop against {arm}" for arm in GATE}):
             continue
-        asked = f"{pair}, {wanted:+.0%}" if pair == "mop against single" else pair
-        least = wanted if one.second == "single" else 0.0
+        least = wanted if pair == "mop against single" else 0.0
+        asked = f"{pair}, {least:+.0%}" if least else pair
         yield f"| {folder} | {one.setting} | {asked} | {_verdicts(one.micro, one.macro, least)} |"
 
 
@@ -173,10 +173,14 @@ def _across(output: Path, folder: str, arm: str, there: str, called: str) -> Ite
 
 
 def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
-    """Both changes, then whether each is clear of 0 and at least as large as `least`, a share of the perplexity."""
-    changes = [change_with_interval(one.estimate, one.low, one.high) for one in (micro, macro)]
-    shown = [one.high < 0 and one.estimate <= math.log1p(least) for one in (micro, macro)]
-    return " | ".join([*changes, *("yes" if one else "no" for one in shown)])
+    """Both changes, then whether each is clear of 0 and at least as large as `least`, a share of the perplexity.
+
+    Without an interval, of too few documents of a task, there is no telling.
+    """
+    both = (micro, macro)
+    shown = ["yes" if one.high < 0 and one.estimate <= math.log1p(least) else "no" for one in both]
+    told = ["n/a" if one.lacks_documents else word for one, word in zip(both, shown, strict=True)]
+    return " | ".join([*map(interval_text, both), *told])
 
 
 def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator[str]:

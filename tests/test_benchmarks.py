@@ -30,7 +30,7 @@ def script(name, monkeypatch):
         ((-0.2, -0.3, -0.1), (-0.2, -0.3, 0.01), 0.0, "yes | no"),
         ((-0.2, -0.3, 0.01), (-0.2, -0.3, -0.1), 0.0, "no | yes"),
         ((-0.2, -0.3, -0.1), (-0.1, -0.2, -0.01), -0.1, "yes | no"),
-        ((0.2, 0.1, 0.3), (0.2, math.nan, math.nan), 0.0, "no | no"),
+        ((0.2, 0.1, 0.3), (0.2, math.nan, math.nan), 0.0, "no | n/a"),
     ],
     ids=["micro alone", "macro alone", "macro too small", "neither, and too few documents"],
 )
