@@ -179,6 +179,9 @@ def test_the_teacher_is_asked_as_the_recipe_says_and_speaks_the_same_tokens(tiny
     other.tokenizer.add_tokens(["another"])
     with pytest.raises(DataError, match=r"its tokens are not those of .* --teacher"):
         taught_by(modifier, tmp_path, other, DOCUMENTS, 4, silent)
+    padded = tiny_model(vocab_size=tiny_llama.config.vocab_size + 8)
+    with pytest.raises(DataError, match=r"scores \d+ tokens, padding included, and .* --teacher"):
+        taught_by(modifier, tmp_path, padded, DOCUMENTS, 4, silent)
 
 
 def folder_of(path, base=None):

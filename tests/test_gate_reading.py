@@ -66,6 +66,13 @@ def test_without_a_map_a_gate_is_neither_right_nor_wrong():
         assert reading.entropy_nats == pytest.approx(math.log(3))
 
 
+def test_a_choice_more_than_there_are_tasks_makes_a_gate_neither_right_nor_wrong():
+    """As a shared group of `idp`, which stands beside the others to be chosen."""
+    reading = reading_of(torch.eye(4)[[3, 0, 1]], list(TASKS), TASKS)
+    assert (reading.accuracy, reading.domains) == (None, [])
+    assert reading.confusion == [[0, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0]]
+
+
 @pytest.mark.parametrize("mixing", [{}, {"top_k": 1}, {"weighing": by_another}])
 def test_the_weights_are_those_of_the_evaluation(tiny_llama, states, monkeypatch, mixing):
     mixture, seen = mixture_of(**mixing), []

@@ -15,6 +15,7 @@ from transformers import CohereConfig
 
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.repair import LowRank, put_beside
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.deep import recorded
 from mopcompress.recover.peft_format import FORMATS, moved_keys, write_peft
@@ -116,6 +117,17 @@ def test_an_arm_that_peft_does_not_have_is_refused(tmp_path, tiny_llama):
     states = CachedStates(tiny_llama, random_documents(6), 0, batch_size=4)
     with pytest.raises(DataError, match="arm smop: PEFT has no such adapter, only input, prefix"):
         write_peft(*begun("smop", tiny_llama, states), tiny_llama, "somewhere", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_repair_peft_would_leave_out_is_refused(tmp_path):
+    model = tiny_model()
+    adapter, config = begun("lora", model, CachedStates(model, random_documents(6), 0, batch_size=4))
+    linear = model.blocks[0].mlp.down_proj
+    rows, columns = linear.weight.shape
+    put_beside(linear, LowRank(torch.zeros(rows, 1), torch.zeros(1, columns)))
+    with pytest.raises(DataError, match="model somewhere has a low-rank repair"):
+        write_peft(adapter, config, model, "somewhere", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -191,6 +191,18 @@ def test_gate_and_prompts_have_their_own_rates(tiny_llama, states):
     assert float(moved["gate.outer.bias"].max()) == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_a_frozen_gate_has_no_share_in_what_is_clipped(tiny_llama, states, monkeypatch):
+    """Its prompts learn what they learn where the gate is no parameter at all."""
+    frozen, without = begun(states), begun(states)
+    before = {name: tensor.clone() for name, tensor in frozen.gate.state_dict().items()}
+    fit(frozen, tiny_llama, states, training(gate_learning_rate=0.0, clip_norm=0.01))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.gate.state_dict().items())
+    without.gate.requires_grad_(False)
+    monkeypatch.setattr(without, "learned", lambda: {"adapter": [without.prompts, without.log_opening]})
+    fit(without, tiny_llama, states, training(clip_norm=0.01))
+    assert torch.equal(frozen.prompts, without.prompts)
+
+
 # --- parts of a step
 
 

@@ -367,6 +367,14 @@ def test_norms_are_those_from_the_layer_up_with_the_last(family, count):
     assert trained_parameters(ARMS["norms"].build(tiny_model(family), config_for("norms"))) == count
 
 
+def test_norms_of_what_stands_beside_the_decoder_are_not_trained():
+    """Such as of a tower for images."""
+    model = tiny_model()
+    count = trained_parameters(ARMS["norms"].build(model, config_for("norms")))
+    model.network.tower = torch.nn.LayerNorm(HIDDEN)
+    assert trained_parameters(ARMS["norms"].build(model, config_for("norms"))) == count
+
+
 def test_the_low_rank_start_is_that_of_a_linear(tiny_llama):
     for change in begun(tiny_llama, "lora", rank=16).by_name().values():
         bound = HIDDEN**-0.5

@@ -100,9 +100,9 @@ def exact(shares: Mapping[str, float], surveys: Mapping[str, Survey], sparsity: 
 
 
 def _costs(scores: Tensor) -> Float[Tensor, " grid"]:
-    squares = scores.flatten().square().double()
-    ranks = ((torch.arange(GRID, device=scores.device) + 0.5) / GRID * squares.numel()).long()
-    return (squares.sort().values[ranks] / squares.sum().clamp_min(1e-300)).cpu()
+    ranks = ((torch.arange(GRID, device=scores.device) + 0.5) / GRID * scores.numel()).long()
+    chosen = scores.flatten().abs().sort().values[ranks].cpu().double()  # not before: some devices have no float64
+    return chosen.square() / max(float(scores.norm()) ** 2, 1e-300)
 
 
 def _total(shares: Mapping[str, float], surveys: Mapping[str, Survey]) -> float:

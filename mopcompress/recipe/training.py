@@ -43,7 +43,7 @@ class PromptRecoveryModifier(Spec):
     gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
     gate_labels: Literal["tasks", "clusters"] = "tasks"  # experts' domains: the rows' tasks, or k-means on instructions
     gate_reading: Literal["renormalised", "values", "separate"] = "renormalised"  # what a weight does in attention
-    shared_expert: bool = False  # one more group of prompts, which weighs 1 for every row
+    shared_expert: bool = False  # one more group of prompts: it weighs 1 for every row; of idp and smop a choice more
     top_k: Annotated[int, Field(ge=1, le=1024)] | None = None  # experts that act in inference; None: all
     log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.models.attention import Prefix, attending_to, recording, watching
+from mopcompress.models.attention import Prefix, attending_to, watching
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.deep import recorded
 from mopcompress.recover.prompts import expert_domains, first_prompts
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.weighing import KeysAndValues, prefix_of, without_absent
@@ -54,12 +55,7 @@ class DynamicPrompts(nn.Module):
 
     def keys_and_values(self, model: LanguageModel) -> KeysAndValues:
         """What text attends to, by layer: [kv_heads, groups x prompts, head]; no group sees another."""
-        model.check_promptable()
-        with recording() as seen:
-            model.resume(self.prompts, self.layer)
-        keys = {layer: key.transpose(0, 1).flatten(1, 2) for layer, (key, _) in seen.items()}
-        values = {layer: value.transpose(0, 1).flatten(1, 2) for layer, (_, value) in seen.items()}
-        return keys, values
+        return recorded(model, self.prompts, self.layer)
 
     def attention(
         self, model: LanguageModel, everything: KeysAndValues, instructions: Instructions

@@ -45,11 +45,12 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> Changes:
 def norms_from(model: LanguageModel, layer: int) -> dict[str, nn.Module]:
     """The norms that block `layer` and all that comes after run, by dotted name."""
     blocks = f"{model.blocks_prefix()}."
+    decoder = f"{model.blocks_prefix().rpartition('.')[0]}."  # not the norms of a tower for images beside it
 
     def comes_after(name: str) -> bool:
         if name.startswith(blocks):
             return int(name.removeprefix(blocks).partition(".")[0]) >= layer
-        return "embed" not in name  # BLOOM has a norm between its embeddings and its blocks
+        return name.startswith(decoder) and "embed" not in name  # BLOOM has a norm between embeddings and blocks
 
     return {
         name: module

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.repair import repair_of
+from mopcompress.models.weight_files import REPAIR
 from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.changes import Changes
 from mopcompress.recover.deep import ByLayer, recorded
@@ -108,9 +110,15 @@ FORMATS: dict[str, Callable[[Adapter, LanguageModel], PeftAdapter]] = {
 def write_peft(adapter: Adapter, config: AdapterConfig, model: LanguageModel, base: str, folder: Path) -> None:
     """Write an adapter into `folder` as PEFT would; `base` is where PEFT's users find the model.
 
-    Raises `DataError` for an arm that PEFT does not have, or has otherwise.
+    Raises `DataError` for an arm that PEFT does not have, or has otherwise, and for a model with a repair, which PEFT
+    would load without it.
     """
     check_arm(config.arm)
+    if any(repair_of(module) is not None for module in model.network.modules()):
+        raise DataError(
+            f"model {base} has a low-rank repair ({REPAIR}), which PEFT would load it without; use the adapter with "
+            "mopcompress"
+        )
     files = FORMATS[config.arm](adapter, model)
     common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
     settings = json.dumps({**common, **files.settings}, indent=2, sort_keys=True)

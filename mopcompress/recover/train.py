@@ -7,13 +7,13 @@ what memory and time it takes.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mopcompress.errors import NumericalError
 from mopcompress.models.language_model import LanguageModel
@@ -59,7 +59,7 @@ def fit(
     """
     workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
-    learned = {name: list(group) for name, group in adapter.learned().items() if group}
+    learned = _trained(adapter, rates)
     parameters = [parameter for group in learned.values() for parameter in group]
     optimiser = torch.optim.AdamW([{"params": group} for group in learned.values()], weight_decay=0.0)
     standing = Standing(adapter, optimiser)
@@ -94,6 +94,15 @@ def fit(
             keeping.keep(standing)
         progress(row)
     return standing.rows
+
+
+def _trained(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
+    """The groups that are trained. One of rate 0 is frozen, in place: it has no share in the norm that is clipped."""
+    groups = {name: list(group) for name, group in adapter.learned().items()}
+    for name, group in groups.items():
+        for parameter in group:
+            parameter.requires_grad_(rates[name] > 0)
+    return {name: group for name, group in groups.items() if group and rates[name] > 0}
 
 
 def losses_of(

@@ -40,8 +40,8 @@ def reading_of(
     """Means and counts of the weights of each document's experts."""
     tasks = sorted(set(task_of))
     strongest = weights.argmax(1).tolist()
-    # on tasks that it was not made for a gate is neither right nor wrong
-    known = domains if set(tasks) <= set(domains) else ()
+    # on tasks that it was not made for a gate is neither right nor wrong, nor where a group is of no task
+    known = domains if len(domains) == weights.shape[1] and set(tasks) <= set(domains) else ()
     right = [known[expert] == task for expert, task in zip(strongest, task_of, strict=True)] if known else []
     counts = torch.zeros(len(tasks), weights.shape[1], dtype=torch.long)
     for expert, task in zip(strongest, task_of, strict=True):

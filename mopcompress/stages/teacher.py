@@ -35,6 +35,12 @@ def taught_by(
     teacher = load_model(folder, device=model.device)
     if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise DataError(f"teacher {folder}: its tokens are not those of {base}; name another --teacher")
+    widths = [one.config.vocab_size for one in (teacher, model)]
+    if widths[0] != widths[1]:
+        raise DataError(
+            f"teacher {folder} scores {widths[0]} tokens, padding included, and {base} {widths[1]}; "
+            "name another --teacher"
+        )
     if modifier.squarehead and (len(teacher.blocks), teacher.hidden_size) != (len(model.blocks), model.hidden_size):
         raise DataError(
             f"teacher {folder} has {len(teacher.blocks)} blocks of width {teacher.hidden_size}, and {base} "
