@@ -287,7 +287,7 @@ def test_a_child_dies_with_us(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     python = played(tmp_path, f"import time; {note}; time.sleep(60)")
 
     def interrupted(child: object) -> int:
-        while not (tmp_path / "pid").exists():
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
             os.sched_yield()
         raise KeyboardInterrupt
 
