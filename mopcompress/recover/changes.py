@@ -141,30 +141,21 @@ def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
 
 
 def mlp_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that read the neurons of an MLP; none in families where that is no linear."""
-    targets = _present(model, MLP_READERS)
-    return {} if targets is None else linears_from(model, layer, targets)
+    """The linears of those blocks that read the neurons of an MLP; none in blocks where that is no linear."""
+    ends = tuple(f".{target}" for targets in MLP_READERS for target in targets)
+    return {name: linear for name, linear in linears_from(model, layer, ("Linear",)).items() if name.endswith(ends)}
 
 
 def first_present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str]:
     """The first choice whose targets all are in the first block. Raises `DataError` when there is none."""
-    found = _present(model, choices)
-    if found is None:
-        raise DataError(
-            f"the blocks of {type(model.network).__name__} have no linears "
-            f"{', or '.join(map(' and '.join, choices))}, only {', '.join(_linears_of_a_block(model))}; use another "
-            "arm, or a family that has them"
-        )
-    return found
-
-
-def _present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str] | None:
-    names = _linears_of_a_block(model)
-    return next((targets for targets in choices if all(meant(names, _pattern(target)) for target in targets)), None)
-
-
-def _linears_of_a_block(model: LanguageModel) -> list[str]:
-    return [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
+    names = [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
+    for targets in choices:
+        if all(meant(names, _pattern(target)) for target in targets):
+            return targets
+    raise DataError(
+        f"the blocks of {type(model.network).__name__} have no linears {', or '.join(map(' and '.join, choices))}, "
+        f"only {', '.join(names)}; use another arm, or a family that has them"
+    )
 
 
 def _pattern(target: str) -> str:
