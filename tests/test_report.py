@@ -18,9 +18,11 @@ from mopcompress.errors import DataError, InputNotFoundError, RefusedError, Stor
 from mopcompress.report import write_report
 from mopcompress.report.choices import confusion_tables, gates_table
 from mopcompress.report.content import headline, summary
+from mopcompress.report.costs import costs_table, sweeps_table
 from mopcompress.report.drawing import change_ticks, log_ticks
 from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
 from mopcompress.report.intervals import Interval, PairedBootstrap, scarce_tasks
+from mopcompress.report.layout import Text
 from mopcompress.report.markdown import escaped
 from mopcompress.report.plots import delta_bars
 from mopcompress.report.provenance import command, data_facts, protocol_facts, recipe_text, title
@@ -33,7 +35,7 @@ from mopcompress.report.tables import (
     recovery,
 )
 from mopcompress.report.tasks import task_tables
-from mopcompress.report.views import Text, comparisons_table, costs_table, interval_text, results_table, sweeps_table
+from mopcompress.report.views import comparisons_table, interval_text, results_table
 from mopcompress.results import (
     BenchRow,
     DocumentScores,

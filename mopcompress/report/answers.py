@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from mopcompress.report.formats import shortened
+from mopcompress.report.layout import Line, Table, Text
 from mopcompress.report.tables import Grid
-from mopcompress.report.views import Line, Table, Text
 from mopcompress.results import Sample
 
 NOTE = "Answers to the first test documents, first seed, shortened. Nothing was chosen."

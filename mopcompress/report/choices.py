@@ -3,8 +3,8 @@
 import math
 
 from mopcompress.report.formats import number, ratio, share
+from mopcompress.report.layout import Line, Table, Text, over_seeds
 from mopcompress.report.tables import Grid
-from mopcompress.report.views import Line, Table, Text, over_seeds
 from mopcompress.results import GateReading
 
 NOTE = (

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from operator import attrgetter
 from typing import Any
 
-from mopcompress.report import answers, choices, plots, provenance, tasks, views
+from mopcompress.report import answers, choices, costs, plots, provenance, tasks, views
 from mopcompress.report.formats import number
 from mopcompress.report.intervals import MIN_DOCUMENTS, scarce_tasks
+from mopcompress.report.layout import Table
 from mopcompress.report.run import Run
 from mopcompress.report.tables import (
     DENSE,
@@ -39,15 +40,15 @@ class Content:
     summary: str
     headline: tuple[Sentence, ...]
     warnings: tuple[str, ...]
-    results: views.Table
+    results: Table
     figures: tuple[plots.Figure, ...]
-    comparisons: views.Table
-    costs: views.Table
-    sweeps: views.Table
-    tasks: tuple[views.Table, ...]
-    gates: views.Table
-    confusions: tuple[views.Table, ...]
-    answers: tuple[views.Table, ...]
+    comparisons: Table
+    costs: Table
+    sweeps: Table
+    tasks: tuple[Table, ...]
+    gates: Table
+    confusions: tuple[Table, ...]
+    answers: tuple[Table, ...]
     definitions: provenance.Facts
     protocol: provenance.Facts
     command: str | None
@@ -67,8 +68,8 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         results=views.results_table(grid, comparisons),
         figures=plots.figures(grid, comparisons),
         comparisons=views.comparisons_table(comparisons),
-        costs=views.costs_table(grid),
-        sweeps=views.sweeps_table(grid, run.sweeps),
+        costs=costs.costs_table(grid),
+        sweeps=costs.sweeps_table(grid, run.sweeps),
         tasks=tasks.task_tables(grid),
         gates=choices.gates_table(grid),
         confusions=choices.confusion_tables(grid),

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from mopcompress.report import answers, choices
 from mopcompress.report.content import Content
+from mopcompress.report.layout import Line, Table, Text
 from mopcompress.report.provenance import Facts
-from mopcompress.report.views import Line, Table, Text
 
 
 def to_markdown(content: Content) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from mopcompress.report.formats import ABSENT, hundredths, number, share
+from mopcompress.report.layout import Line, Table, Text
 from mopcompress.report.tables import DENSE, Grid, perplexity_spread, spread
-from mopcompress.report.views import Line, Table, Text
 from mopcompress.results import BenchRow
 
 

@@ -1,8 +1,7 @@
-"""Pivots to tables of text, which Markdown and HTML then only have to draw."""
+"""The results of every arm, and every comparison of two, as tables of text."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 from mopcompress.report.formats import (
@@ -10,27 +9,22 @@ from mopcompress.report.formats import (
     change,
     change_range,
     change_with_interval,
-    duration,
     hundredths,
     number,
     points,
     ratio,
     share,
-    size_in_bytes,
 )
 from mopcompress.report.intervals import Interval
+from mopcompress.report.layout import Line, Table, Text, in_order, over_seeds, spread_text
 from mopcompress.report.tables import (
-    DENSE,
     Comparison,
     Grid,
-    Measured,
-    Spread,
     best_arms,
     perplexity_spread,
     recovery,
-    spread,
 )
-from mopcompress.results import BenchRow, Sweep, Trial, sweep_name
+from mopcompress.results import BenchRow
 
 VERDICTS = ("better", "worse", "no difference shown", "a score is infinite")
 PLAIN_TEXT = "Plain text: perplexity of text that no arm was trained on. "
@@ -42,34 +36,6 @@ WRITTEN = (  # column, field of a row, form
 TOO_FEW = "too few documents a task for an interval"
 
 
-@dataclass(frozen=True)
-class Text:
-    """One table cell: the value, and in smaller type what qualifies it."""
-
-    main: str
-    minor: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One table row; `starts_group` draws a rule above it, `strong` marks the best of its group."""
-
-    cells: tuple[Text, ...]
-    starts_group: bool = False
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table whose first `names` columns hold words and whose other columns hold numbers."""
-
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    names: int
-    lines: tuple[Line, ...]
-
-
 def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
     """Setting x arm: what was counted and what was scored, the dense line on top."""
     against = {(c.setting, c.first): c for c in comparisons if c.second == "single"}
@@ -77,7 +43,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
     texts = any(row.text_perplexity for rows in grid.cells.values() for row in rows)
     written = WRITTEN if any(row.rouge_l is not None for rows in grid.cells.values() for row in rows) else ()
     lines = []
-    for setting, arm, first in _order(grid):
+    for setting, arm, first in in_order(grid):
         rows = grid.rows(setting, arm)
         regained = recovery(grid, setting, arm)
         trained = None if arm == "none" else recovery(grid, setting, arm, dense_arm=arm)
@@ -113,71 +79,6 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
         "copied from the request."
     )
     return Table("Results", note, columns, 2, tuple(lines))
-
-
-def costs_table(grid: Grid) -> Table:
-    """Setting x arm: parameters, bytes and time."""
-    columns = (
-        "setting",
-        "arm",
-        "trained parameters",
-        "steps",
-        "adapter",
-        "model",
-        "train",
-        "compress",
-        "evaluate",
-        "peak memory",
-    )
-    lines = []
-    for setting, arm, first in _order(grid):
-        rows = grid.rows(setting, arm)
-        values = (
-            over_seeds(rows, lambda row: row.trained_parameters, lambda value: f"{value:,.0f}"),
-            over_seeds(rows, lambda row: row.train_steps, lambda value: f"{value:,.0f}"),
-            over_seeds(rows, lambda row: row.adapter_bytes, size_in_bytes),
-            over_seeds(rows, lambda row: row.model_bytes, size_in_bytes),
-            over_seeds(rows, lambda row: row.train_seconds, duration),
-            over_seeds(rows, lambda row: row.compress_seconds, duration),
-            over_seeds(rows, lambda row: row.evaluate_seconds, duration),
-            over_seeds(rows, lambda row: row.peak_bytes, size_in_bytes),
-            over_seeds(rows, lambda row: row.fallbacks, lambda value: f"{value:,.3g}"),
-        )
-        lines.append(Line((Text(setting if first else ""), Text(arm), *values), first))
-    note = (
-        "Bytes are those of the files on disk: a zero weight still takes its place there. Fallbacks: matrices that "
-        "needed more damping than asked for. Peak memory is of the process so far, so it never falls from one cell to "
-        "the next."
-    )
-    return Table("Cost", note, (*columns, "fallbacks"), 2, tuple(lines))
-
-
-def sweeps_table(grid: Grid, sweeps: Mapping[str, Sweep]) -> Table:
-    """Setting x arm that was swept: every rate tried with its validation nats, and what that took."""
-    lines: list[Line] = []
-    for setting in grid.settings:
-        named = {arm: sweeps.get(sweep_name(setting, arm)) for arm in grid.arms_of(setting)}
-        for place, (arm, one) in enumerate((arm, one) for arm, one in named.items() if one):
-            values = (
-                Text(", ".join(_trial(trial) for trial in one.trials)),
-                Text(f"{one.learning_rate:.3g}", "at the edge of what was tried" if one.at_edge else ""),
-                Text(f"{one.steps:,}"),
-                Text(f"{one.validation_rows:,}"),
-                Text(duration(one.seconds)),
-            )
-            lines.append(Line((Text("" if place else setting), Text(arm), *values), starts_group=not place))
-    columns = ("setting", "arm", "rates tried: validation nats", "rate", "steps each", "rows", "in all")
-    note = (
-        "Every rate tried with the mean nats a token of the validation rows after training at it; the best is that of "
-        "all seeds. In all: the time of these trainings. The best of them is the first seed's training if it has as "
-        "many steps: its seconds then count above too."
-    )
-    return Table("Cost of choosing learning rates", note, columns, 3, tuple(lines))
-
-
-def _trial(trial: Trial) -> str:
-    found = "broke down" if trial.validation_nats is None else number(trial.validation_nats)
-    return f"{trial.learning_rate:.3g}: {found}"
 
 
 def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
@@ -225,17 +126,6 @@ def interval_text(interval: Interval) -> str:
     return change_with_interval(interval.estimate, interval.low, interval.high)
 
 
-def over_seeds(of_seeds: Sequence[Measured], value: Callable[[Measured], float], show: Callable[[float], str]) -> Text:
-    """The mean over seeds, and in small type the least and the greatest."""
-    return _spread_text(spread(of_seeds, value), show) if of_seeds else Text(ABSENT)
-
-
-def _order(grid: Grid) -> list[tuple[str, str, bool]]:
-    """(setting, arm, whether it is the setting's first), dense on top even when it was not measured."""
-    order = [(setting, arm, not place) for setting in grid.settings for place, arm in enumerate(grid.arms_of(setting))]
-    return order if DENSE in grid.settings else [(DENSE, "none", True), *order]
-
-
 def _reversed(one: Comparison) -> Comparison:
     micro, macro = (Interval(-each.estimate, -each.high, -each.low) for each in (one.micro, one.macro))
     return Comparison(one.setting, one.second, one.first, micro, macro, tuple(-difference for difference in one.seeds))
@@ -259,9 +149,4 @@ def _difference(one: Interval | None) -> Text:
 
 
 def _perplexity(rows: Sequence[BenchRow], value: Callable[[BenchRow], float]) -> Text:
-    return _spread_text(perplexity_spread(rows, value), number) if rows else Text(ABSENT)
-
-
-def _spread_text(values: Spread, show: Callable[[float], str]) -> Text:
-    low, high = show(values.low), show(values.high)
-    return Text(show(values.mean), "" if low == high else f"{low} to {high}")
+    return spread_text(perplexity_spread(rows, value), number) if rows else Text(ABSENT)
