@@ -144,13 +144,8 @@ def _together(
     batch, heads, time, head = query.shape
     prompts = prefix.log_gate.shape[1]
     log_gate = _for_each(prefix.log_gate, batch)
-    bias = torch.cat(
-        [
-            log_gate[:, None, None, :].expand(-1, -1, time, -1),
-            text_bias.expand(batch, 1, time, -1),
-        ],
-        dim=-1,
-    )
+    of_prompts = log_gate[:, None, None, :].expand(-1, -1, time, -1)
+    bias = torch.cat([of_prompts, text_bias.expand(batch, 1, time, -1)], dim=-1)
     keys = torch.cat([prefix.keys[layer].expand(batch, -1, -1, -1), key], dim=2)
     values = torch.cat([_gated_values(prefix, layer, batch), value], dim=2)
     # the query heads that share a key head are more rows of one product, so keys are never repeated

@@ -76,10 +76,7 @@ def fit(
         losses = _backward(adapter, model, states, chosen, distillation, training.accumulate, workers)
         workers.add_up(losses, parameters)
         loss, nats = losses.tolist()
-        if not math.isfinite(loss):
-            raise NumericalError(
-                f"training step {step}: the loss is {loss} with --learning-rate {training.learning_rate:g}; lower it"
-            )
+        _check(loss, step, training)
         torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm)
         optimiser.step()
         row = TrainRow(
@@ -94,6 +91,12 @@ def fit(
             keeping.keep(standing)
         progress(row)
     return standing.rows
+
+
+def _check(loss: float, step: int, training: Training) -> None:
+    if not math.isfinite(loss):
+        rate = f"{training.learning_rate:g}"
+        raise NumericalError(f"training step {step}: the loss is {loss} with --learning-rate {rate}; lower it")
 
 
 def _trained(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:

@@ -65,12 +65,7 @@ def sweep_rate(
         keep(trials)
         if not exponents and (edge := _beyond(grid)) is not None and len(grid) < MOST:
             exponents.append(edge)
-    best = grid[_best(grid)]
-    if best.validation_nats is None:
-        raise NumericalError(
-            f"sweep of {modifier.arm}: no rate from {trials[0].learning_rate:g} to {trials[-1].learning_rate:g} gives "
-            "a finite loss; lower --learning-rate"
-        )
+    best = _checked(grid[_best(grid)], trials, modifier.arm)
     found = Sweep(
         arm=modifier.arm,
         steps=shortened.steps,
@@ -100,6 +95,13 @@ def _trial(
     seconds = recovered.seconds if recovered else time.perf_counter() - start
     assert modifier.rate is not None  # for mypy
     return Trial(learning_rate=modifier.rate, validation_nats=nats, seconds=seconds), recovered
+
+
+def _checked(best: Trial, trials: Sequence[Trial], arm: str) -> Trial:
+    if best.validation_nats is None:
+        rates = f"from {trials[0].learning_rate:g} to {trials[-1].learning_rate:g}"
+        raise NumericalError(f"sweep of {arm}: no rate {rates} gives a finite loss; lower --learning-rate")
+    return best
 
 
 def _best(grid: Mapping[int, Trial]) -> int:
