@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -10,13 +9,12 @@ from mopcompress.data.calibration import document_windows, read_text, text_windo
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, InputNotFoundError, UnavailableError
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 STORY = "Once upon a time there was a little girl named Lily. She loved to play with her ball in the park.\n\n"
 
 
 @pytest.fixture(scope="module")
-def stories():
-    return AutoTokenizer.from_pretrained(STORIES)
+def stories(stories):
+    return AutoTokenizer.from_pretrained(stories)
 
 
 # --- windows

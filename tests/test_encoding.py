@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -9,7 +8,6 @@ from mopcompress.data.encoding import EncodedSplit, encode, template_name
 from mopcompress.data.examples import Example, load_examples, subset
 from mopcompress.errors import DataError
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<user>", "<assistant>", "<end>")
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' }}{{ m.content }}{{ '</s>\n' }}{% endfor %}"
@@ -181,8 +179,8 @@ def test_bos_stands_first_only_if_the_tokenizer_puts_it_and_only_once():
     assert parts(split, tokenizer)[0] == "<s>Go.\nAnswer:"
 
 
-def test_stories_tokens_are_those_of_the_whole_text():
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+def test_stories_tokens_are_those_of_the_whole_text(stories):
+    tokenizer = AutoTokenizer.from_pretrained(stories)
     (document,) = encode([Example("t", "Tell.", "Tom", "Once upon a time")], tokenizer, max_length=100).documents
     assert list(document.tokens) == [*tokenizer("Tell.\nTom\nAnswer: Once upon a time")["input_ids"], 2]
     assert tokenizer.decode(list(document.tokens[document.context_tokens :])) == "Once upon a time</s>"

@@ -125,7 +125,7 @@ def recover(
     common: Common,
     arm: Annotated[str | None, typer.Option(help=f"{', '.join(TRAINED)}; mop if not given.")] = None,
 ) -> None:
-    """Train prompts for a compressed model, into a small adapter folder; the model stays as it is."""
+    """Train an arm (prompts, or a rival of theirs) for a compressed model, into an adapter folder; the model stays."""
     recipe = for_recovery(common.load(), {"arm": arm, **common.recovery})
     target = _target(recipe, Path("runs/recovered"))
     plan.check_inputs(recipe.run, data=True, calibration=False)

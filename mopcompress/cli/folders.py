@@ -59,7 +59,7 @@ def export(
 def export_adapter(
     common: Common,
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="What `recover --arm input` or `--arm prefix` wrote.")
+        Path, typer.Argument(metavar="ADAPTER", help="What `recover` wrote for input, prefix, lora, eora or ia3.")
     ],
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The model it was trained on, if it is no longer there.")
@@ -87,7 +87,9 @@ def export_adapter(
 
 
 @command(app, SPEECH)
-def verify(common: Common, folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output of a command.")]) -> None:
+def verify(
+    common: Common, folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished model, adapter or export.")]
+) -> None:
     """Compare every file of a finished folder with its hash, and open and decode every tensor."""
     with common.working() as progress:
         from mopcompress.stages.verify import verify as look

@@ -123,8 +123,8 @@ RECOVERY = _recovery_fields(
     steps=("steps", int, "Training steps"),
     experts=("experts", int, "Experts; one a task if not given, 7 found by k-means if rows name no tasks"),
     prompts_per_expert=("prompts_per_expert", int, "Prompt tokens of an expert"),
-    layer=("layer", int, "Block that prompts enter; 10/32 of the depth if not given"),
-    deep=("deep", bool, "single, mop: train keys and values in every layer; many more parameters"),
+    layer=("layer", int, "First block that the arm acts in; 10/32 of the depth if not given"),
+    deep=("deep", bool, "single, mop and its controls: train keys and values in every layer; many more parameters"),
     rank=("rank", int, "lora, masklora, eora: rank; the largest that trains no more than mop if not given"),
     rows_per_step=("batch_size", int, "Rows of a training step"),
     accumulate=("accumulate", int, "Parts that a step's rows run in, one after the other, to save memory"),
@@ -145,7 +145,7 @@ RECOVERY = _recovery_fields(
     sweep_steps=("sweep_steps", int, "Training steps of each rate tried; as many as --steps if not given"),
 )
 OUTPUT: Options = {
-    **_run_fields("Output", output_dir=("FOLDER", "Where the result goes")),
+    **_run_fields("Output", output_dir=("FOLDER", "Where the result goes; in runs/ if not given")),
     "resume": Annotated[
         Resume,
         typer.Option(

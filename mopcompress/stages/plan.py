@@ -13,6 +13,7 @@ from mopcompress.grid import Cell, cells_of
 from mopcompress.models import smollm2
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, resolved
+from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.results import read_rows
 from mopcompress.stages.fitting import check_fit, check_not_repaired, shapes_on_disk
@@ -139,7 +140,8 @@ def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     settings = settings_of(recipe)
     cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(), setting)}
     done = {Cell(*row.cell) for row in read_rows(folder / "rows.jsonl")} & cells
-    trained = [cell for cell in cells - done if cell.arm != "none"]
+    stepping = {arm for arm, settings in TRAINED.items() if settings.learning_rate is not None}
+    trained = [cell for cell in cells - done if cell.arm in stepping]
     size = model_facts(recipe.run.model)["bytes"]
     return {
         "settings": [setting.name for setting in settings],
