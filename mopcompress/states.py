@@ -71,7 +71,7 @@ class CachedStates:
     ) -> None:
         """Run the blocks below `layer` on every document, unless `store` has their states.
 
-        `progress` is told how many are done.
+        `progress` is told how many are done. Raises `DataError` when the upper blocks read more than these states.
         """
         self.layer, self.documents, self.device = layer, tuple(documents), model.device
         lengths = torch.tensor([len(document.tokens) for document in documents])
@@ -80,6 +80,7 @@ class CachedStates:
         order = lengths.argsort(stable=True).tolist()
 
         def fill(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "documents hidden"]:
+            model.check_divisible(layer)
             self._hidden = hidden
             summaries = torch.empty(len(documents), model.hidden_size, device=model.device)
             for start in range(0, len(order), batch_size):
@@ -202,5 +203,6 @@ def reserve(path: Path, size: int) -> None:
     Raises `OSError`.
     """
     with path.open("wb") as file:
-        if size:
+        if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)  # where there is no such call (macOS), the length alone

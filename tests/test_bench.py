@@ -124,6 +124,17 @@ def test_a_killed_run_goes_on_to_the_same_rows(finished, recipe_of, tmp_path):
     assert found.read_bytes() == expected.read_bytes()
 
 
+def test_a_row_that_was_taken_out_is_measured_with_the_adapter_that_is_left_there(finished, recipe_of, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    lines = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_bytes(b"".join(lines[:-1]))
+    old = folder / "adapters" / "sparsegpt-50-mop-0"
+    (old / "adapter.safetensors").write_bytes(b"of a training that nobody remembers")
+    bench(recipe_of(), folder)
+    found, expected = (one / "adapters" / old.name / "adapter.safetensors" for one in (folder, finished))
+    assert found.read_bytes() == expected.read_bytes()
+
+
 def test_a_run_from_the_start_gives_the_same_rows(finished, recipe_of, tmp_path):
     assert measured(bench(recipe_of(), tmp_path / "run")) == measured(read_rows(finished / "rows.jsonl"))
 
@@ -313,6 +324,10 @@ def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwis
     found = bench(few, tmp_path / "few", progress=lambda line, done, total: told.append(line))[-1]
     assert len(found.gate.load) == 2
     assert not any("name no tasks" in line for line in told)
+    told.clear()
+    recipe = with_recovery(recipe_of(arms="none,mop"), {"experts": 2})
+    bench(recipe, tmp_path / "named", progress=lambda line, done, total: told.append(line))
+    assert sum("2 experts are not one for each of the" in line for line in told) == 1
 
 
 def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):

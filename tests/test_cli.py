@@ -342,6 +342,39 @@ def test_an_adapter_is_scored_and_used_with_its_model(pruned: Path, adapter: Pat
     assert invoke(*words, "--adapter", adapter).out == "\n\n".join(one["answer"] for one in answers) + "\n"
 
 
+def test_what_was_made_from_a_text_that_changed_is_not_taken_for_done(
+    stories: Path, pruned: Path, data: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog. " * 200)
+    named = ("--calibration", text, "--num-calibration-samples", 2, "--max-seq-length", 32)
+    trained = (*TRAINED, "--train-text", text, "--train-text-samples", 2, "--device", "cpu")
+    commands = [
+        ("prune", stories, "--method", "magnitude", *named, "--output-dir", tmp_path / "pruned"),
+        ("recover", pruned, "--data", data, *trained, "--output-dir", tmp_path / "adapter"),
+    ]
+    for words in commands:
+        assert invoke(*words).code == 0
+        assert "done already" in invoke(*words).err
+    text.write_text("There was a little dog once upon a time. " * 200)
+    for words, what in zip(commands, ("calibration", "training text"), strict=True):
+        outcome = invoke(*words)
+        assert (outcome.code, f"was made from another {what}" in outcome.err) == (73, True)
+
+
+def test_a_flag_that_no_arm_hears_is_refused(stories: Path) -> None:
+    words = ("bench", stories, "--dry-run", "--arms", "none,single")
+    for flags, said in (
+        (("--top-k", 2), "--top-k: says nothing to single, only to mop, shuffled"),
+        (("--distill-temperature", 2), "--distill-temperature: says nothing without --distill"),
+        (("--arms", "none", "--steps", 5), "--steps: says nothing to none, only to single"),
+    ):
+        outcome = invoke(*words, *flags)
+        assert (outcome.code, said in outcome.err) == (2, True)
+    assert invoke(*words, "--steps", 5, "--dense-arms", "none,mop", "--top-k", 2).code == 0
+    assert invoke("evaluate", stories, "--lm-eval-path", stories).code == 2
+
+
 def test_an_adapter_is_trained_once(pruned: Path, adapter: Path, data: Path) -> None:
     words = ("recover", pruned, "--data", data, *TRAINED, "--device", "cpu", "--output-dir", adapter)
     again = invoke(*words)

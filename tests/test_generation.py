@@ -50,6 +50,16 @@ def test_generation_is_greedy_decoding_of_what_evaluation_scores(tiny_llama: Lan
     assert any(expected)
 
 
+def test_answers_are_greedy_whatever_the_checkpoint_would_have() -> None:
+    model, prompts = tiny_model(), mixture()
+    expected = generate(model, prompts, PROMPTS, max_new_tokens=8)
+    own = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    recovered_settings = model.network.generation_config
+    for name, value in own.items():
+        setattr(recovered_settings, name, value)
+    assert generate(model, prompts, PROMPTS, max_new_tokens=8) == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_the_cache_and_the_batch_change_nothing(family: str) -> None:
     model, prompts = tiny_model(family), mixture()

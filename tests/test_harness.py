@@ -12,7 +12,8 @@ import pytest
 import torch
 from invoking import invoke
 from test_hf_model import folders_of
-from tiny import random_tokens, word_tokenizer
+from tiny import random_tokens, tiny_model, word_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from mopcompress.hf.continuations import score_continuations
 from mopcompress.hf.model import MopForCausalLM
@@ -153,3 +154,17 @@ def test_an_unknown_task_is_refused(tasks: Path, tmp_path: Path) -> None:
     need_harness()
     base, _ = folders_of("mop", tmp_path)
     assert invoke("evaluate", base, "--lm-eval", "no_such_task", "--lm-eval-path", tasks).code == 2
+
+
+def test_special_tokens_are_put_as_the_harness_own_models_put_them() -> None:
+    need_harness()
+    from mopcompress.hf.harness import HarnessModel
+
+    tokenizer = word_tokenizer()
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    model = HarnessModel(tiny_model().network, tokenizer, batch_size=2)
+    assert model.tok_encode("w5 w6") == [1, 5, 6]
+    assert model.tok_encode("<s> w5 w6") == [1, 5, 6]
+    assert model.tok_encode("w5 w6", add_special_tokens=False) == [5, 6]
+    assert model._encode_pair("w5 w6", " w7") == ([1, 5, 6], [7])

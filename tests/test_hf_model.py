@@ -14,7 +14,7 @@ import torch
 from tiny import BLOCKS, HIDDEN, next_of, random_documents, random_tokens, recovered, saved, tiny_model, word_tokenizer
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, pipeline
 
 from mopcompress import artifact
 from mopcompress.errors import DataError, UsageError
@@ -344,11 +344,11 @@ def test_gradients_reach_all_of_the_adapter_and_nothing_else() -> None:
 # --- folders
 
 
-def folders_of(arm: str, folder: Path, family: str = "llama") -> tuple[Path, Path]:
+def folders_of(arm: str, folder: Path, family: str = "llama", **changes: Any) -> tuple[Path, Path]:
     model = tiny_model(family)
     base = saved(model, folder / "base")
     with artifact.publish(folder / "adapter", {"kind": "adapter"}) as scratch:
-        save_adapter(*begun(model, arm, weights_hash(base)), scratch)
+        save_adapter(*begun(model, arm, weights_hash(base), **changes), scratch)
     return base, folder / "adapter"
 
 
@@ -424,6 +424,39 @@ def test_dtype_and_device_are_transformers_own(tmp_path: Path) -> None:
     assert len(written(model, CONTEXTS)[0]) == NEW
 
 
+def test_what_says_where_a_hub_model_comes_from_reaches_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = tmp_path / "one", {}
+    MopForCausalLM.from_pretrained(*folders_of("norms", tmp_path)).save_pretrained(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **said: asked.update(said) or str(folder))
+    hub = {"revision": "v2", "cache_dir": str(tmp_path), "local_files_only": True}
+    MopForCausalLM.from_pretrained("org/model", **hub, token=None)
+    assert {name: one for name, one in asked.items() if name != "allow_patterns"} == hub
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_deep_adapter_is_loaded_in_half_the_precision_too(deep: bool, tmp_path: Path) -> None:
+    folders, batch = folders_of("mop", tmp_path, deep=deep), batch_of(DOCUMENTS, side="left")
+    half = MopForCausalLM.from_pretrained(*folders, dtype="bfloat16")
+    whole = MopForCausalLM.from_pretrained(*folders)
+    with torch.no_grad():
+        assert_close(half(**batch).logits.float(), whole(**batch).logits, rtol=0.1, atol=0.5)
+
+
+@pytest.mark.parametrize("arm", GENERATING)
+def test_in_evaluation_gradients_change_nothing(arm: str) -> None:
+    """Whether they are wanted or not: no noise, and only the experts that act in generation."""
+    adapter = begun(tiny_model(), arm, "")[0]
+    if arm == "mop":
+        adapter.mixing = replace(adapter.mixing, top_k=1)
+    model, batch = recovered(tiny_model(), adapter), batch_of(DOCUMENTS, side="left")
+    with torch.no_grad():
+        expected = model(**batch).logits
+    for _ in range(2):
+        assert_close(model(**batch).logits.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("arm", GENERATING)
 def test_a_model_of_half_the_precision_comes_back_as_it_was(arm: str, tmp_path: Path) -> None:
     """Positions are as exact as in fp32, as transformers has it."""
@@ -448,6 +481,7 @@ def test_a_model_of_half_the_precision_comes_back_as_it_was(arm: str, tmp_path: 
         ({"attn_implementation": "sdpa"}, "attn_implementation: adapters need"),
         ({"device": "cpu"}, "no argument 'device'"),
         ({"quantization_config": {}}, "no argument 'quantization_config'"),
+        ({"config": PretrainedConfig()}, "config: a base and its adapter bring their own"),
     ],
 )
 def test_what_would_not_be_heeded_is_refused(settings: dict[str, Any], said: str, tmp_path: Path) -> None:

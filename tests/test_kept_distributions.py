@@ -1,13 +1,16 @@
 """What a teacher said, which another run, arm or process takes up again."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import config_of, network_of, random_documents, saved, tiny_model
 
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover import distillation
-from mopcompress.stages import kept
+from mopcompress.stages import kept, kept_distributions
 from mopcompress.stages.progress import silent
 from mopcompress.stages.teacher import taught_by
 
@@ -96,6 +99,18 @@ def test_a_run_that_stops_half_way_leaves_nothing(folder, tiny_llama, cache, mon
     monkeypatch.setattr(distillation, "keep", stop)
     with pytest.raises(KeyboardInterrupt):
         said(folder, tiny_llama)
+    assert not list(cache.iterdir())
+
+
+def test_a_full_disk_costs_only_the_keeping(folder, tiny_llama, cache, monkeypatch):
+    def full(*_given, **_more):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    expected, _ = said(folder, tiny_llama)
+    shutil.rmtree(cache)
+    monkeypatch.setattr(kept_distributions, "save_file", full)
+    found, _ = said(folder, tiny_llama)
+    assert same(found, expected)
     assert not list(cache.iterdir())
 
 

@@ -10,6 +10,7 @@ from tiny import (
     hooks,
     network_of,
     next_of,
+    random_documents,
     random_tokens,
     tiny_model,
     word_tokenizer,
@@ -22,6 +23,7 @@ from mopcompress.models.attention import recording
 from mopcompress.models.language_model import LanguageModel, Standin
 from mopcompress.models.sampling import sample_text
 from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.states import CachedStates
 
 TOKENS = random_tokens(2, 9)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -48,6 +50,27 @@ def test_the_taken_apart_model_is_the_model_to_the_bit(model, layer):
 def test_what_enters_a_block_is_what_the_network_says(model, layer):
     seen = model.network(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states
     assert torch.equal(model.enter(TOKENS, layer), seen[layer])
+
+
+@pytest.mark.parametrize("layer", range(BLOCKS))
+def test_the_blocks_of_these_families_read_nothing_but_hidden_states(model, layer):
+    model.check_divisible(layer)
+
+
+@pytest.mark.parametrize("layer", range(1, BLOCKS))
+def test_blocks_that_read_the_tokens_too_are_refused(layer):
+    model = tiny_model("gemma4")
+    with pytest.raises(DataError, match=f"Gemma4ForCausalLM: blocks from {layer} up read more"):
+        model.check_divisible(layer)
+    with pytest.raises(DataError, match="read more"):
+        CachedStates(model, random_documents(3), layer, batch_size=2)
+
+
+def test_nothing_can_act_on_embeddings_that_are_widened_on_their_way():
+    model = tiny_model("opt", word_embed_proj_dim=HIDDEN // 2)
+    with pytest.raises(DataError, match="embeddings of 16 numbers are widened to 32"):
+        CachedStates(model, random_documents(3), 0, batch_size=2)
+    model.check_divisible(1)
 
 
 @torch.no_grad()

@@ -606,6 +606,11 @@ def test_contradictions_inside_gptq_are_named(write):
             "{final_sparsity: 0.6, apply_globally: true}}}",
             "MagnitudePruningModifier.apply_globally: its threshold is that of the given weights, and a_stage changes",
         ),
+        (
+            "a_stage: {m_modifiers: {PromptRecoveryModifier: {arm: mop}}}\nb_stage: {m_modifiers: "
+            "{PromptRecoveryModifier: {arm: lora}}}",
+            "b_stage.m_modifiers.PromptRecoveryModifier: a_stage has one already, and a recipe has one recovery",
+        ),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(write, text, said):

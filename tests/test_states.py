@@ -1,3 +1,4 @@
+import os
 import tempfile
 
 import pytest
@@ -6,7 +7,7 @@ from tiny import HIDDEN, random_documents
 from torch.testing import assert_close
 
 from mopcompress.errors import StorageError
-from mopcompress.states import CachedStates, batches_by_length, unseen
+from mopcompress.states import CachedStates, batches_by_length, reserve, unseen
 
 DOCUMENTS = random_documents(10)
 LAYER = 2
@@ -135,3 +136,10 @@ def test_states_without_room_are_refused_in_words(monkeypatch, tmp_path):
     with pytest.raises(StorageError, match=r"bytes of hidden states find no room in .*; free some, or set TMPDIR"):
         unseen(2**50, 2**8, torch.float32)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_reserved_where_the_system_has_no_call_for_it_too(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    for size in (0, 12):
+        reserve(tmp_path / "states", size)
+        assert (tmp_path / "states").stat().st_size == size

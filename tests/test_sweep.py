@@ -17,6 +17,7 @@ from mopcompress.recover.recovered import Recovered
 from mopcompress.results import read_rows
 from mopcompress.stages.arm import train_arm
 from mopcompress.stages.bench import bench
+from mopcompress.stages.documents import Documents
 from mopcompress.stages.protocol import protocol
 from mopcompress.stages.sweep import check_validation, sweep_rate, told
 from mopcompress.states import CachedStates
@@ -176,9 +177,19 @@ def test_when_all_rates_break_down_the_sweep_says_so(tiny_llama, validation):
 
 
 def test_without_validation_rows_there_is_nothing_to_choose_by():
-    with pytest.raises(DataError, match="validation rows"):
-        check_validation(0, "skills")
-    check_validation(1, "skills")
+    swept = [PromptRecoveryModifier(arm=arm, sweep=True) for arm in ("mop", "oracle")]
+    with pytest.raises(DataError, match="validation rows, and there are none"):
+        check_validation(documents_of((), tasks=("add",)), "skills", swept)
+    strange = documents_of(random_documents(3), tasks=("add", "sort"))
+    with pytest.raises(DataError, match=r"validation rows are of 'tell'.* oracle has no expert"):
+        check_validation(strange, "skills", swept)
+    check_validation(strange, "skills", swept[:1])
+    check_validation(strange, "skills", [one.model_copy(update={"sweep": False}) for one in swept])
+    check_validation(documents_of(random_documents(3), tasks=("add", "sort", "tell")), "skills", swept)
+
+
+def documents_of(validation, *, tasks):
+    return Documents(train=(), validation=tuple(validation), test=(), text=(), tasks=tasks, facts={})
 
 
 def test_recover_trains_with_the_rate_that_it_found_and_keeps_what_it_tried(stories, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -76,6 +77,11 @@ def config_of(family: str, **changes: object) -> PretrainedConfig:
         case "gemma3":
             kinds = ["sliding_attention", "full_attention"] * 2
             return Gemma3TextConfig(**TOKENS | SHAPE | GROUPED | SLIDING | {"layer_types": kinds} | changes)
+        case "gemma4":  # shows its tokens to every block
+            kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4}
+            shown = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+            sizes = kinds | shown | {"global_head_dim": 8, "num_kv_shared_layers": 0}
+            return Gemma4TextConfig(**TOKENS | SHAPE | GROUPED | sizes | changes)
         case "gpt_neox":
             return GPTNeoXConfig(**TOKENS | SHAPE | changes)
         case "gpt2":

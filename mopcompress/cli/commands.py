@@ -28,10 +28,10 @@ from mopcompress.cli.options import (
     WRITING,
 )
 from mopcompress.cli.output import print_bench, print_facts, print_harness, print_json, print_scores
-from mopcompress.errors import RecipeError
+from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe import GPTQModifier, Recipe, resolved
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recipe.commands import for_pruning, for_quantizing, for_recovery, with_recovery
+from mopcompress.recipe.commands import check_heard, for_pruning, for_quantizing, for_recovery, with_recovery
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.recipe.run import OURS
@@ -162,6 +162,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a model on the test rows, with or without an adapter: perplexity, exact match, and written answers."""
+    if lm_eval_path and lm_eval is None:
+        raise UsageError("--lm-eval-path: says nothing without --lm-eval; name its tasks, or leave it out")
     recipe = common.load()
     plan.check_inputs(recipe.run, data=lm_eval is None, calibration=False)
     if common.dry_run:
@@ -189,6 +191,7 @@ def evaluate(
 def bench(common: Common) -> None:
     """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
     recipe = with_recovery(common.load(), common.recovery)
+    check_heard(common.recovery, [recipe.recovery.with_arm(arm) for arm in recipe.run.trained_arms])
     if recipe.run.backend != OURS:
         raise RecipeError(f"run.backend: bench has no {recipe.run.backend}; prune with it, then evaluate its folder")
     folder = _target(recipe, Path("runs/bench"))

@@ -19,20 +19,25 @@ from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.arms import ARMS
 
 NETWORK, ADAPTER = "network.", "adapter."  # what the names of the weights begin with
-# transformers' Auto classes and pipelines hand these over, and a finished folder is the same with them and without
+HUB = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})  # of what is fetched from it
+# transformers' Auto classes and pipelines hand these over, and what is loaded is the same with them and without
 HANDED_OVER = frozenset(
-    {"adapter_kwargs", "cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
-    | {"token", "trust_remote_code", "use_safetensors", "_commit_hash", "_from_auto", "_from_pipeline"}
+    {"adapter_kwargs", "low_cpu_mem_usage", "proxies", "trust_remote_code", "use_safetensors"}
+    | {"_commit_hash", "_from_auto", "_from_pipeline"}
 )
 
 
-def refuse_unheeded(settings: Mapping[str, object]) -> None:
-    """Raise `TypeError` for a setting of `from_pretrained` that would be taken and change nothing."""
+def hub_settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Those settings of `from_pretrained` that say what is fetched from the hub.
+
+    Raises `TypeError` for one that would be taken and change nothing.
+    """
     for name in settings:
         if name == "attn_implementation":
             raise TypeError(f"from_pretrained: {name}: adapters need attention of their own kind; leave it out")
-        if name not in HANDED_OVER:
+        if name not in HANDED_OVER | HUB:
             raise TypeError(f"from_pretrained: it has no argument {name!r}; leave it out")
+    return {name: one for name, one in settings.items() if name in HUB and one is not None}
 
 
 def network_of(config: PretrainedConfig) -> PreTrainedModel:

@@ -48,9 +48,13 @@ def answer_contexts(
     """The same for encoded prompts; an answer stops before the first token of `ends`."""
     longest = max(map(len, contexts))
     padding = tokenizer.pad_token_id
+    # what is not said here, a checkpoint's own generation_config.json decides
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         use_cache=use_cache,
         eos_token_id=sorted(ends),
         pad_token_id=min(ends) if padding is None else padding,

@@ -34,8 +34,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_settings: Any) -> list[int]:
-        """Without special tokens: a likelihood is that of the text alone."""
-        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
+        """As the harness's own models do it: with the tokenizer's special tokens, unless the text begins so."""
+        if add_special_tokens is None:
+            add_special_tokens = not (self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_settings: Any
@@ -49,7 +51,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         windows, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
             for window in get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,

@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from mopcompress.errors import DataError
 from mopcompress.hf.config import MopConfig
-from mopcompress.hf.folder import adapter_of, load_whole, network_of, refuse_unheeded
+from mopcompress.hf.folder import adapter_of, hub_settings, load_whole, network_of
 from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, positions, read_by_itself
 from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
@@ -87,8 +87,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         A base is in fp32 unless `dtype` says otherwise; `device_map` may name one device. Raises `TypeError` for what
         a stock model takes and this one would not heed.
         """
-        refuse_unheeded(plumbing)
-        folder = resolve_model(str(pretrained_model_name_or_path))
+        hub = hub_settings(plumbing)
+        folder = resolve_model(str(pretrained_model_name_or_path), hub=hub)
         asked = None if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if adapter is None:
             config = config or MopConfig.from_pretrained(folder)
@@ -96,6 +96,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
                 raise DataError(f"model {folder} is no recovered model; name its adapter too, or one that was saved")
             network, loaded = load_whole(folder, config.text_config, AdapterConfig(**config.adapter), asked)
             made = cls(config, network, loaded)
+        elif config is not None:
+            raise TypeError("from_pretrained: config: a base and its adapter bring their own; leave it out")
         else:
             base = load_model(folder, device=torch.device("cpu"), dtype=asked or torch.float32)
             loaded, described = load_adapter(Path(adapter), base, base_sha256=weights_hash(folder))

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,10 +27,15 @@ from mopcompress.models.repair import attach, read_repairs
 from mopcompress.models.weight_files import INDEX, REPAIR, SINGLE, SPARSE, weight_files
 
 BUILT_IN = "smollm2"
+NO_HUB: Mapping[str, Any] = MappingProxyType({})
 
 
-def resolve_model(name: str, *, progress: Callable[[str], None] = lambda line: None) -> Path:
+def resolve_model(
+    name: str, *, hub: Mapping[str, Any] = NO_HUB, progress: Callable[[str], None] = lambda line: None
+) -> Path:
     """The local folder of a model: `smollm2`, a folder, or a hub id (a local path wins).
+
+    `hub` is what `snapshot_download` is told besides, such as a revision.
 
     Raises `InputNotFoundError` for a path that does not exist, `UnavailableError` for a hub id that cannot be had.
     """
@@ -42,7 +48,7 @@ def resolve_model(name: str, *, progress: Callable[[str], None] = lambda line: N
         raise DataError(f"model {name} is a file; name the Hugging Face folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputNotFoundError(f"model {name}: no such folder; name a Hugging Face folder, a hub id or {BUILT_IN}")
-    return _from_hub(name)
+    return _from_hub(name, hub)
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -194,12 +200,13 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in {".safetensors", ".bin", ".pt", ".pth"} or path.name.endswith(".index.json")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, hub: Mapping[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, **hub))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UnavailableError(

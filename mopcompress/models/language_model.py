@@ -77,7 +77,7 @@ class LanguageModel:
 
     def resume(
         self, hidden: Float[Tensor, "batch time hidden"], layer: int, *, first_position: int = 0
-    ) -> Float[Tensor, "batch time hidden"]:
+    ) -> Float[Tensor, "batch time normed"]:
         """Run block `layer` and all above it, and the final norm, on the hidden states that enter it.
 
         Positions count from `first_position`. Raises `DataError` when that is not 0 and they are not rotary.
@@ -91,7 +91,8 @@ class LanguageModel:
             return self._decoder([*self.blocks])(inputs_embeds=hidden, use_cache=False, **where).last_hidden_state
         below = self._standins(0, layer)
         below[-1].replacement = hidden
-        # the tokens only say how many positions there are: the last stand-in drops what comes of them
+        # the tokens only say how many positions there are: the last stand-in drops what comes of them, and where
+        # blocks above read them too, `check_divisible` says so
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         upper = self._decoder([*below, *self.blocks[layer:]])
         return upper(input_ids=tokens, use_cache=False, **where).last_hidden_state
@@ -117,6 +118,31 @@ class LanguageModel:
             raise DataError(
                 f"{type(self.network).__name__} does not call the attention function {NAME!r}, so prompts cannot reach "
                 "it; load it with `load_model`, or use a family whose attention can be exchanged"
+            )
+
+    @torch.no_grad()
+    def check_divisible(self, layer: int) -> None:
+        """Raise `DataError` when the states that enter block `layer` are not all that it and those above it read.
+
+        Some families show every block the tokens (Gemma 4) or the embeddings (Zamba), others widen the embeddings on
+        their way to block 0 (OPT-350m).
+        """
+        network = type(self.network).__name__
+        width = self.network.get_input_embeddings().weight.shape[1]
+        if layer == 0:
+            if width != self.hidden_size:
+                raise DataError(
+                    f"{network}: embeddings of {width} numbers are widened to {self.hidden_size} before block 0, so "
+                    "nothing can act there; begin further up, or use another model"
+                )
+            return
+        tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        whole = self._decoder([*self.blocks])(input_ids=tokens, use_cache=False).last_hidden_state
+        parts = self.resume(self.enter(tokens, layer), layer)
+        if not torch.allclose(parts, whole, rtol=0.0, atol=1e-3 * float(whole.abs().max())):
+            raise DataError(
+                f"{network}: blocks from {layer} up read more than the hidden states that enter "
+                "them, so they cannot run by themselves; use a model of another family"
             )
 
     @property

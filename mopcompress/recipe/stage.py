@@ -106,6 +106,14 @@ def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
         rounded = rounded or (path[0] if isinstance(one, GPTQModifier) else None)
         pruned = pruned or (path[0] if isinstance(one, Pruning) else None)
     faults += misplaced_repairs(placed)
+    trained = [
+        (stage.name, group.name, type(one).__name__)
+        for stage in stages
+        for group in stage.groups
+        for one in group.modifiers
+        if isinstance(one, PromptRecoveryModifier)
+    ]
+    faults += [Fault(path, f"{trained[0][0]} has one already, and a recipe has one recovery") for path in trained[1:]]
 
 
 def stranger(name: str, content: Any) -> Fault:

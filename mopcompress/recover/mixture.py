@@ -63,8 +63,8 @@ class MixtureOfPrompts(nn.Module):
         return applied
 
     def prefix(self, model: LanguageModel, instructions: Instructions) -> Prefix:
-        """What text attends to while it is trained: every expert acts."""
-        log_weights = self.log_weights(instructions)
+        """What text attends to, with gradients; in training mode every expert acts."""
+        log_weights = self.log_weights(instructions) if self.training else self.acting(instructions)
         return prefix_of(self.keys_and_values(model), log_weights, self.log_opening, self.mixing.reading)
 
     def learned(self) -> dict[str, list[nn.Parameter]]:

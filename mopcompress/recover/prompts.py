@@ -56,7 +56,8 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
 def _built(mixture: MixtureOfPrompts, model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
     mixture = mixture.to(model.device)
     if config.deep:
-        mixture.deepen(model)
+        mixture.to(model.network.dtype).deepen(model)
+        mixture.float()
     return mixture
 
 

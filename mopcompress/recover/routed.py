@@ -42,10 +42,14 @@ class RoutedPrompts(nn.Module):
         self.noise = noise
 
     def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
-        """Inside it, text stands behind the prompt that the perturbed router chose for it, with gradients to both."""
-        factors = 1 + self.noise * self._noise(len(instructions.summary)).to(instructions.summary)
+        """Inside it, text stands behind the prompt that the router chose for it, with gradients to both.
+
+        In training mode the router is perturbed.
+        """
+        summary = instructions.summary
+        factors = 1 + self.noise * self._noise(len(summary)).to(summary) if self.training else 1.0
         keys, values = before_text(model, self.prompts)
-        return attending_to(Prefix(keys, values, self.log_gate(instructions.summary, factors)))
+        return attending_to(Prefix(keys, values, self.log_gate(summary, factors)))
 
     def compiled(self, model: LanguageModel) -> Applied:
         """Constant keys and values; what is left an example is the router, without noise."""

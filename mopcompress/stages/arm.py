@@ -107,8 +107,17 @@ def adapter_config(
 
 
 def tell_of_experts(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[str, ...], progress: Progress) -> None:
-    """Say so where arms will have experts that nobody named: neither the recipe nor the rows."""
-    found = [one for one in modifiers if one.experts is None and "experts" in TRAINED[one.arm].own]
+    """Say so where experts are not one a task: when the rows name none, or the recipe wants another number."""
+    counted = [one for one in modifiers if "experts" in TRAINED[one.arm].own]
+    others = [one.experts for one in counted if one.experts not in (None, len(tasks)) and one.gate_labels == "tasks"]
+    if others and tasks:
+        progress(
+            f"{others[0]} experts are not one for each of the {len(tasks)} tasks: k-means finds their domains in the "
+            "states of the instructions",
+            0,
+            0,
+        )
+    found = [one for one in counted if one.experts is None]
     if found and not tasks:
         count = found[0].count_experts(tasks)
         progress(

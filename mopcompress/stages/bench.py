@@ -89,8 +89,7 @@ class _Bench:
             config = adapter_config(one, model, documents.tasks, self.source_sha256)
             adapter = ARMS[one.arm].build(model, config)
             check_dense(adapter, model, dense_weights(one, self.source, model))
-        if any(one.sweeps for one in arms):
-            check_validation(len(documents.validation), self.recipe.run.data)
+        check_validation(documents, self.recipe.run.data, arms)
         size = self.recipe.run.batch_size
         self.taught = taught_by(self.recovery, self.source, model, documents.train, size, self.progress)
         weights = model.network.num_parameters()

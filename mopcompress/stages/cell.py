@@ -1,5 +1,6 @@
 """One cell of a bench: an arm on a compressed model, scored; its adapter and its documents on disk, and its row."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def score_cell(
     scores = with_answers(scores, model, test, trained, run, progress)
     on_text = micro(score(model, text, trained, size, progress)) if text else None
     adapter = adapter_of(folder, setting, cell)
-    if recovered and artifact.read_manifest(adapter) is None:
+    if recovered:
+        shutil.rmtree(adapter, ignore_errors=True)  # of a row that was taken out, or was not written any more
         publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(model.device)})
     write_documents(scores, folder / "documents" / f"{adapter.name}.json")
     domains = recovered.config.tasks if recovered else ()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from mopcompress import artifact
@@ -47,7 +48,7 @@ def kept(
             manifest = dict(facts)
             with artifact.publish(folder, manifest) as scratch:
                 write(scratch, manifest)
-        except (OSError, OutputError, StorageError):
+        except (OSError, OutputError, StorageError, SafetensorError):
             if not whole(folder):  # it can be that another process was faster
                 return otherwise()
     try:

@@ -37,8 +37,7 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         modifier, recovered = recipe.recovery, None
         tell_of_experts([modifier], documents.tasks, tell)
         teacher, dense = named_teacher(modifier), dense_weights(modifier, base, model)
-        if modifier.sweeps:
-            check_validation(len(documents.validation), recipe.run.data)
+        check_validation(documents, recipe.run.data, [modifier])
         with workers.first_alone():
             states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
         # hidden states are not kept: with them every process runs the teacher, all at once
@@ -71,7 +70,9 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
                     rows = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
                 known = workers.same(read_trials(unfinished.folder) if unfinished else {})
                 keep = partial(write_trials, folder=unfinished.folder) if unfinished else lambda trials: None
-                sweep, recovered = sweep_rate(modifier, model, rows, train, batch_size=size, known=known, keep=keep)
+                sweep, recovered = sweep_rate(
+                    modifier, model, rows, train, batch_size=size, known=known, keep=keep, agreed=workers.same
+                )
                 tell(told(sweep), 0, 0)
                 modifier = modifier.at_rate(sweep.learning_rate)
                 facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}

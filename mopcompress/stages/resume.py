@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress import artifact
-from mopcompress.data.examples import load_examples
 from mopcompress.errors import OutputError
-from mopcompress.models.checkpoint import resolve_model, weights_hash
+from mopcompress.models.checkpoint import load_tokenizer, resolve_model, weights_hash
 from mopcompress.recipe import Recipe
+from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.documents import load_documents
 from mopcompress.stages.progress import Progress
 from mopcompress.stages.teacher import named_teacher
 
@@ -20,13 +21,17 @@ def finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]
     artifact.verify(target)
     manifest = artifact.read_manifest(target) or {}
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
-    now: dict[str, str | None] = {"model": weights_hash(base)}
+    now: dict[str, Any] = {"model": weights_hash(base)}
     before = {"model": manifest["base"]["sha256"]}
     if "teacher" in manifest:
         now["teacher"], before["teacher"] = named_teacher(recipe.recovery), manifest["teacher"]
     if "data" in manifest:
-        splits = load_examples(recipe.run.data, rename=recipe.run.map, seed=recipe.run.seed)
-        now["data"], before["data"] = splits.sha256, manifest["data"]["sha256"]
+        facts = load_documents(recipe.run, load_tokenizer(base)).facts
+        for what, field in (("data", "sha256"), ("training text", "train_text")):
+            now[what], before[what] = facts.get(field), manifest["data"].get(field)
+    if "calibration" in manifest and recipe.run.calibration != "self":  # the model's own text is the model's
+        _, calibration = calibration_tokens(recipe.run, base, now["model"], progress)
+        now["calibration"], before["calibration"] = calibration["sha256"], manifest["calibration"]["sha256"]
     for what in now:
         if now[what] != before[what]:
             raise OutputError(

@@ -19,9 +19,11 @@ from mopcompress.errors import DataError, NumericalError
 from mopcompress.evaluation import evaluate, micro
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier
+from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.recovered import Recovered
 from mopcompress.results import Sweep, Trial
+from mopcompress.stages.documents import Documents
 from mopcompress.states import CachedStates
 
 FACTOR = 3.0  # from a rate to the next; the grid begins around the recipe's rate, else the arm's own
@@ -40,10 +42,12 @@ def sweep_rate(
     batch_size: int,
     known: Mapping[float, Trial] | None = None,
     keep: Callable[[Sequence[Trial]], None] = lambda trials: None,
+    agreed: Callable[[Trial], Trial] = lambda trial: trial,
 ) -> tuple[Sweep, Recovered | None]:
     """Train with every rate by `train`, and score on the validation rows; the training too, if a trial is as long.
 
-    Trials in `known`, by their rates, are not repeated; `keep` is given all trials after each. Raises `NumericalError`
+    Trials in `known`, by their rates, are not repeated; `keep` is given all trials after each; `agreed` is what all
+    processes take a trial for. Raises `NumericalError`
     when no rate gives a finite loss.
     """
     middle = modifier.rate
@@ -58,7 +62,8 @@ def sweep_rate(
         if known and rate in known:
             grid[exponent] = known[rate]
         else:
-            grid[exponent], recovered = _trial(shortened.at_rate(rate), model, validation, train, batch_size)
+            trial, recovered = _trial(shortened.at_rate(rate), model, validation, train, batch_size)
+            grid[exponent] = agreed(trial)
         if _best(grid) == exponent:
             winner = recovered
         trials = [grid[exponent] for exponent in sorted(grid)]
@@ -128,11 +133,18 @@ def told(sweep: Sweep) -> str:
     )
 
 
-def check_validation(rows: int, data: str) -> None:
-    """Raise `DataError` when there is nothing to choose a rate by."""
-    if not rows:
+def check_validation(documents: Documents, data: str, modifiers: Sequence[PromptRecoveryModifier]) -> None:
+    """Raise `DataError` when one of `modifiers` sweeps, and validation rows are none, or unknown to its oracle."""
+    swept = [one for one in modifiers if one.sweeps]
+    if swept and not documents.validation:
         raise DataError(
             f"data {data}: --sweep chooses by validation rows, and there are none; add some, or leave it out"
+        )
+    strangers = sorted({row.task for row in documents.validation} - set(documents.tasks))
+    if strangers and any(TRAINED[one.arm].needs_tasks for one in swept):
+        raise DataError(
+            f"data {data}: validation rows are of {strangers[0]!r}, which no training row is, so oracle has no expert "
+            "for them in a sweep; raise --train-rows, or leave --sweep or those rows out"
         )
 
 
