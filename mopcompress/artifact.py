@@ -46,6 +46,18 @@ def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def being_built(folder: Path) -> bool:
+    """Whether it is the scratch folder of a process that still lives on this machine."""
+    _, partial, process = folder.name.rpartition(".partial-")
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return bool(partial)
+
+
 def unfinished_folder(target: Path) -> Path:
     """Where work on `target` lies that can be gone on with."""
     return target.parent / f".{target.name}.unfinished"

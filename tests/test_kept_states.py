@@ -1,7 +1,10 @@
 """Lower states that another run, arm or seed takes up again."""
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,6 +139,20 @@ def test_what_was_not_used_for_longest_makes_room(tiny_llama, entered, cache, mo
     assert len(entered) == computed
     states_of(tiny_llama, layer=2)
     assert len(entered) > computed
+
+
+def test_room_is_never_made_of_what_a_living_process_builds(tiny_llama, cache, monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    alive, left = (cache / f".states.partial-{process}" for process in (os.getpid(), gone.pid))
+    for folder in (alive, left):
+        folder.mkdir(parents=True)
+        (folder / "states").write_bytes(bytes(1000))
+    states_of(tiny_llama)
+    monkeypatch.setattr(kept, "LIMIT", sum(file.stat().st_size for file in cache.glob("[!.]*/*")) + 500)
+    states_of(tiny_llama, layer=LAYER - 1)
+    assert alive.is_dir()
+    assert not left.exists()
 
 
 def test_states_that_another_process_takes_away_are_computed(tiny_llama, cache, monkeypatch):

@@ -97,7 +97,8 @@ def _make_room(parent: Path, size: int) -> None:
     """Remove what was not used for longest until `size` more bytes fit. Raises `StorageError` when they never will."""
     if size > LIMIT:
         raise StorageError(f"{size} bytes are more than all that may be kept in {parent} ({LIMIT})")
-    folders = sorted((path for path in parent.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    there = [path for path in parent.glob("*") if path.is_dir() and not artifact.being_built(path)]
+    folders = sorted(there, key=lambda path: path.stat().st_mtime)
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     for folder, freed in zip(folders, list(sizes), strict=True):
         if sum(sizes) + size <= LIMIT:
