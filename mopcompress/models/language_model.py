@@ -139,7 +139,7 @@ class LanguageModel:
         tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         whole = self._decoder([*self.blocks])(input_ids=tokens, use_cache=False).last_hidden_state
         parts = self.resume(self.enter(tokens, layer), layer)
-        if not torch.allclose(parts, whole, rtol=0.0, atol=1e-3 * float(whole.abs().max())):
+        if (parts - whole).abs().max() > 1e-3 * whole.abs().max():  # of a model that gives NaN others say so
             raise DataError(
                 f"{network}: blocks from {layer} up read more than the hidden states that enter "
                 "them, so they cannot run by themselves; use a model of another family"
