@@ -362,17 +362,9 @@ def test_what_was_made_from_a_text_that_changed_is_not_taken_for_done(
         assert (outcome.code, f"was made from another {what}" in outcome.err) == (73, True)
 
 
-def test_a_flag_that_no_arm_hears_is_refused(stories: Path) -> None:
-    words = ("bench", stories, "--dry-run", "--arms", "none,single")
-    for flags, said in (
-        (("--top-k", 2), "--top-k: says nothing to single, only to mop, shuffled"),
-        (("--distill-temperature", 2), "--distill-temperature: says nothing without --distill"),
-        (("--arms", "none", "--steps", 5), "--steps: says nothing to none, only to single"),
-    ):
-        outcome = invoke(*words, *flags)
-        assert (outcome.code, said in outcome.err) == (2, True)
-    assert invoke(*words, "--steps", 5, "--dense-arms", "none,mop", "--top-k", 2).code == 0
-    assert invoke("evaluate", stories, "--lm-eval-path", stories).code == 2
+def test_tasks_of_ones_own_are_nothing_without_tasks_to_run(stories: Path) -> None:
+    outcome = invoke("evaluate", stories, "--lm-eval-path", stories)
+    assert (outcome.code, "--lm-eval-path: says nothing without --lm-eval" in outcome.err) == (2, True)
 
 
 def test_an_adapter_is_trained_once(pruned: Path, adapter: Path, data: Path) -> None:

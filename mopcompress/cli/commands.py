@@ -31,7 +31,7 @@ from mopcompress.cli.output import print_bench, print_facts, print_harness, prin
 from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe import GPTQModifier, Recipe, resolved
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recipe.commands import check_heard, for_pruning, for_quantizing, for_recovery, with_recovery
+from mopcompress.recipe.commands import for_pruning, for_quantizing, for_recovery, with_recovery
 from mopcompress.recipe.fields import Spec
 from mopcompress.recipe.modifiers import Pruning
 from mopcompress.recipe.run import OURS
@@ -191,7 +191,6 @@ def evaluate(
 def bench(common: Common) -> None:
     """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
     recipe = with_recovery(common.load(), common.recovery)
-    check_heard(common.recovery, [recipe.recovery.with_arm(arm) for arm in recipe.run.trained_arms])
     if recipe.run.backend != OURS:
         raise RecipeError(f"run.backend: bench has no {recipe.run.backend}; prune with it, then evaluate its folder")
     folder = _target(recipe, Path("runs/bench"))

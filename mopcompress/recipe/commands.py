@@ -90,29 +90,24 @@ def for_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
     A flag that would change nothing is refused, too.
     """
     modifier = _recovery_with(recipe, flags)
-    check_heard(flags, [modifier])
+    for name, given in flags.items():
+        heard = listeners(name)
+        idle = given is None or given == PromptRecoveryModifier.model_fields[name].default
+        flag = FLAG_OF.get(name, name).replace("_", "-")
+        if not idle and modifier.arm not in heard:
+            raise UsageError(f"--{flag}: says nothing to {modifier.arm}, only to {', '.join(heard)}; leave it out")
+        needed = NEEDS.get(name, ()) if modifier.rate is not None else ()
+        if not idle and needed and not any(getattr(modifier, other) for other in needed):
+            others = " or ".join(f"--{other.replace('_', '-')}" for other in needed)
+            raise UsageError(f"--{flag}: says nothing without {others}; add one, or leave it out")
     return replace(recipe, stages=(_recovery_stage(modifier),))
 
 
-def check_heard(flags: Mapping[str, object], modifiers: Sequence[PromptRecoveryModifier]) -> None:
-    """Raise `UsageError` for a flag that changes nothing for any arm of these recoveries."""
-    arms = ", ".join(one.arm for one in modifiers) or "none"
-    for name, given in flags.items():
-        if given is None or given == PromptRecoveryModifier.model_fields[name].default:
-            continue
-        heard, flag = listeners(name), FLAG_OF.get(name, name).replace("_", "-")
-        hearing = [one for one in modifiers if one.arm in heard]
-        if not hearing:
-            raise UsageError(f"--{flag}: says nothing to {arms}, only to {', '.join(heard)}; leave it out")
-        needed = NEEDS.get(name, ())
-        stepping = [one for one in hearing if one.rate is not None]
-        if needed and stepping == hearing and not any(getattr(one, other) for one in hearing for other in needed):
-            others = " or ".join(f"--{other.replace('_', '-')}" for other in needed)
-            raise UsageError(f"--{flag}: says nothing without {others}; add one, or leave it out")
-
-
 def with_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
-    """The whole recipe with these fields in its prompt recovery; the same recipe when no flag was given."""
+    """The whole recipe with these fields in its prompt recovery; the same recipe when no flag was given.
+
+    A flag that no arm of the grid hears is not refused: the grid may grow, and then its settings must be the same.
+    """
     if all(flag is None for flag in flags.values()):
         return recipe
     kept = []
