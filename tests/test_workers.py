@@ -49,7 +49,7 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path
         noted = tmp_path / f"{target}.json"
         command = [sys.executable, *before, str(script), *words, "--output-dir", str(tmp_path / target)]
         done = subprocess.run(
-            command, env=environment | {"NOTED": str(noted)}, capture_output=True, text=True, check=False
+            command, env=environment | {"NOTED": str(noted)}, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         return json.loads(noted.read_text()), load_file(tmp_path / target / "adapter.safetensors")
@@ -96,7 +96,10 @@ def test_two_processes_sweep_as_one_and_go_on_after_the_trials_that_the_first_on
 
     def run(*before, target, **more):
         command = [sys.executable, *before, str(script), *words, "--output-dir", str(tmp_path / target)]
-        return subprocess.run(command, env=environment | more, capture_output=True, text=True, check=False)
+        # one that is killed leaves the other's account of it where it ran
+        return subprocess.run(
+            command, env=environment | more, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
 
     two = ("-m", *LAUNCHERS["torchrun"])
     alone, killed = run(target="one"), run(*two, target="two", DIE="1")
@@ -135,6 +138,8 @@ def test_of_two_processes_the_first_alone_runs_the_teacher(stories, tmp_path):
     words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, *taught]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *LAUNCHERS["torchrun"], str(script), *words]
-    done = subprocess.run(command, env=environment | {"NOTED": str(noted)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment | {"NOTED": str(noted)}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert noted.read_text().split() == ["0"]
