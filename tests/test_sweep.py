@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,13 +43,15 @@ def recovered(adapter):
     return Recovered(adapter, config, [], 0.0)
 
 
-def sweep_and_winner(model, validation, trained, *, known=None, keep=lambda trials: None, **fields):
+def sweep_and_winner(
+    model, validation, trained, *, known=None, keep=lambda trials: None, agreed=lambda trial: trial, **fields
+):
     modifier = PromptRecoveryModifier(**{"arm": "single", "sweep": True, "sweep_steps": 7} | fields)
 
     def train(one):
         return recovered(trained(one))
 
-    return sweep_rate(modifier, model, validation, train, batch_size=4, known=known, keep=keep)
+    return sweep_rate(modifier, model, validation, train, batch_size=4, known=known, keep=keep, agreed=agreed)
 
 
 def swept(model, validation, trained, **fields):
@@ -169,6 +172,20 @@ def test_a_rate_that_breaks_down_is_noted_and_not_chosen(tiny_llama, validation)
 def test_a_sweep_may_try_more_than_a_recipe_may_ask_for(tiny_llama, validation):
     found = swept(tiny_llama, validation, lambda one: broken(one, above=950.0), learning_rate=900.0)
     assert [trial.learning_rate for trial in found.trials if trial.validation_nats is None] == pytest.approx([2700.0])
+
+
+def test_what_all_processes_agree_on_is_what_counts(tiny_llama, validation):
+    """Another one's trial of the same rate, as it would come from the first process."""
+    nats = {0.1: 2.0, 0.3: 1.0, 0.9: 3.0}
+    found, _ = sweep_and_winner(
+        tiny_llama,
+        validation,
+        lambda modifier: prompt(0),
+        learning_rate=0.3,
+        agreed=lambda trial: replace(trial, validation_nats=nats[round(trial.learning_rate, 9)]),
+    )
+    assert [trial.validation_nats for trial in found.trials] == [2.0, 1.0, 3.0]
+    assert found.learning_rate == 0.3
 
 
 def test_when_all_rates_break_down_the_sweep_says_so(tiny_llama, validation):
