@@ -49,13 +49,15 @@ def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 def being_built(folder: Path) -> bool:
     """Whether it is the scratch folder of a process that still lives on this machine."""
     _, partial, process = folder.name.rpartition(".partial-")
+    if not partial or not process.isdecimal():
+        return False
     try:
         os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
+    except ProcessLookupError:
         return False
     except PermissionError:  # another user's
         pass
-    return bool(partial)
+    return True
 
 
 def unfinished_folder(target: Path) -> Path:
