@@ -83,8 +83,8 @@ def read_stage(name: str, content: Any, faults: list[Fault]) -> Stage:
 def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
     """Pruning comes before rounding, which it would undo, and one threshold for all layers before all else.
 
-    Structured pruning stands alone: it makes another model, which a second command may compress. A repair comes last, and
-    there is one recovery.
+    Structured pruning stands alone: it makes another model, which a second command may compress. A repair comes last,
+    and there is one recovery.
     """
     placed = [
         ((stage.name, group.name, type(one).__name__), one)
