@@ -86,6 +86,7 @@ PARTS = (
     part("sni-settings", "0.7", MAIN, rates="sni", bits="3,2"),
     part("sni-harsh", "0.95", MAIN, rates="sni-85"),
     part("sni-harsh-frozen", "0.95", ("mop",), rates="sni-85", recovery={"gate_learning_rate": 0.0}),
+    part("sni-harsh-shared", "0.95", ("single", "mop"), rates="sni-85", recovery={"shared_expert": True}),
     part("sni-2of4", "0.5", MAIN, rates="sni", recipe="sni_24.yaml"),
     part("dolly-50", "0.5", MAIN, rates="sni", recipe="dolly.yaml"),
     part("sni", "0.5", RIVALS[2:]),
