@@ -1,6 +1,6 @@
 """How much of this machine's GEMM peak our compression reaches: FLOPs needed over FLOPs that there was time for.
 
-    python benchmarks/compression_speed.py [--calibration TEXT] [--method sparsegpt] [--sparsity 0.5]
+    python benchmarks/compression_speed.py [--calibration TEXT] [--method alps] [--sparsity 0.5]
 
 Needed is what the method asks for when nothing is computed twice: every linear and the causal half of attention once,
 the lower half of each Gram matrix (one for linears that share their input), its Cholesky factor and the inverse of

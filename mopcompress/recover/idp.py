@@ -1,4 +1,4 @@
-"""Inference-time dynamic prompting (Xu et al., arXiv 2310.00867): of several prompts, the one most attended to.
+"""Inference-time dynamic prompting (Hoang et al., arXiv 2310.00867): of several prompts, the one most attended to.
 
 No gate is trained. The instruction's own attention at the adapter's layer chooses, for each example and in training
 too: the group of prompts with the highest mean over instruction tokens and heads stays, the others are gone there and

@@ -79,8 +79,8 @@ def fit(
         workers.add_up(losses, parameters)
         loss, nats = losses.tolist()
         _check(loss, step, training)
-        for group in learned.values():
-            torch.nn.utils.clip_grad_norm_(group, training.clip_norm)
+        for group in optimiser.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], training.clip_norm)
         optimiser.step()
         row = TrainRow(
             step=step,
