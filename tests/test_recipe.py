@@ -802,6 +802,7 @@ OTHERS = {  # another value than the default of each
     "rank": 2,
     "adapter_targets": ("q_proj",),
     "gate_learning_rate": 0.5,
+    "gate_clipping": "together",
     "gate_pretraining_steps": 3,
     "gate_temper": 1.0,
     "gate_labels": "clusters",

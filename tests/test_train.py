@@ -8,11 +8,13 @@ from torch.testing import assert_close
 from mopcompress.errors import NumericalError
 from mopcompress.evaluation import evaluate, micro
 from mopcompress.models.attention import attending_to
+from mopcompress.recipe.training import PromptRecoveryModifier
 from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.prompts import begin
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, _backward, _rate, fit
 from mopcompress.recover.workers import Workers
+from mopcompress.stages.arm import training_of
 from mopcompress.states import CachedStates
 
 TASKS = ("add", "sort", "tell")
@@ -85,15 +87,16 @@ def test_equal_seeds_give_equal_results(tiny_llama, states, arm):
     assert results[0][0] != results[2][0]
 
 
-@pytest.mark.parametrize("clip_norm", [0.02, 1e6])
-def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, clip_norm):
+@pytest.mark.parametrize(("clip_norm", "apart"), [(0.02, True), (0.02, False), (1e6, True)])
+def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, clip_norm, apart):
     """AdamW by its equations (Loshchilov and Hutter, 2019), without weight decay."""
-    settings = training(steps=5, warmup_fraction=0.4, clip_norm=clip_norm)
+    settings = training(steps=5, warmup_fraction=0.4, clip_norm=clip_norm, gate_apart=apart)
     order = order_of(states, tiny_llama, "mop", monkeypatch, steps=5)
     trained, mixture = begun(states), begun(states)
     fit(trained, tiny_llama, states, settings)
     names, weights = zip(*mixture.named_parameters(), strict=True)
     groups = ["gate" if name.startswith("gate") else "adapter" for name in names]
+    clipped_with = groups if apart else ["all"] * len(names)
     first = [torch.zeros_like(weight) for weight in weights]
     second = [torch.zeros_like(weight) for weight in weights]
     for step, rows in enumerate(order, start=1):
@@ -103,12 +106,12 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
         logits = tiny_llama.network.lm_head(left[batch.example, batch.position])
         loss = -logits.log_softmax(-1)[range(len(batch.target)), batch.target].mean()
         gradients = torch.autograd.grad(loss, weights)
-        norms = {group: norm_of(gradients, groups, group) for group in ("adapter", "gate")}
+        norms = {group: norm_of(gradients, clipped_with, group) for group in clipped_with}
         assert min(norms.values()) > 0.02
         share = [0.5, 1.0, 1.0, 0.75, 0.25][step - 1]
         with torch.no_grad():
             for index, gradient in enumerate(gradients):
-                clipped = gradient * min(1.0, clip_norm / norms[groups[index]])
+                clipped = gradient * min(1.0, clip_norm / norms[clipped_with[index]])
                 first[index].mul_(0.9).add_(0.1 * clipped)
                 second[index].mul_(0.999).add_(0.001 * clipped**2)
                 rate = share * (1e-2 if groups[index] == "gate" else 0.1)
@@ -239,3 +242,11 @@ def test_processes_share_a_step_and_their_sum_is_the_whole(tiny_llama, states):
     assert_close(losses, loss)
     for name, weight in whole.named_parameters():
         assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+# --- what a recipe asks for
+
+
+@pytest.mark.parametrize(("changes", "apart"), [({}, True), ({"gate_clipping": "together"}, False)])
+def test_a_recipe_says_whether_the_gate_is_clipped_apart(changes, apart):
+    assert training_of(PromptRecoveryModifier(**changes), 0.5, seed=0).gate_apart is apart

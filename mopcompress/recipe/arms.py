@@ -11,7 +11,7 @@ from mopcompress.recipe.fields import fault
 BUDGET = frozenset({"experts", "prompts_per_expert", "shared_expert"})  # of a `mop` that is not deep
 OPENED = BUDGET | {"layer", "log_opening", "gate_labels"}  # prompts in the middle: experts begin in their own domains
 MIXED = OPENED | {"deep"}
-GATE = frozenset({"gate_learning_rate", "gate_pretraining_steps", "gate_temper", "gate_labels"})
+GATE = frozenset({"gate_learning_rate", "gate_clipping", "gate_pretraining_steps", "gate_temper", "gate_labels"})
 RATES = frozenset({"learning_rate", "learning_rates", "sweep", "sweep_steps"})
 STEPS = frozenset({"steps", "batch_size", "accumulate", "warmup_fraction", "clip_norm"})
 TRAINING = STEPS | RATES | {"distill", "distill_temperature", "squarehead"}  # to all that take steps
@@ -42,7 +42,7 @@ TRAINED = {
     # not swept: AdamW's rate for prompt and prefix tuning in PEFT's own guide to prompt-based methods, which deep
     # prompts are too; Xu et al. take 1e-3 after 500 warm-up steps, more than ours are in all
     "input": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
-    "smop": ArmSettings(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate"}, at_input=True),
+    "smop": ArmSettings(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate", "gate_clipping"}, at_input=True),
     "prefix": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
     "lora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),
     "masklora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),

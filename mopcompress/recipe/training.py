@@ -42,6 +42,7 @@ class PromptRecoveryModifier(Spec):
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
     gate_labels: Literal["tasks", "clusters"] = "tasks"  # experts' domains: the rows' tasks, or k-means on instructions
+    gate_clipping: Literal["apart", "together"] = "apart"  # its gradient by itself, or with that of what it weighs
     gate_reading: Literal["renormalised", "values", "separate"] = "renormalised"  # what a weight does in attention
     shared_expert: bool = False  # one more group of prompts: it weighs 1 for every row; of idp and smop a choice more
     top_k: Annotated[int, Field(ge=1, le=1024)] | None = None  # experts that act in inference; None: all

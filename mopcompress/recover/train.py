@@ -34,8 +34,9 @@ class Training:
     learning_rate: float  # of all but the gate
     gate_learning_rate: float
     warmup_fraction: float
-    clip_norm: float  # the greatest norm of a group's gradient; adapter and gate are each clipped by themselves
+    clip_norm: float  # the greatest norm of a gradient
     seed: int
+    gate_apart: bool = True  # the gradient of a gate is clipped by itself, not together with that of what it weighs
     accumulate: int = 1  # parts of a step, one after the other: the same to rounding, but for the noise of `smop`
 
 
@@ -54,9 +55,9 @@ def fit(
 
     With `distillation` a share of the loss is the divergence from a teacher's distributions.
 
-    AdamW without weight decay, linear warm-up, cosine decay to zero. The gradient of a gate is clipped apart from that
-    of what it weighs: it can be a hundred times as large, and one norm for both leaves the prompts of a badly damaged
-    model with next to nothing of theirs. Goes on where `keeping` says that it stopped.
+    AdamW without weight decay, linear warm-up, cosine decay to zero. A gate's gradient can be a hundred times that of
+    what it weighs; clipped together, it decides how much of the other's is left. Goes on where `keeping` says that it
+    stopped.
     Raises `NumericalError` when a loss is not finite.
     """
     workers = workers or Workers()
@@ -79,8 +80,8 @@ def fit(
         workers.add_up(losses, parameters)
         loss, nats = losses.tolist()
         _check(loss, step, training)
-        for group in optimiser.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], training.clip_norm)
+        for clipped in learned.values() if training.gate_apart else (parameters,):
+            torch.nn.utils.clip_grad_norm_(clipped, training.clip_norm)
         optimiser.step()
         row = TrainRow(
             step=step,
