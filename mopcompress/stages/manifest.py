@@ -65,7 +65,7 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A recorded recipe with the fields that it had not yet: their defaults do what was done before they came."""
+    """A recorded recipe with the fields that it had not yet, at their defaults."""
     return resolved(recipe_of(manifest["recipe"], f"recipe in {path}"))
 
 
