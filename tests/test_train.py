@@ -199,12 +199,14 @@ def test_gate_and_prompts_have_their_own_rates(tiny_llama, states):
     assert float(moved["gate.outer.bias"].max()) == pytest.approx(1e-4, rel=1e-2)
 
 
-@pytest.mark.parametrize("gate_learning_rate", [0.0, 1e-12])
-def test_a_gate_has_no_share_in_the_clipping_of_what_it_weighs(tiny_llama, states, monkeypatch, gate_learning_rate):
+@pytest.mark.parametrize(("gate_learning_rate", "apart"), [(0.0, True), (0.0, False), (1e-12, True)])
+def test_a_gate_has_no_share_in_the_clipping_of_what_it_weighs(
+    tiny_llama, states, monkeypatch, gate_learning_rate, apart
+):
     """Beside a gate that is frozen, or as good as, prompts learn what they learn where it is no parameter at all."""
     still, without = begun(states), begun(states)
     before = {name: tensor.clone() for name, tensor in still.gate.state_dict().items()}
-    fit(still, tiny_llama, states, training(gate_learning_rate=gate_learning_rate, clip_norm=0.01))
+    fit(still, tiny_llama, states, training(gate_learning_rate=gate_learning_rate, gate_apart=apart, clip_norm=0.01))
     for name, tensor in still.gate.state_dict().items():
         assert_close(tensor, before[name], rtol=0, atol=100 * gate_learning_rate)
     without.gate.requires_grad_(False)
