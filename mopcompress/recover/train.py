@@ -55,7 +55,7 @@ def fit(
 
     With `distillation` a share of the loss is the divergence from a teacher's distributions.
 
-    AdamW without weight decay, linear warm-up, cosine decay to zero. A gate's gradient can be a hundred times that of
+    AdamW without weight decay, linear warm-up, cosine decay to zero. A gate's gradient can be tens of times that of
     what it weighs; clipped together, it decides how much of the other's is left. Goes on where `keeping` says that it
     stopped.
     Raises `NumericalError` when a loss is not finite.
