@@ -176,13 +176,15 @@ def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
 def _across(output: Path, folder: str, arm: str, there: str, called: str) -> Iterator[str]:
     """An arm as it is against one in another folder, on the same rows; it is shown where it is better."""
     setting = "sparsegpt 50%"
-    plain, other = _documents(output / "sni", setting, arm), _documents(output / folder, setting, there)
-    if plain is None or other is None:
+    plain, other = _by_seed(output / "sni", setting, arm), _by_seed(output / folder, setting, there)
+    seeds = sorted(plain.keys() & other.keys())
+    if not seeds:
         return
-    assert list(plain.scored_tokens) == list(other.scored_tokens), f"{folder} was scored on other rows"
-    bootstrap = PairedBootstrap(plain.tasks, plain.scored_tokens)
-    pair = np.asarray(plain.nats), np.asarray(other.nats)
-    verdicts = _verdicts(bootstrap.micro(*pair), bootstrap.macro(*pair))
+    scores = plain[seeds[0]]
+    assert list(scores.scored_tokens) == list(other[seeds[0]].scored_tokens), f"{folder} was scored on other rows"
+    bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
+    first, second = (np.mean([one[seed].nats for seed in seeds], axis=0) for one in (plain, other))
+    verdicts = _verdicts(bootstrap.micro(first, second), bootstrap.macro(first, second))
     yield f"| {folder} | {setting} | {arm} against {called} | {verdicts} |"
 
 
@@ -200,7 +202,7 @@ def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
 def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator[str]:
     """How much of the log perplexity that lies between no arm and the dense model with `mop+` the same arm regains."""
     arms = ((folder, setting, "none"), (folder, setting, "mop+"), ("sni-dense", "dense", "mop+"))
-    found = [_documents(output / name, where, arm) for name, where, arm in arms]
+    found = [_by_seed(output / name, where, arm).get(0) for name, where, arm in arms]
     none, ours, dense = (sum(one.nats) if one else math.nan for one in found)
     share = (none - ours) / (none - dense)
     if math.isfinite(share):
@@ -208,9 +210,12 @@ def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator
         yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {share:.0%} | | {shown} | |"
 
 
-def _documents(folder: Path, setting: str, arm: str) -> DocumentScores | None:
-    """Scores of the first seed, if they are there."""
-    return read_run(folder).documents.get((setting, arm, 0)) if (folder / "rows.jsonl").exists() else None
+def _by_seed(folder: Path, setting: str, arm: str) -> dict[int, DocumentScores]:
+    """Scores of the seeds that are there."""
+    if not (folder / "rows.jsonl").exists():
+        return {}
+    documents = read_run(folder).documents
+    return {seed: scores for (where, what, seed), scores in documents.items() if (where, what) == (setting, arm)}
 
 
 if __name__ == "__main__":

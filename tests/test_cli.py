@@ -400,6 +400,10 @@ def test_a_bench_runs_what_is_new_and_nothing_twice(
     lines = (folder / "rows.jsonl").read_text()
     told = invoke(*common, "--ratios", 0.5, "--arms", "none,mop,single", "--dry-run", "--json").json
     assert (told["cells"], told["cells_done"], told["steps"]) == (4, 3, 2)
+    swept = ("--ratios", 0.5, "--arms", "single,mop", "--seeds", "0,1", "--sweep", "--dry-run", "--json")
+    other = ("bench", stories, "--data", data, *CALIBRATED, *TRAINED, "--output-dir", tmp_path / "swept", *swept)
+    assert invoke(*other).json["steps"] == 2 * (3 * 2 + 2)  # the best of an arm's trials is its first training
+    assert invoke(*other, "--sweep-steps", 1).json["steps"] == 2 * (3 * 1 + 2 * 2)
     larger = invoke(*common, "--ratios", 0.5, "--arms", "none,mop,single")
     assert larger.code == 0, larger.err
     assert (folder / "rows.jsonl").read_text().startswith(lines)

@@ -132,8 +132,7 @@ def recover(
     done = plan.is_done(target, recipe, common.resume)
     if common.dry_run:
         run = {"model": plan.model_facts(recipe.run.model), "data": recipe.run.data, "arm": recipe.recovery.arm}
-        steps = 0 if recipe.recovery.rate is None else recipe.recovery.steps
-        tell_plan(common, recipe, target, done, {**run, "steps": steps})
+        tell_plan(common, recipe, target, done, {**run, "steps": recipe.recovery.least_steps})
         return
     with common.working() as progress:
         from mopcompress.stages.recover import recover as train

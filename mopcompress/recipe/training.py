@@ -12,6 +12,7 @@ from mopcompress.recipe.modifiers import changed
 TrainedArm = Annotated[str, AfterValidator(trained_arm)]
 UNLABELLED = 7  # experts for rows that name no task, as in Dun et al. (2310.02842)
 Rate = Annotated[float, Field(gt=0, le=1000)]
+SWEPT = (-1, 0, 1)  # what a sweep begins with: powers of a factor on the recipe's rate
 
 
 class ConstantPruningModifier(Spec):
@@ -73,6 +74,14 @@ class PromptRecoveryModifier(Spec):
     def sweeps(self) -> bool:
         """Whether a sweep was asked for, and there is a rate to find."""
         return self.sweep and self.rate is not None
+
+    @property
+    def least_steps(self) -> int:
+        """Steps of one training and of what a sweep for it tries first; the best of those is it, if as long."""
+        if not self.sweeps:
+            return 0 if self.rate is None else self.steps
+        trial = self.sweep_steps or self.steps
+        return len(SWEPT) * trial + (0 if trial == self.steps else self.steps)
 
     def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The task of each expert, one to one; empty when experts are to be found by clustering."""

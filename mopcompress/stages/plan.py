@@ -15,7 +15,7 @@ from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, resolved
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.modifiers import Pruning
-from mopcompress.results import read_rows
+from mopcompress.results import read_rows, read_sweeps, sweep_name
 from mopcompress.stages.fitting import check_fit, check_not_repaired, shapes_on_disk
 from mopcompress.stages.grid import modifiers_of, settings_of
 from mopcompress.stages.manifest import check_settings, differences
@@ -136,18 +136,21 @@ def model_facts(name: str) -> dict[str, Any]:
 
 
 def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The grid: settings, cells in all and finished, training steps and bytes still to come."""
+    """The grid: settings, cells in all and finished, training steps (of sweeps the least) and bytes still to come."""
     settings = settings_of(recipe)
     cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(), setting)}
     done = {Cell(*row.cell) for row in read_rows(folder / "rows.jsonl")} & cells
     stepping = {arm for arm, settings in TRAINED.items() if settings.learning_rate is not None}
     trained = [cell for cell in cells - done if cell.arm in stepping]
+    sweeps = read_sweeps(folder / "sweeps")
+    unswept = {(cell.setting, cell.arm) for cell in trained if sweep_name(cell.setting, cell.arm) not in sweeps}
+    swept_first = [recipe.recovery.with_arm(arm).least_steps - recipe.recovery.steps for _, arm in unswept]
     size = model_facts(recipe.run.model)["bytes"]
     return {
         "settings": [setting.name for setting in settings],
         "cells": len(cells),
         "cells_done": len(done),
-        "steps": recipe.recovery.steps * len(trained),
+        "steps": recipe.recovery.steps * len(trained) + sum(swept_first),
         "disk_bytes": None if size is None else size * (len(settings) - 1),
     }
 

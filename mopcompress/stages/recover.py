@@ -8,20 +8,23 @@ from typing import Any
 
 from mopcompress import artifact
 from mopcompress.models.checkpoint import check_output, load_model, resolve_model, weights_hash
-from mopcompress.recipe import Recipe, resolved
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.folder import adapter_bytes, save_adapter
 from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.start import Material
-from mopcompress.recover.workers import joined
+from mopcompress.recover.workers import Workers, joined
+from mopcompress.results import Sweep
 from mopcompress.stages.arm import first_layer, tell_of_experts, train_arm
 from mopcompress.stages.documents import load_documents
 from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
-from mopcompress.stages.sweep import check_validation, read_trials, sweep_rate, told, write_trials
+from mopcompress.stages.sweep import Train, check_validation, read_trials, sweep_rate, told, write_trials
 from mopcompress.stages.teacher import dense_weights, named_teacher, taught_by
 from mopcompress.stages.unfinished_training import UnfinishedTraining, unfinished_training
+from mopcompress.states import CachedStates
 
 
 def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = silent) -> dict[str, Any]:
@@ -68,16 +71,34 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             if modifier.sweeps:
                 with workers.first_alone():
                     rows = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
-                known = workers.same(read_trials(unfinished.folder) if unfinished else {})
-                keep = partial(write_trials, folder=unfinished.folder) if unfinished else lambda trials: None
-                sweep, recovered = sweep_rate(
-                    modifier, model, rows, train, batch_size=size, known=known, keep=keep, agreed=workers.same
-                )
+                sweep, recovered = _swept(modifier, model, rows, train, size, unfinished, workers)
                 tell(told(sweep), 0, 0)
                 modifier = modifier.at_rate(sweep.learning_rate)
                 facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}
             recovered = recovered or train(modifier)
             return publish_adapter(recovered, target, facts) if workers.first else facts
+
+
+def _swept(
+    modifier: PromptRecoveryModifier,
+    model: LanguageModel,
+    validation: CachedStates,
+    train: Train,
+    batch_size: int,
+    unfinished: UnfinishedTraining | None,
+    workers: Workers,
+) -> tuple[Sweep, Recovered | None]:
+    """The rate that all processes found, which one of them keeps; the training too, where a trial was as long."""
+    return sweep_rate(
+        modifier,
+        model,
+        validation,
+        train,
+        batch_size=batch_size,
+        known=workers.same(read_trials(unfinished.folder) if unfinished else {}),
+        keep=partial(write_trials, folder=unfinished.folder) if unfinished else lambda trials: None,
+        agreed=workers.same,
+    )
 
 
 def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractContextManager[UnfinishedTraining]:

@@ -21,6 +21,7 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.modifiers import changed
+from mopcompress.recipe.training import SWEPT
 from mopcompress.recover.recovered import Recovered
 from mopcompress.results import Sweep, Trial
 from mopcompress.stages.documents import Documents
@@ -55,7 +56,7 @@ def sweep_rate(
     shortened = changed(modifier, steps=modifier.sweep_steps or modifier.steps)
     grid: dict[int, Trial] = {}
     winner: Recovered | None = None
-    exponents = [1, 0, -1]
+    exponents = sorted(SWEPT, reverse=True)
     while exponents:
         exponent = exponents.pop()
         rate, recovered = middle * FACTOR**exponent, None
