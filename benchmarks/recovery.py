@@ -14,20 +14,21 @@ At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed a
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mopcompress.console import progress_on
+from mopcompress.errors import DataError
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import with_recovery
 from mopcompress.report.intervals import Interval, PairedBootstrap
 from mopcompress.report.run import Run, read_run
 from mopcompress.report.tables import Grid, compare, make_grid
 from mopcompress.report.views import interval_text
-from mopcompress.results import DocumentScores, read_sweeps
+from mopcompress.results import DocumentScores, read_rows, read_sweeps
 from mopcompress.stages.bench import bench
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,8 @@ GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
 RIVALS = ("norms", "lora", "prefix", "input")
 CONTROLS = ("shuffled", "oracle", "idp", "uniform")  # of the gate: at the rate of mop
 BATCH = 8
-CLIPPING = {"gate_clipping": "together"}  # better for `mop` than apart in each of four trainings that tried both
+CLIPPING = {"gate_clipping": "together"}  # not the default: of all parts but those that say apart
+APART = {"gate_clipping": "apart"}
 ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni`, the arm there, and what that is
     ("sni-controls", "mop", "shuffled", "shuffled"),
     ("sni-controls", "mop", "uniform", "uniform"),
@@ -44,13 +46,15 @@ ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni
     ("sni-controls", "mop", "oracle", "oracle"),
     ("sni-controls", "mop+", "eora", "eora"),
     ("sni-wide", "mop", "single", "single with as many parameters"),
+    ("sni-lora-writers", "mop+", "lora", "lora beside the linears that mop+ has paths beside"),
+    ("sni-apart", "mop", "mop", "mop whose gate is clipped apart"),
     ("sni-ungated", "mop+", "mop+", "mop+ without a gate"),
     ("sni-zero-gate", "mop", "mop", "mop whose gate begins at zero"),
     ("sni-frozen-gate", "mop", "mop", "mop with a frozen gate"),
     ("sni-clusters", "mop", "mop", "mop without task labels"),
 )
 REGAINED = (("sni", "sparsegpt 50%", 0.8), ("sni-85", "sparsegpt 85%", 0.5))  # of the gap to the dense mop+
-ANSWERED = ("sni", "sni-long")  # of short answers, some of which have one right form
+ANSWERED = ("sni", "sni-apart", "sni-long")  # of short answers, some of which have one right form
 LM = "../shared/data/lm"  # from the project's folder, as in the recipes
 TEXT, OTHER_TEXT = f"{LM}/wikitext2_tokens_test.txt", f"{LM}/wikipedia_paragraphs_from_dolly_train.txt"
 
@@ -83,6 +87,9 @@ PARTS = (
     part("sni-ungated", "0.5", ("mop+",), rates="sni", recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
     part("dolly-85", "0.85", MAIN, rates="sni-85", recipe="dolly.yaml"),
     part("sni", "0.5", ("single", "mop"), "1,2"),
+    part("sni-apart", "0.5", ("single", "mop"), "0,1,2", rates="sni", recovery=APART),
+    part("sni-85-apart", "0.85", ("single", "mop"), "0,1,2", rates="sni-85", recovery=APART),
+    part("sni-lora-writers", "0.5", ("lora",), recovery={"adapter_targets": ("o_proj", "down_proj")}),
     part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
     part("sni-85", "0.85", ("single", "mop"), "1,2"),
     part("sni-settings", "0.7", MAIN, rates="sni", bits="3,2"),
@@ -149,6 +156,9 @@ def claims(output: Path) -> Iterator[str]:
 
     Micro and macro have a verdict each: a claim can be shown over tokens and not over tasks.
     """
+    yield "Changes of perplexity with 95 % intervals, over the seeds that both arms have. *Shown*: the interval leaves"
+    yield "out 0 and, where a claim has a number, the estimate is as low; the interval may reach above that number."
+    yield ""
     yield "| data | setting | claim | micro | macro | micro shown | macro shown |"
     yield "|---|---|---|---|---|---|---|"
     for folder in dict.fromkeys(one.folder for one in PARTS):
@@ -177,6 +187,7 @@ def _across(output: Path, folder: str, arm: str, there: str, called: str) -> Ite
     """An arm as it is against one in another folder, on the same rows; it is shown where it is better."""
     setting = "sparsegpt 50%"
     plain, other = _by_seed(output / "sni", setting, arm), _by_seed(output / folder, setting, there)
+    _check_one_model(output, ("sni", folder), setting)
     seeds = sorted(plain.keys() & other.keys())
     if not seeds:
         return
@@ -208,6 +219,14 @@ def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator
     if math.isfinite(share):
         shown = "yes" if share >= least else "no"
         yield f"| {folder} | {setting} | mop+ regains {least:.0%} of the dense mop+ | {share:.0%} | | {shown} | |"
+
+
+def _check_one_model(output: Path, folders: Sequence[str], setting: str) -> None:
+    """Raise `DataError` where arms of two folders stand on other weights, as of models pruned by other threads."""
+    paths = [output / name / "rows.jsonl" for name in folders]
+    rows = [row for path in paths for row in read_rows(path) if row.setting == setting]
+    if len(hashes := {row.model_sha256 for row in rows} - {None}) > 1:
+        raise DataError(f"{' and '.join(folders)}: {setting} is {len(hashes)} models; their arms cannot be compared")
 
 
 def _by_seed(folder: Path, setting: str, arm: str) -> dict[int, DocumentScores]:

@@ -57,10 +57,15 @@ def compressed_settings(run: Mapping[str, Any]) -> list[Setting]:
     return pruned + [Setting(QUANTISER, None, bits) for bits in widths]
 
 
+def draws(arm: str) -> bool:
+    """Whether seeds make a difference to an arm: it takes training steps, as far as is known."""
+    return arm != "none" and (arm not in TRAINED or TRAINED[arm].learning_rate is not None)
+
+
 def cells_of(run: Mapping[str, Any], setting: Setting) -> list[Cell]:
     """Arms that draw nothing stand under seed 0 alone; the dense model has arms of its own, `none` always."""
     named = ("none", *(run.get("dense_arms") or ())) if setting == DENSE else run.get("arms") or ()
     arms = tuple(dict.fromkeys(named))
-    fixed = [arm for arm in arms if arm == "none" or TRAINED[arm].learning_rate is None]
+    fixed = [arm for arm in arms if not draws(arm)]
     drawn = [Cell(setting.name, arm, seed) for seed in run.get("seeds") or () for arm in arms if arm not in fixed]
     return [Cell(setting.name, arm, 0) for arm in fixed] + drawn

@@ -124,6 +124,7 @@ class BenchRow:
     per_task: dict[str, TaskScore]
     gate: GateReading | None
     documents_file: str  # path of the DocumentScores, relative to the run folder
+    model_sha256: str | None = None  # of the weights it was trained and scored on; None in rows from before it was kept
 
     @property
     def setting(self) -> str:

@@ -365,6 +365,8 @@ def test_what_was_made_from_a_text_that_changed_is_not_taken_for_done(
 def test_tasks_of_ones_own_are_nothing_without_tasks_to_run(stories: Path) -> None:
     outcome = invoke("evaluate", stories, "--lm-eval-path", stories)
     assert (outcome.code, "--lm-eval-path: says nothing without --lm-eval" in outcome.err) == (2, True)
+    outcome = invoke("evaluate", stories, "--lm-eval", "arc_easy", "--write-tokens", 4)
+    assert (outcome.code, "--write-tokens: says nothing with --lm-eval" in outcome.err) == (2, True)
 
 
 def test_an_adapter_is_trained_once(pruned: Path, adapter: Path, data: Path) -> None:

@@ -12,6 +12,7 @@ from mopcompress.evaluation import evaluate
 from mopcompress.recover.gate import Gate
 from mopcompress.recover.idp import DynamicPrompts
 from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.routed import RoutedPrompts
 from mopcompress.recover.weighing import Mixing, by_another
 from mopcompress.stages.gate import read_gate, reading_of
 from mopcompress.states import CachedStates
@@ -101,6 +102,16 @@ def test_one_prompt_of_several_is_a_choice(tiny_llama, states):
     reading = read_gate(tiny_llama, adapter, states, TASKS, batch_size=4)
     assert sum(reading.load) == pytest.approx(1)
     assert [sum(column) / 11 for column in zip(*reading.confusion, strict=True)] == pytest.approx(reading.load)
+
+
+def test_a_router_chooses_one_prompt_with_its_probability(tiny_llama):
+    states = CachedStates(tiny_llama, DOCUMENTS, 0, batch_size=4)
+    adapter = RoutedPrompts(torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    reading = read_gate(tiny_llama, adapter, states, (), batch_size=4)
+    likeliest = adapter.router(states.summaries).softmax(1).max(1)
+    expected = torch.zeros(11, 3).scatter(1, likeliest.indices[:, None], likeliest.values[:, None]).mean(0)
+    assert_close(torch.tensor(reading.load), expected.detach())
+    assert (reading.accuracy, reading.entropy_nats) == (None, pytest.approx(0))
 
 
 def test_what_has_no_gate_chooses_nothing(tiny_llama, states):

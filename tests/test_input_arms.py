@@ -109,20 +109,33 @@ def test_families_without_rotary_positions_are_refused(arm, family):
         ARMS[arm].build(model, config_of_arm(arm, model))
 
 
-def test_the_prompts_run_once_a_step(tiny_llama, states_of, monkeypatch):
+@pytest.mark.parametrize(("arm", "groups"), [("input", 1), ("smop", EXPERTS), ("single", 1), ("mop", 1)])
+def test_the_prompts_run_once_a_step_and_the_head_on_response_tokens_alone(
+    tiny_llama, states_of, monkeypatch, arm, groups
+):
     """Not once an example, and after training not at all."""
-    rows, whole = [], LanguageModel.resume
+    adapter, rows, heads = begun(arm, tiny_llama, states_of(arm))[0], [], []
+    whole, head = LanguageModel.resume, LanguageModel.logits
 
     def counted(self, hidden, *rest, **more):
         rows.append(len(hidden))
         return whole(self, hidden, *rest, **more)
 
+    def read(self, hidden):
+        heads.append(len(hidden))
+        return head(self, hidden)
+
     monkeypatch.setattr(LanguageModel, "resume", counted)
-    for arm, groups in (("input", 1), ("smop", EXPERTS)):
-        adapter = begun(arm, tiny_llama, states_of(arm))[0]
-        rows.clear()
-        nats(tiny_llama, states_of(arm), adapter)
-        assert rows == [groups, len(DOCUMENTS)]
+    monkeypatch.setattr(LanguageModel, "logits", read)
+    nats(tiny_llama, states_of(arm), adapter)
+    assert rows == [groups, len(DOCUMENTS)]
+    assert heads == [sum(len(one.tokens) - one.context_tokens for one in DOCUMENTS)]
+    compiled = adapter.compiled(tiny_llama)
+    rows.clear()
+    batch = states_of(arm).batch(range(len(DOCUMENTS)))
+    with compiled(batch.instructions):
+        score_responses(tiny_llama, batch, states_of(arm).layer)
+    assert rows == [len(DOCUMENTS)]
 
 
 # --- routed prompts

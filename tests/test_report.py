@@ -17,7 +17,7 @@ import pytest
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
 from mopcompress.report import write_report
 from mopcompress.report.choices import confusion_tables, gates_table
-from mopcompress.report.content import headline, summary
+from mopcompress.report.content import cautions, headline, summary
 from mopcompress.report.costs import costs_table, sweeps_table
 from mopcompress.report.drawing import change_ticks, log_ticks
 from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
@@ -364,6 +364,7 @@ def test_seeds_are_averaged_before_and_shown_beside_the_interval(tmp_path: Path)
     run = small_run(tmp_path, {"single": 2.0})
     for seed, level in enumerate((1.5, 1.9)):
         add(tmp_path, documents(level, seed=2), method="wanda", ratio=0.5, bits=None, arm="mop", seed=seed)
+    add(tmp_path, documents(2.0, seed=6), method="wanda", ratio=0.5, bits=None, arm="single", seed=1)
     run = read_run(tmp_path)
     one = compare(run, make_grid(run.rows, {}))[0]
     assert len(one.seeds) == 2
@@ -377,6 +378,25 @@ def test_seeds_are_paired_by_number_not_by_place(tmp_path: Path) -> None:
         add(tmp_path, documents(level, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
     run = read_run(tmp_path)
     assert compare(run, make_grid(run.rows, {}))[0].seeds == pytest.approx((-0.1,), abs=0.01)
+
+
+def test_an_arm_with_fewer_seeds_is_held_against_the_same_seeds_of_the_other(tmp_path: Path) -> None:
+    """Of `none`, which draws nothing, every seed is the same."""
+    levels = {("none", 0): 3.0, ("mop+", 0): 1.0, ("mop", 0): 1.5, ("mop", 1): 1.9, ("mop", 2): 2.3}
+    for (arm, seed), level in levels.items():
+        add(tmp_path, documents(level, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
+    run = read_run(tmp_path)
+    grid = make_grid(run.rows, {})
+    found = {(one.first, one.second): one for one in compare(run, grid)}
+    assert found["mop+", "mop"].seeds == pytest.approx((-0.5,), abs=0.02)
+    assert found["mop+", "mop"].micro.estimate == pytest.approx(-0.5, abs=0.02)
+    assert found["mop", "none"].seeds == pytest.approx((-1.5, -1.1, -0.7), abs=0.02)
+    assert found["mop", "none"].micro.estimate == pytest.approx(-1.1, abs=0.02)
+    assert any(line.startswith("One seed of mop+:") for line in cautions(run, grid))
+    for seed in (1, 2):
+        add(tmp_path, documents(1.0, seed=1), method="wanda", ratio=0.5, bits=None, arm="mop+", seed=seed)
+    run = read_run(tmp_path)
+    assert not any("One seed" in line for line in cautions(run, make_grid(run.rows, {})))
 
 
 @pytest.mark.parametrize(("count", "known"), [(40, True), (39, False), (8, False)])

@@ -163,6 +163,10 @@ def evaluate(
     """Score a model on the test rows, with or without an adapter: perplexity, exact match, and written answers."""
     if lm_eval_path and lm_eval is None:
         raise UsageError("--lm-eval-path: says nothing without --lm-eval; name its tasks, or leave it out")
+    of_rows = [name for name in (*DATA, *WRITING) if common.run.get(name) is not None]
+    if lm_eval and of_rows:
+        flag = of_rows[0].replace("_", "-")
+        raise UsageError(f"--{flag}: says nothing with --lm-eval, whose tasks have rows of their own; leave it out")
     recipe = common.load()
     plan.check_inputs(recipe.run, data=lm_eval is None, calibration=False)
     if common.dry_run:

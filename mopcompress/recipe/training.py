@@ -84,8 +84,9 @@ class PromptRecoveryModifier(Spec):
         return len(SWEPT) * trial + (0 if trial == self.steps else self.steps)
 
     def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        """The task of each expert, one to one; empty when experts are to be found by clustering."""
-        labelled = self.gate_labels == "tasks" or TRAINED[self.arm].needs_tasks
+        """The task of each expert, one to one; empty when experts are found by clustering, or stand for nothing."""
+        settings = TRAINED[self.arm]
+        labelled = settings.needs_tasks or ("gate_labels" in settings.own and self.gate_labels == "tasks")
         return tasks if labelled and self.experts in (None, len(tasks)) else ()
 
     def count_experts(self, tasks: tuple[str, ...]) -> int:

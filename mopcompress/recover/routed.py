@@ -61,14 +61,23 @@ class RoutedPrompts(nn.Module):
         """Prompts, and the router."""
         return {"adapter": [self.prompts], "gate": list(self.router.parameters())}
 
+    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+        """The probability of the prompt that acts, 0 for the others."""
+        return self._log_weights(instructions.summary, 1.0).exp()
+
     def log_gate(
         self, summary: Float[Tensor, "batch hidden"], factors: Float[Tensor, "batch experts"] | float = 1.0
     ) -> Float[Tensor, "batch prompts"]:
         """The log probability of the likeliest prompt; minus infinity, which is exact absence, for the others."""
+        return self._log_weights(summary, factors).repeat_interleave(self.prompts.shape[1], dim=1)
+
+    def _log_weights(
+        self, summary: Float[Tensor, "batch hidden"], factors: Float[Tensor, "batch experts"] | float
+    ) -> Float[Tensor, "batch experts"]:
         log_probabilities = (self.router(summary) * factors).log_softmax(-1)
         experts = torch.arange(log_probabilities.shape[1], device=summary.device)
-        chosen = experts == log_probabilities.argmax(-1, keepdim=True)
-        return torch.where(chosen, log_probabilities, -math.inf).repeat_interleave(self.prompts.shape[1], dim=1)
+        likeliest = experts == log_probabilities.argmax(-1, keepdim=True)
+        return torch.where(likeliest, log_probabilities, -math.inf)
 
     def _noise(self, rows: int) -> Float[Tensor, "rows experts"]:
         """Standard normal, other in every step."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from operator import attrgetter
 from typing import Any
 
+from mopcompress.grid import draws
 from mopcompress.report import answers, choices, costs, plots, provenance, tasks, views
 from mopcompress.report.formats import number
 from mopcompress.report.intervals import MIN_DOCUMENTS, scarce_tasks
@@ -125,9 +126,18 @@ def cautions(run: Run, grid: Grid) -> tuple[str, ...]:
     if scarce := scarce_tasks(next(iter(run.documents.values())).tasks):
         counts = ", ".join(f"{task}: {count}" for task, count in scarce.items())
         found.append(f"Tasks with fewer than {MIN_DOCUMENTS} test documents, so no macro interval ({counts}).")
-    if len({row.seed for row in run.rows}) == 1:
-        found.append("One seed: the intervals cover the choice of test documents, not the luck of training.")
+    if once := sorted(_run_once(grid)):
+        of_all = once == sorted(arm for arm in grid.arms if draws(arm))
+        found.append(
+            f"One seed{'' if of_all else ' of ' + ', '.join(once)}: the intervals cover the choice of test documents, "
+            "not the luck of training."
+        )
     return tuple(found)
+
+
+def _run_once(grid: Grid) -> set[str]:
+    """Arms of which some setting has one seed alone, where others would be other trainings."""
+    return {arm for (_, arm), rows in grid.cells.items() if len(rows) == 1 and draws(arm)}
 
 
 def _mean(grid: Grid, setting: str, arm: str) -> str:

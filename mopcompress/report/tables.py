@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mopcompress.grid import Setting, cells_of, compressed_settings
+from mopcompress.grid import Setting, cells_of, compressed_settings, draws
 from mopcompress.report.intervals import Interval, PairedBootstrap, Vector
 from mopcompress.report.run import Cell, Run
 from mopcompress.results import BenchRow
@@ -16,6 +16,7 @@ DENSE = "dense"
 ARMS = ("none", "single", "mop", "mop+")
 OURS, BASELINES = ("mop+", "mop"), ("single", "none")
 Measured = TypeVar("Measured")  # a row of a seed, or a part of it
+Known = TypeVar("Known")  # scores of all documents, if there are any
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 
 
@@ -37,7 +38,7 @@ class Comparison:
     second: str
     micro: Interval
     macro: Interval
-    seeds: tuple[float, ...]  # the micro difference of every seed
+    seeds: tuple[float, ...]  # the micro difference of every pair of seeds that was compared
     rouge_l: Interval | None = None  # `first` minus `second`, 0 to 1, mean over documents; None without answers
     rouge_l_macro: Interval | None = None  # mean over tasks of each task's mean
 
@@ -139,44 +140,60 @@ def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
     for setting in grid.settings:
         measured = [arm for arm in grid.arms if grid.rows(setting, arm)]
         order = sorted(measured, key=lambda arm: {OURS[0]: 0, OURS[1]: 1, "single": 3, "none": 4}.get(arm, 2))
-        nats = {arm: {row.seed: _nats(run, row) for row in grid.rows(setting, arm)} for arm in order}
-        means = {arm: np.mean(list(by_seed.values()), axis=0) for arm, by_seed in nats.items()}
-        rouge = {arm: _mean_rouge_l(run, grid.rows(setting, arm)) for arm in order}
+        rows = {arm: {row.seed if draws(arm) else None: row for row in grid.rows(setting, arm)} for arm in order}
+        nats = {arm: {seed: _nats(run, row) for seed, row in of_arm.items()} for arm, of_arm in rows.items()}
+        rouge = {arm: {seed: _rouge_l(run, row) for seed, row in of_arm.items()} for arm, of_arm in rows.items()}
         for place, first in enumerate(order):
             for second in order[place + 1 :]:
                 if first not in OURS and second not in BASELINES:
                     continue
-                micro = bootstrap.micro(means[first], means[second])
-                macro = bootstrap.macro(means[first], means[second])
-                seeds = _seed_differences(nats[first], nats[second], tokens=tokens)
-                answers = _answers(of_answers, rouge[first], rouge[second])
+                pairs = _pairs(nats[first], nats[second])
+                means = _means(pairs)
+                seeds = tuple(_difference(*pair, tokens=tokens) for pair in pairs)
+                answers = _answers(of_answers, _pairs(rouge[first], rouge[second]))
+                micro, macro = bootstrap.micro(*means), bootstrap.macro(*means)
                 found.append(Comparison(setting, first, second, micro, macro, seeds, *answers))
     return tuple(found)
 
 
-def _mean_rouge_l(run: Run, rows: Sequence[BenchRow]) -> Vector | None:
-    """Every document's, over the seeds; None where a seed has no answers."""
-    written = [run.documents[row.cell].written for row in rows]
-    scores = [one.rouge_l for one in written if one is not None]
-    return np.mean(np.asarray(scores, dtype=np.float64), axis=0) if len(scores) == len(rows) else None
+def _pairs(first: Mapping[int | None, Known], second: Mapping[int | None, Known]) -> list[tuple[Known, Known]]:
+    """What two arms have under every seed that both have, so that the luck of a seed that one lacks is no difference.
+
+    Where there is none, or where one draws nothing and has no seed, each of the first against each of the second.
+    """
+    both = sorted(seed for seed in first.keys() & second.keys() if seed is not None)
+    if both:
+        return [(first[seed], second[seed]) for seed in both]
+    return [(a, b) for a in first.values() for b in second.values()]
+
+
+def _means(pairs: Sequence[tuple[Vector, Vector]]) -> tuple[Vector, Vector]:
+    """Every document's mean over the pairs."""
+    first, second = zip(*pairs, strict=True)
+    return np.mean(first, axis=0), np.mean(second, axis=0)
+
+
+def _difference(first: Vector, second: Vector, *, tokens: int) -> float:
+    """Of the nats a token."""
+    return float((first.sum() - second.sum()) / tokens) if np.isfinite([first, second]).all() else math.nan
+
+
+def _rouge_l(run: Run, row: BenchRow) -> Vector | None:
+    """Every document's; None without answers."""
+    written = run.documents[row.cell].written
+    return None if written is None else np.asarray(written.rouge_l, dtype=np.float64)
 
 
 def _answers(
-    bootstrap: PairedBootstrap | None, first: Vector | None, second: Vector | None
+    bootstrap: PairedBootstrap | None, pairs: Sequence[tuple[Vector | None, Vector | None]]
 ) -> tuple[Interval | None, Interval | None]:
-    if bootstrap is None or first is None or second is None:
+    """Micro and macro; None where one of the pairs has no answers."""
+    written = [(first, second) for first, second in pairs if first is not None and second is not None]
+    if bootstrap is None or len(written) < len(pairs):
         return None, None
-    return bootstrap.micro(first, second), bootstrap.macro(first, second)
+    means = _means(written)
+    return bootstrap.micro(*means), bootstrap.macro(*means)
 
 
 def _nats(run: Run, row: BenchRow) -> Vector:
     return np.asarray(run.documents[row.cell].nats, dtype=np.float64)
-
-
-def _seed_differences(first: Mapping[int, Vector], second: Mapping[int, Vector], *, tokens: int) -> tuple[float, ...]:
-    """The micro difference for every seed both arms have; an arm that was run once is held against every seed."""
-    if len(first) == 1 or len(second) == 1:
-        pairs = [(a, b) for a in first.values() for b in second.values()]
-    else:
-        pairs = [(first[seed], second[seed]) for seed in first if seed in second]
-    return tuple(float((a.sum() - b.sum()) / tokens) if np.isfinite([a, b]).all() else math.nan for a, b in pairs)

@@ -109,7 +109,7 @@ def adapter_config(
 
 def tell_of_experts(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[str, ...], progress: Progress) -> None:
     """Say so where experts are not one a task: when the rows name none, or the recipe wants another number."""
-    counted = [one for one in modifiers if "experts" in TRAINED[one.arm].own]
+    counted = [one for one in modifiers if "gate_labels" in TRAINED[one.arm].own or TRAINED[one.arm].needs_tasks]
     others = [one.experts for one in counted if one.experts not in (None, len(tasks)) and one.gate_labels == "tasks"]
     if others and tasks:
         progress(

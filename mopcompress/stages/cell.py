@@ -7,7 +7,7 @@ from pathlib import Path
 from mopcompress import artifact
 from mopcompress.evaluation import macro_perplexity, macro_rouge_l, micro, task_scores
 from mopcompress.grid import DENSE, Cell, Setting
-from mopcompress.models.checkpoint import weights_bytes
+from mopcompress.models.checkpoint import weights_bytes, weights_hash
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import RunSpec
 from mopcompress.recover.adapter import trained_parameters
@@ -87,4 +87,5 @@ def score_cell(
         per_task=task_scores(scores),
         gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
         documents_file=f"documents/{adapter.name}.json",
+        model_sha256=weights_hash(base),
     )
