@@ -37,8 +37,9 @@ GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
 RIVALS = ("norms", "lora", "prefix", "input")
 CONTROLS = ("shuffled", "oracle", "idp", "uniform")  # of the gate: at the rate of mop
 BATCH = 8
-CLIPPING = {"gate_clipping": "together"}  # not the default: of all parts but those that say apart
-APART = {"gate_clipping": "apart"}
+CLIPPING = {"gate_clipping": "together", "clip_percentile": 100}  # not the default: of all parts that say nothing of it
+APART = {"gate_clipping": "apart", "clip_percentile": 100}
+BY_DEFAULT = {"gate_clipping": "apart", "clip_percentile": 50}
 ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni`, the arm there, and what that is
     ("sni-controls", "mop", "shuffled", "shuffled"),
     ("sni-controls", "mop", "uniform", "uniform"),
@@ -48,13 +49,14 @@ ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni
     ("sni-wide", "mop", "single", "single with as many parameters"),
     ("sni-lora-writers", "mop+", "lora", "lora beside the linears that mop+ has paths beside"),
     ("sni-apart", "mop", "mop", "mop whose gate is clipped apart"),
+    ("sni-autoclip", "mop", "mop", "mop clipped by the norms so far, as by default"),
     ("sni-ungated", "mop+", "mop+", "mop+ without a gate"),
     ("sni-zero-gate", "mop", "mop", "mop whose gate begins at zero"),
     ("sni-frozen-gate", "mop", "mop", "mop with a frozen gate"),
     ("sni-clusters", "mop", "mop", "mop without task labels"),
 )
 REGAINED = (("sni", "sparsegpt 50%", 0.8), ("sni-85", "sparsegpt 85%", 0.5))  # of the gap to the dense mop+
-ANSWERED = ("sni", "sni-apart", "sni-long")  # of short answers, some of which have one right form
+ANSWERED = ("sni", "sni-apart", "sni-autoclip", "sni-long")  # of short answers, some of which have one right form
 LM = "../shared/data/lm"  # from the project's folder, as in the recipes
 TEXT, OTHER_TEXT = f"{LM}/wikitext2_tokens_test.txt", f"{LM}/wikipedia_paragraphs_from_dolly_train.txt"
 
@@ -89,6 +91,8 @@ PARTS = (
     part("sni", "0.5", ("single", "mop"), "1,2"),
     part("sni-apart", "0.5", ("single", "mop"), "0,1,2", rates="sni", recovery=APART),
     part("sni-85-apart", "0.85", ("single", "mop"), "0,1,2", rates="sni-85", recovery=APART),
+    part("sni-autoclip", "0.5", ("single", "mop"), "0,1,2", rates="sni", recovery=BY_DEFAULT),
+    part("sni-85-autoclip", "0.85", ("single", "mop"), "0,1,2", rates="sni-85", recovery=BY_DEFAULT),
     part("sni-lora-writers", "0.5", ("lora",), recovery={"adapter_targets": ("o_proj", "down_proj")}),
     part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
     part("sni-85", "0.85", ("single", "mop"), "1,2"),

@@ -281,7 +281,7 @@ def test_it_writes_no_more_often_than_it_should(tmp_path, monkeypatch):
     keeping.keep(standing_of())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(unfinished_training, "SECONDS", 0.0)
-    keeping.keep(standing_of([TrainRow(step=1, steps=2, nats=1.5, tokens=3, seconds=0.1)]))
+    keeping.keep(standing_of([TrainRow(step=1, steps=2, nats=1.5, tokens=3, seconds=0.1, norms={})]))
     assert [path.name for path in tmp_path.iterdir()] == ["2-steps-at-0.5.safetensors"]
 
 

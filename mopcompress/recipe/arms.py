@@ -13,7 +13,7 @@ OPENED = BUDGET | {"layer", "log_opening", "gate_labels"}  # prompts in the midd
 MIXED = OPENED | {"deep"}
 GATE = frozenset({"gate_learning_rate", "gate_clipping", "gate_pretraining_steps", "gate_temper", "gate_labels"})
 RATES = frozenset({"learning_rate", "learning_rates", "sweep", "sweep_steps"})
-STEPS = frozenset({"steps", "batch_size", "accumulate", "warmup_fraction", "clip_norm"})
+STEPS = frozenset({"steps", "batch_size", "accumulate", "warmup_fraction", "clip_norm", "clip_percentile"})
 TRAINING = STEPS | RATES | {"distill", "distill_temperature", "squarehead"}  # to all that take steps
 LOW_RANK = BUDGET | {"layer", "rank", "adapter_targets"}
 

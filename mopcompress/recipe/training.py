@@ -50,6 +50,7 @@ class PromptRecoveryModifier(Spec):
     log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    clip_percentile: Annotated[float, Field(ge=0, le=100)] = 50.0  # nor longer than that of the norms so far; 100: no
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
     distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
     squarehead: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of a loss on hidden states, the dense model's

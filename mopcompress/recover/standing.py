@@ -3,6 +3,7 @@
 That order depends on the seed and the number of steps alone, so it is walked through again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ class TrainRow:
     nats: float  # mean over the step's response tokens
     tokens: int  # real tokens that ran through the upper blocks, padding not counted
     seconds: float
+    norms: Mapping[str, float]  # of the gradients before they were clipped, by the group that was clipped by itself
 
 
 @dataclass

@@ -36,6 +36,7 @@ class Training:
     warmup_fraction: float
     clip_norm: float  # the greatest norm of a gradient
     seed: int
+    clip_percentile: float = 100.0  # nor is a gradient left longer than so many per cent of those before it were
     gate_apart: bool = True  # the gradient of a gate is clipped by itself, not together with that of what it weighs
     accumulate: int = 1  # parts of a step, one after the other: the same to rounding, but for the noise of `smop`
 
@@ -55,15 +56,15 @@ def fit(
 
     With `distillation` a share of the loss is the divergence from a teacher's distributions.
 
-    AdamW without weight decay, linear warm-up, cosine decay to zero. A gate's gradient can be tens of times that of
-    what it weighs; clipped together, it decides how much of the other's is left. Goes on where `keeping` says that it
-    stopped.
+    AdamW without weight decay, linear warm-up, cosine decay to zero, gradients clipped by their norms so far. Goes on
+    where `keeping` says that it stopped.
     Raises `NumericalError` when a loss is not finite.
     """
     workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
     learned = _trained(adapter, rates)
     parameters = [parameter for group in learned.values() for parameter in group]
+    clipped = learned if training.gate_apart else {"all": parameters}
     optimiser = torch.optim.AdamW([{"params": group} for group in learned.values()], weight_decay=0.0)
     standing = Standing(adapter, optimiser)
     if keeping:
@@ -80,8 +81,7 @@ def fit(
         workers.add_up(losses, parameters)
         loss, nats = losses.tolist()
         _check(loss, step, training)
-        for clipped in learned.values() if training.gate_apart else (parameters,):
-            torch.nn.utils.clip_grad_norm_(clipped, training.clip_norm)
+        norms = {name: _clip(group, name, standing.rows, training) for name, group in clipped.items()}
         optimiser.step()
         row = TrainRow(
             step=step,
@@ -89,12 +89,29 @@ def fit(
             nats=nats,
             tokens=sum(len(states.documents[row].tokens) for row in chosen),
             seconds=time.perf_counter() - start,
+            norms=norms,
         )
         standing.rows.append(row)
         if keeping:
             keeping.keep(standing)
         progress(row)
     return standing.rows
+
+
+def _clip(parameters: Sequence[nn.Parameter], name: str, before: Sequence[TrainRow], training: Training) -> float:
+    """Clip a group's gradient, in place, and return its norm before.
+
+    AutoClip (Seetharaman et al., 2020, arXiv 2007.14469): to a percentile of all norms so far, this one among them, and
+    to `clip_norm` at most. What is long for a gradient differs by orders of magnitude between arms, groups and models
+    here, so that no fixed norm fits all; and AdamW's steps are short for long after an outlier.
+    """
+    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    most = training.clip_norm
+    if training.clip_percentile < 100:
+        norms = torch.tensor([*(row.norms[name] for row in before), float(norm)])
+        most = min(most, float(norms.quantile(training.clip_percentile / 100)))
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return float(norm)
 
 
 def _check(loss: float, step: int, training: Training) -> None:

@@ -77,6 +77,7 @@ def training_of(modifier: PromptRecoveryModifier, learning_rate: float, seed: in
         gate_learning_rate=modifier.gate_learning_rate,
         warmup_fraction=modifier.warmup_fraction,
         clip_norm=modifier.clip_norm,
+        clip_percentile=modifier.clip_percentile,
         gate_apart=modifier.gate_clipping == "apart",
         seed=seed,
         accumulate=modifier.accumulate,
