@@ -87,13 +87,24 @@ def test_equal_seeds_give_equal_results(tiny_llama, states, arm):
     assert results[0][0] != results[2][0]
 
 
-@pytest.mark.parametrize(("clip_norm", "apart"), [(0.02, True), (0.02, False), (1e6, True)])
-def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, clip_norm, apart):
-    """AdamW by its equations (Loshchilov and Hutter, 2019), without weight decay."""
-    settings = training(steps=5, warmup_fraction=0.4, clip_norm=clip_norm, gate_apart=apart)
+@pytest.mark.parametrize(
+    ("clip_norm", "percentile", "apart"),
+    [
+        (0.02, 100.0, True),
+        (0.02, 100.0, False),
+        (1e6, 100.0, True),
+        (1e6, 50.0, True),
+        (1e6, 50.0, False),
+        (1e6, 0.0, True),
+    ],
+)
+def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, clip_norm, percentile, apart):
+    """AdamW by its equations (Loshchilov and Hutter, 2019), without weight decay; AutoClip by its definition."""
+    settings = training(steps=5, warmup_fraction=0.4, clip_norm=clip_norm, clip_percentile=percentile, gate_apart=apart)
+    before = {group: [] for group in ("gate", "adapter", "all")}
     order = order_of(states, tiny_llama, "mop", monkeypatch, steps=5)
     trained, mixture = begun(states), begun(states)
-    fit(trained, tiny_llama, states, settings)
+    rows_done = fit(trained, tiny_llama, states, settings)
     names, weights = zip(*mixture.named_parameters(), strict=True)
     groups = ["gate" if name.startswith("gate") else "adapter" for name in names]
     clipped_with = groups if apart else ["all"] * len(names)
@@ -108,10 +119,17 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
         gradients = torch.autograd.grad(loss, weights)
         norms = {group: norm_of(gradients, clipped_with, group) for group in clipped_with}
         assert min(norms.values()) > 0.02
+        assert dict(rows_done[step - 1].norms) == pytest.approx(norms, rel=1e-3)
+        for group, norm in norms.items():
+            before[group] = sorted([*before[group], norm])
+        longest = {
+            group: min(clip_norm, norms[group] if percentile == 100 else quantile(before[group], percentile / 100))
+            for group in norms
+        }
         share = [0.5, 1.0, 1.0, 0.75, 0.25][step - 1]
         with torch.no_grad():
             for index, gradient in enumerate(gradients):
-                clipped = gradient * min(1.0, clip_norm / norms[clipped_with[index]])
+                clipped = gradient * min(1.0, longest[clipped_with[index]] / norms[clipped_with[index]])
                 first[index].mul_(0.9).add_(0.1 * clipped)
                 second[index].mul_(0.999).add_(0.001 * clipped**2)
                 rate = share * (1e-2 if groups[index] == "gate" else 0.1)
@@ -120,6 +138,13 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
     for name, weight in trained.named_parameters():
         expected = mixture.get_parameter(name)
         assert_close(weight, expected, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def quantile(ordered, share):
+    """Between the two values that it lies between, in proportion."""
+    place = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + (place - math.floor(place)) * (high - low)
 
 
 def norm_of(gradients, groups, group):
@@ -247,6 +272,11 @@ def test_processes_share_a_step_and_their_sum_is_the_whole(tiny_llama, states):
 
 
 # --- what a recipe asks for
+
+
+@pytest.mark.parametrize(("changes", "percentile"), [({}, 50), ({"clip_percentile": 100}, 100)])
+def test_a_recipe_says_to_which_of_the_norms_so_far_gradients_are_clipped(changes, percentile):
+    assert training_of(PromptRecoveryModifier(**changes), 0.5, seed=0).clip_percentile == percentile
 
 
 @pytest.mark.parametrize(("changes", "apart"), [({}, True), ({"gate_clipping": "together"}, False)])
