@@ -52,7 +52,8 @@ def begun(model, states, arm, *, start=START, **changes):
 
 def trained(model, states, arm, *, steps=3, gate_learning_rate=1e-2, start=START, **changes):
     adapter = begun(model, states, arm, start=start, **changes)
-    settings = {"batch_size": 4, "learning_rate": 0.1, "warmup_fraction": 0.1, "clip_norm": 1.0, "seed": 0}
+    settings = {"batch_size": 4, "learning_rate": 0.1, "warmup_fraction": 0.1, "seed": 0}
+    settings |= {"clip_norm": 1.0, "clip_percentile": 100.0, "gate_apart": True}
     rows = fit(adapter, model, states, Training(steps=steps, gate_learning_rate=gate_learning_rate, **settings))
     return adapter.requires_grad_(False), [row.nats for row in rows]
 

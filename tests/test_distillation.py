@@ -121,6 +121,8 @@ def trained(model, states, taught, *, steps=4):
         gate_learning_rate=0.0,
         warmup_fraction=0.0,
         clip_norm=1.0,
+        clip_percentile=100.0,
+        gate_apart=True,
         seed=0,
     )
     rows = fit(adapter, model, states, settings, distillation=taught)

@@ -179,6 +179,8 @@ def test_training_reaches_all_of_it_and_leaves_the_model_bitwise_as_it_was(state
         gate_learning_rate=0.01,
         warmup_fraction=0.0,
         clip_norm=1.0,
+        clip_percentile=100.0,
+        gate_apart=True,
         seed=0,
     )
     rows = fit(adapter, model, states, settings)

@@ -332,6 +332,8 @@ def test_a_small_problem_is_learnt_by_heart(tiny_llama, states_of, arm, deep):
         gate_learning_rate=1e-2,
         warmup_fraction=0.1,
         clip_norm=1.0,
+        clip_percentile=100.0,
+        gate_apart=True,
         seed=0,
     )
     rows = fit(adapter, tiny_llama, states, settings)

@@ -98,6 +98,8 @@ def fitted(model, states, taught, *, steps=4, accumulate=1):
         gate_learning_rate=0.0,
         warmup_fraction=0.0,
         clip_norm=1.0,
+        clip_percentile=100.0,
+        gate_apart=True,
         seed=0,
         accumulate=accumulate,
     )

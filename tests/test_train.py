@@ -36,6 +36,8 @@ def training(**changes):
         "gate_learning_rate": 1e-2,
         "warmup_fraction": 0.1,
         "clip_norm": 1.0,
+        "clip_percentile": 100.0,
+        "gate_apart": True,
         "seed": 0,
     }
     return Training(**settings | changes)

@@ -217,7 +217,8 @@ def test_a_linear_that_does_more_than_its_weight_says_does_so_still(arm):
 
 def training(**changes):
     settings = {"steps": 4, "batch_size": 4, "learning_rate": 0.05, "gate_learning_rate": 0.0}
-    return Training(**settings | {"warmup_fraction": 0.1, "clip_norm": 1.0, "seed": 0} | changes)
+    settings |= {"warmup_fraction": 0.1, "seed": 0, "clip_norm": 1.0, "clip_percentile": 100.0, "gate_apart": True}
+    return Training(**settings | changes)
 
 
 @pytest.mark.parametrize("arm", WEIGHTS)
