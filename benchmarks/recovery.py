@@ -7,7 +7,7 @@ stopped goes on with the next cell. Rows of at most 128 tokens, 300 test rows, 1
 twice. On SNI at 50 %, at 85 % and for the dense model every arm's learning rate is chosen on 100 validation rows, by
 trainings as long as the one that counts (in the results, those of `single` and `mop` at 85 % by 30 steps). Another
 setting, and Dolly, takes the rates of whichever of 50 and 85 % its bare model's log perplexity is nearer to, and
-controls of the gate that of `mop`. About sixteen hours of two cores.
+controls of the gate that of `mop`. About nineteen hours of two cores.
 At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
 """
 
