@@ -226,10 +226,16 @@ def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator
 
 
 def _check_one_model(output: Path, folders: Sequence[str], setting: str) -> None:
-    """Raise `DataError` where arms of two folders stand on other weights, as of models pruned by other threads."""
+    """Raise `DataError` where arms of two folders stand on other weights, as of models pruned by other threads.
+
+    Or where rows do not say on which.
+    """
     paths = [output / name / "rows.jsonl" for name in folders]
     rows = [row for path in paths for row in read_rows(path) if row.setting == setting]
-    if len(hashes := {row.model_sha256 for row in rows} - {None}) > 1:
+    hashes = {row.model_sha256 for row in rows}
+    if None in hashes:
+        raise DataError(f"{' and '.join(folders)}: rows of {setting} without model_sha256; complete them")
+    if len(hashes) > 1:
         raise DataError(f"{' and '.join(folders)}: {setting} is {len(hashes)} models; their arms cannot be compared")
 
 

@@ -12,7 +12,7 @@ from mopcompress import artifact
 from mopcompress.data.calibration import text_windows
 from mopcompress.errors import DataError, OutputError, QualityGateError, RecipeError, UsageError
 from mopcompress.grid import Setting, cells_of
-from mopcompress.models.checkpoint import load_model
+from mopcompress.models.checkpoint import load_model, weights_hash
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import for_recovery, with_recovery
 from mopcompress.results import BenchRow, append_row, read_documents, read_rows
@@ -73,6 +73,8 @@ def test_every_row_is_complete(finished):
         scores = read_documents(finished / row.documents_file)
         assert sum(scores.scored_tokens) == row.scored_tokens
         assert len(scores.nats) == 12
+    assert {row.model_sha256 for row in rows[1:]} == {weights_hash(finished / "models" / "sparsegpt-50")}
+    assert dense.model_sha256 not in (None, pruned.model_sha256)
     assert (dense.sparsity, dense.weights) == (0.0, 0)
     assert {row.sparsity for row in rows[1:]} == {0.5}
     assert {row.weights for row in rows[1:]} == {5 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 172 * 64)}
@@ -202,6 +204,31 @@ def test_a_folder_from_before_a_setting_existed_goes_on_where_the_setting_has_it
     (folder / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(RecipeError, match="log_opening was -1"):
         bench(recipe_of(), folder)
+
+
+def test_a_folder_from_before_there_was_a_percentile_is_continued_only_without_one(finished, recipe_of, tmp_path):
+    """Its rows are of a fixed norm alone, which is not the default any more."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    manifest = json.loads((folder / "run.json").read_text())
+    recovery = manifest["recipe"]["recovery_stage"]["recovery_modifiers"]["PromptRecoveryModifier"]
+    assert recovery.pop("clip_percentile") == 50
+    (folder / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match=r"clip_percentile was 100\.0, is 50\.0; use those settings"):
+        bench(recipe_of(), folder)
+    assert [row.cell for row in bench(with_recovery(recipe_of(), {"clip_percentile": 100}), folder)] == CELLS
+
+
+def test_arms_are_not_added_to_those_of_another_model(finished, recipe_of, tmp_path):
+    """As when models were removed and pruned again by another number of threads."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for row in lines[1:]:
+        row["model_sha256"] = "another"
+    before = "".join(json.dumps(row) + "\n" for row in lines)
+    (folder / "rows.jsonl").write_text(before)
+    with pytest.raises(DataError, match=r"finished rows of sparsegpt 50% are of another model than models/ holds now"):
+        bench(recipe_of(seeds="0,1"), folder)
+    assert (folder / "rows.jsonl").read_text() == before
 
 
 def test_a_folder_in_use_is_refused(finished, recipe_of, tmp_path):

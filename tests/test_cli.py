@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from mopcompress import __version__
 from mopcompress.recipe import PromptRecoveryModifier, load_recipe
-from mopcompress.results import read_rows
+from mopcompress.results import Sweep, Trial, read_rows
+from mopcompress.stages.sweep import write_sweep
 
 COMMANDS = ("prune", "quantize", "recover", "evaluate", "bench", "report", "generate", "export-adapter")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -365,8 +366,9 @@ def test_what_was_made_from_a_text_that_changed_is_not_taken_for_done(
 def test_tasks_of_ones_own_are_nothing_without_tasks_to_run(stories: Path) -> None:
     outcome = invoke("evaluate", stories, "--lm-eval-path", stories)
     assert (outcome.code, "--lm-eval-path: says nothing without --lm-eval" in outcome.err) == (2, True)
-    outcome = invoke("evaluate", stories, "--lm-eval", "arc_easy", "--write-tokens", 4)
-    assert (outcome.code, "--write-tokens: says nothing with --lm-eval" in outcome.err) == (2, True)
+    for words in (("--write-tokens", 4), ("--test-rows", 4), ("--data", "skills")):
+        outcome = invoke("evaluate", stories, "--lm-eval", "arc_easy", *words)
+        assert (outcome.code, f"{words[0]}: says nothing with --lm-eval" in outcome.err) == (2, True)
 
 
 def test_an_adapter_is_trained_once(pruned: Path, adapter: Path, data: Path) -> None:
@@ -406,6 +408,19 @@ def test_a_bench_runs_what_is_new_and_nothing_twice(
     other = ("bench", stories, "--data", data, *CALIBRATED, *TRAINED, "--output-dir", tmp_path / "swept", *swept)
     assert invoke(*other).json["steps"] == 2 * (3 * 2 + 2)  # the best of an arm's trials is its first training
     assert invoke(*other, "--sweep-steps", 1).json["steps"] == 2 * (3 * 1 + 2 * 2)
+    (tmp_path / "swept" / "sweeps").mkdir(parents=True)
+    found = Sweep(
+        arm="mop",
+        steps=2,
+        batch_size=8,
+        validation_rows=4,
+        trials=[Trial(learning_rate=0.5, validation_nats=2.0, seconds=1.0)],
+        learning_rate=0.5,
+        at_edge=True,
+        seconds=1.0,
+    )
+    write_sweep(found, tmp_path / "swept" / "sweeps" / "sparsegpt-50-mop.json")
+    assert invoke(*other).json["steps"] == 3 * 2 + 2 + 2 * 2  # where one was found, its arm is only trained
     larger = invoke(*common, "--ratios", 0.5, "--arms", "none,mop,single")
     assert larger.code == 0, larger.err
     assert (folder / "rows.jsonl").read_text().startswith(lines)

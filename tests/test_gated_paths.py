@@ -42,6 +42,30 @@ def begun(model, states):
     return gated_paths.begin(CONFIG, Material(model, states, TASKS), START)
 
 
+@pytest.mark.parametrize("percentile", [0.0, 10.0, 50.0])
+def test_a_gate_that_has_no_gradient_at_first_still_learns(tiny_llama, states, percentile):
+    """Its gradient is 0 until paths and scales have moved: norms of 0 must not become what it is clipped to."""
+    adapter = begun(tiny_llama, states)
+    before = [weight.detach().clone() for weight in adapter.gate.parameters()]
+    settings = Training(
+        steps=4,
+        batch_size=4,
+        learning_rate=1e-2,
+        gate_learning_rate=1e-3,
+        warmup_fraction=0.0,
+        clip_norm=1.0,
+        clip_percentile=percentile,
+        gate_apart=True,
+        seed=0,
+    )
+    norms = [row.norms["gate"] for row in fit(adapter, tiny_llama, states, settings)]
+    assert norms[0] == 0 < norms[-1]
+    moved = [
+        float((now.detach() - then).abs().max()) for now, then in zip(adapter.gate.parameters(), before, strict=True)
+    ]
+    assert max(moved) > 2e-4
+
+
 def trained(model, states):
     """As after some training: nothing is zero, and the gate decides something."""
     adapter = begun(model, states)

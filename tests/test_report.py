@@ -392,11 +392,71 @@ def test_an_arm_with_fewer_seeds_is_held_against_the_same_seeds_of_the_other(tmp
     assert found["mop+", "mop"].micro.estimate == pytest.approx(-0.5, abs=0.02)
     assert found["mop", "none"].seeds == pytest.approx((-1.5, -1.1, -0.7), abs=0.02)
     assert found["mop", "none"].micro.estimate == pytest.approx(-1.1, abs=0.02)
-    assert any(line.startswith("One seed of mop+:") for line in cautions(run, grid))
+    assert any(line.startswith("One seed of mop+:") for line in cautions(run, grid, compare(run, grid)))
     for seed in (1, 2):
         add(tmp_path, documents(1.0, seed=1), method="wanda", ratio=0.5, bits=None, arm="mop+", seed=seed)
     run = read_run(tmp_path)
-    assert not any("One seed" in line for line in cautions(run, make_grid(run.rows, {})))
+    grid = make_grid(run.rows, {})
+    assert not any("One seed" in line for line in cautions(run, grid, compare(run, grid)))
+
+
+def run_of(folder: Path, levels: dict[tuple[str, int], float], *, ratio: float = 0.5) -> Run:
+    """Adds rows of one setting, by arm and seed, to the folder."""
+    for (arm, seed), level in levels.items():
+        add(folder, documents(level, seed=1), method="wanda", ratio=ratio, bits=None, arm=arm, seed=seed)
+    return read_run(folder)
+
+
+def test_perplexities_beside_a_change_are_of_the_seeds_that_were_compared(tmp_path: Path) -> None:
+    """Those of all seeds could be in the other order."""
+    run = run_of(tmp_path, {("single", 0): 2.0, ("single", 1): 3.0, ("single", 2): 3.0, ("mop", 0): 2.2})
+    grid = make_grid(run.rows, {})
+    comparisons = compare(run, grid)
+    of_first = {row.arm: row.perplexity for row in run.rows if row.seed == 0}
+    assert comparisons[0].perplexities == pytest.approx((of_first["mop"], of_first["single"]))
+    (sentence,) = headline(grid, comparisons)
+    assert sentence.text.startswith(f"mop {number(of_first['mop'])} against single {number(of_first['single'])}: +")
+    told = {line.cells[1].main: line.cells[-1].minor for line in results_table(grid, comparisons).lines}
+    assert told["mop"].endswith("of seed 0")
+    assert told["single"] == ""
+    run = run_of(tmp_path, {("mop", 1): 2.2, ("mop", 2): 2.2})
+    grid = make_grid(run.rows, {})
+    assert all("of seed" not in line.cells[-1].minor for line in results_table(grid, compare(run, grid)).lines)
+
+
+def test_arms_of_other_seeds_are_all_compared_and_that_is_told(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {("single", 0): 2.0, ("single", 1): 3.0, ("mop", 2): 2.2, ("mop", 3): 2.4, ("none", 0): 4.0})
+    grid = make_grid(run.rows, {})
+    comparisons = compare(run, grid)
+    of_single = next(one for one in comparisons if (one.first, one.second) == ("mop", "single"))
+    assert sorted(of_single.seeds) == pytest.approx([-0.8, -0.6, 0.2, 0.4], abs=0.02)
+    told = [line for line in cautions(run, grid, comparisons) if "no seed in common" in line]
+    assert len(told) == 1
+    assert told[0].startswith("wanda 50%: mop and single have no seed in common")
+
+
+def test_one_seed_is_told_of_where_it_is_one(tmp_path: Path) -> None:
+    def once() -> list[str]:
+        run = read_run(tmp_path)
+        grid = make_grid(run.rows, {})
+        return [line.partition(":")[0] for line in cautions(run, grid, compare(run, grid)) if "One seed" in line]
+
+    run_of(tmp_path, {("none", 0): 4.0, ("single", 0): 3.0, ("mop", 0): 2.5, ("eora", 0): 3.5})
+    assert once() == ["One seed of each arm"]
+    run_of(tmp_path, {(arm, seed): 2.0 for arm in ("single", "mop") for seed in (1, 2)})
+    assert once() == []
+    run_of(tmp_path, {("single", 0): 3.0, ("mop", 0): 2.5, ("mop", 1): 2.5, ("lora", 0): 2.0}, ratio=0.8)
+    assert once() == ["One seed of lora; single at wanda 80%"]
+
+
+def test_arms_of_two_models_are_not_compared(tmp_path: Path) -> None:
+    for arm, sha256 in (("none", None), ("single", "a"), ("mop", "a")):
+        scores = documents(2.0, seed=1)
+        add(tmp_path, scores, method="wanda", ratio=0.5, bits=None, arm=arm, seed=0, model_sha256=sha256)
+    read_run(tmp_path)
+    add(tmp_path, scores, method="wanda", ratio=0.5, bits=None, arm="mop", seed=1, model_sha256="b")
+    with pytest.raises(DataError, match=r"rows\.jsonl: wanda 50% is 2 models .*; keep the rows of one"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(("count", "known"), [(40, True), (39, False), (8, False)])

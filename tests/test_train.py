@@ -98,6 +98,7 @@ def test_equal_seeds_give_equal_results(tiny_llama, states, arm):
         (1e6, 50.0, True),
         (1e6, 50.0, False),
         (1e6, 0.0, True),
+        (0.02, 50.0, True),
     ],
 )
 def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, clip_norm, percentile, apart):
@@ -197,6 +198,17 @@ def test_a_loss_that_is_no_number_stops_training_and_names_the_rate(tiny_llama, 
         mixture.prompts[0, 0, 0] = torch.nan
     with pytest.raises(NumericalError, match=r"step 1: the loss is nan with --learning-rate 0\.1"):
         fit(mixture, tiny_llama, states, training())
+
+
+def test_a_gradient_that_is_not_finite_stops_training_before_it_does_harm(tiny_llama, states):
+    mixture = begun(states)
+    before = mixture.prompts.detach().clone()
+    mixture.prompts.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(
+        NumericalError, match=r"step 1: the gradient's norm is (inf|nan) with --learning-rate 0\.1; lower"
+    ):
+        fit(mixture, tiny_llama, states, training())
+    assert torch.equal(mixture.prompts, before)
 
 
 def test_the_rate_rises_in_equal_steps_then_falls_as_a_cosine_to_zero():

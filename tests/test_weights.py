@@ -285,7 +285,7 @@ def test_without_a_rank_it_is_the_largest_that_trains_no_more_than_mop(tiny_llam
 
 
 def test_without_a_rank_no_linear_has_more_than_it_can(tiny_llama):
-    adapter = ARMS["lora"].build(tiny_llama, config_for("lora", rank=None))
+    adapter = ARMS["lora"].build(tiny_llama, config_for("lora", rank=None, targets=["v_proj"]))
     assert {len(change.down) for change in adapter.by_name().values()} == {16}  # a value projection is 16 x 32
 
 
@@ -302,7 +302,7 @@ def test_the_budget_grows_with_the_experts(tiny_llama):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 17}, r"rank: 17 is more than model\.layers\.2\.self_attn\.v_proj can have, .* 16 x 32"),
+        ({"rank": 33}, r"rank: 33 is more than model\.layers\.2\.self_attn\.o_proj can have, .* 32 x 32"),
         (
             {"rank": None, "layer": 0, "targets": ["Linear"]},
             r"rank 1 on 28 linears trains 6080 numbers, and mop with 3 experts of 2 prompts 4",
@@ -321,7 +321,8 @@ def test_a_family_without_mop_needs_a_rank():
     with pytest.raises(DataError, match=r"trains as much as mop where no rank is given; .*; or give one"):
         ARMS["lora"].build(model, config_for("lora", rank=None))
     adapter = ARMS["lora"].build(model, config_for("lora", rank=1))
-    assert set(adapter.by_name()) == {f"transformer.h.{block}.self_attention.query_key_value" for block in (2, 3)}
+    writers = ("self_attention.dense", "mlp.dense_4h_to_h")
+    assert set(adapter.by_name()) == {f"transformer.h.{block}.{name}" for block in (2, 3) for name in writers}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -342,8 +343,8 @@ def test_targets_are_ends_of_names_or_patterns(tiny_llama):
 
 
 COUNTS = {  # rank 2; two blocks
-    "lora": 2 * 2 * ((32 + 32) + (32 + 16)),
-    "masklora": 2 * 2 * ((32 + 32) + (32 + 16)),
+    "lora": 2 * 2 * ((32 + 32) + (32 + 48)),  # what attention and the MLP write
+    "masklora": 2 * 2 * ((32 + 32) + (32 + 48)),
     "ia3": 2 * (16 + 16 + 48),
     "norms": 2 * 2 * 32 + 32,
 }
@@ -378,9 +379,9 @@ def test_norms_of_what_stands_beside_the_decoder_are_not_trained():
 
 def test_the_low_rank_start_is_that_of_a_linear(tiny_llama):
     for change in begun(tiny_llama, "lora", rank=16).by_name().values():
-        bound = HIDDEN**-0.5
         assert not change.up.any()
         down = change.down.detach()
+        bound = down.shape[1] ** -0.5
         assert 0.9 * bound < float(down.abs().max()) <= bound
         assert float(down.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
 

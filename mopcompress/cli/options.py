@@ -131,7 +131,11 @@ RECOVERY = _recovery_fields(
     learning_rate=("learning_rate", float, "Learning rate of all but the gate; the arm's own if not given"),
     gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate, 0 to freeze it"),
     gate_clipping=("gate_clipping", str, "Its gradient is clipped apart from that of what it weighs, or together"),
-    clip_percentile=("clip_percentile", float, "Clip gradients to this percentile of their norms so far; 100: do not"),
+    clip_percentile=(
+        "clip_percentile",
+        float,
+        "Clip gradients to this percentile of their norms so far, at most 1; 100: to 1",
+    ),
     gate_pretraining_steps=("gate_pretraining_steps", int, "Steps that teach the gate the tasks"),
     gate_temper=("gate_temper", float, "Factor on the pre-trained gate's logits"),
     gate_labels=("gate_labels", str, "Experts' domains: tasks, or clusters of instructions"),

@@ -33,7 +33,7 @@ class PromptRecoveryModifier(Spec):
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
     deep: bool = False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
     rank: Annotated[int, Field(ge=1, le=65536)] | None = None  # of lora, masklora, eora; None: no more numbers than mop
-    adapter_targets: Targets | None = None  # linears that they change, by the ends of their names; None: the family's
+    adapter_targets: Targets | None = None  # linears that they change, by the ends of their names; None: the writers
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
     accumulate: Annotated[int, Field(ge=1, le=65536)] = 1  # parts that a step's rows run in, to save memory
@@ -50,7 +50,7 @@ class PromptRecoveryModifier(Spec):
     log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    clip_percentile: Annotated[float, Field(ge=0, le=100)] = 50.0  # nor longer than that of the norms so far; 100: no
+    clip_percentile: Annotated[float, Field(ge=0, le=100)] = 50.0  # of the norms so far, where that is less; 100: none
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
     distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
     squarehead: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of a loss on hidden states, the dense model's

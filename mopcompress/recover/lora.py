@@ -18,11 +18,8 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.linears import Linear, weight_of
 from mopcompress.recover import prompts
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.changes import Changes, first_present, linears_from, writers_from
+from mopcompress.recover.changes import Changes, linears_from, writers_from
 from mopcompress.recover.start import Material, Start
-
-# queries and values, as in the paper; where a family has them in one linear with the keys, that one
-TARGETS = (("q_proj", "v_proj"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
 
 
 class LowRank(nn.Module):
@@ -55,14 +52,14 @@ class LowRank(nn.Module):
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> Changes:
-    """`lora`, `masklora`, or the shape of `eora`.
+    """`lora`, `masklora`, or the shape of `eora`, beside the linears that write to the residual stream.
+
+    Those repair most for their size, of what was measured: benchmarks/LOG.md. LoRA's own, queries and values, or others
+    are asked for by `targets`.
 
     Raises `DataError` when targets are not there, or a rank does not fit.
     """
-    if config.arm == "eora" and not config.targets:
-        linears = writers_from(model, config.layer)  # what repairs best for its size: benchmarks/LOG.md
-    else:
-        linears = linears_from(model, config.layer, config.targets or first_present(model, TARGETS))
+    linears = linears_from(model, config.layer, config.targets) if config.targets else writers_from(model, config.layer)
     rank = rank_within_budget(model, config, linears) if config.rank is None else config.rank
     for name, linear in linears.items():
         rows, columns = weight_of(linear).shape

@@ -56,9 +56,9 @@ def fit(
 
     With `distillation` a share of the loss is the divergence from a teacher's distributions.
 
-    AdamW without weight decay, linear warm-up, cosine decay to zero, gradients clipped by their norms so far. Goes on
-    where `keeping` says that it stopped.
-    Raises `NumericalError` when a loss is not finite.
+    AdamW without weight decay, linear warm-up, cosine decay to zero, gradients clipped by their norms so far and to
+    `clip_norm` at most. Goes on where `keeping` says that it stopped.
+    Raises `NumericalError` when a loss or a gradient is not finite.
     """
     workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
@@ -80,8 +80,11 @@ def fit(
         losses = _backward(adapter, model, states, chosen, distillation, training.accumulate, workers)
         workers.add_up(losses, parameters)
         loss, nats = losses.tolist()
-        _check(loss, step, training)
-        norms = {name: _clip(group, name, standing.rows, training) for name, group in clipped.items()}
+        _check(loss, "loss", step, training)
+        norms = {
+            name: _clip(group, [row.norms[name] for row in standing.rows], step, training)
+            for name, group in clipped.items()
+        }
         optimiser.step()
         row = TrainRow(
             step=step,
@@ -98,26 +101,27 @@ def fit(
     return standing.rows
 
 
-def _clip(parameters: Sequence[nn.Parameter], name: str, before: Sequence[TrainRow], training: Training) -> float:
+def _clip(parameters: Sequence[nn.Parameter], before: Sequence[float], step: int, training: Training) -> float:
     """Clip a group's gradient, in place, and return its norm before.
 
     AutoClip (Seetharaman et al., 2020, arXiv 2007.14469): to a percentile of all norms so far, this one among them, and
     to `clip_norm` at most. What is long for a gradient differs by orders of magnitude between arms, groups and models
-    here, so that no fixed norm fits all; and AdamW's steps are short for long after an outlier.
+    here, so that no fixed norm fits all; and AdamW's steps are short for long after an outlier. Norms of 0 are left
+    out: the gate of `mop+` has no gradient until its paths have moved, and would be held where it is.
     """
     norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    most = training.clip_norm
-    if training.clip_percentile < 100:
-        norms = torch.tensor([*(row.norms[name] for row in before), float(norm)])
-        most = min(most, float(norms.quantile(training.clip_percentile / 100)))
+    _check(float(norm), "gradient's norm", step, training)
+    most, norms = training.clip_norm, [one for one in (*before, float(norm)) if one > 0]
+    if norms and training.clip_percentile < 100:
+        most = min(most, float(torch.tensor(norms).quantile(training.clip_percentile / 100)))
     torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return float(norm)
 
 
-def _check(loss: float, step: int, training: Training) -> None:
-    if not math.isfinite(loss):
+def _check(value: float, name: str, step: int, training: Training) -> None:
+    if not math.isfinite(value):
         rate = f"{training.learning_rate:g}"
-        raise NumericalError(f"training step {step}: the loss is {loss} with --learning-rate {rate}; lower it")
+        raise NumericalError(f"training step {step}: the {name} is {value} with --learning-rate {rate}; lower it")
 
 
 def _trained(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:

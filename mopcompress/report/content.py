@@ -65,7 +65,7 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         data=provenance.data_facts(run),
         summary=summary(comparisons),
         headline=headline(grid, comparisons),
-        warnings=cautions(run, grid),
+        warnings=cautions(run, grid, comparisons),
         results=views.results_table(grid, comparisons),
         figures=plots.figures(grid, comparisons),
         comparisons=views.comparisons_table(comparisons),
@@ -103,15 +103,16 @@ def headline(grid: Grid, comparisons: Sequence[Comparison]) -> tuple[Sentence, .
         parts = ["mop not measured"] if "mop" in grid.arms and not mixture and setting != DENSE else []
         previous = ""
         for one in mixture or [one for one in pairs if one.second == "none"]:
-            lead = "" if one.first == previous else f"{one.first} {_mean(grid, setting, one.first)} "
-            parts.append(f"{lead}against {one.second} {_mean(grid, setting, one.second)}: {_outcome(one)}")
-            previous = one.first
+            first, second = map(number, one.perplexities)  # over what was compared: an arm can have other seeds, too
+            this = f"{one.first} {first} "
+            parts.append(f"{this if this != previous else ''}against {one.second} {second}: {_outcome(one)}")
+            previous = this
         if parts and any(grid.rows(setting, arm) for arm in grid.arms):
             sentences.append(Sentence(setting, "; ".join(parts)))
     return tuple(sentences)
 
 
-def cautions(run: Run, grid: Grid) -> tuple[str, ...]:
+def cautions(run: Run, grid: Grid, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """What a reader must know before believing the tables."""
     found = []
     if grid.missing:
@@ -126,22 +127,29 @@ def cautions(run: Run, grid: Grid) -> tuple[str, ...]:
     if scarce := scarce_tasks(next(iter(run.documents.values())).tasks):
         counts = ", ".join(f"{task}: {count}" for task, count in scarce.items())
         found.append(f"Tasks with fewer than {MIN_DOCUMENTS} test documents, so no macro interval ({counts}).")
-    if once := sorted(_run_once(grid)):
-        of_all = once == sorted(arm for arm in grid.arms if draws(arm))
+    for one in comparisons:
+        if draws(one.first) and draws(one.second) and not one.shared:
+            found.append(
+                f"{one.setting}: {one.first} and {one.second} have no seed in common, so their difference holds that "
+                "of the seeds as well."
+            )
+    if once := _run_once(grid):
         found.append(
-            f"One seed{'' if of_all else ' of ' + ', '.join(once)}: the intervals cover the choice of test documents, "
-            "not the luck of training."
+            f"One seed of {'; '.join(once)}: the intervals cover the choice of test documents, not the luck of "
+            "training."
         )
     return tuple(found)
 
 
-def _run_once(grid: Grid) -> set[str]:
-    """Arms of which some setting has one seed alone, where others would be other trainings."""
-    return {arm for (_, arm), rows in grid.cells.items() if len(rows) == 1 and draws(arm)}
-
-
-def _mean(grid: Grid, setting: str, arm: str) -> str:
-    return number(perplexity_spread(grid.rows(setting, arm), lambda row: row.perplexity).mean)
+def _run_once(grid: Grid) -> list[str]:
+    """Of which arms, and where not in all, in which settings, there is one seed, though others would be others."""
+    trained = [(setting, arm) for (setting, arm), rows in grid.cells.items() if rows and draws(arm)]
+    once = [(setting, arm) for setting, arm in trained if len(grid.rows(setting, arm)) == 1]
+    if once == trained:
+        return ["each arm"] if once else []
+    settings = {arm: [setting for setting, other in once if other == arm] for _, arm in once}
+    everywhere = {arm for arm in settings if all(cell in once for cell in trained if cell[1] == arm)}
+    return [arm if arm in everywhere else f"{arm} at {', '.join(settings[arm])}" for arm in sorted(settings)]
 
 
 def _outcome(one: Comparison) -> str:

@@ -38,7 +38,9 @@ class Comparison:
     second: str
     micro: Interval
     macro: Interval
+    perplexities: tuple[float, float]  # micro, of `first` and `second`, over what was compared
     seeds: tuple[float, ...]  # the micro difference of every pair of seeds that was compared
+    shared: tuple[int, ...]  # the seeds that both have; none where one draws nothing, or was trained under others
     rouge_l: Interval | None = None  # `first` minus `second`, 0 to 1, mean over documents; None without answers
     rouge_l_macro: Interval | None = None  # mean over tasks of each task's mean
 
@@ -147,12 +149,13 @@ def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
             for second in order[place + 1 :]:
                 if first not in OURS and second not in BASELINES:
                     continue
-                pairs = _pairs(nats[first], nats[second])
+                pairs, shared = _pairs(nats[first], nats[second]), _shared(nats[first], nats[second])
                 means = _means(pairs)
                 seeds = tuple(_difference(*pair, tokens=tokens) for pair in pairs)
                 answers = _answers(of_answers, _pairs(rouge[first], rouge[second]))
                 micro, macro = bootstrap.micro(*means), bootstrap.macro(*means)
-                found.append(Comparison(setting, first, second, micro, macro, seeds, *answers))
+                pair = (_perplexity(means[0], tokens), _perplexity(means[1], tokens))
+                found.append(Comparison(setting, first, second, micro, macro, pair, seeds, shared, *answers))
     return tuple(found)
 
 
@@ -161,16 +164,23 @@ def _pairs(first: Mapping[int | None, Known], second: Mapping[int | None, Known]
 
     Where there is none, or where one draws nothing and has no seed, each of the first against each of the second.
     """
-    both = sorted(seed for seed in first.keys() & second.keys() if seed is not None)
-    if both:
+    if both := _shared(first, second):
         return [(first[seed], second[seed]) for seed in both]
     return [(a, b) for a in first.values() for b in second.values()]
+
+
+def _shared(first: Mapping[int | None, Known], second: Mapping[int | None, Known]) -> tuple[int, ...]:
+    return tuple(sorted(seed for seed in first.keys() & second.keys() if seed is not None))
 
 
 def _means(pairs: Sequence[tuple[Vector, Vector]]) -> tuple[Vector, Vector]:
     """Every document's mean over the pairs."""
     first, second = zip(*pairs, strict=True)
     return np.mean(first, axis=0), np.mean(second, axis=0)
+
+
+def _perplexity(nats: Vector, tokens: int) -> float:
+    return float(np.exp(nats.sum() / tokens))
 
 
 def _difference(first: Vector, second: Vector, *, tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 from mopcompress.report.formats import (
@@ -56,7 +57,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
             *(_written(rows, field, show) for _, field, show in written),
             *([_perplexity(rows, lambda row: row.text_perplexity or math.nan)] if texts else []),
             Text((ABSENT if not rows else "n/a") if regained is None else ratio(regained), alike),
-            _against_single(arm, against.get((setting, arm)), measured=bool(rows)),
+            _against_single(arm, against.get((setting, arm)), max(len(rows), len(grid.rows(setting, "single")))),
         )
         name = Text(arm, f"{len(rows)} seeds" if len(rows) > 1 else "")
         lines.append(Line((Text(setting if first else ""), name, *values), first, arm in best_arms(grid, setting)))
@@ -74,7 +75,8 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
     )
     note = (
         "Mean over seeds, with the least and the greatest in small type. Bold: the lowest perplexity of a setting; "
-        f"whether the difference is shown, the interval says. {PLAIN_TEXT if texts else ''}"
+        "whether the difference is shown, the interval says, which is over the seeds that both arms have. "
+        f"{PLAIN_TEXT if texts else ''}"
         "Sparsity is counted in the compressed weights, not "
         "copied from the request."
     )
@@ -104,7 +106,8 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     columns = ("setting", "comparison", "verdict", "perplexity", "macro", "over seeds", *answers)
     note = (
         "Change of perplexity with its 95 % interval: paired bootstrap over test documents, the nats of each document "
-        "averaged over seeds first. The interval covers the choice of documents; the last column covers the seeds."
+        "averaged first over the seeds that both arms have. The interval covers the choice of documents; the column "
+        "over seeds covers those."
     )
     return Table("Every comparison", note, columns, 3, tuple(lines))
 
@@ -128,16 +131,27 @@ def interval_text(interval: Interval) -> str:
 
 def _reversed(one: Comparison) -> Comparison:
     micro, macro = (Interval(-each.estimate, -each.high, -each.low) for each in (one.micro, one.macro))
-    return Comparison(one.setting, one.second, one.first, micro, macro, tuple(-difference for difference in one.seeds))
+    return replace(
+        one,
+        first=one.second,
+        second=one.first,
+        micro=micro,
+        macro=macro,
+        perplexities=one.perplexities[::-1],
+        seeds=tuple(-difference for difference in one.seeds),
+    )
 
 
-def _against_single(arm: str, one: Comparison | None, *, measured: bool) -> Text:
-    if arm == "single" and measured:
+def _against_single(arm: str, one: Comparison | None, seeds: int) -> Text:
+    """`seeds`: how many the arm or the single prompt has, whichever has more."""
+    if arm == "single" and seeds:
         return Text("baseline")
     if one is None:
         return Text(ABSENT)
     quiet = one.micro.is_known and not one.micro.shows_difference
-    return Text(interval_text(one.micro), VERDICTS[2] if quiet else "")
+    of_some = f"of seed{'s' * (len(one.shared) > 1)} {', '.join(map(str, one.shared))}"
+    said = [*([VERDICTS[2]] if quiet else []), *([of_some] if 0 < len(one.shared) < seeds else [])]
+    return Text(interval_text(one.micro), "; ".join(said))
 
 
 def _written(rows: Sequence[BenchRow], field: str, show: Callable[[float], str]) -> Text:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mopcompress import artifact
+from mopcompress.errors import DataError
 from mopcompress.grid import DENSE, Cell, Setting, cells_of
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
@@ -138,8 +139,8 @@ class _Bench:
         """Train and score the missing cells of one setting, on states that they share."""
         model = load_model(base, device=self.device)
         cached: dict[tuple[int, str], CachedStates] = {}
-
         sha256 = weights_hash(base)
+        self._check_same_model(setting, sha256)
 
         def states(layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32) -> CachedStates:
             if (layer, which) not in cached:
@@ -169,6 +170,7 @@ class _Bench:
                     cell,
                     setting,
                     base,
+                    sha256,
                     model,
                     test,
                     text,
@@ -180,6 +182,15 @@ class _Bench:
                 )
                 append_row(row, self.folder / "rows.jsonl")
             self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
+
+    def _check_same_model(self, setting: Setting, sha256: str) -> None:
+        """Raise `DataError` when finished rows are of another model: its arms cannot be compared with new ones."""
+        rows = read_rows(self.folder / "rows.jsonl")
+        if {row.model_sha256 for row in rows if row.setting == setting.name} - {None, sha256}:
+            raise DataError(
+                f"{self.folder}: finished rows of {setting.name} are of another model than models/ holds now, as "
+                "pruning with other threads gives; restore that model, or use another --output-dir"
+            )
 
     def _unfinished(self, adapter: Path, base_sha256: str) -> AbstractContextManager[UnfinishedTraining]:
         """A cell's training so far. Its settings are the folder's: only model, code and machine can be others."""

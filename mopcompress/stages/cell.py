@@ -7,7 +7,7 @@ from pathlib import Path
 from mopcompress import artifact
 from mopcompress.evaluation import macro_perplexity, macro_rouge_l, micro, task_scores
 from mopcompress.grid import DENSE, Cell, Setting
-from mopcompress.models.checkpoint import weights_bytes, weights_hash
+from mopcompress.models.checkpoint import weights_bytes
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import RunSpec
 from mopcompress.recover.adapter import trained_parameters
@@ -32,6 +32,7 @@ def score_cell(
     cell: Cell,
     setting: Setting,
     base: Path,
+    sha256: str,
     model: LanguageModel,
     test: CachedStates,
     text: CachedStates | None,
@@ -42,7 +43,10 @@ def score_cell(
     folder: Path,
     progress: Progress,
 ) -> BenchRow:
-    """Score what `recovered` gives on the model in `base`, and leave adapter and documents in the bench's `folder`."""
+    """Score what `recovered` gives on the model in `base`, and leave adapter and documents in the bench's `folder`.
+
+    `sha256` is the hash of the model's weights.
+    """
     facts = (artifact.read_manifest(base) or {}) if setting != DENSE else {}
     trained, size = recovered.adapter if recovered else None, run.batch_size
     start = time.perf_counter()
@@ -87,5 +91,5 @@ def score_cell(
         per_task=task_scores(scores),
         gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
         documents_file=f"documents/{adapter.name}.json",
-        model_sha256=weights_hash(base),
+        model_sha256=sha256,
     )

@@ -1,5 +1,6 @@
 """The manifest of a bench: what a run is made of, and whether a folder can go on with it."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ GRID = (
     "output_dir",
     "max_fallback",
 )  # may differ when a run goes on
+NO_PERCENTILE = 100.0  # of `clip_percentile`, as all runs were from before there was one: it is 50 unless told
 
 
 def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
@@ -65,8 +67,12 @@ def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A recorded recipe with the fields that it had not yet, at their defaults."""
-    return resolved(recipe_of(manifest["recipe"], f"recipe in {path}"))
+    """A recorded recipe with the fields that it had not yet, at what was done without them."""
+    recipe = copy.deepcopy(manifest["recipe"])
+    groups = [group for stage in recipe.values() for group in stage.values() if isinstance(group, dict)]
+    for modifier in (group["PromptRecoveryModifier"] for group in groups if "PromptRecoveryModifier" in group):
+        modifier.setdefault("clip_percentile", NO_PERCENTILE)
+    return resolved(recipe_of(recipe, f"recipe in {path}"))
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:

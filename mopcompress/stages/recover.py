@@ -71,7 +71,9 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             if modifier.sweeps:
                 with workers.first_alone():
                     rows = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
-                sweep, recovered = _swept(modifier, model, rows, train, size, unfinished, workers)
+                sweep, recovered = _swept(
+                    modifier, model, rows, train, batch_size=size, unfinished=unfinished, workers=workers
+                )
                 tell(told(sweep), 0, 0)
                 modifier = modifier.at_rate(sweep.learning_rate)
                 facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}
@@ -84,6 +86,7 @@ def _swept(
     model: LanguageModel,
     validation: CachedStates,
     train: Train,
+    *,
     batch_size: int,
     unfinished: UnfinishedTraining | None,
     workers: Workers,
