@@ -40,22 +40,38 @@ BATCH = 8
 CLIPPING = {"gate_clipping": "together", "clip_percentile": 100}  # not the default: of all parts that say nothing of it
 APART = {"gate_clipping": "apart", "clip_percentile": 100}
 BY_DEFAULT = {"gate_clipping": "apart", "clip_percentile": 50}
-ACROSS = (  # folders that ask what one thing is worth: the arm as it is in `sni`, the arm there, and what that is
-    ("sni-controls", "mop", "shuffled", "shuffled"),
-    ("sni-controls", "mop", "uniform", "uniform"),
-    ("sni-controls", "mop", "idp", "idp"),
-    ("sni-controls", "mop", "oracle", "oracle"),
-    ("sni-controls", "mop+", "eora", "eora"),
-    ("sni-wide", "mop", "single", "single with as many parameters"),
-    ("sni-lora-writers", "mop+", "lora", "lora beside the linears that mop+ has paths beside"),
-    ("sni-apart", "mop", "mop", "mop whose gate is clipped apart"),
-    ("sni-autoclip", "mop", "mop", "mop clipped by the norms so far, as by default"),
-    ("sni-ungated", "mop+", "mop+", "mop+ without a gate"),
-    ("sni-zero-gate", "mop", "mop", "mop whose gate begins at zero"),
-    ("sni-frozen-gate", "mop", "mop", "mop with a frozen gate"),
-    ("sni-clusters", "mop", "mop", "mop without task labels"),
+QUERIES_AND_VALUES = {"adapter_targets": ("q_proj", "v_proj")}  # what `lora` changes in its paper, and in `sni`
+WRITERS = {"adapter_targets": ("o_proj", "down_proj")}  # what it changes here unless told otherwise
+ACROSS = (  # arms of two folders, first the one that should be better, and what the other is called
+    (("sni", "mop"), ("sni-controls", "shuffled"), "shuffled"),
+    (("sni", "mop"), ("sni-controls", "uniform"), "uniform"),
+    (("sni", "mop"), ("sni-controls", "idp"), "idp"),
+    (("sni", "mop"), ("sni-controls", "oracle"), "oracle"),
+    (("sni", "mop"), ("sni-wide", "single"), "single with as many parameters"),
+    (("sni", "mop"), ("sni-apart", "mop"), "mop whose gate is clipped apart"),
+    (("sni", "mop"), ("sni-autoclip", "mop"), "mop clipped by the norms so far, as by default"),
+    (("sni", "mop"), ("sni-zero-gate", "mop"), "mop whose gate begins at zero"),
+    (("sni", "mop"), ("sni-frozen-gate", "mop"), "mop with a frozen gate"),
+    (("sni", "mop"), ("sni-clusters", "mop"), "mop without task labels"),
+    (("sni", "mop+"), ("sni-ungated", "mop+"), "itself without a gate, both as they were"),
+    (("sni-plus", "mop+"), ("sni-lora-writers", "lora"), "lora"),
+    (("sni-plus", "mop+"), ("sni", "lora"), "lora on queries and values"),
+    (("sni-plus", "mop+"), ("sni", "norms"), "norms"),
+    (("sni-plus", "mop+"), ("sni-controls", "eora"), "eora"),
+    (("sni-plus", "mop+"), ("sni-controls", "idp"), "idp"),
+    (("sni-plus", "mop+"), ("sni-autoclip", "mop"), "mop"),
+    (("sni-plus", "mop+"), ("sni-autoclip", "single"), "single"),
+    (("sni-plus", "mop+"), ("sni", "mop+"), "mop+ as it was"),
+    (("sni-85-plus", "mop+"), ("sni-85", "mop"), "mop"),
+    (("sni-85-plus", "mop+"), ("sni-85", "single"), "single"),
+    (("sni-85-plus", "mop+"), ("sni-85", "mop+"), "mop+ as it was"),
 )
-REGAINED = (("sni", "sparsegpt 50%", 0.8), ("sni-85", "sparsegpt 85%", 0.5))  # of the gap to the dense mop+
+REGAINED = (  # of the gap to the dense model with `mop+`: folders of no arm, of `mop+` and of the dense model, least
+    (("sni", "sni", "sni-dense"), "sparsegpt 50%", 0.8),
+    (("sni-85", "sni-85", "sni-dense"), "sparsegpt 85%", 0.5),
+    (("sni", "sni-plus", "sni-dense-plus"), "sparsegpt 50%", 0.8),
+    (("sni-85", "sni-85-plus", "sni-dense-plus"), "sparsegpt 85%", 0.5),
+)
 ANSWERED = ("sni", "sni-apart", "sni-autoclip", "sni-long")  # of short answers, some of which have one right form
 LM = "../shared/data/lm"  # from the project's folder, as in the recipes
 TEXT, OTHER_TEXT = f"{LM}/wikitext2_tokens_test.txt", f"{LM}/wikipedia_paragraphs_from_dolly_train.txt"
@@ -81,19 +97,22 @@ def part(folder: str, ratios: str, arms: tuple[str, ...], seeds: str = "0", **mo
 
 
 PARTS = (
-    part("sni", "0.5", MAIN),
+    part("sni", "0.5", MAIN, recovery=QUERIES_AND_VALUES),
     part("sni-controls", "0.5", ("eora", *CONTROLS), rates="sni"),
-    part("sni", "0.5", RIVALS[:2]),
+    part("sni", "0.5", RIVALS[:2], recovery=QUERIES_AND_VALUES),
     part("sni-85", "0.85", MAIN),
     part("sni-dense", "0.5", ("none",), dense=("mop+",)),
     part("sni-ungated", "0.5", ("mop+",), rates="sni", recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
     part("dolly-85", "0.85", MAIN, rates="sni-85", recipe="dolly.yaml"),
-    part("sni", "0.5", ("single", "mop"), "1,2"),
+    part("sni", "0.5", ("single", "mop"), "1,2", recovery=QUERIES_AND_VALUES),
     part("sni-apart", "0.5", ("single", "mop"), "0,1,2", rates="sni", recovery=APART),
     part("sni-85-apart", "0.85", ("single", "mop"), "0,1,2", rates="sni-85", recovery=APART),
     part("sni-autoclip", "0.5", ("single", "mop"), "0,1,2", rates="sni", recovery=BY_DEFAULT),
     part("sni-85-autoclip", "0.85", ("single", "mop"), "0,1,2", rates="sni-85", recovery=BY_DEFAULT),
-    part("sni-lora-writers", "0.5", ("lora",), recovery={"adapter_targets": ("o_proj", "down_proj")}),
+    part("sni-plus", "0.5", ("mop+",), "0,1,2", recovery=BY_DEFAULT),
+    part("sni-lora-writers", "0.5", ("lora",), "0,1,2", recovery=WRITERS),
+    part("sni-85-plus", "0.85", ("mop+",), recovery=BY_DEFAULT),
+    part("sni-dense-plus", "0.5", ("none",), dense=("mop+",), recovery=BY_DEFAULT),
     part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
     part("sni-85", "0.85", ("single", "mop"), "1,2"),
     part("sni-settings", "0.7", MAIN, rates="sni", bits="3,2"),
@@ -102,7 +121,7 @@ PARTS = (
     part("sni-harsh-shared", "0.95", ("single", "mop"), rates="sni-85", recovery={"shared_expert": True}),
     part("sni-2of4", "0.5", MAIN, rates="sni", recipe="sni_24.yaml"),
     part("dolly-50", "0.5", MAIN, rates="sni", recipe="dolly.yaml"),
-    part("sni", "0.5", RIVALS[2:]),
+    part("sni", "0.5", RIVALS[2:], recovery=QUERIES_AND_VALUES),
     part("dolly-50", "0.5", ("single", "mop"), "1,2", rates="sni", recipe="dolly.yaml"),
     part("sni-wide", "0.5", ("single",), rates="sni", recovery={"prompts_per_expert": 21}),  # 11 x 10, the gate
     part("sni-text", "0.5", MAIN, rates="sni", train_text=OTHER_TEXT),
@@ -169,10 +188,10 @@ def claims(output: Path) -> Iterator[str]:
         if (output / folder / "rows.jsonl").exists():
             run = read_run(output / folder)
             yield from _claims_of(folder, run, make_grid(run.rows, run.spec))
-    for folder, arm, there, called in ACROSS:
-        yield from _across(output, folder, arm, there, called)
-    for folder, setting, least in REGAINED:
-        yield from _regained(output, folder, setting, least)
+    for first, second, called in ACROSS:
+        yield from _across(output, first, second, called)
+    for three, setting, least in REGAINED:
+        yield from _regained(output, three, setting, least)
 
 
 def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
@@ -187,20 +206,22 @@ def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
         yield f"| {folder} | {one.setting} | {asked} | {_verdicts(one.micro, one.macro, least)} |"
 
 
-def _across(output: Path, folder: str, arm: str, there: str, called: str) -> Iterator[str]:
-    """An arm as it is against one in another folder, on the same rows; it is shown where it is better."""
-    setting = "sparsegpt 50%"
-    plain, other = _by_seed(output / "sni", setting, arm), _by_seed(output / folder, setting, there)
-    _check_one_model(output, ("sni", folder), setting)
-    seeds = sorted(plain.keys() & other.keys())
+def _across(output: Path, first: tuple[str, str], second: tuple[str, str], called: str) -> Iterator[str]:
+    """An arm against one in another folder, on the same rows; it is shown where it is better."""
+    setting = "sparsegpt 85%" if first[0].startswith("sni-85") else "sparsegpt 50%"
+    (folder, arm), (other, _) = first, second
+    ours, theirs = (_by_seed(output / where, setting, what) for where, what in (first, second))
+    seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return
-    scores = plain[seeds[0]]
-    assert list(scores.scored_tokens) == list(other[seeds[0]].scored_tokens), f"{folder} was scored on other rows"
+    _check_one_model(output, (folder, other), setting)
+    scores = ours[seeds[0]]
+    assert list(scores.scored_tokens) == list(theirs[seeds[0]].scored_tokens), f"{other} was scored on other rows"
     bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
-    first, second = (np.mean([one[seed].nats for seed in seeds], axis=0) for one in (plain, other))
-    verdicts = _verdicts(bootstrap.micro(first, second), bootstrap.macro(first, second))
-    yield f"| {folder} | {setting} | {arm} against {called} | {verdicts} |"
+    means = [np.mean([one[seed].nats for seed in seeds], axis=0) for one in (ours, theirs)]
+    verdicts = _verdicts(bootstrap.micro(*means), bootstrap.macro(*means))
+    counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    yield f"| {folder}, {other} | {setting} | {arm} against {called}, {counted} | {verdicts} |"
 
 
 def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
@@ -214,9 +235,10 @@ def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
     return " | ".join([*map(interval_text, both), *told])
 
 
-def _regained(output: Path, folder: str, setting: str, least: float) -> Iterator[str]:
+def _regained(output: Path, three: Sequence[str], setting: str, least: float) -> Iterator[str]:
     """How much of the log perplexity that lies between no arm and the dense model with `mop+` the same arm regains."""
-    arms = ((folder, setting, "none"), (folder, setting, "mop+"), ("sni-dense", "dense", "mop+"))
+    bare, folder, dense_folder = three
+    arms = ((bare, setting, "none"), (folder, setting, "mop+"), (dense_folder, "dense", "mop+"))
     found = [_by_seed(output / name, where, arm).get(0) for name, where, arm in arms]
     none, ours, dense = (sum(one.nats) if one else math.nan for one in found)
     share = (none - ours) / (none - dense)

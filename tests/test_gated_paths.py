@@ -1,5 +1,5 @@
 import copy
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.folder import load_adapter, save_adapter
 from mopcompress.recover.gate import Gate
-from mopcompress.recover.gated_paths import Sizes, fitted
+from mopcompress.recover.gated_paths import fitted
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, fit
 from mopcompress.scoring import score_responses
@@ -71,7 +71,7 @@ def trained(model, states):
     adapter = begun(model, states)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for path in adapter.paths.values():
+        for path in adapter.linears.values():
             path.up.normal_(std=0.1, generator=generator)
             path.scales.normal_(std=0.2, generator=generator)
             path.shifts.normal_(std=0.2, generator=generator)
@@ -113,14 +113,14 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
         merged = tiny_model(family)
         merged.network.load_state_dict(model.network.state_dict())
         gates = adapter.gate(states.summaries[row : row + 1])[0].exp()
-        for key, path in adapter.paths.items():
+        for key, path in adapter.linears.items():
             linear = merged.network.get_submodule(key.replace("/", "."))
             scale = sum(1 + gate * 10 * own for gate, own in zip(gates, path.scales, strict=True)) / len(gates)
             shift = sum(gate * 10 * own for gate, own in zip(gates, path.shifts, strict=True)) / len(gates)
             neurons = 1 if path.neurons is None else 1 + 3 * path.neurons
-            weight = weight_of(linear) * neurons + path.up @ torch.diag(scale) @ path.down
+            weight = weight_of(linear) * neurons + (3 * path.up) @ torch.diag(scale) @ path.down
             set_weight(linear, weight.detach(), None)
-            constant = (path.up @ shift).detach()
+            constant = (3 * path.up @ shift).detach()
             linear.register_forward_hook(lambda _linear, _inputs, output, constant=constant: output + constant)
         for key, norm in adapter.norms.items():
             merged.network.get_submodule(key.replace("/", ".")).load_state_dict(norm.state_dict())
@@ -135,7 +135,7 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
 def test_the_neurons_of_every_mlp_are_scaled_where_a_linear_reads_them(family):
     model = tiny_model(family)
     adapter = gated_paths.build(model, CONFIG)
-    scaled = {name: len(path.neurons) for name, path in adapter.paths.items() if path.neurons is not None}
+    scaled = {name: len(path.neurons) for name, path in adapter.linears.items() if path.neurons is not None}
     stacked = family == "mixtral"  # its experts' matrices are no linears
     assert len(scaled) == (0 if stacked else BLOCKS - LAYER)
     assert all("mlp" in name or name.endswith("fc2") for name in scaled)
@@ -143,11 +143,19 @@ def test_the_neurons_of_every_mlp_are_scaled_where_a_linear_reads_them(family):
     assert scaled == {name: weight_of(linear).shape[1] for name, linear in readers.items()}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_has_paths_wherever_queries_keys_and_values_are_linears_of_a_known_name(family):
+    adapter = gated_paths.build(tiny_model(family), replace(CONFIG, experts=12, prompts_per_expert=20, tasks=()))
+    names = {name.rpartition("/")[2] for name in adapter.linears}
+    fused = {"gpt2": {"c_attn"}, "gpt_neox": {"query_key_value"}}.get(family, {"q_proj", "k_proj", "v_proj"})
+    assert fused < names
+
+
 def test_without_preferences_of_the_experts_the_gate_does_nothing(tiny_llama, states):
     adapter, other = trained(tiny_llama, states), trained(tiny_llama, states)
     with torch.no_grad():
         for one in (adapter, other):
-            for path in one.paths.values():
+            for path in one.linears.values():
                 path.scales.zero_()
                 path.shifts.zero_()
         other.gate.outer.bias.copy_(torch.tensor([5.0, -5.0, 0.0]))
@@ -212,7 +220,9 @@ def test_training_reaches_all_of_it_and_leaves_the_model_bitwise_as_it_was(state
     assert all(torch.equal(weight, before[name]) for name, weight in model.network.state_dict().items())
     assert [type(module) for module in model.network.modules()] == modules
     changed = {name for name, tensor in adapter.state_dict().items() if not torch.equal(tensor, started[name])}
-    assert changed == started.keys() - {"gate.mean", "gate.deviation"}
+    drawn = {name for name in started if name.endswith(".down")}
+    assert changed == started.keys() - {"gate.mean", "gate.deviation"} - drawn
+    assert len(drawn) == len(adapter.linears)
 
 
 def test_what_is_learned_is_every_parameter_once(tiny_llama, states):
@@ -243,8 +253,8 @@ def test_it_begins_with_a_gate_that_knows_the_tasks_and_is_tempered(tiny_llama, 
 
 
 def test_inputs_of_deviation_1_begin_as_low_rank_ones_of_deviation_1(tiny_llama, states):
-    for path in begun(tiny_llama, states).paths.values():
-        assert float(path.down.detach().std()) * path.down.shape[1] ** 0.5 == pytest.approx(1, abs=0.3)
+    for path in begun(tiny_llama, states).linears.values():
+        assert float(path.down.std()) * path.down.shape[1] ** 0.5 == pytest.approx(1, abs=0.3)
 
 
 # --- the budget
@@ -258,37 +268,44 @@ def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llam
     adapter = gated_paths.build(tiny_llama, config)
     mop = trained_parameters(prompts.build(tiny_llama, replace(config, arm="mop")))
     assert trained_parameters(adapter) <= mop
-    of_a_rank = (BLOCKS - layer) * (32 + 32 + 48 + 32 + 4 * experts)
+    of_a_rank = (BLOCKS - layer) * (32 + 32 + 4 * experts)
     narrowest = sum(one.numel() for one in Gate(HIDDEN, experts, width=16).parameters())
     gate = sum(one.numel() for one in adapter.gate.parameters())
-    highest = len(next(iter(adapter.paths.values())).down) == HIDDEN
+    ranks = {name.rpartition("/")[2]: len(path.down) for name, path in adapter.linears.items()}
+    assert ranks["o_proj"] == ranks["down_proj"]
+    assert {ranks.get(name) for name in ("q_proj", "k_proj", "v_proj")} <= {None, 1}
+    highest = ranks["o_proj"] == HIDDEN
     assert highest or trained_parameters(adapter) - gate + narrowest + of_a_rank > mop
 
 
-def test_within_the_budget_neurons_go_before_ranks_and_ranks_before_a_wider_gate():
-    def sizes(budget: int, **more: int) -> Sizes:
-        return fitted(budget, **{"of_a_rank": 300, "of_neurons": 400, "of_a_width": 10, "fixed": 5, "most": 9, **more})
+def test_within_the_budget_neurons_go_before_attention_that_before_ranks_and_ranks_before_a_wider_gate():
+    def sizes(budget: int, **more: int) -> tuple[int, int, bool, bool]:
+        costs = {"of_a_rank": 300, "of_attention": 350, "of_neurons": 400, "of_a_width": 10, "fixed": 5, "most": 9}
+        return astuple(fitted(budget, **(costs | more)))  # rank, width of the gate, neurons, attention
 
-    assert sizes(465) == Sizes(rank=1, gate_width=16, neurons=False)
-    assert sizes(864) == Sizes(rank=2, gate_width=25, neurons=False)
-    assert sizes(865) == Sizes(rank=1, gate_width=16, neurons=True)
-    assert sizes(1164) == Sizes(rank=1, gate_width=45, neurons=True)
-    assert sizes(1165) == Sizes(rank=2, gate_width=16, neurons=True)
-    assert sizes(1165, most=1) == Sizes(rank=1, gate_width=46, neurons=True)
-    assert sizes(2999, of_a_rank=1500) == Sizes(rank=1, gate_width=109, neurons=True)
-    assert sizes(3999, of_a_rank=3000) == Sizes(rank=1, gate_width=59, neurons=True)
-    assert sizes(5999, of_a_rank=3000) == Sizes(rank=1, gate_width=128, neurons=True)
-    assert sizes(465, of_neurons=0) == Sizes(rank=1, gate_width=16, neurons=True)  # of none there are
+    assert sizes(465) == (1, 16, False, False)
+    assert sizes(814) == (2, 20, False, False)
+    assert sizes(815) == (1, 16, False, True)
+    assert sizes(864) == (1, 20, False, True)
+    assert sizes(865) == (1, 16, True, False)
+    assert sizes(1214) == (2, 20, True, False)
+    assert sizes(1215) == (1, 16, True, True)
+    assert sizes(1514) == (1, 45, True, True)
+    assert sizes(1515) == (2, 16, True, True)
+    assert sizes(1515, most=1) == (1, 46, True, True)
+    assert sizes(3349, of_a_rank=1500) == (1, 109, True, True)
+    assert sizes(5999, of_a_rank=3000) == (1, 128, True, True)
+    assert sizes(465, of_neurons=0, of_attention=0) == (1, 16, True, True)  # of none there are
 
 
 def test_no_path_has_a_higher_rank_than_its_linear_can_have(tiny_llama):
     adapter = gated_paths.build(tiny_llama, replace(CONFIG, experts=12, prompts_per_expert=100, tasks=()))
-    assert {len(path.down) for path in adapter.paths.values()} == {HIDDEN}
+    assert {len(path.down) for path in adapter.linears.values()} == {HIDDEN, 1}
 
 
 def test_a_budget_without_room_for_a_rank_is_refused():
     with pytest.raises(DataError, match="leaves 1664"):
-        fitted(1664, of_a_rank=1500, of_neurons=0, of_a_width=10, fixed=5, most=9)
+        fitted(1664, of_a_rank=1500, of_attention=0, of_neurons=0, of_a_width=10, fixed=5, most=9)
 
 
 # --- as an arm

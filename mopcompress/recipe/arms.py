@@ -49,7 +49,7 @@ TRAINED = {
     "eora": ArmSettings(learning_rate=None, own=LOW_RANK, whole=True),
     "ia3": ArmSettings(learning_rate=3e-2, own=frozenset({"layer"}), whole=True),
     "norms": ArmSettings(learning_rate=1e-2, own=frozenset({"layer"}), whole=True),
-    "mop+": ArmSettings(learning_rate=1e-2, own=BUDGET | GATE | {"layer"}),
+    "mop+": ArmSettings(learning_rate=3e-3, own=BUDGET | GATE | {"layer"}),
 }
 NONE = ArmSettings(learning_rate=None, whole=True)  # of `none`, which changes nothing, from whatever block on
 ARMS = ("none", *TRAINED)

@@ -23,6 +23,7 @@ from mopcompress.states import Applied, Instructions
 from mopcompress.targets import ALL, meant
 
 MLP_READERS = (("down_proj",), ("fc2",), ("mlp.c_proj",), ("dense_4h_to_h",))  # read the neurons of an MLP
+ATTENTION_READERS = {name for first, _ in ATTENTIONS for name in first} | {"c_attn", "query_key_value"}  # of the stream
 WRITERS = {last for _, last in (*MLPS, *ATTENTIONS)}  # what they give is added to the residual stream
 
 
@@ -138,6 +139,12 @@ def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
             "use another arm"
         )
     return found
+
+
+def attention_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
+    """The linears of those blocks that make queries, keys and values; none in families where they are called others."""
+    linears = linears_from(model, layer, ("Linear",))
+    return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in ATTENTION_READERS}
 
 
 def mlp_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:

@@ -5,14 +5,16 @@ gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
 
 - the norms' weights are trained (PERP, arXiv 2312.15230),
 - every neuron of an MLP is scaled where the budget has room for it ((IA)^3, arXiv 2205.05638), and
-- every linear that writes to the residual stream gets a low-rank path with gated experts,
+- every linear that writes to the residual stream, and where there is room those that make queries, keys and values,
+  get a low-rank path with gated experts,
 
       y = W x + sum_e B ((1 + g_e(instruction) s_e) * A x + g_e(instruction) t_e) / E,
 
   one `down` A and one `up` B for all, as in HydraLoRA (arXiv 2404.19245) with B_e = B diag(s_e) (ours: an expert costs
-  two numbers a rank, where a B of its own for each of ten experts would cost more than all prompts). Its shift t_e is a
-  bias, which is what a prompt is (Petrov et al.), in the direction of the path. The gate is that of `mop`, read once an
-  example.
+  two numbers a rank, where a B of its own for each of ten experts would cost more than all prompts). A is drawn and
+  stays as it is (LoRA-FA, arXiv 2308.03303): what it would cost buys more ranks, in more places. An expert's shift t_e
+  is a bias, which is what a prompt is (Petrov et al.), in the direction of the path. The gate is that of `mop`, read
+  once an example.
 
 It begins at the bare model exactly: B = 0, s = t = 0, neurons times 1, norms as they are. It trains at most as many
 numbers as `mop` with the same settings.
@@ -34,7 +36,7 @@ from mopcompress.models.replacing import replacing
 from mopcompress.recover import gate as gates
 from mopcompress.recover import prompts
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.changes import mlp_readers_from, writers_from
+from mopcompress.recover.changes import attention_readers_from, mlp_readers_from, writers_from
 from mopcompress.recover.gate import Gate
 from mopcompress.recover.norms import norms_from
 from mopcompress.recover.prompts import expert_domains
@@ -44,10 +46,11 @@ from mopcompress.states import Applied, Instructions
 # AdamW moves a number by its rate, whatever its size; so numbers that have to move further are stored in larger units
 UNIT = 10.0  # of s and t: an expert has to move by about 1
 NEURON_UNIT = 3.0  # of a neuron's scale less 1: (IA)^3 likes three times the rate of norms
+PATH_UNIT = 3.0  # of B: beside norms that are trained, LoRA too likes three times their rate
 
 
 class LowRank(nn.Module):
-    """The trained part of one linear: B diag(scale) A + B shift, with the experts' scales and shifts.
+    """What stands beside one linear: B diag(scale) A + B shift, with the experts' scales and shifts. A is not trained.
 
     With `neurons`, a factor for each input of the linear itself, too.
     """
@@ -55,7 +58,8 @@ class LowRank(nn.Module):
     def __init__(self, linear: Linear, rank: int, experts: int, *, neurons: bool) -> None:
         super().__init__()
         rows, columns = weight_of(linear).shape
-        self.down = nn.Parameter(torch.zeros(rank, columns))
+        self.down: Tensor  # for mypy
+        self.register_buffer("down", torch.zeros(rank, columns))
         self.up = nn.Parameter(torch.zeros(rows, rank))
         self.scales = nn.Parameter(torch.zeros(experts, rank))
         self.shifts = nn.Parameter(torch.zeros(experts, rank))
@@ -65,7 +69,7 @@ class LowRank(nn.Module):
         """What stands in the linear's place for these examples; the experts' weights have a mean of 1."""
         unit = UNIT * weights / weights.shape[1]
         factors = None if self.neurons is None else 1 + NEURON_UNIT * self.neurons
-        return _Beside(linear, self.down, self.up, 1 + unit @ self.scales, unit @ self.shifts, factors)
+        return _Beside(linear, self.down, PATH_UNIT * self.up, 1 + unit @ self.scales, unit @ self.shifts, factors)
 
 
 class _Beside(nn.Module):
@@ -99,14 +103,14 @@ class GatedPaths(nn.Module):
         self.layer, self.gate = layer, gate
         # torch takes no dots in the names of a ModuleDict
         self.norms = nn.ModuleDict({name.replace(".", "/"): norm for name, norm in norms.items()})
-        self.paths = nn.ModuleDict({name.replace(".", "/"): path for name, path in paths.items()})
+        self.linears = nn.ModuleDict({name.replace(".", "/"): path for name, path in paths.items()})
 
     @contextmanager
     def applied(self, model: LanguageModel, instructions: Instructions) -> Iterator[None]:
         """Inside it the repair is in force, its low-rank paths mixed for these examples."""
         weights = self.gate(instructions.summary).exp()
         standing = {name.replace("/", "."): norm for name, norm in self.norms.items()}
-        for key, path in self.paths.items():
+        for key, path in self.linears.items():
             name = key.replace("/", ".")
             standing[name] = path.beside(model.network.get_submodule(name), weights)  # type: ignore[operator]
         with replacing(model.network, standing):
@@ -122,33 +126,37 @@ class GatedPaths(nn.Module):
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """Norms and paths, and the gate."""
-        return {"adapter": [*self.norms.parameters(), *self.paths.parameters()], "gate": [*self.gate.parameters()]}
+        return {"adapter": [*self.norms.parameters(), *self.linears.parameters()], "gate": [*self.gate.parameters()]}
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is left to choose within the budget."""
 
-    rank: int
+    rank: int  # beside what writes to the residual stream
     gate_width: int
     neurons: bool  # whether they are scaled
+    attention: bool  # whether queries, keys and values have a path of rank 1
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     """The largest repair within the budget of `mop`. Raises `DataError` for families whose linears have other names."""
-    norms, linears = norms_from(model, config.layer), writers_from(model, config.layer)
-    readers = mlp_readers_from(model, config.layer)
+    norms, writers = norms_from(model, config.layer), writers_from(model, config.layer)
+    attention, readers = attention_readers_from(model, config.layer), mlp_readers_from(model, config.layer)
     sizes = fitted(
         prompts.budget(model, config) - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
-        of_a_rank=sum(sum(weight_of(linear).shape) + 2 * config.experts for linear in linears.values()),
+        of_a_rank=_of_a_rank(writers, config.experts),
+        of_attention=_of_a_rank(attention, config.experts),
         of_neurons=sum(weight_of(linear).shape[1] for linear in readers.values()),
         of_a_width=config.hidden_size + 1 + config.experts,
         fixed=config.experts,
-        most=min(min(weight_of(linear).shape) for linear in linears.values()),
+        most=min(min(weight_of(linear).shape) for linear in writers.values()),
     )
+    ranks = dict.fromkeys(writers, sizes.rank) | (dict.fromkeys(attention, 1) if sizes.attention else {})
     paths = {
-        name: LowRank(linear, sizes.rank, config.experts, neurons=sizes.neurons and name in readers)
-        for name, linear in linears.items()
+        name: LowRank(linear, ranks[name], config.experts, neurons=sizes.neurons and name in readers)
+        for name, linear in (writers | attention).items()
+        if name in ranks
     }
     adapter = GatedPaths(
         config.layer,
@@ -159,8 +167,15 @@ def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     return adapter.to(model.device)
 
 
-def fitted(budget: int, *, of_a_rank: int, of_neurons: int, of_a_width: int, fixed: int, most: int) -> Sizes:
-    """Rank 1 and the narrowest gate; then, as far as there is room, neurons, more ranks up to `most`, a wider gate.
+def _of_a_rank(linears: Mapping[str, Linear], experts: int) -> int:
+    """Numbers that paths of rank 1 train: a column of B, and the experts' scales and shifts."""
+    return sum(weight_of(linear).shape[0] + 2 * experts for linear in linears.values())
+
+
+def fitted(
+    budget: int, *, of_a_rank: int, of_attention: int, of_neurons: int, of_a_width: int, fixed: int, most: int
+) -> Sizes:
+    """Rank 1 and the narrowest gate; then, as far as there is room, neurons, attention, more ranks up to `most`, gate.
 
     Raises `DataError` when there is no room for either of the first.
     """
@@ -174,9 +189,11 @@ def fitted(budget: int, *, of_a_rank: int, of_neurons: int, of_a_width: int, fix
         )
     neurons = of_neurons <= room
     room -= of_neurons if neurons else 0
+    attention = of_attention <= room
+    room -= of_attention if attention else 0
     ranks = min(most - 1, room // of_a_rank)
     room -= ranks * of_a_rank
-    return Sizes(1 + ranks, min(gates.WIDTH, narrow + room // of_a_width), neurons)
+    return Sizes(1 + ranks, min(gates.WIDTH, narrow + room // of_a_width), neurons, attention)
 
 
 def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths:
@@ -189,7 +206,7 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths
     gates.pretrain(adapter.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
     adapter.gate.temper(start.gate_temper)
     with torch.no_grad():
-        for path in adapter.paths.values():
+        for path in adapter.linears.values():
             assert isinstance(path, LowRank)  # for mypy: a ModuleDict forgets what it holds
             drawn = torch.empty(path.down.shape).normal_(std=path.down.shape[1] ** -0.5, generator=generator)
             path.down.copy_(drawn)
