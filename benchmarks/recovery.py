@@ -54,16 +54,16 @@ ACROSS = (  # arms of two folders, first the one that should be better, and what
     (("sni", "mop"), ("sni-frozen-gate", "mop"), "mop with a frozen gate"),
     (("sni", "mop"), ("sni-clusters", "mop"), "mop without task labels"),
     (("sni", "mop+"), ("sni-ungated", "mop+"), "itself without a gate, both as they were"),
-    (("sni-plus", "mop+"), ("sni-lora-writers", "lora"), "lora"),
-    (("sni-plus", "mop+"), ("sni", "lora"), "lora on queries and values"),
-    (("sni-plus", "mop+"), ("sni", "norms"), "norms"),
+    (("sni-plus", "mop+"), ("sni-lora-writers", "lora"), "lora, clipped to 1"),
+    (("sni-plus", "mop+"), ("sni", "lora"), "lora on queries and values, clipped to 1"),
+    (("sni-plus", "mop+"), ("sni", "norms"), "norms, clipped to 1"),
     (("sni-plus", "mop+"), ("sni-controls", "eora"), "eora"),
-    (("sni-plus", "mop+"), ("sni-controls", "idp"), "idp"),
+    (("sni-plus", "mop+"), ("sni-controls", "idp"), "idp, clipped to 1"),
     (("sni-plus", "mop+"), ("sni-autoclip", "mop"), "mop"),
     (("sni-plus", "mop+"), ("sni-autoclip", "single"), "single"),
     (("sni-plus", "mop+"), ("sni", "mop+"), "mop+ as it was"),
-    (("sni-85-plus", "mop+"), ("sni-85", "mop"), "mop"),
-    (("sni-85-plus", "mop+"), ("sni-85", "single"), "single"),
+    (("sni-85-plus", "mop+"), ("sni-85-apart", "mop"), "mop, each clipped to 1"),
+    (("sni-85-plus", "mop+"), ("sni-85-apart", "single"), "single, clipped to 1"),
     (("sni-85-plus", "mop+"), ("sni-85", "mop+"), "mop+ as it was"),
 )
 REGAINED = (  # of the gap to the dense model with `mop+`: folders of no arm, of `mop+` and of the dense model, least
@@ -238,6 +238,9 @@ def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
 def _regained(output: Path, three: Sequence[str], setting: str, least: float) -> Iterator[str]:
     """How much of the log perplexity that lies between no arm and the dense model with `mop+` the same arm regains."""
     bare, folder, dense_folder = three
+    if not all((output / name / "rows.jsonl").exists() for name in three):
+        return
+    _check_one_model(output, (bare, folder), setting)
     arms = ((bare, setting, "none"), (folder, setting, "mop+"), (dense_folder, "dense", "mop+"))
     found = [_by_seed(output / name, where, arm).get(0) for name, where, arm in arms]
     none, ours, dense = (sum(one.nats) if one else math.nan for one in found)

@@ -125,6 +125,7 @@ class BenchRow:
     gate: GateReading | None
     documents_file: str  # path of the DocumentScores, relative to the run folder
     model_sha256: str | None = None  # of the weights it was trained and scored on; None in rows from before it was kept
+    revision: int = 1  # of the arm: see `recipe.arms`
 
     @property
     def setting(self) -> str:
@@ -185,6 +186,26 @@ def read_rows(path: Path) -> list[BenchRow]:
                 break
             raise DataError(f"{path}: line {number} is not a bench row ({error}); remove that line") from error
     return rows
+
+
+def check_comparable(rows: Sequence[BenchRow], path: Path) -> None:
+    """Raise `DataError` when rows of one setting are of two models, or rows of one arm of two revisions of it.
+
+    Rows from before hashes were kept have none and are believed.
+    """
+    for setting in dict.fromkeys(row.setting for row in rows):
+        hashes = {row.model_sha256 for row in rows if row.setting == setting} - {None}
+        if len(hashes) > 1:
+            raise DataError(
+                f"{path}: {setting} is {len(hashes)} models (model_sha256), as pruning with other threads gives, and "
+                "their arms cannot be compared; keep the rows of one of them"
+            )
+    for arm in dict.fromkeys(row.arm for row in rows):
+        if len(revisions := {row.revision for row in rows if row.arm == arm}) > 1:
+            told = " and ".join(map(str, sorted(revisions)))
+            raise DataError(
+                f"{path}: {arm} is there in revisions {told}, which are two arms; keep the rows of one of them"
+            )
 
 
 def _row(fields: dict) -> BenchRow:  # type: ignore[type-arg]

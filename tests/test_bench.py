@@ -1,6 +1,6 @@
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from mopcompress.errors import DataError, OutputError, QualityGateError, RecipeE
 from mopcompress.grid import Setting, cells_of
 from mopcompress.models.checkpoint import load_model, weights_hash
 from mopcompress.recipe import load_recipe
+from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.commands import for_recovery, with_recovery
 from mopcompress.results import BenchRow, append_row, read_documents, read_rows
 from mopcompress.stages.bench import bench
@@ -211,11 +212,14 @@ def test_a_folder_from_before_there_was_a_percentile_is_continued_only_without_o
     folder = shutil.copytree(finished, tmp_path / "run")
     manifest = json.loads((folder / "run.json").read_text())
     recovery = manifest["recipe"]["recovery_stage"]["recovery_modifiers"]["PromptRecoveryModifier"]
-    assert recovery.pop("clip_percentile") == 50
+    assert (recovery.pop("clip_percentile"), recovery.pop("gate_clipping")) == (50, "apart")
     (folder / "run.json").write_text(json.dumps(manifest))
-    with pytest.raises(RecipeError, match=r"clip_percentile was 100\.0, is 50\.0; use those settings"):
+    with pytest.raises(
+        RecipeError, match=r"clip_percentile was 100\.0, is 50\.0; .*clipping was 'together', is 'apart'; use"
+    ):
         bench(recipe_of(), folder)
-    assert [row.cell for row in bench(with_recovery(recipe_of(), {"clip_percentile": 100}), folder)] == CELLS
+    before = {"clip_percentile": 100, "gate_clipping": "together"}
+    assert [row.cell for row in bench(with_recovery(recipe_of(), before), folder)] == CELLS
 
 
 def test_arms_are_not_added_to_those_of_another_model(finished, recipe_of, tmp_path):
@@ -229,6 +233,19 @@ def test_arms_are_not_added_to_those_of_another_model(finished, recipe_of, tmp_p
     with pytest.raises(DataError, match=r"finished rows of sparsegpt 50% are of another model than models/ holds now"):
         bench(recipe_of(seeds="0,1"), folder)
     assert (folder / "rows.jsonl").read_text() == before
+
+
+def test_cells_are_not_added_to_those_of_another_revision_of_their_arm(finished, recipe_of, tmp_path, monkeypatch):
+    """As when the code was updated in between: what is finished stays, and other arms can be added."""
+    monkeypatch.setitem(TRAINED, "mop", replace(TRAINED["mop"], revision=2))
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(DataError, match=r"mop has changed since \(revision 1, now 2\), .*; use another --output-dir"):
+        bench(recipe_of(seeds="0,1"), folder)
+    for name in ("rows.jsonl", "run.json"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes()
+    rows = bench(recipe_of(seeds="0,1", arms="none,single"), folder)
+    assert {(row.arm, row.revision) for row in rows} == {("none", 1), ("single", 1), ("mop", 1)}
+    assert [row.cell for row in rows] == [*CELLS, ("sparsegpt 50%", "single", 1)]
 
 
 def test_a_folder_in_use_is_refused(finished, recipe_of, tmp_path):

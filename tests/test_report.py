@@ -459,6 +459,16 @@ def test_arms_of_two_models_are_not_compared(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+def test_arms_of_two_revisions_are_not_averaged(tmp_path: Path) -> None:
+    for seed, revision in ((0, 1), (1, 1), (2, 2)):
+        scores = documents(2.0, seed=1)
+        add(tmp_path, scores, method="wanda", ratio=0.5, bits=None, arm="mop", seed=seed, revision=revision)
+        if revision == 1:
+            read_run(tmp_path)
+    with pytest.raises(DataError, match=r"rows\.jsonl: mop is there in revisions 1 and 2, which are two arms"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize(("count", "known"), [(40, True), (39, False), (8, False)])
 def test_a_macro_interval_needs_five_documents_of_every_task(count: int, known: bool) -> None:
     first, second = documents(2.0, seed=1, count=count), documents(2.1, seed=2, count=count)

@@ -28,6 +28,7 @@ class ArmSettings:
     needs_tasks: bool = False  # the true task of every example is part of it: text without one cannot be scored
     deep_learning_rate: float | None = None  # with `deep`; None: it has no such form
     whole: bool = False  # it may change the network from block 0 on
+    revision: int = 1  # higher than in older rows where what an arm of that name is unless told otherwise has changed
 
 
 TRAINED = {
@@ -44,15 +45,20 @@ TRAINED = {
     "input": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
     "smop": ArmSettings(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate", "gate_clipping"}, at_input=True),
     "prefix": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
-    "lora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),
-    "masklora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True),
+    "lora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
+    "masklora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
     "eora": ArmSettings(learning_rate=None, own=LOW_RANK, whole=True),
     "ia3": ArmSettings(learning_rate=3e-2, own=frozenset({"layer"}), whole=True),
     "norms": ArmSettings(learning_rate=1e-2, own=frozenset({"layer"}), whole=True),
-    "mop+": ArmSettings(learning_rate=3e-3, own=BUDGET | GATE | {"layer"}),
+    "mop+": ArmSettings(learning_rate=3e-3, own=BUDGET | GATE | {"layer"}, revision=2),
 }
 NONE = ArmSettings(learning_rate=None, whole=True)  # of `none`, which changes nothing, from whatever block on
 ARMS = ("none", *TRAINED)
+
+
+def revision_of(arm: str) -> int:
+    """Which of the arms that ever had this name."""
+    return TRAINED[arm].revision if arm in TRAINED else 1
 
 
 def listeners(field: str) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class AdapterConfig:
     top_k: int | None = None  # experts that act at inference; None: all
     deep: bool = False  # keys and values of their own in every layer, in place of states that flow on
     rank: int | None = None  # of low-rank updates; None: the largest that trains no more than `mop` would
-    targets: Sequence[str] | None = None  # ends of the names of linears that have low-rank updates; None: the family's
+    targets: Sequence[str] | None = None  # ends of the names of linears that have low-rank updates; None: the writers
 
     @property
     def groups(self) -> int:

@@ -17,7 +17,7 @@ gives (Petrov et al., arXiv 2310.19698). So from block `layer` up
   once an example.
 
 It begins at the bare model exactly: B = 0, s = t = 0, neurons times 1, norms as they are. It trains at most as many
-numbers as `mop` with the same settings.
+numbers as `mop` with the same settings; A, which is stored and not trained, is about as many again.
 """
 
 import copy
@@ -87,11 +87,9 @@ class _Beside(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
         linear, down, up, scale, shift, factors = self._own
-        low = inputs @ down.T
         # an example's tokens stand next to each other, in families that flatten them too, and so do its beams
-        tokens = low.shape[:-1].numel() // len(scale)
-        scale, shift = (one.repeat_interleave(tokens, dim=0).view(low.shape) for one in (scale, shift))
-        low = low * scale + shift
+        low = (inputs @ down.T).view(len(scale), -1, len(down))
+        low = torch.addcmul(shift[:, None], low, scale[:, None]).view(*inputs.shape[:-1], len(down))
         return linear(inputs if factors is None else inputs * factors) + low @ up.T
 
 

@@ -35,7 +35,7 @@ class Training:
     gate_learning_rate: float
     warmup_fraction: float
     clip_norm: float  # the greatest norm of a gradient
-    clip_percentile: float  # nor is a gradient left longer than so many per cent of all until then were; 100: it is
+    clip_percentile: float  # nor is it left longer than so many per cent of those above 0 were until then; 100: it is
     gate_apart: bool  # the gradient of a gate is clipped by itself, not together with that of what it weighs
     seed: int
     accumulate: int = 1  # parts of a step, one after the other: the same to rounding, but for the noise of `smop`

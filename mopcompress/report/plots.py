@@ -128,7 +128,7 @@ def delta_bars(comparisons: Sequence[Comparison]) -> Figure | None:
     left.set_ylim(len(pairs) - 0.4, -0.6)
     caption = (
         "Left of 0 the mixture is better. Line: 95 % interval over test documents; pale bar: no difference shown; "
-        "circles: single seeds that both have."
+        "circles: single seeds, those that both have if there are any."
     )
     if any(one.macro.lacks_documents for one in pairs):
         caption += f" Macro without lines: {TOO_FEW}."

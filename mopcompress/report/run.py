@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError
-from mopcompress.results import BenchRow, DocumentScores, Sweep, read_documents, read_rows, read_sweeps
+from mopcompress.results import (
+    BenchRow,
+    DocumentScores,
+    Sweep,
+    check_comparable,
+    read_documents,
+    read_rows,
+    read_sweeps,
+)
 
 Cell = tuple[str, str, int]  # setting, arm, seed
 
@@ -50,7 +58,7 @@ def read_run(folder: Path) -> Run:
             raise DataError(f"{folder / 'rows.jsonl'}: two rows for {row.cell}; remove one of them")
         documents[row.cell] = _documents(row, folder)
     _check_same_tokens(rows, documents)
-    _check_same_models(rows, folder)
+    check_comparable(rows, folder / "rows.jsonl")
     return Run(
         rows=rows,
         manifest=_manifest(folder / "run.json"),
@@ -93,17 +101,6 @@ def _documents(row: BenchRow, folder: Path) -> DocumentScores:
     if len(lengths) > 1 or sum(scores.scored_tokens) != row.scored_tokens:
         raise DataError(f"{path}: does not belong to its row {row.cell}; remove that row from rows.jsonl and run again")
     return scores
-
-
-def _check_same_models(rows: tuple[BenchRow, ...], folder: Path) -> None:
-    """Rows from before hashes were kept have none and are believed."""
-    for setting in dict.fromkeys(row.setting for row in rows):
-        hashes = {row.model_sha256 for row in rows if row.setting == setting} - {None}
-        if len(hashes) > 1:
-            raise DataError(
-                f"{folder / 'rows.jsonl'}: {setting} is {len(hashes)} models (model_sha256), as pruning with other "
-                "threads gives, and their arms cannot be compared; keep the rows of one of them"
-            )
 
 
 def _check_same_tokens(rows: tuple[BenchRow, ...], documents: Mapping[Cell, DocumentScores]) -> None:

@@ -75,7 +75,7 @@ def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
     )
     note = (
         "Mean over seeds, with the least and the greatest in small type. Bold: the lowest perplexity of a setting; "
-        "whether the difference is shown, the interval says, which is over the seeds that both arms have. "
+        "whether the difference is shown, the interval says, which is over the seeds that both arms have, if any. "
         f"{PLAIN_TEXT if texts else ''}"
         "Sparsity is counted in the compressed weights, not "
         "copied from the request."
@@ -106,8 +106,8 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     columns = ("setting", "comparison", "verdict", "perplexity", "macro", "over seeds", *answers)
     note = (
         "Change of perplexity with its 95 % interval: paired bootstrap over test documents, the nats of each document "
-        "averaged first over the seeds that both arms have. The interval covers the choice of documents; the column "
-        "over seeds covers those."
+        "averaged first over the seeds that both arms have, if any. The interval covers the choice of documents; the "
+        "column over seeds covers those."
     )
     return Table("Every comparison", note, columns, 3, tuple(lines))
 
@@ -139,6 +139,8 @@ def _reversed(one: Comparison) -> Comparison:
         macro=macro,
         perplexities=one.perplexities[::-1],
         seeds=tuple(-difference for difference in one.seeds),
+        rouge_l=None,
+        rouge_l_macro=None,
     )
 
 

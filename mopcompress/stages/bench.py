@@ -22,14 +22,22 @@ from mopcompress.models.checkpoint import load_model, resolve_model, weights_has
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.smollm2 import NOTE, cache_folder
 from mopcompress.recipe import PromptRecoveryModifier, Recipe
-from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe.arms import TRAINED, revision_of
 from mopcompress.recipe.modifiers import changed
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.eora import check_dense
 from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.start import Material
 from mopcompress.report import write_report
-from mopcompress.results import BenchRow, append_row, folder_name, read_rows, read_sweeps, sweep_name
+from mopcompress.results import (
+    BenchRow,
+    append_row,
+    check_comparable,
+    folder_name,
+    read_rows,
+    read_sweeps,
+    sweep_name,
+)
 from mopcompress.stages.arm import adapter_config, first_layer, tell_of_experts, train_arm
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.cell import adapter_of, score_cell
@@ -67,6 +75,20 @@ def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress
         return _Bench(recipe, folder, command, progress).run()
 
 
+def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
+    """Raise `DataError` where rows of `folder` cannot be compared with each other, or with those still to come."""
+    path = folder / "rows.jsonl"
+    rows = read_rows(path)
+    check_comparable(rows, path)
+    missing = {cell.arm for cell in {*cells} - {Cell(*row.cell) for row in rows}}
+    for row in rows:
+        if row.arm in missing and row.revision != revision_of(row.arm):
+            raise DataError(
+                f"{path}: {row.arm} has changed since (revision {row.revision}, now {revision_of(row.arm)}), so that "
+                "its other cells would be of another arm; use another --output-dir"
+            )
+
+
 class _Bench:
     """What all cells of one run share."""
 
@@ -102,6 +124,7 @@ class _Bench:
         manifest |= {"command": self.command, **provenance(self.device)}
         manifest = continued(manifest, self.folder)
         before = manifest["seconds"] or 0.0
+        check_rows(self.folder, [cell for one in settings for cell in cells_of(self.recipe.run.model_dump(), one)])
         write_manifest(manifest, self.folder)
         for setting in settings:
             done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
@@ -140,7 +163,12 @@ class _Bench:
         model = load_model(base, device=self.device)
         cached: dict[tuple[int, str], CachedStates] = {}
         sha256 = weights_hash(base)
-        self._check_same_model(setting, sha256)
+        finished = [row for row in read_rows(self.folder / "rows.jsonl") if row.setting == setting.name]
+        if {row.model_sha256 for row in finished} - {None, sha256}:
+            raise DataError(
+                f"{self.folder}: finished rows of {setting.name} are of another model than models/ holds now, as "
+                "pruning with other threads gives; restore that model, or use another --output-dir"
+            )
 
         def states(layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32) -> CachedStates:
             if (layer, which) not in cached:
@@ -182,15 +210,6 @@ class _Bench:
                 )
                 append_row(row, self.folder / "rows.jsonl")
             self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
-
-    def _check_same_model(self, setting: Setting, sha256: str) -> None:
-        """Raise `DataError` when finished rows are of another model: its arms cannot be compared with new ones."""
-        rows = read_rows(self.folder / "rows.jsonl")
-        if {row.model_sha256 for row in rows if row.setting == setting.name} - {None, sha256}:
-            raise DataError(
-                f"{self.folder}: finished rows of {setting.name} are of another model than models/ holds now, as "
-                "pruning with other threads gives; restore that model, or use another --output-dir"
-            )
 
     def _unfinished(self, adapter: Path, base_sha256: str) -> AbstractContextManager[UnfinishedTraining]:
         """A cell's training so far. Its settings are the folder's: only model, code and machine can be others."""

@@ -10,6 +10,7 @@ from mopcompress.grid import DENSE, Cell, Setting
 from mopcompress.models.checkpoint import weights_bytes
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import RunSpec
+from mopcompress.recipe.arms import revision_of
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.folder import adapter_bytes
 from mopcompress.recover.recovered import Recovered
@@ -92,4 +93,5 @@ def score_cell(
         gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
         documents_file=f"documents/{adapter.name}.json",
         model_sha256=sha256,
+        revision=revision_of(cell.arm),
     )

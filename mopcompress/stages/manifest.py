@@ -21,7 +21,7 @@ GRID = (
     "output_dir",
     "max_fallback",
 )  # may differ when a run goes on
-NO_PERCENTILE = 100.0  # of `clip_percentile`, as all runs were from before there was one: it is 50 unless told
+BEFORE = {"clip_percentile": 100.0, "gate_clipping": "together"}  # what was done before these could be asked for
 
 
 def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
@@ -71,7 +71,8 @@ def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     recipe = copy.deepcopy(manifest["recipe"])
     groups = [group for stage in recipe.values() for group in stage.values() if isinstance(group, dict)]
     for modifier in (group["PromptRecoveryModifier"] for group in groups if "PromptRecoveryModifier" in group):
-        modifier.setdefault("clip_percentile", NO_PERCENTILE)
+        for name, value in BEFORE.items():
+            modifier.setdefault(name, value)
     return resolved(recipe_of(recipe, f"recipe in {path}"))
 
 
