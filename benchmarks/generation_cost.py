@@ -28,6 +28,7 @@ from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.arms import ARMS
 from mopcompress.recover.folder import load_adapter
+from mopcompress.stages.arm import first_layer
 from mopcompress.stages.provenance import provenance
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def random_adapter(model: LanguageModel, arm: str, experts: int) -> tuple[Adapte
         arm=arm,
         experts=experts,
         prompts_per_expert=10,
-        layer=0 if TRAINED[arm].at_input else max(1, round(10 / 32 * len(model.blocks))),
+        layer=first_layer(arm, None, model),
         hidden_size=model.hidden_size,
         base_sha256="",
         tasks=(),

@@ -129,11 +129,12 @@ class CachedStates:
         return Batch(hidden.to(self.device), read, *indices)
 
     def some_states(self, rows: Sequence[int], count: int, generator: torch.Generator) -> Float[Tensor, "count hidden"]:
-        """States at `count` random instruction positions; never the first, which attention uses as a sink."""
+        """States at `count` random instruction positions; not the first, which attention uses as a sink, of several."""
         picked = []
         for _ in range(count):
             row = rows[int(torch.randint(len(rows), (), generator=generator))]
-            time = int(torch.randint(1, max(2, self.documents[row].context_tokens), (), generator=generator))
+            tokens = self.documents[row].context_tokens
+            time = int(torch.randint(min(1, tokens - 1), tokens, (), generator=generator))
             picked.append(self._of(row)[time])
         return torch.stack(picked).to(self.device, torch.float32)
 

@@ -6,8 +6,9 @@ from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.arms import ARMS
 from mopcompress.recover.gate import Gate, cluster, pretrain
-from mopcompress.recover.prompts import begin, expert_domains
+from mopcompress.recover.prompts import expert_domains
 from mopcompress.recover.start import Material, Start
 from mopcompress.states import CachedStates
 
@@ -134,7 +135,7 @@ def states(tiny_llama):
     return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=8)
 
 
-def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0):
+def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0, pretraining=20):
     config = AdapterConfig(
         arm=arm,
         experts=experts,
@@ -144,8 +145,8 @@ def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0)
         base_sha256="",
         tasks=TASKS if experts == EXPERTS else (),
     )
-    start = Start(gate_pretraining_steps=20, gate_temper=temper, log_opening=log_opening, seed=seed)
-    return begin(config, Material(MODEL, states, TASKS), start)
+    start = Start(gate_pretraining_steps=pretraining, gate_temper=temper, log_opening=log_opening, seed=seed)
+    return ARMS[arm].begin(config, Material(MODEL, states, TASKS), start)
 
 
 @pytest.mark.parametrize("experts", [2, EXPERTS, 5])
@@ -174,6 +175,14 @@ def test_the_seed_decides_where_arms_begin(states):
     first, again, other = (begun(states, "mop", seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in first.state_dict().items())
     assert not torch.equal(first.prompts, other.prompts)
+
+
+@pytest.mark.parametrize("arm", ["mop", "shuffled", "mop+"])
+def test_the_seed_draws_the_gate(states, arm):
+    first, again, other = (begun(states, arm, seed=seed, pretraining=0).gate for seed in (0, 0, 1))
+    assert torch.equal(first.inner.weight, again.inner.weight)
+    assert not torch.equal(first.inner.weight, other.inner.weight)
+    assert not torch.equal(first.outer.weight, other.outer.weight)
 
 
 def test_the_gate_begins_pretrained_and_tempered(states):

@@ -127,6 +127,10 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
         expected.append(score_responses(merged, states.batch([row]), LAYER).nats)
     found = nats(model, states, adapter)
     assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    for row, alone in zip(ALL, expected, strict=True):
+        batch = states.batch([row])
+        with torch.no_grad(), adapter.applied(model, batch.instructions):
+            assert_close(score_responses(model, batch, LAYER).nats, alone, rtol=1e-4, atol=1e-4)
     bare = score_responses(model, states.batch(ALL), LAYER).nats
     assert float((found - bare).abs().min()) > 1e-4
 

@@ -285,6 +285,33 @@ def test_a_prompt_in_chunks_is_refused(model: MopForCausalLM) -> None:
         written(model, CONTEXTS, prefill_chunk_size=2)
 
 
+DRAFTED = {
+    "the prompt's own words": lambda: {"prompt_lookup_num_tokens": 3},
+    "another model's": lambda: {"assistant_model": tiny_model(seed=1).network},
+}
+
+
+@pytest.mark.parametrize("draft", DRAFTED)
+@pytest.mark.parametrize("arm", GENERATING)
+def test_a_draft_that_follows_the_prompt_is_not_read(arm: str, draft: str) -> None:
+    """What drafts the answer can make it faster, not another one."""
+    model, prompt = acting(arm), CONTEXTS[0] + CONTEXTS[0]
+    drafted = model.generate(torch.tensor([prompt]), **GREEDY | DRAFTED[draft]())[:, len(prompt) :].tolist()
+    assert drafted == written(model, [prompt])
+
+
+@pytest.mark.parametrize("draft", DRAFTED)
+def test_the_gate_says_the_same_where_an_answer_is_drafted(model: MopForCausalLM, draft: str) -> None:
+    prompt = CONTEXTS[0] + CONTEXTS[0]
+    with gates_of(model) as said:
+        written(model, [prompt])
+        written(model, [prompt], **DRAFTED[draft]())
+        model.generate(input_ids=torch.tensor([prompt]), **GREEDY | DRAFTED[draft]())
+    assert len(said) == 3
+    assert_close(said[1], said[0])
+    assert_close(said[2], said[0])
+
+
 def test_no_hook_stays(model: MopForCausalLM) -> None:
     with pytest.raises(DataError, match="row 1: no token before the response"):
         model(input_ids=random_tokens(2, 4), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
@@ -330,6 +357,20 @@ def test_a_response_without_an_instruction_is_refused(model: MopForCausalLM) -> 
     tokens = random_tokens(2, 5)
     with pytest.raises(DataError, match="row 0: no token before the response"):
         model(input_ids=tokens, labels=tokens)
+
+
+def test_training_without_anything_that_says_where_the_response_begins_is_refused() -> None:
+    model, batch = made().train(), batch_of(DOCUMENTS, side="left")
+    labels = batch.pop("labels")
+    with pytest.raises(DataError, match="would read the response too"):
+        model(**batch)
+    given = model(**batch, instruction_mask=batch["attention_mask"].bool() & (labels == -100))
+    assert torch.equal(given.logits, model(**batch, labels=labels).logits)
+
+
+def test_replicas_that_would_run_without_the_adapter_are_refused(model: MopForCausalLM) -> None:
+    with pytest.raises(DataError, match="accelerate launch"):
+        model._replicate_for_data_parallel()
 
 
 def test_gradients_reach_all_of_the_adapter_and_nothing_else() -> None:
@@ -481,6 +522,8 @@ def test_a_model_of_half_the_precision_comes_back_as_it_was(arm: str, tmp_path: 
         ({"attn_implementation": "sdpa"}, "attn_implementation: adapters need"),
         ({"device": "cpu"}, "no argument 'device'"),
         ({"quantization_config": {}}, "no argument 'quantization_config'"),
+        ({"device_map": "auto"}, "device_map 'auto' is not one device"),
+        ({"device_map": {"": 0}}, "is not one device"),
         ({"config": PretrainedConfig()}, "config: a base and its adapter bring their own"),
     ],
 )

@@ -9,6 +9,7 @@ from test_hf_model import batch_of, begun
 from tiny import random_documents, tiny_model
 from transformers import Trainer, TrainingArguments
 
+from mopcompress.errors import DataError
 from mopcompress.hf import MopForCausalLM
 
 DOCUMENTS = random_documents(16)
@@ -82,3 +83,9 @@ def test_a_training_that_resumes_from_a_checkpoint_ends_at_the_same_weights(arm:
         assert torch.equal(found[name], one), name
     last = MopForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
     assert all(torch.equal(last[name], one) for name, one in expected.items())
+
+
+def test_a_trainer_that_takes_the_labels_away_is_refused(tmp_path: Path) -> None:
+    """Without them the gate would read the response."""
+    with pytest.raises(DataError, match="label smoothing"):
+        trainer_of("mop", tmp_path, max_steps=1, label_smoothing_factor=0.1).train()

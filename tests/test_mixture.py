@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from mopcompress.recover.adapter import AdapterConfig, trained_parameters
 from mopcompress.recover.folder import load_adapter, save_adapter
 from mopcompress.recover.gate import Gate
 from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.weighing import Mixing
 from mopcompress.scoring import score_responses
 from mopcompress.states import CachedStates
 
@@ -96,14 +98,24 @@ def test_unopened_prompts_are_no_prompts(tiny_llama, states, build):
     assert_close(nats(tiny_llama, states, build(log_opening=-1e4)), bare, rtol=1e-5, atol=1e-5)
 
 
-def test_an_expert_that_the_gate_closes_is_absent(tiny_llama, states):
-    """A gate for the first expert alone leaves its prompts, opened as wide as there are experts."""
-    mixture = mixture_of()
-    with torch.no_grad():
-        mixture.gate.outer.weight.zero_()
-        mixture.gate.outer.bias.copy_(torch.tensor([0.0, -1e4, -1e4]))
-    alone = MixtureOfPrompts(start()[:1], LAYER, None, log_opening=float(torch.tensor(EXPERTS).log()))
-    assert_close(nats(tiny_llama, states, mixture), nats(tiny_llama, states, alone), rtol=1e-5, atol=1e-5)
+def closed_but(expert, experts=EXPERTS):
+    """What a gate says that wants one expert alone."""
+    row = torch.full((experts,), -math.inf)
+    row[expert] = math.log(EXPERTS)
+    return Mixing(weighing=lambda _gate, read: row.expand(len(read.summary), -1))
+
+
+@pytest.mark.parametrize("expert", range(EXPERTS))
+def test_experts_that_the_gate_closes_are_absent_but_for_what_they_made_of_those_behind_them(
+    tiny_llama, states, expert
+):
+    """It is as if the prompts ended with the expert that is open, and no text attended to those before it."""
+    only = MixtureOfPrompts(start(), LAYER, None, mixing=closed_but(expert))
+    ended = MixtureOfPrompts(start()[: expert + 1], LAYER, None, mixing=closed_but(expert, expert + 1))
+    assert_close(nats(tiny_llama, states, only), nats(tiny_llama, states, ended), rtol=1e-5, atol=1e-5)
+    alone = MixtureOfPrompts(start()[expert : expert + 1], LAYER, None, mixing=closed_but(0, 1))
+    same = torch.allclose(nats(tiny_llama, states, only), nats(tiny_llama, states, alone), atol=1e-3)
+    assert same == (expert == 0)
 
 
 # --- the stream of prompts

@@ -93,6 +93,13 @@ def test_some_states_are_those_of_instructions_never_the_first_token(tiny_llama,
     assert len(distances.argmin(1).unique()) == len(allowed)
 
 
+def test_the_state_of_an_instruction_of_one_token_is_never_one_of_its_response(tiny_llama):
+    short = Encoded(task="", tokens=(5, 9, 11, 13), context_tokens=1)
+    states = CachedStates(tiny_llama, [short], LAYER, batch_size=1)
+    first = tiny_llama.enter(torch.tensor([short.tokens]), LAYER)[0, :1]
+    assert_close(states.some_states([0], 5, torch.Generator().manual_seed(0)), first.expand(5, -1))
+
+
 # --- batches
 
 

@@ -40,7 +40,7 @@ def recovered(adapter):
     config = AdapterConfig(
         arm="single", experts=1, prompts_per_expert=2, layer=LAYER, hidden_size=32, base_sha256="", tasks=()
     )
-    return Recovered(adapter, config, [], 0.0)
+    return Recovered(adapter, config, [], 2.5)
 
 
 def sweep_and_winner(
@@ -74,6 +74,8 @@ def test_the_rate_with_the_lowest_loss_on_the_validation_rows_wins(tiny_llama, v
     assert [trial.learning_rate for trial in found.trials] == pytest.approx([0.1, 0.3, 0.9])
     assert found.learning_rate == pytest.approx(0.3)
     assert not found.at_edge
+    assert [trial.seconds for trial in found.trials] == [2.5, 2.5, 2.5]
+    assert found.seconds == 7.5
 
 
 @pytest.mark.parametrize(("way", "best"), [(1, 2.7), (-1, 0.1 / 3)])

@@ -5,7 +5,7 @@ import torch
 from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.errors import NumericalError
+from mopcompress.errors import NumericalError, UsageError
 from mopcompress.evaluation import evaluate, micro
 from mopcompress.models.attention import attending_to
 from mopcompress.recipe.training import PromptRecoveryModifier
@@ -14,7 +14,7 @@ from mopcompress.recover.prompts import begin
 from mopcompress.recover.start import Material, Start
 from mopcompress.recover.train import Training, _backward, _rate, fit
 from mopcompress.recover.workers import Workers
-from mopcompress.stages.arm import training_of
+from mopcompress.stages.arm import adapter_config, first_layer, start_of, training_of
 from mopcompress.states import CachedStates
 
 TASKS = ("add", "sort", "tell")
@@ -288,11 +288,79 @@ def test_processes_share_a_step_and_their_sum_is_the_whole(tiny_llama, states):
 # --- what a recipe asks for
 
 
-@pytest.mark.parametrize(("changes", "percentile"), [({}, 50), ({"clip_percentile": 100}, 100)])
-def test_a_recipe_says_to_which_of_the_norms_so_far_gradients_are_clipped(changes, percentile):
-    assert training_of(PromptRecoveryModifier(**changes), 0.5, seed=0).clip_percentile == percentile
+# each another than its default
+ASKED = {
+    "arm": "mop",
+    "experts": 5,
+    "prompts_per_expert": 4,
+    "layer": 3,
+    "deep": True,
+    "rank": 6,
+    "adapter_targets": ("v_proj",),
+    "steps": 7,
+    "batch_size": 3,
+    "accumulate": 3,
+    "gate_learning_rate": 0.02,
+    "gate_clipping": "together",
+    "gate_pretraining_steps": 11,
+    "gate_temper": 0.7,
+    "gate_reading": "values",
+    "shared_expert": True,
+    "top_k": 2,
+    "log_opening": -1.5,
+    "warmup_fraction": 0.4,
+    "clip_norm": 0.6,
+    "clip_percentile": 30.0,
+}
 
 
-@pytest.mark.parametrize(("changes", "apart"), [({}, True), ({"gate_clipping": "together"}, False)])
-def test_a_recipe_says_whether_the_gate_is_clipped_apart(changes, apart):
-    assert training_of(PromptRecoveryModifier(**changes), 0.5, seed=0).gate_apart is apart
+def test_a_recipe_says_how_an_arm_is_trained():
+    modifier = PromptRecoveryModifier(**ASKED)
+    assert all(getattr(modifier, name) != getattr(PromptRecoveryModifier(), name) for name in ASKED if name != "arm")
+    assert training_of(modifier, 0.25, seed=8) == Training(
+        steps=7,
+        batch_size=3,
+        accumulate=3,
+        learning_rate=0.25,
+        gate_learning_rate=0.02,
+        warmup_fraction=0.4,
+        clip_norm=0.6,
+        clip_percentile=30.0,
+        gate_apart=False,
+        seed=8,
+    )
+    assert training_of(PromptRecoveryModifier(), 0.25, seed=8).gate_apart
+
+
+def test_a_recipe_says_how_an_arm_begins():
+    start = Start(gate_pretraining_steps=11, gate_temper=0.7, log_opening=-1.5, seed=8)
+    assert start_of(PromptRecoveryModifier(**ASKED), 8) == start
+
+
+def test_a_recipe_says_what_an_arm_is(tiny_llama):
+    assert adapter_config(PromptRecoveryModifier(**ASKED), tiny_llama, TASKS, "base") == AdapterConfig(
+        arm="mop",
+        experts=5,
+        prompts_per_expert=4,
+        layer=3,
+        deep=True,
+        rank=6,
+        targets=("v_proj",),
+        hidden_size=HIDDEN,
+        base_sha256="base",
+        tasks=(),
+        gate_reading="values",
+        shared_expert=True,
+        top_k=2,
+    )
+
+
+@pytest.mark.parametrize(("blocks", "layer"), [(32, 10), (30, 9), (2, 1)])
+def test_an_arm_acts_from_the_papers_tenth_of_32_layers_on_in_proportion(blocks, layer):
+    assert first_layer("mop", None, tiny_model(num_hidden_layers=blocks)) == layer
+
+
+def test_a_model_of_one_block_has_no_middle():
+    with pytest.raises(UsageError, match="the model has one in all"):
+        first_layer("mop", None, tiny_model(num_hidden_layers=1))
+    assert first_layer("input", None, tiny_model(num_hidden_layers=1)) == 0

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mopcompress.errors import DataError
-from mopcompress.hf.instructions import positions
+from mopcompress.hf.instructions import left_padded, positions
 from mopcompress.hf.model import MopForCausalLM
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -98,16 +97,6 @@ def write_continuations(
     criteria = StoppingCriteriaList([stopped] if until else [])
     written = model.generate(input_ids=tokens, attention_mask=mask.long(), stopping_criteria=criteria, **asked)  # type: ignore[operator]
     return [_cut(text, until) for text in texts(written)]
-
-
-def left_padded(
-    rows: Sequence[Sequence[int]], padding: int, device: torch.device
-) -> tuple[Int[Tensor, "rows time"], Bool[Tensor, "rows time"]]:
-    """Tokens with padding before them, and which are no padding."""
-    longest = max(map(len, rows))
-    tokens = [[padding] * (longest - len(row)) + [*row] for row in rows]
-    mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
 def _shortened(pair: Pair, longest: int) -> Pair:

@@ -40,6 +40,21 @@ def hub_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: one for name, one in settings.items() if name in HUB and one is not None}
 
 
+def one_device(device_map: object) -> torch.device | None:
+    """The device that a `device_map` names, as a device, an index or a word.
+
+    Raises `TypeError` for one that spreads a model over several.
+    """
+    if device_map is None or isinstance(device_map, torch.device):
+        return device_map
+    try:
+        return torch.device(device_map)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"from_pretrained: device_map {device_map!r} is not one device; name one, such as cpu"
+        ) from error
+
+
 def network_of(config: PretrainedConfig) -> PreTrainedModel:
     """A network with random weights, whose attention is ours where it can be."""
     return with_our_attention(lambda **chosen: AutoModelForCausalLM.from_config(config, **chosen))

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example
 from mopcompress.errors import DataError
+from mopcompress.hf.instructions import left_padded
 
 
 def generate(
@@ -46,7 +47,6 @@ def answer_contexts(
     told: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The same for encoded prompts; an answer stops before the first token of `ends`."""
-    longest = max(map(len, contexts))
     padding = tokenizer.pad_token_id
     # what is not said here, a checkpoint's own generation_config.json decides
     settings = GenerationConfig(
@@ -60,16 +60,15 @@ def answer_contexts(
         pad_token_id=min(ends) if padding is None else padding,
     )
     # padding stands on the left, where the mask hides it: all answers begin in one column
-    tokens = [[settings.pad_token_id] * (longest - len(context)) + [*context] for context in contexts]
-    mask = [[0] * (longest - len(context)) + [1] * len(context) for context in contexts]
+    tokens, real = left_padded(contexts, settings.pad_token_id, model.device)
     with torch.inference_mode():
         written = model.generate(  # type: ignore[operator]
-            input_ids=torch.tensor(tokens, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=tokens,
+            attention_mask=real.long(),
             generation_config=settings,
             streamer=None if told is None else _Told(tokenizer, told),
         )
-    answers = [itertools.takewhile(lambda token: token not in ends, row[longest:]) for row in written.tolist()]
+    answers = [itertools.takewhile(lambda token: token not in ends, row[tokens.shape[1] :]) for row in written.tolist()]
     return [str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip() for answer in answers]
 
 

@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from mopcompress.errors import DataError
 from mopcompress.hf.config import MopConfig
-from mopcompress.hf.folder import adapter_of, hub_settings, load_whole, network_of
+from mopcompress.hf.folder import adapter_of, hub_settings, load_whole, network_of, one_device
 from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, positions, read_by_itself
 from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
@@ -37,6 +37,7 @@ class _Generation:
     """One call of `generate`: what the adapter does from the prompt to the last token."""
 
     model: PreTrainedModel
+    prompt: int | None  # its tokens, padding counted; what follows them at the first step was drafted. None: all
     acting: ExitStack = field(default_factory=ExitStack)
     has_read: bool = False
 
@@ -87,7 +88,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         A base is in fp32 unless `dtype` says otherwise; `device_map` may name one device. Raises `TypeError` for what
         a stock model takes and this one would not heed.
         """
-        hub = hub_settings(plumbing)
+        hub, device = hub_settings(plumbing), one_device(device_map)
         folder = resolve_model(str(pretrained_model_name_or_path), hub=hub)
         asked = None if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if adapter is None:
@@ -103,7 +104,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
             loaded, described = load_adapter(Path(adapter), base, base_sha256=weights_hash(folder))
             made = cls.around(base, loaded, described)
         made._repairs = read_repairs(folder)
-        return made if device_map is None else made.to(device_map)
+        return made if device is None else made.to(device)  # type: ignore[arg-type]
 
     @classmethod
     def around(cls, model: LanguageModel, adapter: Adapter, described: AdapterConfig) -> "MopForCausalLM":
@@ -134,6 +135,13 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         self._compiled = None
         return self
 
+    def _replicate_for_data_parallel(self) -> "MopForCausalLM":
+        """Refuse `torch.nn.DataParallel`: its replicas would run without the adapter."""
+        raise DataError(
+            "DataParallel (which Trainer takes where it sees several GPUs) cannot copy an adapter that acts on a "
+            "network; start a process for each, with accelerate launch or torchrun, or show it one GPU"
+        )
+
     def get_input_embeddings(self) -> nn.Module:
         """The network's."""
         return self.network.get_input_embeddings()
@@ -157,8 +165,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         """The network's own forward with the adapter acting on it.
 
         The instruction is what `instruction_mask` marks; or what stands before the first label that is not -100; or,
-        without either, the whole text. Where a cache has begun already it is what was read at its beginning.
-        `past_key_values` is the older name of `cache`.
+        without either, the whole text, which training does not take: it would show the response to the gate. Where a
+        cache has begun already it is what was read at its beginning. `past_key_values` is the older name of `cache`.
         """
         cache = past_key_values if cache is None else cache
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
@@ -181,7 +189,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise DataError("prefill_chunk_size: the adapter reads a prompt as a whole; leave it out")
-        generation = _Generation(self)
+        prompt = next(iter(args), kwargs.get("inputs", kwargs.get("input_ids")))
+        generation = _Generation(self, None if prompt is None else prompt.shape[-1])
         token = _generation.set(generation)
         try:
             with generation.acting:
@@ -200,6 +209,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         if mask.shape != input_ids.shape:
             raise DataError("generate goes on from a cache without its tokens; give all of input_ids, or no cache")
+        if generation.prompt is not None:  # an assistant's draft may follow it already
+            mask = mask & (torch.arange(mask.shape[1], device=mask.device) < generation.prompt)
         if cache is None or cache.get_seq_length() == 0:
             return inputs | {"instruction_mask": mask}
         generation.has_read = True  # the cache has what the lower blocks made of the beginning, but not their states
@@ -216,6 +227,11 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
                 raise DataError(f"{CACHE} was not begun by this model, so no instruction was read; begin without")
             acting.enter_context(self._applied(_read[cache]))
             return self.network(**inputs)
+        if mask is None and inputs["labels"] is None and self.training:
+            raise DataError(
+                "training without labels or instruction_mask: the adapter would read the response too; give one of "
+                "them (Trainer takes the labels away for label smoothing and a loss function of one's own)"
+            )
         if mask is None:
             mask = instruction_mask_of(tokens, inputs["attention_mask"], inputs["labels"])
         read: list[Instructions] = []

@@ -119,7 +119,8 @@ class Distillation:
             kept = self.teacher.of(rows, logits.device)
             far = divergence(kept, logits, temperature=self.teacher.temperature).mean()
             loss = (1 - self.share) * nats + self.share * far
-        if self.squarehead and self.teacher.states is not None:
+        if self.squarehead:
+            assert self.teacher.states is not None, "squarehead: its teacher was built without hidden states"
             loss = loss + self.squarehead * self.teacher.states.loss(seen, batch, rows)
         return loss
 

@@ -68,8 +68,11 @@ class LowRank(nn.Module):
     def beside(self, linear: nn.Module, weights: Float[Tensor, "batch experts"]) -> nn.Module:
         """What stands in the linear's place for these examples; the experts' weights have a mean of 1."""
         unit = UNIT * weights / weights.shape[1]
+        scale, shift, up = 1 + unit @ self.scales, unit @ self.shifts, PATH_UNIT * self.up
         factors = None if self.neurons is None else 1 + NEURON_UNIT * self.neurons
-        return _Beside(linear, self.down, PATH_UNIT * self.up, 1 + unit @ self.scales, unit @ self.shifts, factors)
+        if len(weights) == 1:
+            return _BesideForOne(linear, self.down, up * scale, (shift @ up.T)[0], factors)
+        return _Beside(linear, self.down, up, scale, shift, factors)
 
 
 class _Beside(nn.Module):
@@ -88,9 +91,29 @@ class _Beside(nn.Module):
     def forward(self, inputs: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
         linear, down, up, scale, shift, factors = self._own
         # an example's tokens stand next to each other, in families that flatten them too, and so do its beams
-        low = (inputs @ down.T).view(len(scale), -1, len(down))
+        low = nn.functional.linear(inputs, down).view(len(scale), -1, len(down))
         low = torch.addcmul(shift[:, None], low, scale[:, None]).view(*inputs.shape[:-1], len(down))
-        return linear(inputs if factors is None else inputs * factors) + low @ up.T
+        return linear(inputs if factors is None else inputs * factors) + nn.functional.linear(low, up)
+
+
+class _BesideForOne(nn.Module):
+    """The same for one example, as in a chat, where a step is so short that every operation counts."""
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        down: Tensor,
+        up: Float[Tensor, "rows rank"],
+        bias: Float[Tensor, " rows"],
+        factors: Float[Tensor, " columns"] | None,
+    ) -> None:
+        super().__init__()
+        self._own = (linear, down, up, bias, factors)
+
+    def forward(self, inputs: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
+        linear, down, up, bias, factors = self._own
+        path = nn.functional.linear(nn.functional.linear(inputs, down), up, bias)
+        return linear(inputs if factors is None else inputs * factors) + path
 
 
 class GatedPaths(nn.Module):

@@ -4,7 +4,7 @@
 - `mop`: groups of prompts, the experts, weighed by a gate that reads the instruction.
 - `uniform`: the experts without a gate, each of weight 1. At equal seeds it equals `single` before and after training;
   with the reading `separate` it does not, and says how much of `mop` is the gate.
-- `oracle`: all weight on the expert of the example's true task. No gate is trained, and none can choose better.
+- `oracle`: all weight on the expert of the example's true task. No gate is trained, and none can tell tasks better.
 - `shuffled`: `mop`, but the gate reads another example (see `weighing.by_another`): what a gate does without sense.
 """
 

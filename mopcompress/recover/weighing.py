@@ -3,11 +3,13 @@
 Dun et al. (2310.02842) scale the attention that is paid to a group by a gate; which of three formulae that is stays
 open, so each is a *reading*. With g the weight of a prompt's group and o the opening, one trained number for all:
 
-- `renormalised`: ``softmax(s + log g + o)`` over prompts and text together. At g = 0 a group is exactly absent.
+- `renormalised`: ``softmax(s + log g + o)`` over prompts and text together. At g = 0 no text attends to a group.
 - `values`: ``softmax(s + o)`` together, and the prompts' values times g. At g = 0 a group still takes attention.
 - `separate`: text attends to text alone, plus ``g exp(o) softmax(s)`` over each group by itself (as LLaMA-Adapter).
 
-At g = 1 the first two are the plain prompt; at o = -inf each is no prompt at all.
+At g = 1 the first two are the plain prompt; at o = -inf each is no prompt at all. A gate weighs the attention of text.
+Among themselves the groups stand one after another as in one prompt, so that a closed one still shapes the keys and
+values of those behind it (groups that could not see each other were worse: benchmarks/LOG.md).
 """
 
 import math

@@ -138,6 +138,8 @@ def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
     blocks, settings = len(model.blocks), TRAINED.get(arm, NONE)
     if settings.at_input or (settings.whole and layer == 0):
         return 0
+    if blocks == 1:
+        raise UsageError(f"arm {arm}: it acts above a first block, and the model has one in all; take one at the input")
     if layer is None:
         return max(1, round(10 / 32 * blocks))
     if not 0 < layer < blocks:
