@@ -4,16 +4,18 @@
 
 Runs benches in the order of what their claims are worth, each in a folder of its own under FOLDER; a run that was
 stopped goes on with the next cell. Rows of at most 128 tokens, 300 test rows, 120 steps of 8 rows that no step sees
-twice. On SNI at 50 %, at 85 % and for the dense model every arm's learning rate is chosen on 100 validation rows, by
-trainings as long as the one that counts (in the results, those of `single` and `mop` at 85 % by 30 steps). Another
+twice. On SNI at 50 % and at 85 % the learning rates of `single`, `mop`, `lora` and `norms` are chosen on 100 validation
+rows, by trainings as long as the one that counts (in the results, at 85 % by 30 steps); that of `mop+` by such trials
+outside of this study (`2026-11-28-mop-plus`), those of `prefix`, `input`, `ia3` and `smop` by 30 steps. Another
 setting, and Dolly, takes the rates of whichever of 50 and 85 % its bare model's log perplexity is nearer to, and
-controls of the gate that of `mop`. About nineteen hours of two cores.
+controls of the gate that of `mop`. About twenty hours of two cores.
 At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
 """
 
 import argparse
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,25 +28,26 @@ from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import with_recovery
 from mopcompress.report.intervals import Interval, PairedBootstrap
 from mopcompress.report.run import Run, read_run
-from mopcompress.report.tables import Grid, compare, make_grid
+from mopcompress.report.tables import DENSE, Grid, compare, make_grid
 from mopcompress.report.views import interval_text
 from mopcompress.results import DocumentScores, read_rows, read_sweeps
 from mopcompress.stages.bench import bench
 
 ROOT = Path(__file__).parents[1]
-MAIN = ("none", "single", "mop", "mop+")
-GATE = ("single", "uniform", "shuffled")  # what shows the worth of the gate
-RIVALS = ("norms", "lora", "prefix", "input")
+PROMPTS = ("none", "single", "mop")
 CONTROLS = ("shuffled", "oracle", "idp", "uniform")  # of the gate: at the rate of mop
 BATCH = 8
 CLIPPING = {"gate_clipping": "together", "clip_percentile": 100}  # not the default: of all parts that say nothing of it
 APART = {"gate_clipping": "apart", "clip_percentile": 100}
 BY_DEFAULT = {"gate_clipping": "apart", "clip_percentile": 50}
+UNGATED = {"gate_temper": 0.0, "gate_learning_rate": 0.0}
 QUERIES_AND_VALUES = {"adapter_targets": ("q_proj", "v_proj")}  # what `lora` changes in its paper, and in `sni`
 WRITERS = {"adapter_targets": ("o_proj", "down_proj")}  # what it changes here unless told otherwise
+PLUS, PLUS_DAMAGED = {"mop+": 0.003}, {"mop+": 0.009}  # of the trials in 2026-11-28-mop-plus, at 50 % and at 85 %
+AS_LORA = {"lora": 0.01, "masklora": 0.01, "norms": 0.01}  # the first and the last by full sweeps, clipped to 1
 ACROSS = (  # arms of two folders, first the one that should be better, and what the other is called
     (("sni", "mop"), ("sni-controls", "shuffled"), "shuffled"),
-    (("sni", "mop"), ("sni-controls", "uniform"), "uniform"),
+    (("sni", "mop"), ("sni", "single"), "uniform, which single is to the bit"),
     (("sni", "mop"), ("sni-controls", "idp"), "idp"),
     (("sni", "mop"), ("sni-controls", "oracle"), "oracle"),
     (("sni", "mop"), ("sni-wide", "single"), "single with as many parameters"),
@@ -53,26 +56,34 @@ ACROSS = (  # arms of two folders, first the one that should be better, and what
     (("sni", "mop"), ("sni-zero-gate", "mop"), "mop whose gate begins at zero"),
     (("sni", "mop"), ("sni-frozen-gate", "mop"), "mop with a frozen gate"),
     (("sni", "mop"), ("sni-clusters", "mop"), "mop without task labels"),
-    (("sni", "mop+"), ("sni-ungated", "mop+"), "itself without a gate, both as they were"),
+    (("sni-plus", "mop+"), ("sni-plus-ungated", "mop+"), "itself without a gate"),
+    (("sni-plus", "mop+"), ("sni-weights", "lora"), "lora"),
+    (("sni-plus", "mop+"), ("sni-weights", "masklora"), "masklora"),
+    (("sni-plus", "mop+"), ("sni-weights", "norms"), "norms"),
     (("sni-plus", "mop+"), ("sni-lora-writers", "lora"), "lora, clipped to 1"),
     (("sni-plus", "mop+"), ("sni", "lora"), "lora on queries and values, clipped to 1"),
     (("sni-plus", "mop+"), ("sni", "norms"), "norms, clipped to 1"),
+    (("sni-plus", "mop+"), ("sni-rivals", "prefix"), "prefix"),
+    (("sni-plus", "mop+"), ("sni-input", "input"), "input"),
+    (("sni-plus", "mop+"), ("sni-rivals", "ia3"), "ia3"),
+    (("sni-plus", "mop+"), ("sni-rivals", "smop"), "smop"),
     (("sni-plus", "mop+"), ("sni-controls", "eora"), "eora"),
     (("sni-plus", "mop+"), ("sni-controls", "idp"), "idp, clipped to 1"),
     (("sni-plus", "mop+"), ("sni-autoclip", "mop"), "mop"),
     (("sni-plus", "mop+"), ("sni-autoclip", "single"), "single"),
-    (("sni-plus", "mop+"), ("sni", "mop+"), "mop+ as it was"),
-    (("sni-85-plus", "mop+"), ("sni-85-apart", "mop"), "mop, each clipped to 1"),
-    (("sni-85-plus", "mop+"), ("sni-85-apart", "single"), "single, clipped to 1"),
-    (("sni-85-plus", "mop+"), ("sni-85", "mop+"), "mop+ as it was"),
+    *(
+        ((f"{folder}-plus", "mop+"), (folder, arm), f"{arm}, clipped to 1")
+        for folder in ("sni-85", "sni-settings", "sni-2of4", "sni-harsh", "dolly-85")
+        for arm in ("mop", "single")
+    ),
+    (("dolly-50-plus", "mop+"), ("dolly-50", "mop"), "mop"),
+    (("dolly-50-plus", "mop+"), ("dolly-50", "single"), "single"),
 )
 REGAINED = (  # of the gap to the dense model with `mop+`: folders of no arm, of `mop+` and of the dense model, least
-    (("sni", "sni", "sni-dense"), "sparsegpt 50%", 0.8),
-    (("sni-85", "sni-85", "sni-dense"), "sparsegpt 85%", 0.5),
     (("sni", "sni-plus", "sni-dense-plus"), "sparsegpt 50%", 0.8),
     (("sni-85", "sni-85-plus", "sni-dense-plus"), "sparsegpt 85%", 0.5),
 )
-ANSWERED = ("sni", "sni-apart", "sni-autoclip", "sni-long")  # of short answers, some of which have one right form
+ANSWERED = ("sni", "sni-apart", "sni-autoclip", "sni-plus", "sni-long")  # of short answers, some with one right form
 LM = "../shared/data/lm"  # from the project's folder, as in the recipes
 TEXT, OTHER_TEXT = f"{LM}/wikitext2_tokens_test.txt", f"{LM}/wikipedia_paragraphs_from_dolly_train.txt"
 
@@ -87,7 +98,7 @@ class Part:
     steps: int = 120
     dense: tuple[str, ...] = field(default=())
     recovery: Mapping[str, object] = field(default_factory=dict)
-    rates: str = ""  # the folder whose sweeps gave the learning rates; swept here if empty
+    rates: str | Mapping[str, float] = ""  # they, or the folder whose sweeps gave them; swept here if empty
 
 
 def part(folder: str, ratios: str, arms: tuple[str, ...], seeds: str = "0", **more: object) -> Part:
@@ -96,35 +107,46 @@ def part(folder: str, ratios: str, arms: tuple[str, ...], seeds: str = "0", **mo
     return Part(folder, {"ratios": ratios, "arms": arms, "seeds": seeds, **more}, **settings)  # type: ignore[arg-type]
 
 
+def plus(folder: str, ratios: str, seeds: str = "0", *, rates: Mapping[str, float] = PLUS, **more: object) -> Part:
+    """`mop+` in one more setting, as it is by default."""
+    return part(folder, ratios, ("mop+",), seeds, rates=rates, **{"recovery": BY_DEFAULT, **more})
+
+
 PARTS = (
-    part("sni", "0.5", MAIN, recovery=QUERIES_AND_VALUES),
+    part("sni", "0.5", PROMPTS, recovery=QUERIES_AND_VALUES),
     part("sni-controls", "0.5", ("eora", *CONTROLS), rates="sni"),
-    part("sni", "0.5", RIVALS[:2], recovery=QUERIES_AND_VALUES),
-    part("sni-85", "0.85", MAIN),
-    part("sni-dense", "0.5", ("none",), dense=("mop+",)),
-    part("sni-ungated", "0.5", ("mop+",), rates="sni", recovery={"gate_temper": 0.0, "gate_learning_rate": 0.0}),
-    part("dolly-85", "0.85", MAIN, rates="sni-85", recipe="dolly.yaml"),
+    part("sni", "0.5", ("norms", "lora"), recovery=QUERIES_AND_VALUES),
+    part("sni-85", "0.85", PROMPTS),
     part("sni", "0.5", ("single", "mop"), "1,2", recovery=QUERIES_AND_VALUES),
     part("sni-apart", "0.5", ("single", "mop"), "0,1,2", rates="sni", recovery=APART),
     part("sni-85-apart", "0.85", ("single", "mop"), "0,1,2", rates="sni-85", recovery=APART),
     part("sni-autoclip", "0.5", ("single", "mop"), "0,1,2", rates="sni", recovery=BY_DEFAULT),
     part("sni-85-autoclip", "0.85", ("single", "mop"), "0,1,2", rates="sni-85", recovery=BY_DEFAULT),
-    part("sni-plus", "0.5", ("mop+",), "0,1,2", recovery=BY_DEFAULT),
     part("sni-lora-writers", "0.5", ("lora",), "0,1,2", recovery=WRITERS),
-    part("sni-85-plus", "0.85", ("mop+",), recovery=BY_DEFAULT),
-    part("sni-dense-plus", "0.5", ("none",), dense=("mop+",), recovery=BY_DEFAULT),
-    part("sni-long", "0.5", ("none", "single", "mop"), rates="sni", steps=480),
+    plus("sni-plus", "0.5", "0,1,2"),
+    plus("sni-85-plus", "0.85", "0,1,2", rates=PLUS_DAMAGED),
+    part("sni-dense-plus", "0.5", ("none",), dense=("mop+",), rates=PLUS, recovery=BY_DEFAULT),
+    plus("sni-settings-plus", "0.7", bits="3,2"),
+    plus("sni-2of4-plus", "0.5", recipe="sni_24.yaml"),
+    plus("sni-harsh-plus", "0.95", rates=PLUS_DAMAGED),
+    plus("dolly-85-plus", "0.85", rates=PLUS_DAMAGED, recipe="dolly.yaml"),
+    plus("dolly-50-plus", "0.5", recipe="dolly.yaml"),
+    plus("sni-plus-ungated", "0.5", recovery=BY_DEFAULT | UNGATED),
+    part("sni-weights", "0.5", ("lora",), "0,1,2", rates=AS_LORA, recovery=BY_DEFAULT),
+    part("sni-weights", "0.5", ("masklora", "norms"), rates=AS_LORA, recovery=BY_DEFAULT),
+    part("sni-rivals", "0.5", ("prefix", "ia3", "smop"), recovery=BY_DEFAULT | {"sweep_steps": 30}),
+    part("sni-input", "0.5", ("input",), rates={"input": 0.03}, recovery=BY_DEFAULT),
+    part("dolly-50", "0.5", PROMPTS, rates="sni", recipe="dolly.yaml", recovery=BY_DEFAULT),
+    part("dolly-85", "0.85", PROMPTS, rates="sni-85", recipe="dolly.yaml"),
+    part("sni-long", "0.5", PROMPTS, rates="sni", steps=480),
     part("sni-85", "0.85", ("single", "mop"), "1,2"),
-    part("sni-settings", "0.7", MAIN, rates="sni", bits="3,2"),
-    part("sni-harsh", "0.95", MAIN, rates="sni-85"),
+    part("sni-settings", "0.7", PROMPTS, rates="sni", bits="3,2"),
+    part("sni-harsh", "0.95", PROMPTS, rates="sni-85"),
     part("sni-harsh-frozen", "0.95", ("mop",), rates="sni-85", recovery={"gate_learning_rate": 0.0}),
     part("sni-harsh-shared", "0.95", ("single", "mop"), rates="sni-85", recovery={"shared_expert": True}),
-    part("sni-2of4", "0.5", MAIN, rates="sni", recipe="sni_24.yaml"),
-    part("dolly-50", "0.5", MAIN, rates="sni", recipe="dolly.yaml"),
-    part("sni", "0.5", RIVALS[2:], recovery=QUERIES_AND_VALUES),
-    part("dolly-50", "0.5", ("single", "mop"), "1,2", rates="sni", recipe="dolly.yaml"),
+    part("sni-2of4", "0.5", PROMPTS, rates="sni", recipe="sni_24.yaml"),
     part("sni-wide", "0.5", ("single",), rates="sni", recovery={"prompts_per_expert": 21}),  # 11 x 10, the gate
-    part("sni-text", "0.5", MAIN, rates="sni", train_text=OTHER_TEXT),
+    part("sni-text", "0.5", PROMPTS, rates="sni", train_text=OTHER_TEXT),
     part("sni-zero-gate", "0.5", ("mop",), rates="sni", recovery={"gate_temper": 0.0}),
     part("sni-frozen-gate", "0.5", ("mop",), rates="sni", recovery={"gate_learning_rate": 0.0}),
     part("sni-clusters", "0.5", ("mop",), rates="sni", recovery={"gate_labels": "clusters"}),
@@ -142,7 +164,7 @@ def main() -> None:
             written = {"write_tokens": 32} if one.folder in ANSWERED else {}
             settings = {**rows, **written, "text": TEXT, "dense_arms": one.dense or ("none",)}
             recipe = load_recipe(ROOT / "recipes" / one.recipe, {**settings, **one.grid})
-            rates = {"learning_rates": found_rates(arguments.output / one.rates)} if one.rates else {"sweep": True}
+            rates = rates_of(one, arguments.output)
             training = {"steps": one.steps, "batch_size": BATCH, **CLIPPING, **rates, **one.recovery}
             asked = with_recovery(recipe, training)
             bench(asked, arguments.output / one.folder, progress=progress)
@@ -151,10 +173,17 @@ def main() -> None:
     print(text)
 
 
+def rates_of(one: Part, output: Path) -> dict[str, object]:
+    """How a part's training comes to its learning rates."""
+    if isinstance(one.rates, Mapping):
+        return {"learning_rates": dict(one.rates)}
+    return {"learning_rates": found_rates(output / one.rates)} if one.rates else {"sweep": True}
+
+
 def found_rates(folder: Path) -> dict[str, float]:
     """What the sweeps of a bench of one setting found, by arm."""
     found = read_sweeps(folder / "sweeps").values()
-    rates = {one.arm: one.learning_rate for one in found if one.arm in MAIN}
+    rates = {one.arm: one.learning_rate for one in found if one.arm in PROMPTS}
     return rates | dict.fromkeys(CONTROLS, rates["mop"])
 
 
@@ -195,33 +224,28 @@ def claims(output: Path) -> Iterator[str]:
 
 
 def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
-    """Less than 0 is better for the first of a pair; a claim with a number is shown where the change is as large."""
-    wanted = -0.03 if folder.startswith("dolly") else -0.10
+    """Whether `mop` is as far below `single` as was claimed; less than 0 is better for it."""
+    least = -0.03 if folder.startswith("dolly") else -0.10
     for one in compare(run, grid):
-        pair = f"{one.first} against {one.second}"
-        if one.setting == "dense" or not (one.first == "mop+" or pair in {f"mop against {arm}" for arm in GATE}):
-            continue
-        least = wanted if pair == "mop against single" else 0.0
-        asked = f"{pair}, {least:+.0%}" if least else pair
-        yield f"| {folder} | {one.setting} | {asked} | {_verdicts(one.micro, one.macro, least)} |"
+        if (one.first, one.second) == ("mop", "single") and one.setting != DENSE:
+            verdicts = _verdicts(one.micro, one.macro, least)
+            yield f"| {folder} | {one.setting} | mop against single, {least:+.0%} | {verdicts} |"
 
 
 def _across(output: Path, first: tuple[str, str], second: tuple[str, str], called: str) -> Iterator[str]:
-    """An arm against one in another folder, on the same rows; it is shown where it is better."""
-    setting = "sparsegpt 85%" if first[0].startswith("sni-85") else "sparsegpt 50%"
+    """An arm against one in another folder, on the same rows, in every setting that both have."""
     (folder, arm), (other, _) = first, second
-    ours, theirs = (_by_seed(output / where, setting, what) for where, what in (first, second))
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        return
-    _check_one_model(output, (folder, other), setting)
-    scores = ours[seeds[0]]
-    assert list(scores.scored_tokens) == list(theirs[seeds[0]].scored_tokens), f"{other} was scored on other rows"
-    bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
-    means = [np.mean([one[seed].nats for seed in seeds], axis=0) for one in (ours, theirs)]
-    verdicts = _verdicts(bootstrap.micro(*means), bootstrap.macro(*means))
-    counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    yield f"| {folder}, {other} | {setting} | {arm} against {called}, {counted} | {verdicts} |"
+    ours, theirs = (_by_setting(output / where, what) for where, what in (first, second))
+    for setting in [one for one in ours if ours[one].keys() & theirs.get(one, {}).keys()]:
+        _check_one_model(output, (folder, other), setting)
+        seeds = sorted(ours[setting].keys() & theirs[setting].keys())
+        scores = ours[setting][seeds[0]]
+        assert list(scores.scored_tokens) == list(theirs[setting][seeds[0]].scored_tokens), f"{other}: other rows"
+        bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
+        means = [np.mean([one[setting][seed].nats for seed in seeds], axis=0) for one in (ours, theirs)]
+        verdicts = _verdicts(bootstrap.micro(*means), bootstrap.macro(*means))
+        counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        yield f"| {folder}, {other} | {setting} | {arm} against {called}, {counted} | {verdicts} |"
 
 
 def _verdicts(micro: Interval, macro: Interval, least: float = 0.0) -> str:
@@ -242,7 +266,7 @@ def _regained(output: Path, three: Sequence[str], setting: str, least: float) ->
         return
     _check_one_model(output, (bare, folder), setting)
     arms = ((bare, setting, "none"), (folder, setting, "mop+"), (dense_folder, "dense", "mop+"))
-    found = [_by_seed(output / name, where, arm).get(0) for name, where, arm in arms]
+    found = [_by_setting(output / name, arm).get(where, {}).get(0) for name, where, arm in arms]
     none, ours, dense = (sum(one.nats) if one else math.nan for one in found)
     share = (none - ours) / (none - dense)
     if math.isfinite(share):
@@ -264,12 +288,14 @@ def _check_one_model(output: Path, folders: Sequence[str], setting: str) -> None
         raise DataError(f"{' and '.join(folders)}: {setting} is {len(hashes)} models; their arms cannot be compared")
 
 
-def _by_seed(folder: Path, setting: str, arm: str) -> dict[int, DocumentScores]:
-    """Scores of the seeds that are there."""
-    if not (folder / "rows.jsonl").exists():
-        return {}
-    documents = read_run(folder).documents
-    return {seed: scores for (where, what, seed), scores in documents.items() if (where, what) == (setting, arm)}
+def _by_setting(folder: Path, arm: str) -> dict[str, dict[int, DocumentScores]]:
+    """Scores of an arm by setting and seed, of what is there."""
+    found: dict[str, dict[int, DocumentScores]] = defaultdict(dict)
+    if (folder / "rows.jsonl").exists():
+        for (setting, what, seed), scores in read_run(folder).documents.items():
+            if what == arm:
+                found[setting][seed] = scores
+    return found
 
 
 if __name__ == "__main__":

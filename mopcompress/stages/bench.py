@@ -40,7 +40,7 @@ from mopcompress.results import (
 )
 from mopcompress.stages.arm import adapter_config, first_layer, tell_of_experts, train_arm
 from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.cell import adapter_of, score_cell
+from mopcompress.stages.cell import Base, adapter_of, score_cell
 from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import Documents, load_documents
 from mopcompress.stages.grid import modifiers_of, settings_of
@@ -130,8 +130,7 @@ class _Bench:
             done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
             missing = [cell for cell in cells_of(self.recipe.run.model_dump(), setting) if cell not in done]
             if missing:
-                compressed = self._compressed(setting, tokens, calibration)
-                self._fill(setting, compressed, documents, missing)
+                self._fill(self._base(setting, self._compressed(setting, tokens, calibration)), documents, missing)
             manifest["seconds"] = before + time.perf_counter() - start
             manifest["sweeps"] = {name: asdict(one) for name, one in read_sweeps(self.folder / "sweeps").items()}
             write_manifest(manifest, self.folder)
@@ -158,17 +157,21 @@ class _Bench:
             )
         return target
 
-    def _fill(self, setting: Setting, base: Path, documents: Documents, cells: Sequence[Cell]) -> None:
-        """Train and score the missing cells of one setting, on states that they share."""
-        model = load_model(base, device=self.device)
-        cached: dict[tuple[int, str], CachedStates] = {}
-        sha256 = weights_hash(base)
+    def _base(self, setting: Setting, compressed: Path) -> Base:
+        """The setting's model. Raises `DataError` when finished rows are of another one."""
+        sha256 = weights_hash(compressed)
         finished = [row for row in read_rows(self.folder / "rows.jsonl") if row.setting == setting.name]
         if {row.model_sha256 for row in finished} - {None, sha256}:
             raise DataError(
                 f"{self.folder}: finished rows of {setting.name} are of another model than models/ holds now, as "
                 "pruning with other threads gives; restore that model, or use another --output-dir"
             )
+        return Base(setting, compressed, sha256, load_model(compressed, device=self.device))
+
+    def _fill(self, base: Base, documents: Documents, cells: Sequence[Cell]) -> None:
+        """Train and score the missing cells of one setting, on states that they share."""
+        model, sha256 = base.model, base.sha256
+        cached: dict[tuple[int, str], CachedStates] = {}
 
         def states(layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32) -> CachedStates:
             if (layer, which) not in cached:
@@ -179,7 +182,7 @@ class _Bench:
         for cell in cells:
             modifier = self.recovery if cell.arm == "none" else self.recovery.with_arm(cell.arm)
             layer = first_layer(cell.arm, modifier.layer, model)
-            trained, adapter = cell.arm != "none", adapter_of(self.folder, setting, cell)
+            trained, adapter = cell.arm != "none", adapter_of(self.folder, base.setting, cell)
             with self._unfinished(adapter, sha256) if trained else nullcontext() as unfinished:
                 recovered = None
                 if unfinished:
@@ -188,7 +191,7 @@ class _Bench:
                     train = self._training(material, sha256, cell.seed, unfinished)
                     if modifier.sweeps:
                         validation = states(layer, documents.validation, "validation rows")
-                        name = sweep_name(setting.name, cell.arm)
+                        name = sweep_name(base.setting.name, cell.arm)
                         modifier, recovered = self._swept(name, modifier, model, validation, train, unfinished)
                     recovered = recovered or train(modifier)
                 test = states(layer, documents.test, "test rows")
@@ -196,10 +199,7 @@ class _Bench:
                 text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
                 row = score_cell(
                     cell,
-                    setting,
                     base,
-                    sha256,
-                    model,
                     test,
                     text,
                     recovered,

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from mopcompress import artifact
@@ -29,12 +30,19 @@ def adapter_of(folder: Path, setting: Setting, cell: Cell) -> Path:
     return folder / "adapters" / f"{folder_name(setting.name)}-{cell.arm}-{cell.seed}"
 
 
+@dataclass(frozen=True)
+class Base:
+    """What all cells of one setting stand on."""
+
+    setting: Setting
+    folder: Path
+    sha256: str  # of its weights
+    model: LanguageModel
+
+
 def score_cell(
     cell: Cell,
-    setting: Setting,
-    base: Path,
-    sha256: str,
-    model: LanguageModel,
+    base: Base,
     test: CachedStates,
     text: CachedStates | None,
     recovered: Recovered | None,
@@ -44,16 +52,15 @@ def score_cell(
     folder: Path,
     progress: Progress,
 ) -> BenchRow:
-    """Score what `recovered` gives on the model in `base`, and leave adapter and documents in the bench's `folder`.
-
-    `sha256` is the hash of the model's weights.
-    """
-    facts = (artifact.read_manifest(base) or {}) if setting != DENSE else {}
-    trained, size = recovered.adapter if recovered else None, run.batch_size
+    """Score what `recovered` gives on the base, and leave adapter and documents in the bench's `folder`."""
+    setting, model, size = base.setting, base.model, run.batch_size
+    facts = (artifact.read_manifest(base.folder) or {}) if setting != DENSE else {}
+    trained = recovered.adapter if recovered else None
     start = time.perf_counter()
     scores = score(model, test, trained, size, progress)
     seconds = time.perf_counter() - start
     scores = with_answers(scores, model, test, trained, run, progress)
+    overall = micro(scores)
     on_text = micro(score(model, text, trained, size, progress)) if text else None
     adapter = adapter_of(folder, setting, cell)
     if recovered:
@@ -68,14 +75,14 @@ def score_cell(
         arm=cell.arm,
         seed=cell.seed,
         data=data,
-        perplexity=micro(scores).perplexity,
+        perplexity=overall.perplexity,
         perplexity_macro=macro_perplexity(scores),
-        exact_match=micro(scores).exact_match,
-        documents=micro(scores).documents,
-        scored_tokens=micro(scores).scored_tokens,
+        exact_match=overall.exact_match,
+        documents=overall.documents,
+        scored_tokens=overall.scored_tokens,
         sparsity=facts.get("sparsity", 0.0),
         weights=facts.get("weights", 0),
-        model_bytes=weights_bytes(base),
+        model_bytes=weights_bytes(base.folder),
         adapter_bytes=adapter_bytes(adapter) if recovered else 0,
         trained_parameters=trained_parameters(trained) if trained else 0,
         train_steps=len(recovered.rows) if recovered else 0,
@@ -83,15 +90,15 @@ def score_cell(
         compress_seconds=facts.get("compress_seconds", 0.0),
         evaluate_seconds=seconds,
         text_perplexity=on_text.perplexity if on_text else None,
-        rouge_l=micro(scores).rouge_l,
+        rouge_l=overall.rouge_l,
         rouge_l_macro=macro_rouge_l(scores),
-        written_exact_match=micro(scores).written_exact_match,
+        written_exact_match=overall.written_exact_match,
         samples=samples(model, test.documents, scores),
         fallbacks=facts.get("fallbacks", 0),
         peak_bytes=peak_bytes(),
         per_task=task_scores(scores),
         gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
         documents_file=f"documents/{adapter.name}.json",
-        model_sha256=sha256,
+        model_sha256=base.sha256,
         revision=revision_of(cell.arm),
     )
