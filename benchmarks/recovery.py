@@ -56,6 +56,8 @@ ACROSS = (  # arms of two folders, first the one that should be better, and what
     (("sni", "mop"), ("sni-zero-gate", "mop"), "mop whose gate begins at zero"),
     (("sni", "mop"), ("sni-frozen-gate", "mop"), "mop with a frozen gate"),
     (("sni", "mop"), ("sni-clusters", "mop"), "mop without task labels"),
+    (("sni-autoclip", "mop"), ("sni-input", "input"), "input"),
+    (("sni-autoclip", "mop"), ("sni-deep", "mop"), "mop of every layer's own keys and values"),
     (("sni-plus", "mop+"), ("sni-plus-ungated", "mop+"), "itself without a gate"),
     (("sni-plus", "mop+"), ("sni-weights", "lora"), "lora"),
     (("sni-plus", "mop+"), ("sni-weights", "masklora"), "masklora"),
@@ -136,6 +138,9 @@ PARTS = (
     part("sni-weights", "0.5", ("masklora", "norms"), rates=AS_LORA, recovery=BY_DEFAULT),
     part("sni-rivals", "0.5", ("prefix", "ia3", "smop"), recovery=BY_DEFAULT | {"sweep_steps": 30}),
     part("sni-input", "0.5", ("input",), rates={"input": 0.03}, recovery=BY_DEFAULT),
+    part(
+        "sni-deep", "0.5", ("mop",), rates={"mop": 0.03}, recovery=BY_DEFAULT | {"deep": True, "prompts_per_expert": 1}
+    ),
     part("dolly-50", "0.5", PROMPTS, rates="sni", recipe="dolly.yaml", recovery=BY_DEFAULT),
     part("dolly-85", "0.85", PROMPTS, rates="sni-85", recipe="dolly.yaml"),
     part("sni-long", "0.5", PROMPTS, rates="sni", steps=480),
