@@ -306,10 +306,12 @@ def test_the_gate_says_the_same_where_an_answer_is_drafted(model: MopForCausalLM
     with gates_of(model) as said:
         written(model, [prompt])
         written(model, [prompt], **DRAFTED[draft]())
-        model.generate(input_ids=torch.tensor([prompt]), **GREEDY | DRAFTED[draft]())
-    assert len(said) == 3
-    assert_close(said[1], said[0])
-    assert_close(said[2], said[0])
+        for given in ({}, {"inputs": None}):
+            model.generate(**given, input_ids=torch.tensor([prompt]), **GREEDY | DRAFTED[draft]())
+        model.generate(None, input_ids=torch.tensor([prompt]), **GREEDY | DRAFTED[draft]())
+    assert len(said) == 5
+    for other in said[1:]:
+        assert_close(other, said[0])
 
 
 def test_no_hook_stays(model: MopForCausalLM) -> None:

@@ -363,4 +363,5 @@ def test_an_arm_acts_from_the_papers_tenth_of_32_layers_on_in_proportion(blocks,
 def test_a_model_of_one_block_has_no_middle():
     with pytest.raises(UsageError, match="the model has one in all"):
         first_layer("mop", None, tiny_model(num_hidden_layers=1))
-    assert first_layer("input", None, tiny_model(num_hidden_layers=1)) == 0
+    for arm in ("input", "lora", "none"):
+        assert first_layer(arm, None, tiny_model(num_hidden_layers=1)) == 0

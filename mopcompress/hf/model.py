@@ -37,7 +37,7 @@ class _Generation:
     """One call of `generate`: what the adapter does from the prompt to the last token."""
 
     model: PreTrainedModel
-    prompt: int | None  # its tokens, padding counted; what follows them at the first step was drafted. None: all
+    prompt_tokens: int | None  # padding counted; what follows them at the first step was drafted. None: all are
     acting: ExitStack = field(default_factory=ExitStack)
     has_read: bool = False
 
@@ -189,8 +189,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
             raise DataError("prefill_chunk_size: the adapter reads a prompt as a whole; leave it out")
-        prompt = next(iter(args), kwargs.get("inputs", kwargs.get("input_ids")))
-        generation = _Generation(self, None if prompt is None else prompt.shape[-1])
+        given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        generation = _Generation(self, next((one.shape[-1] for one in given if one is not None), None))
         token = _generation.set(generation)
         try:
             with generation.acting:
@@ -209,8 +209,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         if mask.shape != input_ids.shape:
             raise DataError("generate goes on from a cache without its tokens; give all of input_ids, or no cache")
-        if generation.prompt is not None:  # an assistant's draft may follow it already
-            mask = mask & (torch.arange(mask.shape[1], device=mask.device) < generation.prompt)
+        if generation.prompt_tokens is not None:  # an assistant's draft may follow it already
+            mask = mask & (torch.arange(mask.shape[1], device=mask.device) < generation.prompt_tokens)
         if cache is None or cache.get_seq_length() == 0:
             return inputs | {"instruction_mask": mask}
         generation.has_read = True  # the cache has what the lower blocks made of the beginning, but not their states

@@ -136,7 +136,8 @@ def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
     Raises `UsageError` when the model has no such block.
     """
     blocks, settings = len(model.blocks), TRAINED.get(arm, NONE)
-    if settings.at_input or (settings.whole and layer == 0):
+    alone = layer is None and blocks == 1  # there is no middle
+    if settings.at_input or (settings.whole and (layer == 0 or alone)):
         return 0
     if blocks == 1:
         raise UsageError(f"arm {arm}: it acts above a first block, and the model has one in all; take one at the input")
