@@ -5,8 +5,8 @@
 Runs benches in the order of what their claims are worth, each in a folder of its own under FOLDER; a run that was
 stopped goes on with the next cell. Rows of at most 128 tokens, 300 test rows, 120 steps of 8 rows that no step sees
 twice. On SNI at 50 % the learning rates of `single`, `mop`, `lora` and `norms`, at 85 % of the first two, are chosen on
-100 validation rows, by trainings as long as the one that counts (in the results, at 85 % by 30 steps); that of `mop+` by
-such trials outside of this study (`2026-11-28-mop-plus`), those of `prefix`, `ia3` and `smop` by 30 steps. Another
+100 validation rows, by trainings as long as the one that counts (in the results, at 85 % by 30 steps); that of `mop+`
+by such trials outside of this study (`2026-11-28-mop-plus`), those of `prefix`, `ia3` and `smop` by 30 steps. Another
 setting, and Dolly, takes the rates of whichever of 50 and 85 % its bare model's log perplexity is nearer to, and
 controls of the gate that of `mop`. About twenty hours of two cores.
 At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
