@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 from mopcompress import artifact
 from mopcompress.errors import DataError, UsageError
 from mopcompress.hf import MopConfig, MopForCausalLM
+from mopcompress.hf.folder import one_device
 from mopcompress.models.cache import CACHE
 from mopcompress.models.checkpoint import weights_hash
 from mopcompress.models.language_model import LanguageModel
@@ -455,14 +456,20 @@ def test_a_repair_beside_the_weights_goes_along(tmp_path: Path) -> None:
         around.save_pretrained(tmp_path / "two")
 
 
+def test_a_device_map_of_the_whole_model_names_its_device() -> None:
+    meta = torch.device("meta")
+    assert [one_device(one) for one in ("meta", meta, {"": "meta"}, {"": meta}, None)] == [meta] * 4 + [None]
+
+
 def test_a_base_alone_is_no_recovered_model(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="name its adapter"):
         MopForCausalLM.from_pretrained(saved(tiny_model(), tmp_path / "base"))
 
 
-def test_dtype_and_device_are_transformers_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}])
+def test_dtype_and_device_are_transformers_own(device_map: Any, tmp_path: Path) -> None:
     folders = folders_of("mop", tmp_path)
-    model = MopForCausalLM.from_pretrained(*folders, dtype="bfloat16", device_map="cpu")
+    model = MopForCausalLM.from_pretrained(*folders, dtype="bfloat16", device_map=device_map)
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
     assert len(written(model, CONTEXTS)[0]) == NEW
 
@@ -525,7 +532,7 @@ def test_a_model_of_half_the_precision_comes_back_as_it_was(arm: str, tmp_path: 
         ({"device": "cpu"}, "no argument 'device'"),
         ({"quantization_config": {}}, "no argument 'quantization_config'"),
         ({"device_map": "auto"}, "device_map 'auto' is not one device"),
-        ({"device_map": {"": 0}}, "is not one device"),
+        ({"device_map": {"": "cpu", "lm_head": "disk"}}, "is not one device"),
         ({"config": PretrainedConfig()}, "config: a base and its adapter bring their own"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -41,14 +42,17 @@ def hub_settings(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def one_device(device_map: object) -> torch.device | None:
-    """The device that a `device_map` names, as a device, an index or a word.
+    """The device that a `device_map` names: as a device, an index or a word, or as transformers' `{"": device}`.
 
     Raises `TypeError` for one that spreads a model over several.
     """
-    if device_map is None or isinstance(device_map, torch.device):
-        return device_map
+    device: Any = device_map
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:  # the name of all of a model
+        device = device_map[""]
+    if device is None or isinstance(device, torch.device):
+        return device
     try:
-        return torch.device(device_map)  # type: ignore[call-overload]
+        return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise TypeError(
             f"from_pretrained: device_map {device_map!r} is not one device; name one, such as cpu"
