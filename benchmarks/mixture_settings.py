@@ -44,19 +44,19 @@ CANDIDATES: dict[str, dict[str, object]] = {
     "gate begins at zero": {"arm": "mop", "gate_temper": 0.0},
     "frozen gate": {"arm": "mop", "gate_learning_rate": 0.0},
     "separate softmax": {"arm": "mop", "gate_reading": "separate"},
-    "single, deep": {"arm": "single", "deep": True},
+    "deep single": {"arm": "single", "deep": True},
     "deep": {"arm": "mop", "deep": True},
-    "single, 4 times the steps": {"arm": "single", "steps": 4 * STEPS},
+    "single of 4 times the steps": {"arm": "single", "steps": 4 * STEPS},
     "4 times the steps": {"arm": "mop", "steps": 4 * STEPS},
 }
-BASELINES = {"deep": "single, deep", "4 times the steps": "single, 4 times the steps"}  # the others: single
+BASELINES = {"deep": "deep single", "4 times the steps": "single of 4 times the steps"}  # the others: single
 
 
 def main() -> None:
     asked = parse()
     done = read(asked.output)
     with progress_on(sys.stderr, quiet=False) as progress:
-        for name in asked.only.split(",") if asked.only else CANDIDATES:
+        for name in asked.only or CANDIDATES:
             if name not in done:
                 done[name] = measured(name, CANDIDATES[name], asked.model, asked.recipe, progress)
                 with asked.output.open("a", encoding="utf-8") as file:
@@ -120,8 +120,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="compressed folder")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "dolly.yaml")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", default="", metavar="NAMES", help="of the settings, with commas between")
+    parser.add_argument(
+        "--only", type=candidates, default=(), metavar="NAMES", help="of the settings, with commas between"
+    )
     return parser.parse_args()
+
+
+def candidates(text: str) -> tuple[str, ...]:
+    """Names of settings; another one is an error of the command line."""
+    if unknown := {*text.split(",")} - {*CANDIDATES}:
+        raise argparse.ArgumentTypeError(f"no setting {min(unknown)!r}; there are {', '.join(CANDIDATES)}")
+    return tuple(text.split(","))
 
 
 if __name__ == "__main__":
