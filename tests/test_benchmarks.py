@@ -1,5 +1,6 @@
 """What scripts in `benchmarks` make of rows that are there."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -38,6 +39,14 @@ def test_a_claim_has_a_verdict_over_tokens_and_one_over_tasks(micro, macro, leas
     verdicts = script("recovery", monkeypatch)._verdicts(Interval(*micro), Interval(*macro), least)
     assert verdicts.count(" | ") == 3
     assert verdicts.endswith(f" | {shown}")
+
+
+def test_every_setting_of_a_mixture_can_be_asked_for_by_its_name(monkeypatch):
+    settings = script("mixture_settings", monkeypatch)
+    assert settings.candidates(",".join(settings.CANDIDATES)) == tuple(settings.CANDIDATES)
+    assert {*settings.BASELINES, *settings.BASELINES.values()} <= {*settings.CANDIDATES}
+    with pytest.raises(argparse.ArgumentTypeError, match="no setting 'other'"):
+        settings.candidates("single,other")
 
 
 def test_costs_of_a_study_are_joined_with_the_speed_of_its_own_adapters(tmp_path, monkeypatch):
