@@ -8,7 +8,7 @@ twice. On SNI at 50 % the learning rates of `single`, `mop`, `lora` and `norms`,
 100 validation rows, by trainings as long as the one that counts (in the results, at 85 % by 30 steps); that of `mop+`
 by such trials outside of this study (`2026-11-28-mop-plus`), those of `prefix`, `ia3` and `smop` by 30 steps. Another
 setting, and Dolly, takes the rates of whichever of 50 and 85 % its bare model's log perplexity is nearer to, and
-controls of the gate that of `mop`. About twenty hours of two cores.
+controls of the gate that of `mop`; Dolly at 50 % is swept once more by itself. About twenty hours of two cores.
 At the end, and with `--claims` alone, FOLDER/claims.md holds what was claimed against what was measured.
 """
 
@@ -40,6 +40,11 @@ BATCH = 8
 CLIPPING = {"gate_clipping": "together", "clip_percentile": 100}  # not the default: of all parts that say nothing of it
 APART = {"gate_clipping": "apart", "clip_percentile": 100}
 BY_DEFAULT = {"gate_clipping": "apart", "clip_percentile": 50}
+TWO_CLUSTERS = BY_DEFAULT | {
+    "experts": 2,
+    "prompts_per_expert": 40,
+    "gate_labels": "clusters",
+}  # of mixture_settings.py
 UNGATED = {"gate_temper": 0.0, "gate_learning_rate": 0.0}
 QUERIES_AND_VALUES = {"adapter_targets": ("q_proj", "v_proj")}  # what `lora` changes in its paper, and in `sni`
 WRITERS = {"adapter_targets": ("o_proj", "down_proj")}  # what it changes here unless told otherwise
@@ -78,6 +83,7 @@ ACROSS = (  # arms of two folders, first the one that should be better, and what
         for folder in ("sni-85", "sni-settings", "sni-2of4", "sni-harsh", "dolly-85")
         for arm in ("mop", "single")
     ),
+    (("dolly-50-clusters", "mop"), ("dolly-50", "single"), "single (mop of two experts that k-means found)"),
     (("dolly-50-plus", "mop+"), ("dolly-50", "mop"), "mop"),
     (("dolly-50-plus", "mop+"), ("dolly-50", "single"), "single"),
 )
@@ -141,7 +147,9 @@ PARTS = (
     part(
         "sni-deep", "0.5", ("mop",), rates={"mop": 0.03}, recovery=BY_DEFAULT | {"deep": True, "prompts_per_expert": 1}
     ),
-    part("dolly-50", "0.5", PROMPTS, rates="sni", recipe="dolly.yaml", recovery=BY_DEFAULT),
+    part("dolly-50", "0.5", PROMPTS, "0,1,2", rates="sni", recipe="dolly.yaml", recovery=BY_DEFAULT),
+    part("dolly-50-clusters", "0.5", ("mop",), "0,1,2", rates="sni", recipe="dolly.yaml", recovery=TWO_CLUSTERS),
+    part("dolly-50-swept", "0.5", ("single", "mop"), recipe="dolly.yaml", recovery=BY_DEFAULT),
     part("dolly-85", "0.85", PROMPTS, rates="sni-85", recipe="dolly.yaml"),
     part("sni-long", "0.5", PROMPTS, rates="sni", steps=480),
     part("sni-85", "0.85", ("single", "mop"), "1,2"),
