@@ -176,13 +176,13 @@ def read_rows(path: Path) -> list[BenchRow]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(_row(json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise DataError(f"{path}: line {number} is not a bench row ({error}); remove that line") from error
     return rows

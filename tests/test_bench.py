@@ -304,6 +304,15 @@ def test_rows_come_back_as_they_were(finished, tmp_path):
     assert all(isinstance(row, BenchRow) for row in rows)
 
 
+def test_a_line_that_is_not_text_is_told(finished, tmp_path):
+    lines = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n" + b"".join(lines))
+    with pytest.raises(DataError, match="line 1 is not a bench row"):
+        read_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(lines) + b"\xff")
+    assert len(read_rows(tmp_path / "rows.jsonl")) == len(lines)
+
+
 def test_a_row_takes_the_place_of_an_unfinished_line(finished, tmp_path):
     first, second = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)[:2]
     for left in (b"", first[:50], first + second[:-1]):

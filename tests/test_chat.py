@@ -95,6 +95,17 @@ def test_an_empty_pipe_is_refused(stories: Path, monkeypatch: pytest.MonkeyPatch
     assert "nothing comes through stdin" in outcome.err
 
 
+@pytest.mark.parametrize("piped", [False, True])
+def test_an_instruction_that_is_not_text_is_refused(
+    stories: Path, piped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that are not UTF-8 reach a program as lone surrogates."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("caf\udce9\n" if piped else ""))
+    outcome = invoke("generate", stories, *([] if piped else ["--prompt", "caf\udce9"]))
+    assert outcome.code == 2
+    assert "not text at character 3; give it as UTF-8" in outcome.err
+
+
 def test_given_prompts_leave_the_pipe_alone(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = io.StringIO("not for us")
     monkeypatch.setattr("sys.stdin", waiting)

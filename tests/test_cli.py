@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -536,6 +537,15 @@ def test_an_adapter_at_the_input_is_exported_for_peft(pruned: Path, data: Path, 
     assert invoke("export-adapter", adapter, "--output-dir", adapter).code == 73
     other = ("--model", "no/such/model", "--output-dir", tmp_path / "other")
     assert invoke("export-adapter", adapter, *other).code == 66
+
+
+def test_an_adapter_without_hashes_is_not_exported(adapter: Path, tmp_path: Path) -> None:
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    damaged = shutil.copytree(adapter, tmp_path / "damaged")
+    (damaged / "manifest.json").write_text(json.dumps({"kind": manifest["kind"], "arm": "input"}))
+    outcome = invoke("export-adapter", damaged, "--output-dir", tmp_path / "peft")
+    assert outcome.code == 65
+    assert "with hashes" in outcome.err
 
 
 def test_an_adapter_that_peft_does_not_have_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Which rows take part in a run, and what compression is calibrated on."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from mopcompress.data.splits import Example, Splits, assemble
 from mopcompress.errors import DataError
 from mopcompress.recipe import RunSpec
 from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.documents import encode_documents
+from mopcompress.stages.documents import documents_for, encode_documents
 from mopcompress.stages.progress import silent
 
 
@@ -51,6 +54,53 @@ def test_rows_that_name_no_task_have_none_and_texts_beside_them_are_told_apart(t
     (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 200)
     beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
     assert encode_documents(splits(**parts), beside, word_tokenizer()).tasks == ("all", "plain text")
+
+
+def test_a_task_of_the_rows_is_not_that_of_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 200)
+    named = {"train": rows(8, task="plain text"), "validation": [], "test": rows(3, task="plain text")}
+    run = RunSpec(train_rows=8, test_rows=3)
+    assert encode_documents(splits(**named), run, word_tokenizer()).tasks == ("plain text",)
+    beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
+    with pytest.raises(DataError, match="rows have the task 'plain text', that of the windows of --train-text"):
+        encode_documents(splits(**named), beside, word_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({}, "rows.jsonl: a row of 71 tokens exceeds the model's context of 64 tokens; lower --max-length"),
+        ({"max_length": 40, "text": True}, "--text: a window of 256 tokens exceeds the model's context of 64 tokens"),
+    ],
+)
+def test_what_exceeds_learned_positions_is_refused(field: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Where positions are rotary, the perplexity says what the model makes of it."""
+    lines = [{"instruction": " ".join(["w5"] * words), "output": f"w{4 + words % 7}"} for words in [*range(6, 30), 68]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    if "text" in field:
+        (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 600)
+        field = field | {"text": str(tmp_path / "text.txt"), "text_samples": 2}
+    run = RunSpec(data=str(tmp_path / "rows.jsonl"), train_rows=None, test_rows=None, validation_rows=None, **field)
+    with pytest.raises(DataError, match=re.escape(said)):
+        documents_for(tiny_model("gpt2"), run)
+    assert documents_for(tiny_model(), run).train
+
+
+def test_text_that_a_model_samples_fits_its_learned_positions() -> None:
+    from mopcompress.models.sampling import sample_text
+
+    assert sample_text(tiny_model("gpt2"), samples=1, length=64, seed=0).shape == (1, 64)
+    with pytest.raises(DataError, match=r"calibration text of 65 tokens exceeds .* lower --max-seq-length"):
+        sample_text(tiny_model("gpt2"), samples=1, length=65, seed=0)
+
+
+def test_answers_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    lines = [{"instruction": " ".join(["w5"] * words), "output": f"w{4 + words % 7}"} for words in range(6, 30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = {"data": str(tmp_path / "rows.jsonl"), "train_rows": None, "test_rows": None, "validation_rows": None}
+    assert documents_for(tiny_model(), RunSpec(**asked, write_tokens=20)).test
+    with pytest.raises(DataError, match="an answer of 60 exceed the model's context of 64"):
+        documents_for(tiny_model(), RunSpec(**asked, write_tokens=60))
 
 
 def test_nothing_short_enough_is_an_error() -> None:

@@ -15,12 +15,12 @@ from mopcompress.recipe.commands import with_recovery
 from mopcompress.recover.adapter import AdapterConfig
 from mopcompress.recover.mixture import MixtureOfPrompts
 from mopcompress.recover.recovered import Recovered
-from mopcompress.results import read_rows
+from mopcompress.results import Trial, read_rows
 from mopcompress.stages.arm import train_arm
 from mopcompress.stages.bench import bench
 from mopcompress.stages.documents import Documents
 from mopcompress.stages.protocol import protocol
-from mopcompress.stages.sweep import check_validation, sweep_rate, told
+from mopcompress.stages.sweep import check_validation, read_trials, sweep_rate, told, write_trials
 from mopcompress.states import CachedStates
 
 LAYER = 2
@@ -279,6 +279,16 @@ def test_a_bench_that_was_stopped_in_a_sweep_does_not_repeat_its_trials(stories,
     bench(whole, tmp_path / "run")
     tried = rates[: rates.index(rates[2], 3) + 1]
     assert len(tried) == 4  # two, the one that was stopped, and that one again
+
+
+@pytest.mark.parametrize("text", ["{half", "[1]", "1"])
+def test_damaged_trials_are_told(text, tmp_path):
+    trial = Trial(learning_rate=0.5, validation_nats=2.25, seconds=3.0)
+    write_trials([trial], tmp_path)
+    assert read_trials(tmp_path) == {0.5: trial}
+    next(tmp_path.iterdir()).write_text(text)
+    with pytest.raises(DataError, match=r"is damaged .*; without it the trials are trained again"):
+        read_trials(tmp_path)
 
 
 def test_arms_have_the_rates_that_a_recipe_gives_them() -> None:

@@ -11,6 +11,7 @@ import torch
 from invoking import TINY, TRAINED, write_data
 from safetensors.torch import load_file, save_file
 
+from mopcompress import artifact
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.commands import for_recovery, with_recovery
@@ -162,6 +163,26 @@ def test_another_job_in_its_place_is_refused(recipe, tmp_path, flags, seed, said
         recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
     with pytest.raises(OutputError, match=f"another job .*{said}"):
         recover(for_recovery(recipe, flags), tmp_path / "out", seed=seed)
+
+
+@pytest.mark.parametrize("text", ["{half", "[1]", "caf\udce9"])
+def test_a_damaged_job_is_another_one(recipe, tmp_path, text):
+    with pytest.raises(KilledError):
+        recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
+    job = artifact.unfinished_folder(tmp_path / "out") / "job.json"
+    job.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(OutputError, match=r"another job \(job.json is damaged\); .*remove the folder"):
+        recover(recipe, tmp_path / "out", seed=0)
+
+
+def test_of_many_differences_some_are_told(recipe, tmp_path):
+    with pytest.raises(KilledError):
+        recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
+    changed = {"learning_rate": 0.25, "gate_temper": 0.5, "steps": 9, "batch_size": 3, "warmup_fraction": 0.5}
+    with pytest.raises(OutputError) as caught:
+        recover(for_recovery(recipe, changed | {"clip_norm": 2.0, "log_opening": -1.0}), tmp_path / "out", seed=1)
+    assert str(caught.value).count(", is ") == 6
+    assert "; and 3 more" in str(caught.value)
 
 
 @pytest.mark.parametrize(("sweep_steps", "finished"), [(None, 1), (None, 2), (2, 0), (2, 3)])

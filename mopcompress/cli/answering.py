@@ -28,6 +28,11 @@ def generate(
     plan.check_inputs(recipe.run, data=False, calibration=False)
     chats = not prompt and sys.stdin.isatty()
     prompts = prompt or ([] if chats else _piped())
+    for one in prompts:
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:  # bytes that are not UTF-8 come as lone surrogates
+            raise UsageError(f"instruction {one!r}: not text at character {error.start}; give it as UTF-8") from error
     if common.dry_run:
         tell_plan(common, recipe, None, False, {"model": plan.model_facts(recipe.run.model), "prompts": len(prompts)})
         return

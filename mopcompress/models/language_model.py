@@ -145,6 +145,15 @@ class LanguageModel:
                 "them, so they cannot run by themselves; use a model of another family"
             )
 
+    def check_context(self, tokens: int, what: str, instead: str) -> None:
+        """Raise `DataError` when so many tokens take positions that were never learned.
+
+        Rotary positions have no end: what a model makes of text beyond its context, its perplexity says.
+        """
+        learned = getattr(self.config, "max_position_embeddings", None)
+        if learned is not None and tokens > learned and not self.is_rotary:
+            raise DataError(f"{what} of {tokens} tokens exceeds the model's context of {learned} tokens; {instead}")
+
     @property
     def is_rotary(self) -> bool:
         """Only differences of positions count."""

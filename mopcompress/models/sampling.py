@@ -22,7 +22,9 @@ def sample_text(
 
     First tokens are drawn uniformly from the vocabulary's ordinary tokens, so that topics differ. Special tokens are
     never drawn: calibration text is plain text. `progress` is told how many tokens each sample has.
+    Raises `DataError` when a sample is longer than the model's context.
     """
+    model.check_context(length, "calibration text", "lower --max-seq-length")
     generator = torch.Generator(model.device).manual_seed(seed)
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=model.device)
     drawn = torch.ones(samples, model.config.vocab_size, device=model.device)

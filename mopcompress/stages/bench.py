@@ -42,7 +42,7 @@ from mopcompress.stages.arm import adapter_config, first_layer, tell_of_experts,
 from mopcompress.stages.calibration import calibration_tokens
 from mopcompress.stages.cell import Base, adapter_of, score_cell
 from mopcompress.stages.compress import compress_into
-from mopcompress.stages.documents import Documents, load_documents
+from mopcompress.stages.documents import Documents, documents_for
 from mopcompress.stages.grid import modifiers_of, settings_of
 from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.manifest import continued, write_manifest
@@ -104,7 +104,7 @@ class _Bench:
     def run(self) -> list[BenchRow]:
         start, settings = time.perf_counter(), settings_of(self.recipe)
         model = load_model(self.source, device=self.device)
-        documents = load_documents(self.recipe.run, model.tokenizer)
+        documents = documents_for(model, self.recipe.run)
         arms = [self.recovery.with_arm(arm) for arm in self.recipe.run.trained_arms]
         tell_of_experts(arms, documents.tasks, self.progress)
         first_layer("none", self.recovery.layer, model)

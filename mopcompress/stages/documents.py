@@ -1,6 +1,7 @@
 """The data of a run, encoded: which rows take part, and what was left out."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from mopcompress.data.encoding import Encoded, encode, template_name
 from mopcompress.data.examples import load_examples
 from mopcompress.data.splits import Example, Splits, subset
 from mopcompress.errors import DataError
+from mopcompress.hf.generation import check_fits
+from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import RunSpec
 
 TEXT_TOKENS, TEXT_CONTEXT = 256, 32  # of a window of plain text; the context is what a gate reads
@@ -41,6 +44,24 @@ def load_documents(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Document
     """
     splits = load_examples(run.data, rename=run.map, seed=run.seed)
     return encode_documents(splits, run, tokenizer)
+
+
+def documents_for(model: LanguageModel, run: RunSpec) -> Documents:
+    """The same for a model that is to run on them.
+
+    Raises `DataError`, besides, when a row, a window of text, or an answer that the run asks for exceeds its context.
+    """
+    documents = load_documents(run, model.tokenizer)
+    rows = (*documents.train, *documents.validation, *documents.test)
+    model.check_context(_longest(rows), f"data {run.data}: a row", "lower --max-length")
+    model.check_context(_longest(documents.text), "--text: a window", "leave it out")
+    if run.write_tokens is not None:
+        check_fits(model.network, [one.tokens[: one.context_tokens] for one in documents.test], run.write_tokens)
+    return documents
+
+
+def _longest(rows: Sequence[Encoded]) -> int:
+    return max((len(row.tokens) for row in rows), default=0)
 
 
 def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Documents:
@@ -82,6 +103,10 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
     for name, source, windows in (("text", run.text, scored_text), ("train_text", run.train_text, trained)):
         if windows:
             facts[name] = {"name": source, "windows": len(windows), "sha256": _digest([one.tokens for one in windows])}
+    if trained and TEXT_TASK in tasks:
+        raise DataError(
+            f"data {run.data}: rows have the task {TEXT_TASK!r}, that of the windows of --train-text; name it otherwise"
+        )
     if trained:
         kept["train"], tasks = (*kept["train"], *trained), tuple(sorted({*tasks, TEXT_TASK}))
     if tasks == (NO_TASK,):

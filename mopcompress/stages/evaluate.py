@@ -12,7 +12,7 @@ from mopcompress.recover.adapter import Adapter
 from mopcompress.recover.folder import load_adapter
 from mopcompress.results import DocumentScores
 from mopcompress.stages.arm import first_layer
-from mopcompress.stages.documents import load_documents
+from mopcompress.stages.documents import documents_for
 from mopcompress.stages.gate import read_gate
 from mopcompress.stages.kept_states import cache_states
 from mopcompress.stages.progress import Progress, silent
@@ -28,7 +28,7 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     loaded, config, sha256 = None, None, weights_hash(base)
     if adapter is not None:
         loaded, config = load_adapter(adapter, model, base_sha256=sha256)
-    documents = load_documents(recipe.run, model.tokenizer)
+    documents = documents_for(model, recipe.run)
     layer = config.layer if config else first_layer("none", recipe.recovery.layer, model)
     states = cache_states(model, sha256, documents.test, layer, recipe.run.batch_size, "test rows", progress)
     scores = score(model, states, loaded, recipe.run.batch_size, progress)

@@ -26,6 +26,7 @@ def export_adapter(
     if made is None:
         raise InputNotFoundError(f"adapter {adapter}: not finished; name a folder that `mopcompress recover` wrote")
     check_arm(str(made.get("arm")))
+    artifact.verify(adapter)
     source = {"folder": str(adapter), "sha256": artifact.fingerprint(made["files"])}
     if target.exists() or resume == "required":
         return _finished(target, source, resume, progress)

@@ -12,6 +12,7 @@ from mopcompress.errors import DataError, NumericalError, OutputError, UsageErro
 from mopcompress.stages.manifest import differences
 
 FILE = "job.json"
+TOLD = 6  # differences of two jobs; others are counted
 
 
 @contextmanager
@@ -25,11 +26,11 @@ def unfinished_work(
     """
     folder = artifact.unfinished_folder(target)
     with artifact.locked(folder):
-        if found := "; ".join(_differences(folder, facts)):
+        if found := _differences(folder, facts):
             if not begin_again:
                 raise OutputError(
                     f"{folder} holds the unfinished work of another job ({found}); "
-                    "run that command again to finish it, or remove the folder"
+                    "finish it with that command, as it was then, or remove the folder"
                 )
             tell(f"{folder} holds work that cannot go on here ({found}): beginning again")
             clear(folder)
@@ -58,7 +59,16 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def _differences(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+def _differences(folder: Path, facts: Mapping[str, Any]) -> str:
+    """What the work that is there has another of than `facts`, the first few in words; nothing without work."""
     if not begun(folder):
-        return []
-    return differences(json.loads((folder / FILE).read_text(encoding="utf-8")), json.loads(json.dumps(facts)))
+        return ""
+    try:
+        before = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        return f"{FILE} is damaged"
+    found = differences(before, json.loads(json.dumps(facts)))
+    more = [f"and {len(found) - TOLD} more"] if len(found) > TOLD else []
+    return "; ".join([*found[:TOLD], *more])

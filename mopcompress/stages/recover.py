@@ -17,7 +17,7 @@ from mopcompress.recover.start import Material
 from mopcompress.recover.workers import Workers, joined
 from mopcompress.results import Sweep
 from mopcompress.stages.arm import first_layer, tell_of_experts, train_arm
-from mopcompress.stages.documents import load_documents
+from mopcompress.stages.documents import documents_for
 from mopcompress.stages.kept_states import TRAINING, cache_states
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
@@ -35,7 +35,7 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     with joined(device) as workers:
         tell = progress if workers.first else silent
         model = load_model(base, device=device)
-        documents = load_documents(recipe.run, model.tokenizer)
+        documents = documents_for(model, recipe.run)
         layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
         modifier, recovered = recipe.recovery, None
         tell_of_experts([modifier], documents.tasks, tell)

@@ -164,5 +164,8 @@ def write_trials(trials: Sequence[Trial], folder: Path) -> None:
 def read_trials(folder: Path) -> dict[float, Trial]:
     """What `write_trials` kept, by rate."""
     path = folder / TRIALS
-    fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return {trial.learning_rate: trial for trial in (Trial(**one) for one in fields)}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return {trial.learning_rate: trial for trial in (Trial(**one) for one in fields)}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); without it the trials are trained again") from error
