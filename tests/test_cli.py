@@ -520,7 +520,7 @@ def test_a_reader_that_has_gone_is_no_error(stories: Path, tmp_path: Path) -> No
 # --- export-adapter
 
 
-def test_an_adapter_at_the_input_is_exported_for_peft(pruned: Path, data: Path, tmp_path: Path) -> None:
+def test_an_adapter_at_the_input_is_exported_for_peft(pruned: Path, stories: Path, data: Path, tmp_path: Path) -> None:
     adapter, target = tmp_path / "adapter", tmp_path / "peft"
     words = ("--data", data, "--steps", 2, "--device", "cpu", "--output-dir", adapter)
     assert invoke("recover", pruned, "--arm", "input", *words).code == 0
@@ -535,6 +535,9 @@ def test_an_adapter_at_the_input_is_exported_for_peft(pruned: Path, data: Path, 
     assert (again.code, "done already" in again.err) == (0, True)
     assert invoke("export-adapter", adapter, "--output-dir", target, "--resume", "never").code == 73
     assert invoke("export-adapter", adapter, "--output-dir", adapter).code == 73
+    assert invoke("export-adapter", adapter, "--output-dir", target, "--model", pruned).code == 0
+    wrong = invoke("export-adapter", adapter, "--output-dir", target, "--model", stories)
+    assert (wrong.code, "was trained on a model with weights" in wrong.err) == (65, True)
     other = ("--model", "no/such/model", "--output-dir", tmp_path / "other")
     assert invoke("export-adapter", adapter, *other).code == 66
 

@@ -28,19 +28,11 @@ def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tup
 
     Raises `InputNotFoundError` when there is none, `DataError` when it is damaged or belongs to another model.
     """
-    if not (folder / CONFIG).exists():
-        raise InputNotFoundError(f"adapter {folder}: no {CONFIG} there; name a folder that `mopcompress recover` wrote")
-    artifact.verify(folder)
+    config = config_for(folder, base_sha256=base_sha256)
     try:
-        config = AdapterConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         weights = load_file(folder / WEIGHTS)
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise DataError(f"adapter {folder} cannot be read ({error}); train it again") from error
-    if config.base_sha256 != base_sha256:
-        raise DataError(
-            f"adapter {folder} was trained on a model with weights {config.base_sha256}, this one has {base_sha256}; "
-            "use the compressed model that it was trained on"
-        )
     if config.arm not in ARMS:
         raise DataError(f"adapter {folder}: no arm {config.arm!r} here, only {', '.join(ARMS)}; train it again")
     adapter = ARMS[config.arm].build(model, config)
@@ -51,6 +43,23 @@ def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tup
         raise DataError(f"adapter {folder}: {str(error).splitlines()[-1].strip()}; train it again") from error
     adapter.to(model.device, model.network.dtype).requires_grad_(False)
     return adapter, config
+
+
+def config_for(folder: Path, *, base_sha256: str) -> AdapterConfig:
+    """What an adapter is, if it is whole and of the model whose weights have this hash; else raises as loading it."""
+    if not (folder / CONFIG).exists():
+        raise InputNotFoundError(f"adapter {folder}: no {CONFIG} there; name a folder that `mopcompress recover` wrote")
+    artifact.verify(folder)
+    try:
+        config = AdapterConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise DataError(f"adapter {folder} cannot be read ({error}); train it again") from error
+    if config.base_sha256 != base_sha256:
+        raise DataError(
+            f"adapter {folder} was trained on a model with weights {config.base_sha256}, this one has {base_sha256}; "
+            "use the compressed model that it was trained on"
+        )
+    return config
 
 
 def adapter_bytes(folder: Path) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from mopcompress import artifact
 from mopcompress.errors import InputNotFoundError, OutputError, UsageError
 from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
-from mopcompress.recover.folder import load_adapter
+from mopcompress.recover.folder import config_for, load_adapter
 from mopcompress.recover.peft_format import check_arm, write_peft
 from mopcompress.stages.progress import Progress, silent
 from mopcompress.stages.provenance import choose_device, provenance
@@ -29,6 +29,8 @@ def export_adapter(
     artifact.verify(adapter)
     source = {"folder": str(adapter), "sha256": artifact.fingerprint(made["files"])}
     if target.exists() or resume == "required":
+        if model is not None:  # what is there may be whole, and of another model than the one that is asked for
+            config_for(adapter, base_sha256=weights_hash(resolve_model(model)))
         return _finished(target, source, resume, progress)
     name = model or made.get("base", {}).get("folder")
     if name is None:
