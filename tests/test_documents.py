@@ -12,8 +12,10 @@ from tiny import saved, tiny_model, word_tokenizer
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example, Splits, assemble
 from mopcompress.errors import DataError
-from mopcompress.recipe import RunSpec
+from mopcompress.recipe import RunSpec, load_recipe
+from mopcompress.recipe.grammar import DEFAULTS
 from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.compress import compress_into
 from mopcompress.stages.documents import documents_for, encode_documents
 from mopcompress.stages.progress import silent
 
@@ -92,6 +94,15 @@ def test_text_that_a_model_samples_fits_its_learned_positions() -> None:
     assert sample_text(tiny_model("gpt2"), samples=1, length=64, seed=0).shape == (1, 64)
     with pytest.raises(DataError, match=r"calibration text of 65 tokens exceeds .* lower --max-seq-length"):
         sample_text(tiny_model("gpt2"), samples=1, length=65, seed=0)
+
+
+@pytest.mark.parametrize("modifier", [DEFAULTS["magnitude"], DEFAULTS["structured"]])
+def test_calibration_text_beyond_learned_positions_is_refused(modifier: Any, tmp_path: Path) -> None:
+    base = saved(tiny_model("gpt2"), tmp_path / "base")
+    recipe = load_recipe(None, {"model": str(base), "device": "cpu"})
+    with pytest.raises(DataError, match="calibration text of 65 tokens exceeds"):
+        compress_into(tmp_path / "out", base, [modifier], torch.full((2, 65), 5), {}, recipe, progress=silent)
+    assert not (tmp_path / "out").exists()
 
 
 def test_answers_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:

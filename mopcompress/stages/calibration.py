@@ -11,6 +11,7 @@ from torch import Tensor
 from mopcompress import artifact
 from mopcompress.data.calibration import document_windows, read_text, text_windows
 from mopcompress.models.checkpoint import load_model, load_tokenizer
+from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.sampling import sample_text
 from mopcompress.models.smollm2 import cache_folder
 from mopcompress.recipe import RunSpec
@@ -42,6 +43,11 @@ def calibration_tokens(
         "sha256": artifact.fingerprint({"tokens": tokens.tolist()}),
     }
     return tokens.cpu(), facts
+
+
+def check_calibration(tokens: Int[Tensor, "samples length"], model: LanguageModel) -> None:
+    """Raise `DataError` when the windows are longer than what the model has learned positions for."""
+    model.check_context(tokens.shape[1], "calibration text", "lower --max-seq-length")
 
 
 def _own_text(run: RunSpec, source: Path, model_sha256: str, progress: Progress) -> Int[Tensor, "samples length"]:

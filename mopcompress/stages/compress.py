@@ -31,7 +31,7 @@ from mopcompress.recipe import (
     SparseGPTModifier,
 )
 from mopcompress.recipe.modifiers import Masking, Pruning, StructuredPruningModifier
-from mopcompress.stages.calibration import calibration_tokens
+from mopcompress.stages.calibration import calibration_tokens, check_calibration
 from mopcompress.stages.compressed import (
     check_fallbacks,
     keep_repairs,
@@ -90,6 +90,7 @@ def compress_into(
     device = choose_device(recipe.run.device)
     masking = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
     streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
+    check_calibration(tokens, streamed.model)
     check_fit(_shapes_of(streamed.model), masking, recipe.repair)
     compressions = [
         with_shares(compression_of(one), one, streamed.model, tokens.to(device), present=streamed.block)

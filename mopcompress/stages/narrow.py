@@ -19,6 +19,7 @@ from mopcompress.models.checkpoint import load_model, save_model, stored_dtype, 
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.widths import write_sizes
 from mopcompress.recipe import Recipe, StructuredPruningModifier
+from mopcompress.stages.calibration import check_calibration
 from mopcompress.stages.compressed import check_fallbacks, published, request_facts
 from mopcompress.stages.progress import Progress
 from mopcompress.stages.provenance import choose_device, peak_bytes, provenance
@@ -40,6 +41,7 @@ def narrow_into(
     """
     device = choose_device(recipe.run.device)
     model = load_model(source, device=device)
+    check_calibration(tokens, model)
     parameters, weights = model.network.num_parameters(), _weights(model)
     start = time.perf_counter()
     done = narrow_model(model, tokens.to(device), narrowing_of(modifier), progress=_told(progress))
