@@ -45,6 +45,7 @@ TWO_CLUSTERS = BY_DEFAULT | {
     "prompts_per_expert": 40,
     "gate_labels": "clusters",
 }  # of mixture_settings.py
+ZERO_GATE = {"gate_temper": 0.0}
 UNGATED = {"gate_temper": 0.0, "gate_learning_rate": 0.0}
 QUERIES_AND_VALUES = {"adapter_targets": ("q_proj", "v_proj")}  # what `lora` changes in its paper, and in `sni`
 WRITERS = {"adapter_targets": ("o_proj", "down_proj")}  # what it changes here unless told otherwise
@@ -84,6 +85,7 @@ ACROSS = (  # arms of two folders, first the one that should be better, and what
         for arm in ("mop", "single")
     ),
     (("dolly-50-clusters", "mop"), ("dolly-50", "single"), "single (mop of two experts that k-means found)"),
+    (("dolly-50-zero-gate", "mop"), ("dolly-50", "single"), "single (mop whose gate begins at zero)"),
     (("dolly-50-plus", "mop+"), ("dolly-50", "mop"), "mop"),
     (("dolly-50-plus", "mop+"), ("dolly-50", "single"), "single"),
 )
@@ -149,6 +151,7 @@ PARTS = (
     ),
     part("dolly-50", "0.5", PROMPTS, "0,1,2", rates="sni", recipe="dolly.yaml", recovery=BY_DEFAULT),
     part("dolly-50-clusters", "0.5", ("mop",), "0,1,2", rates="sni", recipe="dolly.yaml", recovery=TWO_CLUSTERS),
+    part("dolly-50-zero-gate", "0.5", ("mop",), rates="sni", recipe="dolly.yaml", recovery=BY_DEFAULT | ZERO_GATE),
     part("dolly-50-swept", "0.5", ("single", "mop"), recipe="dolly.yaml", recovery=BY_DEFAULT),
     part("dolly-85", "0.85", PROMPTS, rates="sni-85", recipe="dolly.yaml"),
     part("sni-long", "0.5", PROMPTS, rates="sni", steps=480),
@@ -160,7 +163,7 @@ PARTS = (
     part("sni-2of4", "0.5", PROMPTS, rates="sni", recipe="sni_24.yaml"),
     part("sni-wide", "0.5", ("single",), rates="sni", recovery={"prompts_per_expert": 21}),  # 11 x 10, the gate
     part("sni-text", "0.5", PROMPTS, rates="sni", train_text=OTHER_TEXT),
-    part("sni-zero-gate", "0.5", ("mop",), rates="sni", recovery={"gate_temper": 0.0}),
+    part("sni-zero-gate", "0.5", ("mop",), rates="sni", recovery=ZERO_GATE),
     part("sni-frozen-gate", "0.5", ("mop",), rates="sni", recovery={"gate_learning_rate": 0.0}),
     part("sni-clusters", "0.5", ("mop",), rates="sni", recovery={"gate_labels": "clusters"}),
     part("dolly-85", "0.85", ("single", "mop"), "1,2", rates="sni-85", recipe="dolly.yaml"),
