@@ -64,6 +64,8 @@ ACROSS = (  # arms of two folders, first the one that should be better, and what
     (("sni", "mop"), ("sni-clusters", "mop"), "mop without task labels"),
     (("sni-autoclip", "mop"), ("sni-input", "input"), "input"),
     (("sni-autoclip", "mop"), ("sni-deep", "mop"), "mop of every layer's own keys and values"),
+    (("sni-harsh-shared", "mop"), ("sni-harsh", "mop"), "mop without a shared expert"),
+    (("sni-harsh", "mop"), ("sni-harsh-shared", "single"), "single of ten tokens more"),
     (("sni-plus", "mop+"), ("sni-plus-ungated", "mop+"), "itself without a gate"),
     (("sni-plus", "mop+"), ("sni-weights", "lora"), "lora"),
     (("sni-plus", "mop+"), ("sni-weights", "masklora"), "masklora"),
