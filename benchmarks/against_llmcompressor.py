@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from sparsegpt_reference import perplexity, untokenised
 
-from mopcompress.data.calibration import text_windows
-from mopcompress.models.checkpoint import load_model, resolve_model
-from mopcompress.stages.provenance import now, provenance
+from mopcompress.data.text_windows import text_windows
+from mopcompress.environment import now, provenance
+from mopcompress.models.model_loading import load_model, resolve_model
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "lm"
 SETTINGS = {

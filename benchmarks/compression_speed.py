@@ -21,20 +21,20 @@ import torch
 from sparsegpt_reference import untokenised
 from torch import Tensor
 
-from mopcompress.compress.alps import _STEPS_A_PENALTY as STEPS_A_PENALTY
-from mopcompress.compress.compression import Compression
+from mopcompress.algorithms.alps import _STEPS_A_PENALTY as STEPS_A_PENALTY
 from mopcompress.compress.dense_pass import noting_inputs
-from mopcompress.compress.walk import compress_model, linears_of
-from mopcompress.data.calibration import text_windows
-from mopcompress.models.checkpoint import load_model, resolve_model
+from mopcompress.compress.plan import Compression
+from mopcompress.compress.sequential import compress_model, linears_of
+from mopcompress.data.text_windows import text_windows
+from mopcompress.entrypoints.allocate_sparsity import with_shares
+from mopcompress.entrypoints.compress import compression_of
+from mopcompress.environment import peak_bytes, provenance
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import load_model, resolve_model
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.commands import for_pruning
-from mopcompress.recipe.fields import Spec
-from mopcompress.recipe.modifiers import Masking
-from mopcompress.stages.compress import compression_of
-from mopcompress.stages.provenance import peak_bytes, provenance
-from mopcompress.stages.shares import with_shares
+from mopcompress.recipe.field_types import Spec
+from mopcompress.recipe.overrides import for_pruning
+from mopcompress.recipe.pruning_modifiers import Masking
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "lm"
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mopcompress.formats.runtime import use_sparse_linears
-from mopcompress.models.checkpoint import resolve_model
-from mopcompress.stages.provenance import provenance
+from mopcompress.environment import provenance
+from mopcompress.models.model_loading import resolve_model
+from mopcompress.models.packed_linears import use_sparse_linears
 
 PREFILLS = (32, 256)
 

@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mopcompress.formats.folder import header_of, open_stored
-from mopcompress.models.checkpoint import copy_other_files, resolve_model
-from mopcompress.models.scales import FILE, read_grid, write_grid
-from mopcompress.models.skeleton import skeleton_of
+from mopcompress.entrypoints.export import export
+from mopcompress.environment import provenance
+from mopcompress.formats.model_reader import header_of, open_stored
+from mopcompress.models.meta_model import skeleton_of
+from mopcompress.models.model_loading import copy_other_files, resolve_model
+from mopcompress.models.quantization_grid import FILE, read_grid, write_grid
 from mopcompress.models.weight_files import SINGLE
-from mopcompress.stages.export import export
-from mopcompress.stages.provenance import provenance
 
 RATIOS = (0.5, 0.85, 0.95)
 GROUPS = (64, 96, 192)

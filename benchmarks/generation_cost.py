@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from mopcompress.entrypoints.train_adapter import first_layer
+from mopcompress.environment import provenance
 from mopcompress.hf import MopForCausalLM
-from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.folder import load_adapter
-from mopcompress.stages.arm import first_layer
-from mopcompress.stages.provenance import provenance
+from mopcompress.recover.registry import ARMS
+from mopcompress.recover.save_and_load import load_adapter
 
 CPU = torch.device("cpu")
 

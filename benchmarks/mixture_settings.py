@@ -17,21 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from mopcompress.console import progress_on
-from mopcompress.evaluation import macro_perplexity, micro
-from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
+from mopcompress.cli.progress_display import progress_on
+from mopcompress.data.dataset import load_documents
+from mopcompress.entrypoints.evaluate import score
+from mopcompress.entrypoints.train_adapter import first_layer, train_arm
+from mopcompress.environment import choose_device
+from mopcompress.evaluation.perplexity import macro_perplexity, micro
+from mopcompress.evaluation.state_cache import TRAINING, cache_states
+from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
+from mopcompress.progress import Progress
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.modifiers import changed
+from mopcompress.recipe.pruning_modifiers import changed
 from mopcompress.recover.adapter import trained_parameters
 from mopcompress.recover.start import Material
-from mopcompress.report.formats import change_with_interval
-from mopcompress.report.intervals import PairedBootstrap
-from mopcompress.stages.arm import first_layer, train_arm
-from mopcompress.stages.documents import load_documents
-from mopcompress.stages.evaluate import score
-from mopcompress.stages.kept_states import TRAINING, cache_states
-from mopcompress.stages.progress import Progress
-from mopcompress.stages.provenance import choose_device
+from mopcompress.report.bootstrap import PairedBootstrap
+from mopcompress.report.number_format import change_with_interval
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH, ROWS = 120, 8, 300

@@ -22,16 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mopcompress.console import progress_on
+from mopcompress.cli.progress_display import progress_on
+from mopcompress.entrypoints.bench.runner import bench
 from mopcompress.errors import DataError
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.commands import with_recovery
-from mopcompress.report.intervals import Interval, PairedBootstrap
-from mopcompress.report.run import Run, read_run
-from mopcompress.report.tables import DENSE, Grid, compare, make_grid
-from mopcompress.report.views import interval_text
+from mopcompress.recipe.overrides import with_recovery
+from mopcompress.report.bootstrap import Interval, PairedBootstrap
+from mopcompress.report.pivot import DENSE, Grid, compare, make_grid
+from mopcompress.report.result_tables import interval_text
+from mopcompress.report.run_folder import Run, read_run
 from mopcompress.results import DocumentScores, read_rows, read_sweeps
-from mopcompress.stages.bench import bench
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("none", "single", "mop")

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mopcompress.report.formats import ABSENT, size_in_bytes
+from mopcompress.report.number_format import ABSENT, size_in_bytes
 from mopcompress.results import BenchRow, Sweep, folder_name, read_rows, read_sweeps, sweep_name
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mopcompress.compress.compression import Compression
-from mopcompress.compress.walk import compress_model
-from mopcompress.data.calibration import text_windows
-from mopcompress.models.checkpoint import load_model, resolve_model
+from mopcompress.compress.plan import Compression
+from mopcompress.compress.sequential import compress_model
+from mopcompress.data.text_windows import text_windows
+from mopcompress.environment import provenance
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.stages.provenance import provenance
+from mopcompress.models.model_loading import load_model, resolve_model
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from mopcompress.compress.gptq import gptq
-from mopcompress.models.scales import FILE, write_grid
-from mopcompress.stages.export import export
-from mopcompress.stages.provenance import provenance
+from mopcompress.algorithms.gptq import gptq
+from mopcompress.entrypoints.export import export
+from mopcompress.environment import provenance
+from mopcompress.models.quantization_grid import FILE, write_grid
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 TOKENS = torch.arange(3, 131)[None]

@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mopcompress.compress.narrow import Narrowing, narrow_model
-from mopcompress.data.calibration import text_windows
-from mopcompress.models.checkpoint import load_model, resolve_model
-from mopcompress.stages.provenance import provenance
+from mopcompress.data.text_windows import text_windows
+from mopcompress.environment import provenance
+from mopcompress.models.model_loading import load_model, resolve_model
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "lm"

@@ -35,21 +35,21 @@ from compression_speed import gemm_peak
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 
+from mopcompress.data.dataset import load_documents
 from mopcompress.data.encoding import Encoded
-from mopcompress.evaluation import evaluate, micro
-from mopcompress.models.checkpoint import load_model, resolve_model
+from mopcompress.entrypoints.train_adapter import first_layer, start_of, training_of
+from mopcompress.environment import peak_bytes, provenance
+from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.perplexity import evaluate, micro
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.linears import Linear, weight_of
+from mopcompress.models.model_loading import load_model, resolve_model
+from mopcompress.models.modules import Linear, weight_of
 from mopcompress.recipe import RunSpec
-from mopcompress.recipe.training import PromptRecoveryModifier
+from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.arms import ARMS
+from mopcompress.recover.registry import ARMS
 from mopcompress.recover.start import Material
-from mopcompress.recover.train import fit
-from mopcompress.stages.arm import first_layer, start_of, training_of
-from mopcompress.stages.documents import load_documents
-from mopcompress.stages.provenance import peak_bytes, provenance
-from mopcompress.states import CachedStates, batches_by_length
+from mopcompress.recover.training import fit
 
 PROMPTS, EXPERTS, ROWS = 80, 8, 8
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ __version__ = "0.1.0"
 _HOME = {
     "MopError": "errors",
     "load_recipe": "recipe",
-    "load_model": "models.checkpoint",
+    "load_model": "models.model_loading",
     "load_examples": "data.examples",
-    "compress_model": "compress.walk",
-    "fit": "recover.train",
-    "evaluate": "evaluation",  # a module of that name would take the place of the function
+    "compress_model": "compress.sequential",
+    "fit": "recover.training",
+    "evaluate": "evaluation.perplexity",
     "MopConfig": "hf",
     "MopForCausalLM": "hf",
-    "bench": "stages.bench",
+    "bench": "entrypoints.bench.runner",
     "write_report": "report",
 }
 __all__ = sorted(_HOME, key=str.casefold)

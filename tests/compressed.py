@@ -7,7 +7,7 @@ from tiny import saved, tiny_model
 from transformers.pytorch_utils import Conv1D
 
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.scales import FILE, write_grid
+from mopcompress.models.quantization_grid import FILE, write_grid
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 

@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mopcompress.compress.allocation import GRID, HIGHEST, Survey, equal_cost, exact, owl, ramp, survey_block, uniform
+from mopcompress.algorithms.sparsity_allocation import (
+    GRID,
+    HIGHEST,
+    Survey,
+    equal_cost,
+    exact,
+    owl,
+    ramp,
+    survey_block,
+    uniform,
+)
 from mopcompress.errors import DataError
 
 

@@ -6,16 +6,16 @@ from reference import alps_slowly, damped, layer_error, masked_least_squares
 from test_solvers import gram_of, problem
 from torch.testing import assert_close
 
-from mopcompress.compress.alps import alps
-from mopcompress.compress.masks import lowest_overall
-from mopcompress.compress.refit import refit
-from mopcompress.compress.sparsegpt import sparsegpt
+from mopcompress.algorithms.alps import alps
+from mopcompress.algorithms.masks import lowest_overall
+from mopcompress.algorithms.refit import refit
+from mopcompress.algorithms.sparsegpt import sparsegpt
 from mopcompress.errors import DataError, NumericalError
 
 
 @pytest.fixture
 def exact_thresholds(monkeypatch):
-    monkeypatch.setattr(sys.modules["mopcompress.compress.alps"], "_SAMPLING", 1)
+    monkeypatch.setattr(sys.modules["mopcompress.algorithms.alps"], "_SAMPLING", 1)
 
 
 # The refit

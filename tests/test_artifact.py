@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from mopcompress import artifact
 from mopcompress.errors import DataError, OutputError, StorageError
+from mopcompress.storage import artifacts
 
 
 def finished(folder, **facts):
-    with artifact.publish(folder, facts) as scratch:
+    with artifacts.publish(folder, facts) as scratch:
         (scratch / "deep").mkdir()
         (scratch / "deep" / "numbers.bin").write_bytes(bytes(range(256)))
         (scratch / "words.txt").write_text("words")
@@ -16,14 +16,14 @@ def finished(folder, **facts):
 
 def test_a_folder_appears_whole_with_its_facts_and_hashes(tmp_path):
     target = tmp_path / "new" / "out"
-    with artifact.publish(target, facts := {"kind": "test"}) as scratch:
+    with artifacts.publish(target, facts := {"kind": "test"}) as scratch:
         (scratch / "words.txt").write_text("words")
         assert not target.exists()
         facts["late"] = 1
-    assert artifact.read_manifest(target) == {
+    assert artifacts.read_manifest(target) == {
         "kind": "test",
         "late": 1,
-        "files": {"words.txt": artifact.sha256(target / "words.txt")},
+        "files": {"words.txt": artifacts.sha256(target / "words.txt")},
     }
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
@@ -31,7 +31,7 @@ def test_a_folder_appears_whole_with_its_facts_and_hashes(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, DataError])
 def test_after_an_error_nothing_is_left(tmp_path, error):
     def fail():
-        with artifact.publish(tmp_path / "out", {}) as scratch:
+        with artifacts.publish(tmp_path / "out", {}) as scratch:
             (scratch / "half.txt").write_text("half")
             raise error
 
@@ -41,7 +41,7 @@ def test_after_an_error_nothing_is_left(tmp_path, error):
 
 
 def test_a_failing_disk_is_a_storage_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(StorageError, match="No space left"), artifact.publish(tmp_path / "out", {}):
+    with pytest.raises(StorageError, match="No space left"), artifacts.publish(tmp_path / "out", {}):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -53,14 +53,14 @@ def test_an_existing_target_is_refused_and_kept(tmp_path, make):
         target.mkdir()
     else:
         target.write_text("mine")
-    with pytest.raises(OutputError, match="exists already"), artifact.publish(target, {}):
+    with pytest.raises(OutputError, match="exists already"), artifacts.publish(target, {}):
         pytest.fail("the block ran")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_target_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be created"), artifact.publish(tmp_path / "file" / "out", {}):
+    with pytest.raises(OutputError, match="cannot be created"), artifacts.publish(tmp_path / "file" / "out", {}):
         pytest.fail("the block ran")
 
 
@@ -68,7 +68,7 @@ def test_a_target_that_cannot_be_created_is_refused(tmp_path):
 
 
 def test_a_whole_folder_is_verified(tmp_path):
-    artifact.verify(finished(tmp_path / "out"))
+    artifacts.verify(finished(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("place", [0, 100, 255])
@@ -78,26 +78,26 @@ def test_one_flipped_bit_is_found(tmp_path, place):
     content[place] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(DataError, match=r"numbers\.bin is missing or differs"):
-        artifact.verify(tmp_path / "out")
+        artifacts.verify(tmp_path / "out")
 
 
 def test_a_missing_file_is_found(tmp_path):
     (finished(tmp_path / "out") / "words.txt").unlink()
     with pytest.raises(DataError, match=r"words\.txt is missing"):
-        artifact.verify(tmp_path / "out")
+        artifacts.verify(tmp_path / "out")
 
 
 def test_a_folder_without_a_manifest_is_not_finished(tmp_path):
-    assert artifact.read_manifest(tmp_path) is None
+    assert artifacts.read_manifest(tmp_path) is None
     with pytest.raises(DataError, match="not a finished"):
-        artifact.verify(tmp_path)
+        artifacts.verify(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"text"', "{}"])
 def test_a_damaged_manifest_is_a_data_error(tmp_path, content):
-    (finished(tmp_path / "out") / artifact.MANIFEST).write_text(content)
+    (finished(tmp_path / "out") / artifacts.MANIFEST).write_text(content)
     with pytest.raises(DataError, match=r"make (it|the folder) again"):
-        artifact.verify(tmp_path / "out")
+        artifacts.verify(tmp_path / "out")
 
 
 # --- small parts
@@ -105,7 +105,7 @@ def test_a_damaged_manifest_is_a_data_error(tmp_path, content):
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    artifact.write_whole(path, "old")
+    artifacts.write_whole(path, "old")
 
     def cut(_descriptor):
         assert path.read_text() == "old"
@@ -113,20 +113,20 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", cut)
     with pytest.raises(OSError, match="No space"):
-        artifact.write_whole(path, "new")
+        artifacts.write_whole(path, "new")
     assert path.read_text() == "old"
     monkeypatch.undo()
-    artifact.write_whole(path, "new")
+    artifacts.write_whole(path, "new")
     assert path.read_text() == "new"
 
 
 def test_a_hash_is_that_of_sha256sum(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert artifact.sha256(tmp_path / "abc") == expected
+    assert artifacts.sha256(tmp_path / "abc") == expected
 
 
 def test_a_fingerprint_is_of_content_not_order():
     facts = {"a": 1, "b": {"c": 2, "d": 3}}
-    assert artifact.fingerprint(facts) == artifact.fingerprint(json.loads('{"b": {"d": 3, "c": 2}, "a": 1}'))
-    assert artifact.fingerprint(facts) != artifact.fingerprint(facts | {"a": 2})
+    assert artifacts.fingerprint(facts) == artifacts.fingerprint(json.loads('{"b": {"d": 3, "c": 2}, "a": 1}'))
+    assert artifacts.fingerprint(facts) != artifacts.fingerprint(facts | {"a": 2})

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from mopcompress.errors import DataError
 from mopcompress.models.attention import Prefix, attending_to, prompted_attention, recording, watching
-from mopcompress.models.cache import CACHE
+from mopcompress.models.compat import CACHE
 
 TOKENS = random_tokens(2, 9)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -15,18 +15,18 @@ from invoking import CALIBRATED, Outcome, invoke, left_behind
 from safetensors.torch import load_file
 from tiny import random_tokens, saved, tiny_model
 
-from mopcompress.backends import child
-from mopcompress.backends.checks import fault_of, with_fp16_scales
-from mopcompress.backends.child import BACKENDS, Backend, Request, python_for, run
+from mopcompress.backends import subprocess_backend
 from mopcompress.backends.gptqmodel_worker import fallbacks, left_out, unpacked
 from mopcompress.backends.llmcompressor_worker import Listener, gptq_fields
+from mopcompress.backends.subprocess_backend import BACKENDS, Backend, Request, python_for, run
+from mopcompress.backends.validation import fault_of, with_fp16_scales
+from mopcompress.environment import peak_bytes
 from mopcompress.errors import InputNotFoundError, NumericalError, OutOfMemoryError, UnavailableError
-from mopcompress.models.checkpoint import load_model
-from mopcompress.models.scales import codes_of, read_grid
-from mopcompress.recipe import run as run_spec
-from mopcompress.stages.provenance import peak_bytes
+from mopcompress.models.model_loading import load_model
+from mopcompress.models.quantization_grid import codes_of, read_grid
+from mopcompress.recipe import run_spec
 
-WORKERS = Path(child.__file__).parent
+WORKERS = Path(subprocess_backend.__file__).parent
 PLAYED = """#!{python}
 # plays `python -I -c PROBE` and `python -I WORKER FOLDER` of an environment that has the library
 import sys

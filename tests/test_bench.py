@@ -8,19 +8,19 @@ from invoking import TINY, write_data
 from safetensors.torch import load_file, save_file
 from tiny import saved, tiny_model
 
-from mopcompress import artifact
-from mopcompress.data.calibration import text_windows
+from mopcompress.data.text_windows import text_windows
+from mopcompress.entrypoints.bench.runner import bench
+from mopcompress.entrypoints.compress import compress
+from mopcompress.entrypoints.evaluate import evaluate_folder
+from mopcompress.entrypoints.recover import recover
 from mopcompress.errors import DataError, OutputError, QualityGateError, RecipeError, UsageError
 from mopcompress.grid import Setting, cells_of
-from mopcompress.models.checkpoint import load_model, weights_hash
+from mopcompress.models.model_loading import load_model, weights_hash
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recipe.commands import for_recovery, with_recovery
+from mopcompress.recipe.overrides import for_recovery, with_recovery
 from mopcompress.results import BenchRow, append_row, read_documents, read_rows
-from mopcompress.stages.bench import bench
-from mopcompress.stages.compress import compress
-from mopcompress.stages.evaluate import evaluate_folder
-from mopcompress.stages.recover import recover
+from mopcompress.storage import artifacts
 
 CELLS = [
     ("dense", "none", 0),
@@ -101,7 +101,7 @@ def test_the_folder_is_finished_and_says_what_was_run(finished):
     assert run["seconds"] > 0
     assert run["recipe"]["run"]["test_rows"] == 12
     for kind in ("models/sparsegpt-50", "adapters/sparsegpt-50-single-0", "adapters/sparsegpt-50-mop-0"):
-        artifact.verify(finished / kind)
+        artifacts.verify(finished / kind)
     for name in ("report.json", "report.md", "report.html"):
         assert (finished / name).stat().st_size > 500
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.report.intervals import Interval
+from mopcompress.report.bootstrap import Interval
 from mopcompress.results import BenchRow, append_row
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mopcompress.data.calibration import document_windows, read_text, text_windows
 from mopcompress.data.encoding import Encoded
+from mopcompress.data.text_windows import document_windows, read_text, text_windows
 from mopcompress.errors import DataError, InputNotFoundError, UnavailableError
 
 STORY = "Once upon a time there was a little girl named Lily. She loved to play with her ball in the park.\n\n"
@@ -37,7 +37,7 @@ def test_windows_do_not_depend_on_how_much_text_follows(stories):
 
 
 def test_a_text_of_few_tokens_a_character_is_still_read_to_its_end(stories, monkeypatch):
-    monkeypatch.setattr("mopcompress.data.calibration.CHARACTERS_A_TOKEN", 1)
+    monkeypatch.setattr("mopcompress.data.text_windows.CHARACTERS_A_TOKEN", 1)
     whole = stories(STORY * 4, add_special_tokens=False)["input_ids"]
     windows = text_windows(STORY * 4, stories, samples=10, length=8)
     assert windows.flatten().tolist() == whole[:80]

@@ -8,11 +8,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_tokens, saved, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from mopcompress import artifact
-from mopcompress.compress.compression import Compression
-from mopcompress.compress.walk import compress_model
+from mopcompress.compress.plan import Compression
+from mopcompress.compress.sequential import compress_model
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
-from mopcompress.models.checkpoint import (
+from mopcompress.models.model_loading import (
     check_output,
     load_model,
     resolve_model,
@@ -20,6 +19,7 @@ from mopcompress.models.checkpoint import (
     weights_bytes,
     weights_hash,
 )
+from mopcompress.storage import artifacts
 
 CPU = torch.device("cpu")
 TOKENS = random_tokens(2, 9)
@@ -195,11 +195,11 @@ def test_every_other_file_is_copied_byte_for_byte(folder, tmp_path):
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_text("its author's words")
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
-    (folder / artifact.MANIFEST).write_text("{}")
+    (folder / artifacts.MANIFEST).write_text("{}")
     target = tmp_path / "target"
     target.mkdir()
     save_model(load_model(folder, device=CPU), folder, target)
-    kept = {path.name for path in folder.iterdir()} - {"pytorch_model.bin", artifact.MANIFEST, WEIGHTS}
+    kept = {path.name for path in folder.iterdir()} - {"pytorch_model.bin", artifacts.MANIFEST, WEIGHTS}
     assert {path.name for path in target.iterdir()} == kept | {WEIGHTS}
     for name in kept:
         assert (target / name).read_bytes() == (folder / name).read_bytes()

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mopcompress import __version__
+from mopcompress.entrypoints.lr_sweep import write_sweep
 from mopcompress.recipe import PromptRecoveryModifier, load_recipe
 from mopcompress.results import Sweep, Trial, read_rows
-from mopcompress.stages.sweep import write_sweep
 
 COMMANDS = ("prune", "quantize", "recover", "evaluate", "bench", "report", "generate", "export-adapter")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -437,7 +437,7 @@ def test_a_bench_runs_what_is_new_and_nothing_twice(
 
 
 def stage_that(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
-    monkeypatch.setattr("mopcompress.stages.compress.compress", lambda *_args, **_more: action())
+    monkeypatch.setattr("mopcompress.entrypoints.compress.compress", lambda *_args, **_more: action())
 
 
 def raising(error: BaseException) -> Any:
@@ -466,7 +466,7 @@ def test_a_first_signal_stops_with_one_line(
 def test_a_second_signal_leaves_at_once() -> None:
     script = """
 import os, signal
-from mopcompress.cli.endings import plain_endings
+from mopcompress.cli.exit_codes import plain_endings
 with plain_endings():
     try:
         os.kill(os.getpid(), signal.SIGTERM)

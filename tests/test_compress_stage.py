@@ -5,17 +5,17 @@ import inspect
 import pytest
 from tiny import random_tokens, tiny_model
 
-from mopcompress.compress import METHODS
-from mopcompress.compress.survey import errors_of, survey_model
-from mopcompress.compress.walk import compress_model, planned
+from mopcompress.algorithms import METHODS
+from mopcompress.compress.layer_profile import errors_of, survey_model
+from mopcompress.compress.sequential import compress_model, planned
+from mopcompress.entrypoints.allocate_sparsity import ALLOCATIONS, with_shares
+from mopcompress.entrypoints.compress import compression_of
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import ALPSModifier, SparseGPTModifier
-from mopcompress.recipe.fields import Spec
-from mopcompress.recipe.grammar import DEFAULTS
-from mopcompress.recipe.modifiers import Pruning
-from mopcompress.stages.compress import compression_of
-from mopcompress.stages.shares import ALLOCATIONS, with_shares
+from mopcompress.recipe.field_types import Spec
+from mopcompress.recipe.pruning_modifiers import Pruning
+from mopcompress.recipe.recipe import DEFAULTS
 
 TOKENS = random_tokens(6, 20)
 OTHER = {  # another valid value of every field that decides a result

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mopcompress.console import Bars, Lines, duration, progress_on
+from mopcompress.cli.progress_display import Bars, Lines, duration, progress_on
 
 
 class Terminal(io.StringIO):

@@ -6,7 +6,7 @@ from test_hf_model import LAYER, gates_of, made
 from tiny import next_of, random_tokens, word_tokenizer
 
 from mopcompress.errors import DataError
-from mopcompress.hf.continuations import score_continuations, write_continuations
+from mopcompress.hf.loglikelihood import score_continuations, write_continuations
 from mopcompress.hf.model import MopForCausalLM
 
 PAIRS = [

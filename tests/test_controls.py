@@ -9,20 +9,20 @@ from tiny import HIDDEN, generate, instructions_of, random_documents, random_tok
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mopcompress import artifact
 from mopcompress.errors import DataError, UsageError
-from mopcompress.evaluation import evaluate
+from mopcompress.evaluation.hidden_states import CachedStates, derangement
+from mopcompress.evaluation.loss import score_responses
+from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.folder import load_adapter, save_adapter
-from mopcompress.recover.gate import Gate, cluster
-from mopcompress.recover.idp import DynamicPrompts
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.methods.gate import Gate, cluster
+from mopcompress.recover.methods.idp import DynamicPrompts
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
+from mopcompress.recover.registry import ARMS
+from mopcompress.recover.save_and_load import load_adapter, save_adapter
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import Training, fit
-from mopcompress.scoring import score_responses
-from mopcompress.states import CachedStates, derangement
+from mopcompress.recover.training import Training, fit
+from mopcompress.storage import artifacts
 
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(12, tasks=TASKS)
@@ -80,7 +80,7 @@ def test_recipes_and_recovery_know_the_same_arms():
 def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
     adapter = begun(tiny_llama, states, arm, gate_reading="values", shared_expert=True, top_k=2)
     config = replace(CONFIG, arm=arm, gate_reading="values", shared_expert=True, top_k=2)
-    with artifact.publish(tmp_path / "adapter", {}) as scratch:
+    with artifacts.publish(tmp_path / "adapter", {}) as scratch:
         save_adapter(adapter, config, scratch)
     again, read = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert read == replace(config, tasks=list(TASKS))

@@ -8,17 +8,17 @@ from safetensors.torch import save_file
 from tiny import VOCABULARY, random_documents, saved, tiny_model
 from torch.testing import assert_close
 
+from mopcompress.entrypoints.teacher import dense_folder, taught_by
 from mopcompress.errors import DataError, InputNotFoundError
-from mopcompress.models.checkpoint import weights_hash
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.loss import response_logits
+from mopcompress.models.model_loading import weights_hash
+from mopcompress.progress import silent
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover import distillation
 from mopcompress.recover.distillation import Distillation, Teacher, divergence, keep
-from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.recover.train import Training, fit
-from mopcompress.scoring import response_logits
-from mopcompress.stages.progress import silent
-from mopcompress.stages.teacher import dense_folder, taught_by
-from mopcompress.states import CachedStates
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
+from mopcompress.recover.training import Training, fit
 
 LAYER, TOP = 2, 5
 DOCUMENTS = random_documents(9)

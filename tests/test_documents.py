@@ -9,15 +9,15 @@ import pytest
 import torch
 from tiny import saved, tiny_model, word_tokenizer
 
+from mopcompress.data.dataset import documents_for, encode_documents
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example, Splits, assemble
+from mopcompress.entrypoints.compress import compress_into
+from mopcompress.entrypoints.inputs import calibration_tokens
 from mopcompress.errors import DataError
+from mopcompress.progress import silent
 from mopcompress.recipe import RunSpec, load_recipe
-from mopcompress.recipe.grammar import DEFAULTS
-from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.compress import compress_into
-from mopcompress.stages.documents import documents_for, encode_documents
-from mopcompress.stages.progress import silent
+from mopcompress.recipe.recipe import DEFAULTS
 
 
 def rows(count: int, *, first: int = 3, task: str = "add", words: int = 4) -> list[Example]:
@@ -164,7 +164,7 @@ def test_own_text_is_sampled_once_and_depends_on_the_seed(source: Path, monkeypa
     assert not set(first.flatten().tolist()) & set(word_tokenizer().all_special_ids)
     other, _ = calibration_tokens(run.model_copy(update={"seed": 1}), source, "hash", silent)
     assert not torch.equal(first, other)
-    monkeypatch.setattr("mopcompress.stages.calibration.sample_text", None)  # a second sampling would fail
+    monkeypatch.setattr("mopcompress.entrypoints.inputs.sample_text", None)  # a second sampling would fail
     again, same_facts = calibration_tokens(run, source, "hash", silent)
     assert torch.equal(first, again)
     assert facts == same_facts

@@ -6,9 +6,9 @@ from test_walk import TOKENS, compression, input_of, linears
 from tiny import hooks, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.compress.compression import Compression
-from mopcompress.compress.walk import compress_model
-from mopcompress.eora import eora
+from mopcompress.algorithms.eora import eora
+from mopcompress.compress.plan import Compression
+from mopcompress.compress.sequential import compress_model
 from mopcompress.errors import DataError, NumericalError
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

@@ -24,16 +24,16 @@ from tiny import (
 from torch.testing import assert_close
 
 from mopcompress.errors import DataError, NumericalError, UsageError
-from mopcompress.models.checkpoint import load_model
+from mopcompress.evaluation.loss import score_responses
 from mopcompress.models.dense_weights import weights_in
-from mopcompress.models.linears import set_weight, weight_of
+from mopcompress.models.model_loading import load_model
+from mopcompress.models.modules import set_weight, weight_of
 from mopcompress.models.repair import LowRank, attach, write_repairs
-from mopcompress.recover import eora
 from mopcompress.recover.adapter import trained_parameters
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.peft_format import write_peft
+from mopcompress.recover.methods import eora
+from mopcompress.recover.peft_export import write_peft
+from mopcompress.recover.registry import ARMS
 from mopcompress.recover.start import Material
-from mopcompress.scoring import score_responses
 
 CPU = torch.device("cpu")
 ALL = range(len(DOCUMENTS))

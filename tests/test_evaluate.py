@@ -16,12 +16,12 @@ from tiny import (
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import NumericalError
-from mopcompress.evaluation import evaluate, macro_perplexity, micro, task_scores
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.perplexity import evaluate, macro_perplexity, micro, task_scores
 from mopcompress.models.attention import attending_to
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.results import DocumentScores
-from mopcompress.states import CachedStates
 
 LAYER = 2
 DOCUMENTS = random_documents(9)

@@ -7,7 +7,7 @@ from tiny import hooks, tiny_model
 from torch import nn
 from torch.testing import assert_close
 
-from mopcompress.compress.walk import compress_model, linears_of
+from mopcompress.compress.sequential import compress_model, linears_of
 from mopcompress.errors import DataError
 from mopcompress.models.experts import expert_by_expert, unstacked
 

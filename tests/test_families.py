@@ -9,10 +9,10 @@ from test_unfinished import FACTS, ROUND, TOKENS
 from tiny import BLOCKS, saved, tiny_model
 from transformers import AutoModelForCausalLM
 
+from mopcompress.entrypoints.compress import compress_into
 from mopcompress.errors import DataError
-from mopcompress.models.checkpoint import load_model
+from mopcompress.models.model_loading import load_model
 from mopcompress.recipe import ALPSModifier, load_recipe
-from mopcompress.stages.compress import compress_into
 
 LINEARS = {  # in a block; a mixture of experts is counted expert by expert
     "llama": 7,

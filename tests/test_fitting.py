@@ -4,11 +4,11 @@ import pytest
 from invoking import invoke
 from tiny import saved, tiny_model
 
-from mopcompress.compress.walk import linears_of
+from mopcompress.compress.sequential import linears_of
+from mopcompress.entrypoints.compress import _shapes_of
+from mopcompress.entrypoints.shape_checks import check_fit, shapes_on_disk
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import SparseGPTModifier, load_recipe
-from mopcompress.stages.compress import _shapes_of
-from mopcompress.stages.fitting import check_fit, shapes_on_disk
 
 SHAPES = {"model.layers.0.q": (576, 576), "model.layers.0.down": (576, 1536), "model.layers.1.q": (576, 576)}
 

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from tiny import saved, tiny_model
 from transformers import AutoModelForCausalLM
 
-from mopcompress import artifact
+from mopcompress.entrypoints.export import export
+from mopcompress.entrypoints.verify import verify
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, StorageError
-from mopcompress.formats import LAYOUTS, compressed_tensors, gptq_v1, sparse
-from mopcompress.formats.folder import open_stored
-from mopcompress.formats.layout import plain
-from mopcompress.models.checkpoint import load_model
-from mopcompress.models.scales import FILE, Grid, codes_of, read_grid
-from mopcompress.models.skeleton import Skeleton, skeleton_of
-from mopcompress.stages.export import export
-from mopcompress.stages.verify import verify
+from mopcompress.formats import LAYOUTS, compressed_tensors, gptq, sparse
+from mopcompress.formats.model_reader import open_stored
+from mopcompress.formats.weight_format import plain
+from mopcompress.models.meta_model import Skeleton, skeleton_of
+from mopcompress.models.model_loading import load_model
+from mopcompress.models.quantization_grid import FILE, Grid, codes_of, read_grid
+from mopcompress.storage import artifacts
 
 WEIGHTS = "model.safetensors"
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def problem(bits, *, rows=32, columns=64, group_size=32, sparsity=0.0, dtype=tor
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_is_its_formula(bits):
     codes, scales, weight, grid = problem(bits)
-    parts = gptq_v1.encode("a.weight", weight, grid).tensors
+    parts = gptq.encode("a.weight", weight, grid).tensors
     assert {name: (one.dtype, tuple(one.shape)) for name, one in parts.items()} == {
         "a.qweight": (torch.int32, (64 * bits // 32, 32)),
         "a.qzeros": (torch.int32, (2, 32 * bits // 32)),
@@ -249,7 +249,7 @@ def test_there_and_back_gives_the_same_files(middle, bits, tmp_path):
     export(str(folder), middle, tmp_path / "middle")
     export(str(tmp_path / "middle"), "dense", tmp_path / "back")
     names = {path.name for path in folder.iterdir()}
-    assert {path.name for path in (tmp_path / "back").iterdir()} == names | {artifact.MANIFEST}
+    assert {path.name for path in (tmp_path / "back").iterdir()} == names | {artifacts.MANIFEST}
     for name in names - {FILE, "config.json"}:
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes(), name
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((folder / "config.json").read_text())
@@ -257,8 +257,8 @@ def test_there_and_back_gives_the_same_files(middle, bits, tmp_path):
         before, after = read_grid(folder), read_grid(tmp_path / "back")
         assert (before.bits, before.group_size) == (after.bits, after.group_size)
         assert_same(after.scales, before.scales)
-    facts = artifact.read_manifest(tmp_path / "back")
-    assert facts["dense_sha256"] == artifact.fingerprint({WEIGHTS: artifact.sha256(folder / WEIGHTS)})
+    facts = artifacts.read_manifest(tmp_path / "back")
+    assert facts["dense_sha256"] == artifacts.fingerprint({WEIGHTS: artifacts.sha256(folder / WEIGHTS)})
 
 
 @pytest.mark.parametrize("format", EXPORTS)
@@ -320,7 +320,7 @@ def test_gptq_takes_the_largest_group_that_loaders_know(group_size, columns, exp
         for name, one in linears.items()
     }
     skeleton = Skeleton(linears=linears, transposed=frozenset(), blocks="blocks")
-    fitted = gptq_v1.fit(Grid(bits=4, group_size=group_size, scales=scales), skeleton)
+    fitted = gptq.fit(Grid(bits=4, group_size=group_size, scales=scales), skeleton)
     assert fitted.group_size == expected
     for name, scale in scales.items():
         before = scale.repeat_interleave(linears[name].in_features // scale.shape[1], dim=1)
@@ -331,10 +331,10 @@ def test_gptq_refuses_groups_that_loaders_do_not_know():
     linears = {"up": torch.nn.Linear(64, 96)}
     skeleton = Skeleton(linears=linears, transposed=frozenset(), blocks="blocks")
     with pytest.raises(DataError, match="none of these divides 16"):
-        gptq_v1.fit(Grid(bits=4, group_size=16, scales={"up": torch.ones(96, 4).half()}), skeleton)
+        gptq.fit(Grid(bits=4, group_size=16, scales={"up": torch.ones(96, 4).half()}), skeleton)
     linears["up"] = torch.nn.Linear(64, 20)
     with pytest.raises(DataError, match="20 outputs of up in 3 bits do not fill whole words"):
-        gptq_v1.fit(Grid(bits=3, group_size=32, scales={"up": torch.ones(20, 2).half()}), skeleton)
+        gptq.fit(Grid(bits=3, group_size=32, scales={"up": torch.ones(20, 2).half()}), skeleton)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_a_pruned_folder_is_never_rounded(pruned, tmp_path):
 
 @pytest.mark.parametrize("format", EXPORTS)
 def test_a_writer_that_errs_is_found_out_before_anything_is_published(format, quantized, tmp_path, monkeypatch):
-    from mopcompress.formats import folder as module
+    from mopcompress.formats import model_reader as module
 
     right = module.save_file
 
@@ -467,9 +467,9 @@ def spoil(path, place=-1):
 
 def rehash(folder):
     """What someone does who changes a file and its hash."""
-    manifest = json.loads((folder / artifact.MANIFEST).read_text())
-    manifest["files"] = {name: artifact.sha256(folder / name) for name in manifest["files"]}
-    (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
+    manifest = json.loads((folder / artifacts.MANIFEST).read_text())
+    manifest["files"] = {name: artifacts.sha256(folder / name) for name in manifest["files"]}
+    (folder / artifacts.MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("format", EXPORTS)
@@ -485,7 +485,7 @@ def test_verify_finds_one_flipped_bit_even_under_a_new_hash(format, quantized, t
 
 
 def finished(folder, target):
-    with artifact.publish(target, {"kind": "compressed model"}) as scratch:
+    with artifacts.publish(target, {"kind": "compressed model"}) as scratch:
         shutil.copytree(folder, scratch, dirs_exist_ok=True)
     return target
 
@@ -518,7 +518,7 @@ def test_verify_opens_what_it_hashed(damage, message, pruned, tmp_path):
 
 
 def test_verify_looks_into_any_finished_folder(tmp_path):
-    with artifact.publish(tmp_path / "out", {"kind": "adapter"}) as scratch:
+    with artifacts.publish(tmp_path / "out", {"kind": "adapter"}) as scratch:
         save_file({"prompts": torch.ones(3), "bad": torch.ones(2)}, scratch / "adapter.safetensors")
     assert verify(tmp_path / "out") == {"folder": str(tmp_path / "out"), "kind": "adapter", "files": 1, "tensors": 2}
     save_file({"prompts": torch.full((3,), torch.inf)}, tmp_path / "out" / "adapter.safetensors")

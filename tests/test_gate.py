@@ -5,12 +5,12 @@ import torch
 from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.gate import Gate, cluster, pretrain
-from mopcompress.recover.prompts import expert_domains
+from mopcompress.recover.methods.gate import Gate, cluster, pretrain
+from mopcompress.recover.methods.prompt_initialization import expert_domains
+from mopcompress.recover.registry import ARMS
 from mopcompress.recover.start import Material, Start
-from mopcompress.states import CachedStates
 
 TASKS = ("add", "sort", "tell")
 EXPERTS = len(TASKS)

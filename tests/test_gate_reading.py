@@ -8,14 +8,14 @@ import torch
 from tiny import HIDDEN, random_documents
 from torch.testing import assert_close
 
-from mopcompress.evaluation import evaluate
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.idp import DynamicPrompts
-from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.recover.routed import RoutedPrompts
-from mopcompress.recover.weighing import Mixing, by_another
-from mopcompress.stages.gate import read_gate, reading_of
-from mopcompress.states import CachedStates
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.perplexity import evaluate
+from mopcompress.recover.gate_statistics import read_gate, reading_of
+from mopcompress.recover.methods.expert_weights import Mixing, by_another
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.idp import DynamicPrompts
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
+from mopcompress.recover.methods.smop import RoutedPrompts
 
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(11, tasks=TASKS)

@@ -6,21 +6,21 @@ import torch
 from tiny import BLOCKS, HIDDEN, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
-from mopcompress import artifact
 from mopcompress.errors import DataError
-from mopcompress.evaluation import evaluate
-from mopcompress.models.linears import set_weight, weight_of
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.loss import score_responses
+from mopcompress.evaluation.perplexity import evaluate
+from mopcompress.models.modules import set_weight, weight_of
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover import gated_paths, prompts
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.folder import load_adapter, save_adapter
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.gated_paths import fitted
+from mopcompress.recover.methods import mop_plus, prompt_initialization
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.mop_plus import fitted
+from mopcompress.recover.registry import ARMS
+from mopcompress.recover.save_and_load import load_adapter, save_adapter
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import Training, fit
-from mopcompress.scoring import score_responses
-from mopcompress.states import CachedStates
+from mopcompress.recover.training import Training, fit
+from mopcompress.storage import artifacts
 
 TASKS = ("add", "sort", "tell")
 LAYER = 2
@@ -39,7 +39,7 @@ def states(tiny_llama):
 
 
 def begun(model, states):
-    return gated_paths.begin(CONFIG, Material(model, states, TASKS), START)
+    return mop_plus.begin(CONFIG, Material(model, states, TASKS), START)
 
 
 @pytest.mark.parametrize("percentile", [0.0, 10.0, 50.0])
@@ -138,7 +138,7 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_neurons_of_every_mlp_are_scaled_where_a_linear_reads_them(family):
     model = tiny_model(family)
-    adapter = gated_paths.build(model, CONFIG)
+    adapter = mop_plus.build(model, CONFIG)
     scaled = {name: len(path.neurons) for name, path in adapter.linears.items() if path.neurons is not None}
     stacked = family == "mixtral"  # its experts' matrices are no linears
     assert len(scaled) == (0 if stacked else BLOCKS - LAYER)
@@ -149,7 +149,7 @@ def test_the_neurons_of_every_mlp_are_scaled_where_a_linear_reads_them(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_has_paths_wherever_queries_keys_and_values_are_linears_of_a_known_name(family):
-    adapter = gated_paths.build(tiny_model(family), replace(CONFIG, experts=12, prompts_per_expert=20, tasks=()))
+    adapter = mop_plus.build(tiny_model(family), replace(CONFIG, experts=12, prompts_per_expert=20, tasks=()))
     names = {name.rpartition("/")[2] for name in adapter.linears}
     fused = {"gpt2": {"c_attn"}, "gpt_neox": {"query_key_value"}}.get(family, {"q_proj", "k_proj", "v_proj"})
     assert fused < names
@@ -243,7 +243,7 @@ def test_the_gate_has_a_rate_of_its_own(tiny_llama, states):
 
 def test_it_begins_with_a_gate_that_knows_the_tasks_and_is_tempered(tiny_llama, states):
     full, tempered = (
-        gated_paths.begin(
+        mop_plus.begin(
             CONFIG,
             Material(tiny_llama, states, TASKS),
             replace(START, gate_pretraining_steps=50, gate_temper=temper),
@@ -269,8 +269,8 @@ def test_inputs_of_deviation_1_begin_as_low_rank_ones_of_deviation_1(tiny_llama,
 @pytest.mark.parametrize("layer", [1, 3])
 def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llama, experts, prompts_per_expert, layer):
     config = replace(CONFIG, experts=experts, prompts_per_expert=prompts_per_expert, layer=layer, tasks=())
-    adapter = gated_paths.build(tiny_llama, config)
-    mop = trained_parameters(prompts.build(tiny_llama, replace(config, arm="mop")))
+    adapter = mop_plus.build(tiny_llama, config)
+    mop = trained_parameters(prompt_initialization.build(tiny_llama, replace(config, arm="mop")))
     assert trained_parameters(adapter) <= mop
     of_a_rank = (BLOCKS - layer) * (32 + 32 + 4 * experts)
     narrowest = sum(one.numel() for one in Gate(HIDDEN, experts, width=16).parameters())
@@ -303,7 +303,7 @@ def test_within_the_budget_neurons_go_before_attention_that_before_ranks_and_ran
 
 
 def test_no_path_has_a_higher_rank_than_its_linear_can_have(tiny_llama):
-    adapter = gated_paths.build(tiny_llama, replace(CONFIG, experts=12, prompts_per_expert=100, tasks=()))
+    adapter = mop_plus.build(tiny_llama, replace(CONFIG, experts=12, prompts_per_expert=100, tasks=()))
     assert {len(path.down) for path in adapter.linears.values()} == {HIDDEN, 1}
 
 
@@ -321,7 +321,7 @@ def test_a_recipe_knows_the_arms_that_can_be_trained():
 
 def test_it_comes_back_as_it_was(tiny_llama, states, tmp_path):
     adapter = trained(tiny_llama, states)
-    with artifact.publish(tmp_path / "adapter", {}) as folder:
+    with artifacts.publish(tmp_path / "adapter", {}) as folder:
         save_adapter(adapter, CONFIG, folder)
     again, config = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert config == replace(CONFIG, tasks=list(TASKS))
@@ -332,4 +332,4 @@ def test_it_comes_back_as_it_was(tiny_llama, states, tmp_path):
 
 def test_a_family_whose_linears_are_not_known_is_refused():
     with pytest.raises(DataError):
-        gated_paths.build(tiny_model("bloom"), CONFIG)
+        mop_plus.build(tiny_model("bloom"), CONFIG)

@@ -7,8 +7,8 @@ from tiny import HIDDEN, generate, instructions_of, tiny_model, word_tokenizer
 from mopcompress.errors import DataError
 from mopcompress.models.attention import attending_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 
 PROMPTS = ["w5 w6 w7", "w9", "w10 w11 w12 w13 w14 w15 w16"]
 LAYER = 1

@@ -15,7 +15,7 @@ from test_hf_model import folders_of
 from tiny import random_tokens, tiny_model, word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from mopcompress.hf.continuations import score_continuations
+from mopcompress.hf.loglikelihood import score_continuations
 from mopcompress.hf.model import MopForCausalLM
 
 TASK = """
@@ -158,7 +158,7 @@ def test_an_unknown_task_is_refused(tasks: Path, tmp_path: Path) -> None:
 
 def test_special_tokens_are_put_as_the_harness_own_models_put_them() -> None:
     need_harness()
-    from mopcompress.hf.harness import HarnessModel
+    from mopcompress.hf.lm_eval_model import HarnessModel
 
     tokenizer = word_tokenizer()
     begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

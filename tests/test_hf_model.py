@@ -16,24 +16,24 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, pipeline
 
-from mopcompress import artifact
 from mopcompress.errors import DataError, UsageError
+from mopcompress.evaluation.hidden_states import CachedStates, Instructions
+from mopcompress.evaluation.loss import score_responses
 from mopcompress.hf import MopConfig, MopForCausalLM
-from mopcompress.hf.folder import one_device
-from mopcompress.models.cache import CACHE
-from mopcompress.models.checkpoint import weights_hash
+from mopcompress.hf.adapter_loading import one_device
+from mopcompress.models.compat import CACHE
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.linears import weight_of
+from mopcompress.models.model_loading import weights_hash
+from mopcompress.models.modules import weight_of
 from mopcompress.models.repair import LowRank, write_repairs
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.folder import save_adapter
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
+from mopcompress.recover.registry import ARMS
+from mopcompress.recover.save_and_load import save_adapter
 from mopcompress.recover.start import Material, Start
-from mopcompress.scoring import score_responses
-from mopcompress.states import CachedStates, Instructions
+from mopcompress.storage import artifacts
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2", "opt", "gpt_neox")
 LAYER, NEW = 1, 6
@@ -391,7 +391,7 @@ def test_gradients_reach_all_of_the_adapter_and_nothing_else() -> None:
 def folders_of(arm: str, folder: Path, family: str = "llama", **changes: Any) -> tuple[Path, Path]:
     model = tiny_model(family)
     base = saved(model, folder / "base")
-    with artifact.publish(folder / "adapter", {"kind": "adapter"}) as scratch:
+    with artifacts.publish(folder / "adapter", {"kind": "adapter"}) as scratch:
         save_adapter(*begun(model, arm, weights_hash(base), **changes), scratch)
     return base, folder / "adapter"
 
@@ -440,7 +440,7 @@ def test_a_repair_beside_the_weights_goes_along(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(HIDDEN, 2, generator=generator), torch.randn(2, 48, generator=generator)
     write_repairs(base / "repair.safetensors", {"model.layers.2.mlp.down_proj": LowRank(up, down)})
-    with artifact.publish(tmp_path / "adapter", {"kind": "adapter"}) as scratch:
+    with artifacts.publish(tmp_path / "adapter", {"kind": "adapter"}) as scratch:
         save_adapter(*begun(tiny_model(), "mop", weights_hash(base)), scratch)
     model = MopForCausalLM.from_pretrained(base, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "one")

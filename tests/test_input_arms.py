@@ -9,24 +9,24 @@ import torch
 from tiny import BLOCKS, HIDDEN, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
-from mopcompress import artifact
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError
-from mopcompress.evaluation import evaluate
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.loss import score_responses
+from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.deep import zeros_of
-from mopcompress.recover.folder import load_adapter, save_adapter
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.input_prompts import InputPrompt
-from mopcompress.recover.prefix import TrainedPrefix
-from mopcompress.recover.routed import RoutedPrompts
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.prefix_tuning import TrainedPrefix
+from mopcompress.recover.methods.prompt_kv import zeros_of
+from mopcompress.recover.methods.prompt_tuning import InputPrompt
+from mopcompress.recover.methods.smop import RoutedPrompts
+from mopcompress.recover.registry import ARMS
+from mopcompress.recover.save_and_load import load_adapter, save_adapter
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import Training, fit
-from mopcompress.scoring import score_responses
-from mopcompress.states import CachedStates
+from mopcompress.recover.training import Training, fit
+from mopcompress.storage import artifacts
 
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(9, tasks=TASKS)
@@ -219,7 +219,7 @@ def test_a_prefix_is_worth_as_many_parameters_as_mop_and_not_more(tiny_llama, pr
 
 def test_a_prefix_that_cannot_be_small_enough_is_refused(tiny_llama, monkeypatch):
     narrow = partial(Gate, width=1)
-    monkeypatch.setattr("mopcompress.recover.prompts.gates.Gate", narrow)
+    monkeypatch.setattr("mopcompress.recover.methods.prompt_initialization.gates.Gate", narrow)
     with pytest.raises(DataError, match="one token has 128 parameters here, and mop with the same settings"):
         ARMS["prefix"].build(tiny_llama, config_of_arm("prefix", tiny_llama, experts=1, prompts=1))
 
@@ -343,7 +343,7 @@ def test_a_small_problem_is_learnt_by_heart(tiny_llama, states_of, arm, deep):
 @pytest.mark.parametrize(("arm", "deep"), EVERY)
 def test_an_adapter_comes_back_as_it_was(tiny_llama, states_of, tmp_path, arm, deep):
     adapter, config = begun(arm, tiny_llama, states_of(arm), deep=deep)
-    with artifact.publish(tmp_path / "adapter", {}) as scratch:
+    with artifacts.publish(tmp_path / "adapter", {}) as scratch:
         save_adapter(adapter, config, scratch)
     again, found = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert (found, again.layer) == (config, states_of(arm).layer)

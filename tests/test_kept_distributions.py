@@ -7,12 +7,12 @@ import torch
 from safetensors import SafetensorError
 from tiny import config_of, network_of, random_documents, saved, tiny_model
 
+from mopcompress.entrypoints.teacher import taught_by
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.progress import silent
 from mopcompress.recipe import PromptRecoveryModifier
-from mopcompress.recover import distillation
-from mopcompress.stages import kept, kept_distributions
-from mopcompress.stages.progress import silent
-from mopcompress.stages.teacher import taught_by
+from mopcompress.recover import distillation, kept_distributions
+from mopcompress.storage import cache as storage_cache
 
 DOCUMENTS = random_documents(9)
 
@@ -116,7 +116,7 @@ def test_a_full_disk_costs_only_the_keeping(folder, tiny_llama, cache, monkeypat
 
 def test_what_cannot_be_kept_is_computed_all_the_same(folder, tiny_llama, cache, monkeypatch):
     expected, _ = said(folder, tiny_llama)
-    monkeypatch.setattr(kept, "LIMIT", 10)
+    monkeypatch.setattr(storage_cache, "LIMIT", 10)
     found, _ = said(folder, tiny_llama, documents=DOCUMENTS[:8])
     count = len(found.tokens)
     assert torch.equal(found.tokens, expected.tokens[:count])

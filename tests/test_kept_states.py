@@ -11,11 +11,11 @@ import torch
 from tiny import BLOCKS, config_of, network_of, random_documents, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.evaluation import evaluate
+from mopcompress.evaluation.perplexity import evaluate
+from mopcompress.evaluation.state_cache import cache_states
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.stages import kept
-from mopcompress.stages.kept_states import cache_states
-from mopcompress.stages.progress import silent
+from mopcompress.progress import silent
+from mopcompress.storage import cache as storage_cache
 
 DOCUMENTS = random_documents(7)
 LAYER = 2
@@ -130,7 +130,7 @@ def test_what_was_not_used_for_longest_makes_room(tiny_llama, entered, cache, mo
         states_of(tiny_llama, layer=layer)
     folders = list(cache.iterdir())
     size = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in folders)
-    monkeypatch.setattr(kept, "LIMIT", int(2.5 * size))
+    monkeypatch.setattr(storage_cache, "LIMIT", int(2.5 * size))
     states_of(tiny_llama, layer=1)  # used again
     states_of(tiny_llama, layer=BLOCKS - 1)
     assert len(list(cache.iterdir())) == 2
@@ -149,7 +149,7 @@ def test_room_is_never_made_of_what_a_living_process_builds(tiny_llama, cache, m
         folder.mkdir(parents=True)
         (folder / "states").write_bytes(bytes(1000))
     states_of(tiny_llama)
-    monkeypatch.setattr(kept, "LIMIT", sum(file.stat().st_size for file in cache.glob("[!.]*/*")) + 500)
+    monkeypatch.setattr(storage_cache, "LIMIT", sum(file.stat().st_size for file in cache.glob("[!.]*/*")) + 500)
     states_of(tiny_llama, layer=LAYER - 1)
     assert alive.is_dir()
     assert not left.exists()
@@ -157,7 +157,7 @@ def test_room_is_never_made_of_what_a_living_process_builds(tiny_llama, cache, m
 
 def test_states_that_another_process_takes_away_are_computed(tiny_llama, cache, monkeypatch):
     expected = everything(states_of(tiny_llama))
-    monkeypatch.setattr(kept, "whole", lambda _folder: shutil.rmtree(_folder, ignore_errors=True) or True)
+    monkeypatch.setattr(storage_cache, "whole", lambda _folder: shutil.rmtree(_folder, ignore_errors=True) or True)
     found = everything(states_of(tiny_llama))
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
@@ -166,7 +166,7 @@ def test_states_that_another_process_takes_away_are_computed(tiny_llama, cache, 
 def test_what_cannot_be_kept_is_computed_all_the_same(tiny_llama, cache, monkeypatch, reason):
     expected = everything(states_of(tiny_llama, dtype=torch.float16))
     if reason == "too large":
-        monkeypatch.setattr(kept, "LIMIT", 10)
+        monkeypatch.setattr(storage_cache, "LIMIT", 10)
         there = len(list(cache.iterdir()))
     else:
         cache.parent.joinpath("file").write_text("in the way")

@@ -19,11 +19,11 @@ from torch.testing import assert_close
 from transformers import AutoConfig
 
 from mopcompress.errors import DataError
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.models.attention import recording
 from mopcompress.models.language_model import LanguageModel, Standin
 from mopcompress.models.sampling import sample_text
-from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.states import CachedStates
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 
 TOKENS = random_tokens(2, 9)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from tiny import random_tokens, saved, tiny_model
 from transformers import AutoModelForCausalLM
 
+from mopcompress.entrypoints.compress import compress
+from mopcompress.entrypoints.export import export
 from mopcompress.errors import QualityGateError
 from mopcompress.recipe import GPTQModifier, Recipe, dump_recipe, load_recipe
-from mopcompress.recipe.fields import Spec
-from mopcompress.recipe.modifiers import Pruning
-from mopcompress.stages.compress import compress
-from mopcompress.stages.export import export
+from mopcompress.recipe.field_types import Spec
+from mopcompress.recipe.pruning_modifiers import Pruning
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}  # 32 and 64: groups of 32 fit
 SPARSE_24_THEN_W4 = """

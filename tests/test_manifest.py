@@ -2,9 +2,9 @@
 
 import pytest
 
+from mopcompress.entrypoints.bench.protocol import protocol
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.commands import with_recovery
-from mopcompress.stages.protocol import protocol
+from mopcompress.recipe.overrides import with_recovery
 
 
 def test_a_teacher_and_deep_prompts_are_told() -> None:

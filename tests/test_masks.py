@@ -2,7 +2,7 @@ import pytest
 import torch
 from reference import lowest_by_sorting
 
-from mopcompress.compress.masks import check_pattern, groups_of_rows, lowest, lowest_count, lowest_overall, n_of_m
+from mopcompress.algorithms.masks import check_pattern, groups_of_rows, lowest, lowest_count, lowest_overall, n_of_m
 from mopcompress.errors import DataError, NumericalError
 
 FRACTIONS = [0.0, 0.01, 0.29, 0.5, 0.505, 0.85, 0.999, 1.0]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mopcompress.compress.matching import DenseSide, toward_dense
-from mopcompress.compress.statistics import input_drift
+from mopcompress.algorithms.dense_targets import DenseSide, toward_dense
+from mopcompress.algorithms.input_statistics import input_drift
 from mopcompress.errors import NumericalError
 
 

@@ -8,17 +8,17 @@ from safetensors.torch import load_file, save_file
 from tiny import BLOCKS, HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
-from mopcompress import artifact
 from mopcompress.errors import DataError, InputNotFoundError
-from mopcompress.evaluation import evaluate
-from mopcompress.models.cache import CACHE
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.loss import score_responses
+from mopcompress.evaluation.perplexity import evaluate
+from mopcompress.models.compat import CACHE
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.folder import load_adapter, save_adapter
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.recover.weighing import Mixing
-from mopcompress.scoring import score_responses
-from mopcompress.states import CachedStates
+from mopcompress.recover.methods.expert_weights import Mixing
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
+from mopcompress.recover.save_and_load import load_adapter, save_adapter
+from mopcompress.storage import artifacts
 
 EXPERTS, PROMPTS, LAYER = 3, 2, 2
 DOCUMENTS = random_documents(6)
@@ -193,7 +193,7 @@ CONFIG = AdapterConfig(
 
 
 def stored(folder, mixture, config):
-    with artifact.publish(folder, {}) as scratch:
+    with artifacts.publish(folder, {}) as scratch:
         save_adapter(mixture, config, scratch)
     return folder
 
@@ -235,7 +235,7 @@ def test_an_adapter_that_is_not_there_is_not_found(tiny_llama, tmp_path):
 
 def republished(folder, target):
     """The same files with a manifest that agrees with them."""
-    with artifact.publish(target, {}) as scratch:
+    with artifacts.publish(target, {}) as scratch:
         for name in ("adapter.safetensors", "adapter.json"):
             (scratch / name).write_bytes((folder / name).read_bytes())
     return target

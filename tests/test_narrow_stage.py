@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from tiny import saved, tiny_model
 from transformers import AutoModelForCausalLM
 
-from mopcompress import artifact
 from mopcompress.compress.narrow import narrow_model
+from mopcompress.entrypoints.compress import compress
+from mopcompress.entrypoints.compress_structured import narrowing_of
+from mopcompress.entrypoints.inputs import calibration_tokens
 from mopcompress.errors import QualityGateError, RecipeError
-from mopcompress.models.checkpoint import load_model, weights_bytes
+from mopcompress.models.model_loading import load_model, weights_bytes
 from mopcompress.recipe import StructuredPruningModifier, load_recipe
-from mopcompress.recipe.commands import for_pruning
+from mopcompress.recipe.overrides import for_pruning
 from mopcompress.results import read_rows
-from mopcompress.stages.calibration import calibration_tokens
-from mopcompress.stages.compress import compress
-from mopcompress.stages.narrow import narrowing_of
+from mopcompress.storage import artifacts
 
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -57,7 +57,7 @@ def config_of(folder: Path) -> dict[str, object]:
 @torch.no_grad()
 def test_stock_transformers_computes_what_the_model_in_memory_does(stories: Path, narrowed: Path) -> None:
     run = load_recipe(None, {"model": str(stories), "num_calibration_samples": "4", "max_seq_length": "32"}).run
-    tokens, _ = calibration_tokens(run, stories, artifact.read_manifest(narrowed)["base"]["sha256"], lambda *_: None)
+    tokens, _ = calibration_tokens(run, stories, artifacts.read_manifest(narrowed)["base"]["sha256"], lambda *_: None)
     model = load_model(stories, device=CPU)
     narrow_model(model, tokens, narrowing_of(StructuredPruningModifier(mlp_sparsity=0.25, head_sparsity=0.5)))
     stock = AutoModelForCausalLM.from_pretrained(narrowed)
@@ -78,9 +78,9 @@ def test_only_the_sizes_change_in_the_configuration_and_nothing_in_other_files(s
 
 
 def test_what_is_told_is_counted(stories: Path, narrowed: Path) -> None:
-    facts = artifact.read_manifest(narrowed)
+    facts = artifacts.read_manifest(narrowed)
     assert facts is not None
-    artifact.verify(narrowed)
+    artifacts.verify(narrowed)
     dense, left = (load_file(folder / "model.safetensors") for folder in (stories, narrowed))
     linears = [name for name in left if "_proj" in name]
     before = sum(dense[name].numel() for name in linears)
@@ -147,7 +147,9 @@ def test_a_family_that_cannot_say_it_leaves_nothing_behind(tmp_path: Path) -> No
 
 
 def test_too_much_damping_is_told(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopcompress.stages.narrow.narrowing_of", lambda _: narrowing_of(tiny_damping))
+    monkeypatch.setattr(
+        "mopcompress.entrypoints.compress_structured.narrowing_of", lambda _: narrowing_of(tiny_damping)
+    )
     tiny_damping = StructuredPruningModifier(mlp_sparsity=0.25, dampening_frac=1e-30)
     flags = {"model": str(stories), "num_calibration_samples": "1", "max_seq_length": "8", "max_fallback": "0"}
     recipe = for_pruning(load_recipe(None, flags), method="structured")

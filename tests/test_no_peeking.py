@@ -12,10 +12,10 @@ from tiny import next_of, random_documents, recovered
 from torch import Tensor
 
 from mopcompress.data.encoding import Encoded
+from mopcompress.evaluation.hidden_states import CachedStates, Instructions
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.arms import ARMS
-from mopcompress.states import CachedStates, Instructions
+from mopcompress.recover.registry import ARMS
 
 DOCUMENTS = random_documents(3)
 ROW = 2  # the last is changed; `shuffled` reads the others

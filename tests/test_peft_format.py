@@ -14,12 +14,12 @@ from torch.testing import assert_close
 from transformers import CohereConfig
 
 from mopcompress.errors import DataError
+from mopcompress.evaluation.hidden_states import CachedStates, Instructions
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.repair import LowRank, put_beside
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.deep import recorded
-from mopcompress.recover.peft_format import FORMATS, moved_keys, write_peft
-from mopcompress.states import CachedStates, Instructions
+from mopcompress.recover.methods.prompt_kv import recorded
+from mopcompress.recover.peft_export import FORMATS, moved_keys, write_peft
+from mopcompress.recover.registry import ARMS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),

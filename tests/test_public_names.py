@@ -50,6 +50,6 @@ def test_the_package_costs_nothing_to_import():
 
 
 def test_recipes_rows_and_reports_never_load_torch():
-    modules = "mopcompress.recipe, mopcompress.results, mopcompress.artifact, mopcompress.report"
+    modules = "mopcompress.recipe, mopcompress.results, mopcompress.storage.artifacts, mopcompress.report"
     code = f"import sys, {modules}; print(*sys.modules)"
     assert not {"torch", "transformers", "datasets"} & set(python(code))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import random_tokens, tiny_model
 
-from mopcompress.compress.walk import compress_model
+from mopcompress.compress.sequential import compress_model
+from mopcompress.entrypoints.compress import compression_of
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import GPTQModifier, load_recipe
-from mopcompress.recipe.fields import Spec
-from mopcompress.recipe.modifiers import Pruning
-from mopcompress.stages.compress import compression_of
+from mopcompress.recipe.field_types import Spec
+from mopcompress.recipe.pruning_modifiers import Pruning
 
 TOKENS = random_tokens(12, 16)
 SHAPE = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 6}  # 128 divides all inputs

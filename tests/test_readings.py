@@ -9,12 +9,12 @@ from tiny import HIDDEN, generate, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.errors import DataError
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.loss import score_responses
 from mopcompress.models.attention import attending_to, prompted_attention
-from mopcompress.recover.gate import Gate
-from mopcompress.recover.mixture import MixtureOfPrompts
-from mopcompress.recover.weighing import Mixing, prefix_of, without_absent
-from mopcompress.scoring import score_responses
-from mopcompress.states import CachedStates
+from mopcompress.recover.methods.expert_weights import Mixing, prefix_of, without_absent
+from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 
 READINGS = ("renormalised", "values", "separate")
 PROMPTS, EXPERTS, LAYER = 2, 3, 2

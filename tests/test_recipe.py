@@ -24,7 +24,7 @@ from mopcompress.recipe import (
     resolved,
 )
 from mopcompress.recipe.arms import TRAINED, listeners
-from mopcompress.recipe.commands import for_pruning, for_recovery
+from mopcompress.recipe.overrides import for_pruning, for_recovery
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TWO_FOUR_THEN_W4A16 = """

@@ -10,16 +10,16 @@ from test_unfinished import BLOCKS, FACTS, PRUNE, ROUND, TOKENS, KilledError, co
 from tiny import saved, tiny_model
 from transformers import AutoModelForCausalLM
 
-from mopcompress import artifact
+from mopcompress.entrypoints.compress import compress_into
+from mopcompress.entrypoints.export import export
+from mopcompress.entrypoints.verify import verify
 from mopcompress.errors import DataError, RecipeError, UsageError
-from mopcompress.formats.runtime import use_sparse_linears
-from mopcompress.models.checkpoint import load_model, weights_bytes, weights_hash
+from mopcompress.models.model_loading import load_model, weights_bytes, weights_hash
+from mopcompress.models.packed_linears import use_sparse_linears
 from mopcompress.models.repair import read_repairs, repair_of
 from mopcompress.recipe import GPTQModifier, LowRankRepairModifier, StructuredPruningModifier, load_recipe
-from mopcompress.recipe.commands import for_pruning, for_quantizing
-from mopcompress.stages.compress import compress_into
-from mopcompress.stages.export import export
-from mopcompress.stages.verify import verify
+from mopcompress.recipe.overrides import for_pruning, for_quantizing
+from mopcompress.storage import artifacts
 
 CPU = torch.device("cpu")
 REPAIR = "repair.safetensors"
@@ -100,7 +100,7 @@ def test_later_layers_were_calibrated_on_what_is_loaded(made, monkeypatch):
     """The hidden states that the job ended with are those of the loaded model."""
     source, _, folder = made
     seen = []
-    from mopcompress.stages.unfinished import Unfinished
+    from mopcompress.compress.checkpoint import Unfinished
 
     finish = Unfinished.finish
 
@@ -131,7 +131,7 @@ def test_counts_are_counted(made):
     stored = load_file(folder / REPAIR)
     rows = [json.loads(line) for line in (folder / "layers.jsonl").read_text().splitlines()]
     compressed = [row for row in rows if row["methods"]]
-    facts = artifact.read_manifest(folder)
+    facts = artifacts.read_manifest(folder)
     numbers = sum(tensor.numel() for tensor in stored.values())
     size = (folder / REPAIR).stat().st_size
     assert facts["repair"] == {"rank": 4, "linears": len(stored) // 2, "parameters": numbers, "bytes": size}
@@ -142,9 +142,9 @@ def test_counts_are_counted(made):
     )
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert facts["method"] == "sparsegpt+gptq+eora"
-    assert facts["model_bytes"] == artifact.read_manifest(plain)["model_bytes"] + size == weights_bytes(folder)
+    assert facts["model_bytes"] == artifacts.read_manifest(plain)["model_bytes"] + size == weights_bytes(folder)
     assert facts["sha256"] == weights_hash(folder)
-    assert artifact.read_manifest(plain)["repair"] is None
+    assert artifacts.read_manifest(plain)["repair"] is None
 
 
 def test_a_hash_is_of_weights_and_repair(llama, tmp_path):
@@ -166,7 +166,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, llama, tmp_p
         stop(patch, what, count)
         with pytest.raises(KilledError):
             run(source, tmp_path / "out", recipe_of(4))
-    assert len(list(artifact.unfinished_folder(tmp_path / "out").glob("block-*.json"))) == 1
+    assert len(list(artifacts.unfinished_folder(tmp_path / "out").glob("block-*.json"))) == 1
     run(source, tmp_path / "out", recipe_of(4))
     assert contents(tmp_path / "out") == contents(whole)
     assert "repair.safetensors" in contents(whole)[2]
@@ -178,7 +178,7 @@ def test_a_repair_that_is_damaged_in_unfinished_work_is_made_again(llama, tmp_pa
         stop(patch, "_save_whole", 5)
         with pytest.raises(KilledError):
             run(source, tmp_path / "out", recipe_of(4))
-    path = artifact.unfinished_folder(tmp_path / "out") / "beside-00000.safetensors"
+    path = artifacts.unfinished_folder(tmp_path / "out") / "beside-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 0xFF
     path.write_bytes(bytes(content))
@@ -303,7 +303,7 @@ def test_an_export_carries_it_there_and_back(llama, tmp_path):
     for format in ("sparse", "compressed-tensors", "dense"):
         export(str(folder), format, tmp_path / format)
         assert (tmp_path / format / REPAIR).read_bytes() == (folder / REPAIR).read_bytes()
-        assert artifact.read_manifest(tmp_path / format)["repair"]["linears"] == 7 * BLOCKS
+        assert artifacts.read_manifest(tmp_path / format)["repair"]["linears"] == 7 * BLOCKS
     export(str(tmp_path / "sparse"), "dense", tmp_path / "back")
     assert torch.equal(logits(tmp_path / "back"), logits(folder))
 

@@ -16,26 +16,26 @@ import pytest
 
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
 from mopcompress.report import write_report
-from mopcompress.report.choices import confusion_tables, gates_table
+from mopcompress.report.bootstrap import Interval, PairedBootstrap, scarce_tasks
 from mopcompress.report.content import cautions, headline, summary
-from mopcompress.report.costs import costs_table, sweeps_table
-from mopcompress.report.drawing import change_ticks, log_ticks
-from mopcompress.report.formats import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
-from mopcompress.report.intervals import Interval, PairedBootstrap, scarce_tasks
-from mopcompress.report.layout import Text
-from mopcompress.report.markdown import escaped
-from mopcompress.report.plots import delta_bars
-from mopcompress.report.provenance import command, data_facts, protocol_facts, recipe_text, title
-from mopcompress.report.run import Run, read_run
-from mopcompress.report.tables import (
+from mopcompress.report.cost_tables import costs_table, sweeps_table
+from mopcompress.report.gate_tables import confusion_tables, gates_table
+from mopcompress.report.metadata import command, data_facts, protocol_facts, recipe_text, title
+from mopcompress.report.number_format import MINUS, change, change_with_interval, duration, number, share, size_in_bytes
+from mopcompress.report.pivot import (
     best_arms,
     compare,
     make_grid,
     perplexity_spread,
     recovery,
 )
-from mopcompress.report.tasks import task_tables
-from mopcompress.report.views import comparisons_table, interval_text, results_table
+from mopcompress.report.plot_style import change_ticks, log_ticks
+from mopcompress.report.plots import delta_bars
+from mopcompress.report.render import escaped
+from mopcompress.report.result_tables import comparisons_table, interval_text, results_table
+from mopcompress.report.run_folder import Run, read_run
+from mopcompress.report.table import Text
+from mopcompress.report.task_tables import task_tables
 from mopcompress.results import (
     BenchRow,
     DocumentScores,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mopcompress.rouge import longest_common_subsequence, rouge_l, same_words, words
+from mopcompress.evaluation.rouge import longest_common_subsequence, rouge_l, same_words, words
 
 
 def lcs_slowly(first: list[str], second: list[str]) -> int:

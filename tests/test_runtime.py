@@ -3,7 +3,7 @@ import torch
 from tiny import random_tokens, tiny_model
 from torch import nn
 
-from mopcompress.formats.runtime import SparseLinear, use_sparse_linears
+from mopcompress.models.packed_linears import SparseLinear, use_sparse_linears
 
 
 def linear_of(sparsity, *, bias, seed=0):

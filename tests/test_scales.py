@@ -5,9 +5,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mopcompress.compress.gptq import gptq
+from mopcompress.algorithms.gptq import gptq
 from mopcompress.errors import DataError, RefusedError
-from mopcompress.models.scales import FILE, codes_of, read_grid, write_grid
+from mopcompress.models.quantization_grid import FILE, codes_of, read_grid, write_grid
 from mopcompress.models.weight_files import weight_files
 
 

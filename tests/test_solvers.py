@@ -12,15 +12,15 @@ from reference import (
 )
 from torch.testing import assert_close
 
-from mopcompress.compress import METHODS
-from mopcompress.compress.feedback import inverse_factor, sweep
-from mopcompress.compress.gptq import _on_grid, gptq
-from mopcompress.compress.magnitude import magnitude, one_threshold
-from mopcompress.compress.sparsegpt import sparsegpt
-from mopcompress.compress.statistics import InputNorms
-from mopcompress.compress.wanda import wanda
+from mopcompress.algorithms import METHODS
+from mopcompress.algorithms.gptq import _on_grid, gptq
+from mopcompress.algorithms.gram import InputGram
+from mopcompress.algorithms.input_statistics import InputNorms
+from mopcompress.algorithms.magnitude import magnitude, one_threshold
+from mopcompress.algorithms.obs import inverse_factor, sweep
+from mopcompress.algorithms.sparsegpt import sparsegpt
+from mopcompress.algorithms.wanda import wanda
 from mopcompress.errors import DataError, NumericalError
-from mopcompress.gram import InputGram
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 

@@ -8,12 +8,12 @@ from tiny import BLOCKS, FAMILIES, random_documents, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, LlamaForCausalLM
 
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.loss import response_logits
 from mopcompress.recover.distillation import Distillation, Teacher
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.recover.squarehead import TeacherStates, squarehead, watched
-from mopcompress.recover.train import Training, fit, losses_of
-from mopcompress.scoring import response_logits
-from mopcompress.states import CachedStates
+from mopcompress.recover.training import Training, fit, losses_of
 
 LAYER = 2
 DOCUMENTS = random_documents(9)

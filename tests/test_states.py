@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import StorageError
-from mopcompress.states import CachedStates, batches_by_length, reserve, unseen
+from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length, reserve, unseen
 
 DOCUMENTS = random_documents(10)
 LAYER = 2

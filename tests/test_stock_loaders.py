@@ -9,7 +9,7 @@ from compressed import compressed_folder
 from tiny import random_tokens
 from transformers import AutoModelForCausalLM
 
-from mopcompress.stages.export import export
+from mopcompress.entrypoints.export import export
 
 PACKAGES = {"gptq": ("gptqmodel", "optimum"), "compressed-tensors": ("compressed_tensors",)}
 TOKENS = random_tokens(2, 20)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny import BLOCKS, FAMILIES, config_of, network_of, random_tokens, saved, tiny_model, word_tokenizer
 
 from mopcompress.errors import DataError, StorageError
-from mopcompress.models.checkpoint import load_model
-from mopcompress.models.stored import overwrite, places, read, read_rows
+from mopcompress.models.model_loading import load_model
+from mopcompress.models.safetensors_io import overwrite, places, read, read_rows
 from mopcompress.models.streaming import StreamedModel
 
 CPU = torch.device("cpu")

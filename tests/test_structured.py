@@ -4,7 +4,7 @@ import torch
 from test_solvers import gram_of, problem
 from torch.testing import assert_close
 
-from mopcompress.compress.structured import narrow
+from mopcompress.algorithms.structured import narrow
 from mopcompress.errors import DataError
 
 DAMPING = 0.01

@@ -3,7 +3,7 @@ import torch
 from test_walk import TOKENS, input_of, linears, weight_of
 from tiny import hooks, tiny_model
 
-from mopcompress.compress.survey import errors_of, survey_model
+from mopcompress.compress.layer_profile import errors_of, survey_model
 
 
 def surveyed(model):

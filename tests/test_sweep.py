@@ -8,20 +8,20 @@ from invoking import TINY, invoke, write_data
 from safetensors.torch import load_file
 from tiny import random_documents
 
+from mopcompress.data.dataset import Documents
+from mopcompress.entrypoints.bench.protocol import protocol
+from mopcompress.entrypoints.bench.runner import bench
+from mopcompress.entrypoints.lr_sweep import check_validation, read_trials, sweep_rate, told, write_trials
+from mopcompress.entrypoints.train_adapter import train_arm
 from mopcompress.errors import DataError, NumericalError
-from mopcompress.evaluation import evaluate
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.recipe import PromptRecoveryModifier, load_recipe
-from mopcompress.recipe.commands import with_recovery
+from mopcompress.recipe.overrides import with_recovery
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.recover.recovered import Recovered
 from mopcompress.results import Trial, read_rows
-from mopcompress.stages.arm import train_arm
-from mopcompress.stages.bench import bench
-from mopcompress.stages.documents import Documents
-from mopcompress.stages.protocol import protocol
-from mopcompress.stages.sweep import check_validation, read_trials, sweep_rate, told, write_trials
-from mopcompress.states import CachedStates
 
 LAYER = 2
 
@@ -243,7 +243,7 @@ def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypat
         calls.append(modifier.arm)
         return sweep_rate(modifier, *rest, **named)
 
-    monkeypatch.setattr("mopcompress.stages.bench.sweep_rate", counted)
+    monkeypatch.setattr("mopcompress.entrypoints.bench.runner.sweep_rate", counted)
     recipe = recipe_of(stories, seeds=(0,))
     bench(recipe, tmp_path / "run")
     bench(recipe_of(stories, seeds=(0, 1)), tmp_path / "run")
@@ -273,7 +273,7 @@ def test_a_bench_that_was_stopped_in_a_sweep_does_not_repeat_its_trials(stories,
             raise KeyboardInterrupt
         return train(modifier, **named)
 
-    monkeypatch.setattr("mopcompress.stages.bench.train_arm", stopped)
+    monkeypatch.setattr("mopcompress.entrypoints.bench.runner.train_arm", stopped)
     with pytest.raises(KeyboardInterrupt):
         bench(whole, tmp_path / "run")
     bench(whole, tmp_path / "run")

@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from tiny import BLOCKS, random_tokens, saved, tiny_model
 from transformers import AutoModelForCausalLM
 
-from mopcompress import artifact
-from mopcompress.compress.walk import compress_block, compress_model
+from mopcompress.compress.sequential import compress_block, compress_model
+from mopcompress.entrypoints.compress import compress_into, compression_of
 from mopcompress.errors import DataError, NumericalError, OutputError, QualityGateError, StorageError
-from mopcompress.models.scales import read_grid
-from mopcompress.models.stored import places
+from mopcompress.models.quantization_grid import read_grid
+from mopcompress.models.safetensors_io import places
 from mopcompress.recipe import GPTQModifier, SparseGPTModifier, load_recipe
-from mopcompress.stages import unfinished
-from mopcompress.stages.compress import compress_into, compression_of
+from mopcompress.storage import artifacts
 
 TOKENS = random_tokens(6, 20)
 FACTS = {"source": "here", "sha256": "of these tokens"}
@@ -64,7 +63,7 @@ def whole(source, recipe, tmp_path_factory):
 def contents(folder):
     """All that does not depend on the machine's speed."""
     rows = [json.loads(line) for line in (folder / "layers.jsonl").read_text().splitlines()]
-    facts = {name: value for name, value in artifact.read_manifest(folder).items() if name not in CLOCKS}
+    facts = {name: value for name, value in artifacts.read_manifest(folder).items() if name not in CLOCKS}
     others = {"layers.jsonl", "manifest.json", "grid.safetensors"}  # the order of a grid's metadata is not fixed
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in others}
     scales = {name: scale.tolist() for name, scale in read_grid(folder).scales.items()}
@@ -73,7 +72,7 @@ def contents(folder):
 
 def stop(monkeypatch, what, count):
     """Let the `count`-th call of a function of the job end everything, before it does what it does."""
-    original, calls = getattr(unfinished, what), []
+    original, calls = getattr(checkpoint, what), []
 
     def act(*arguments):
         calls.append(what)
@@ -81,7 +80,7 @@ def stop(monkeypatch, what, count):
             raise KilledError
         return original(*arguments)
 
-    monkeypatch.setattr(unfinished, what, act)
+    monkeypatch.setattr(checkpoint, what, act)
 
 
 # --- the result
@@ -113,7 +112,7 @@ def test_a_row_counts_what_was_written(whole):
     assert len(rows) == 7 * BLOCKS
     for row in rows:
         assert row["zeros"] == int((stored[f"{row['name']}.weight"] == 0).sum()) >= row["weights"] // 2
-    facts = artifact.read_manifest(whole)
+    facts = artifacts.read_manifest(whole)
     assert (facts["weights"], facts["zeros"]) == tuple(sum(row[one] for row in rows) for one in ("weights", "zeros"))
 
 
@@ -171,7 +170,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, source, whol
         with pytest.raises(KilledError):
             run(source, target, recipe)
     assert not target.exists()
-    finished = len(list(artifact.unfinished_folder(target).glob("block-*.json")))
+    finished = len(list(artifacts.unfinished_folder(target).glob("block-*.json")))
     with monkeypatch.context() as patch:
         computed = []
 
@@ -179,19 +178,19 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, source, whol
             computed.append(index)
             return compress_block(model, tokens, hidden, index, *rest, **settings)
 
-        patch.setattr("mopcompress.stages.compress.compress_block", counted)
+        patch.setattr("mopcompress.entrypoints.compress.compress_block", counted)
         run(source, target, recipe, told=told)
     assert computed == list(range(finished, BLOCKS))
     assert any(f"going on after {finished} finished" in line for line in told) == bool(finished)
     assert contents(target) == contents(whole)
-    assert not artifact.unfinished_folder(target).exists()
+    assert not artifacts.unfinished_folder(target).exists()
 
 
 def test_stopped_while_matching_the_dense_model_it_goes_on_to_the_same_bytes(source, recipe, tmp_path, monkeypatch):
     def matching(modifier):
         return compression_of(modifier).__class__(**vars(compression_of(modifier)) | {"match_dense": 1.0})
 
-    monkeypatch.setattr("mopcompress.stages.compress.compression_of", matching)
+    monkeypatch.setattr("mopcompress.entrypoints.compress.compression_of", matching)
     run(source, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         stop(patch, "_save_whole", 6)
@@ -207,7 +206,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_unfinished import run
 from mopcompress.recipe import load_recipe
-from mopcompress.stages.unfinished import Unfinished
+from mopcompress.compress.checkpoint import Unfinished
 
 finish = Unfinished.finish
 def act(self, index, *rest):
@@ -242,7 +241,7 @@ def stopped(source, target, recipe, monkeypatch):
         stop(patch, "_save_whole", 5)
         with pytest.raises(KilledError):
             run(source, target, recipe)
-    return artifact.unfinished_folder(target)
+    return artifacts.unfinished_folder(target)
 
 
 @pytest.mark.parametrize("damaged", ["model.layers.0.mlp.up_proj.weight", "states", "cut"])
@@ -286,11 +285,11 @@ def test_unfinished_work_of_another_job_is_refused(changed, says, source, recipe
     with pytest.raises(OutputError, match="unfinished work of another job") as caught:
         run(source, target, recipe, **changed)
     assert says in str(caught.value)
-    assert len(list(artifact.unfinished_folder(target).glob("block-*.json"))) == 1
+    assert len(list(artifacts.unfinished_folder(target).glob("block-*.json"))) == 1
 
 
 def test_two_processes_do_not_work_on_one_output(source, recipe, tmp_path):
-    with artifact.locked(artifact.unfinished_folder(tmp_path / "out")), pytest.raises(OutputError, match="in use"):
+    with artifacts.locked(artifacts.unfinished_folder(tmp_path / "out")), pytest.raises(OutputError, match="in use"):
         run(source, tmp_path / "out", recipe)
 
 
@@ -303,7 +302,7 @@ def test_an_error_that_would_come_again_leaves_nothing(source, recipe, tmp_path,
         def fail(*_arguments, error=error, **_settings):
             raise error("again and again")
 
-        monkeypatch.setattr("mopcompress.stages.compress.compress_block", fail)
+        monkeypatch.setattr("mopcompress.entrypoints.compress.compress_block", fail)
         with pytest.raises(error):
             run(source, tmp_path / "out", recipe)
         assert list(tmp_path.iterdir()) == []
@@ -311,7 +310,7 @@ def test_an_error_that_would_come_again_leaves_nothing(source, recipe, tmp_path,
 
 def test_work_that_failed_the_quality_gate_is_kept(source, whole, recipe, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        counts = "mopcompress.stages.compress.check_fallbacks"
+        counts = "mopcompress.entrypoints.compress.check_fallbacks"
         patch.setattr(counts, lambda *_arguments: (_ for _ in ()).throw(QualityGateError("too many")))
         with pytest.raises(QualityGateError):
             run(source, tmp_path / "out", recipe)

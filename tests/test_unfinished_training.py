@@ -11,18 +11,17 @@ import torch
 from invoking import TINY, TRAINED, write_data
 from safetensors.torch import load_file, save_file
 
-from mopcompress import artifact
+from mopcompress.entrypoints.bench.runner import bench
+from mopcompress.entrypoints.finished import finished
+from mopcompress.entrypoints.recover import recover
+from mopcompress.environment import provenance
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.commands import for_recovery, with_recovery
-from mopcompress.recover.mixture import MixtureOfPrompts
+from mopcompress.recipe.overrides import for_recovery, with_recovery
+from mopcompress.recover.checkpoint import UnfinishedTraining
+from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.recover.standing import Standing, TrainRow
-from mopcompress.stages import unfinished_training
-from mopcompress.stages.bench import bench
-from mopcompress.stages.provenance import provenance
-from mopcompress.stages.recover import recover
-from mopcompress.stages.resume import finished
-from mopcompress.stages.unfinished_training import UnfinishedTraining
+from mopcompress.storage import artifacts
 
 STEPS = 5
 
@@ -40,7 +39,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _kept_every_step(monkeypatch):
-    monkeypatch.setattr(unfinished_training, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ def test_a_process_that_is_killed_goes_on_to_the_same_adapter(stories, data, tmp
     words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *map(str, TRAINED)]
     words[words.index("--steps") + 1] = "12"
     script = (
-        "from mopcompress.stages import unfinished_training as u; u.SECONDS = 0.0; "
+        "from mopcompress.recover import checkpoint as u; u.SECONDS = 0.0; "
         "from mopcompress.cli import main; main()"
     )
 
@@ -169,7 +168,7 @@ def test_another_job_in_its_place_is_refused(recipe, tmp_path, flags, seed, said
 def test_a_damaged_job_is_another_one(recipe, tmp_path, text):
     with pytest.raises(KilledError):
         recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
-    job = artifact.unfinished_folder(tmp_path / "out") / "job.json"
+    job = artifacts.unfinished_folder(tmp_path / "out") / "job.json"
     job.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(OutputError, match=r"another job \(job.json is damaged\); .*remove the folder"):
         recover(recipe, tmp_path / "out", seed=0)
@@ -216,7 +215,7 @@ def test_seconds_of_a_stopped_training_are_those_of_all_its_steps(recipe, tmp_pa
         now += 1.0
         return now
 
-    monkeypatch.setattr("mopcompress.recover.train.time.perf_counter", clock)
+    monkeypatch.setattr("mopcompress.recover.training.time.perf_counter", clock)
     seconds = recover(recipe, tmp_path / "whole", seed=0)["train_seconds"]
     with pytest.raises(KilledError):
         recover(recipe, tmp_path / "out", seed=0, progress=stop_after(3))
@@ -244,14 +243,14 @@ def test_a_bench_that_was_stopped_in_a_training_goes_on_in_it(grid, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "what", "step"), [("compress", "sparsegpt: calibrating", 2), ("bench", "training mop", 3)]
+    ("stage", "what", "step"), [("compress", "sparsegpt: calibrating", 2), ("bench.runner", "training mop", 3)]
 )
 def test_a_bench_goes_on_with_other_code_but_not_in_the_middle(grid, tmp_path, monkeypatch, stage, what, step):
     told = []
     with pytest.raises(KilledError):
         bench(grid, tmp_path / "run", progress=stop_after(step, what))
     changed = {"commit": "another"}
-    monkeypatch.setattr(f"mopcompress.stages.{stage}.provenance", lambda device: provenance(device) | changed)
+    monkeypatch.setattr(f"mopcompress.entrypoints.{stage}.provenance", lambda device: provenance(device) | changed)
     bench(grid, tmp_path / "run", progress=lambda line, *_: told.append(line))
     assert any("cannot go on here (commit was" in line and "beginning again" in line for line in told)
     assert not any("going on after" in line for line in told)
@@ -279,7 +278,9 @@ def test_a_teacher_with_other_weights_is_another_job(recipe, stories, tmp_path):
 def test_a_training_that_could_only_fail_again_is_not_kept(recipe, tmp_path):
     wild = for_recovery(recipe, {"learning_rate": 10.0, "clip_norm": 1e6, "steps": 60, "log_opening": 30.0})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mopcompress.recover.train.losses_of", lambda *_: torch.full((2,), torch.nan, requires_grad=True))
+        patch.setattr(
+            "mopcompress.recover.training.losses_of", lambda *_: torch.full((2,), torch.nan, requires_grad=True)
+        )
         with pytest.raises(NumericalError):
             recover(wild, tmp_path / "out", seed=0)
     assert not list(tmp_path.iterdir())
@@ -297,11 +298,11 @@ def standing_of(rows=()):
 
 
 def test_it_writes_no_more_often_than_it_should(tmp_path, monkeypatch):
-    monkeypatch.setattr(unfinished_training, "SECONDS", 1000.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 1000.0)
     keeping = UnfinishedTraining(tmp_path, print).at(0.5, 2)
     keeping.keep(standing_of())
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(unfinished_training, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     keeping.keep(standing_of([TrainRow(step=1, steps=2, nats=1.5, tokens=3, seconds=0.1, norms={})]))
     assert [path.name for path in tmp_path.iterdir()] == ["2-steps-at-0.5.safetensors"]
 

@@ -5,12 +5,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from mopcompress.compress import METHODS
-from mopcompress.compress.compression import Compression
+from mopcompress.algorithms import METHODS
 from mopcompress.compress.dense_pass import dense_sides
-from mopcompress.compress.walk import compress_model, linears_of
+from mopcompress.compress.plan import Compression
+from mopcompress.compress.sequential import compress_model, linears_of
 from mopcompress.errors import DataError, NumericalError
-from mopcompress.targets import chosen
+from mopcompress.models.targets import chosen
 
 TOKENS = random_tokens(6, 20)
 OPTIONS = {
@@ -411,7 +411,7 @@ def test_the_dense_model_sees_as_many_samples_as_it_is_asked_to(monkeypatch, mat
         seen.append((len(tokens), None if hidden is None else len(hidden)))
         return dense_sides(model, tokens, hidden, index, groups)
 
-    monkeypatch.setattr("mopcompress.compress.walk.dense_sides", noted)
+    monkeypatch.setattr("mopcompress.compress.sequential.dense_sides", noted)
     models = [tiny_model() for _ in range(3)]
     tokens = random_tokens(5, 20)
     for model, share, part in zip(models, (0.0, 1.0, 1.0), (1.0, 1.0, match_samples), strict=True):

@@ -11,21 +11,21 @@ from safetensors.torch import load_file
 from tiny import BLOCKS, HIDDEN, config_of, generate, network_of, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
-from mopcompress import artifact
+from mopcompress.entrypoints.train_adapter import first_layer
 from mopcompress.errors import DataError, UsageError
-from mopcompress.evaluation import evaluate
-from mopcompress.models.linears import set_weight, weight_of
+from mopcompress.evaluation.hidden_states import CachedStates, Instructions
+from mopcompress.evaluation.loss import score_responses
+from mopcompress.evaluation.perplexity import evaluate
+from mopcompress.models.modules import set_weight, weight_of
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.arms import ARMS
-from mopcompress.recover.changes import Changes
-from mopcompress.recover.folder import load_adapter, save_adapter
-from mopcompress.recover.peft_format import FORMATS, write_peft
+from mopcompress.recover.methods.module_patches import Changes
+from mopcompress.recover.peft_export import FORMATS, write_peft
+from mopcompress.recover.registry import ARMS
+from mopcompress.recover.save_and_load import load_adapter, save_adapter
 from mopcompress.recover.start import Material, Start
-from mopcompress.recover.train import Training, fit
-from mopcompress.scoring import score_responses
-from mopcompress.stages.arm import first_layer
-from mopcompress.states import CachedStates, Instructions
+from mopcompress.recover.training import Training, fit
+from mopcompress.storage import artifacts
 
 WEIGHTS = ("lora", "masklora", "ia3", "norms")
 KNOWN = ("llama", "qwen3", "mistral", "gemma", "gpt2", "gpt_neox", "opt")
@@ -393,7 +393,7 @@ def test_the_low_rank_start_is_that_of_a_linear(tiny_llama):
 def test_an_adapter_comes_back_as_it_was(tiny_llama, tmp_path, arm):
     config = config_for(arm, rank=None, targets=["k_proj"])
     adapter = moved(tiny_llama, arm, rank=None, targets=["k_proj"])
-    with artifact.publish(tmp_path / "adapter", {}) as scratch:
+    with artifacts.publish(tmp_path / "adapter", {}) as scratch:
         save_adapter(adapter, config, scratch)
     again, stored = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert stored == config

@@ -23,15 +23,15 @@ SETTINGS = ["--steps", "4", "--prompts-per-expert", "2", "--gate-pretraining-ste
 
 STEPS = """
 import json, os
-from mopcompress.stages import arm
-fit = arm.fit
+from mopcompress.entrypoints import train_adapter
+fit = train_adapter.fit
 def noted(*given, **settings):
     rows = fit(*given, **settings)
     if os.environ.get("RANK", "0") == "0":
         with open(os.environ["NOTED"], "w") as file:
             json.dump([row.nats for row in rows], file)
     return rows
-arm.fit = noted
+train_adapter.fit = noted
 from mopcompress.cli import main
 main()
 """
@@ -75,7 +75,7 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path
 
 SWEPT = """
 import os, sys
-from mopcompress.stages import recover
+from mopcompress.entrypoints import recover
 write = recover.write_trials
 def die(trials, folder):
     write(trials, folder)

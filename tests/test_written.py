@@ -10,17 +10,17 @@ from tiny import generate, random_documents, tiny_model
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError
-from mopcompress.evaluation import evaluate, macro_rouge_l, micro, task_scores
-from mopcompress.hf.generation import contexts_of
+from mopcompress.evaluation.generation import contexts_of
+from mopcompress.evaluation.generation_metrics import samples, with_answers, write
+from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.perplexity import evaluate, macro_rouge_l, micro, task_scores
+from mopcompress.evaluation.rouge import rouge_l
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.progress import silent
 from mopcompress.recipe import RunSpec
 from mopcompress.recover.adapter import Adapter
-from mopcompress.recover.arms import ARMS
+from mopcompress.recover.registry import ARMS
 from mopcompress.results import DocumentScores, Written
-from mopcompress.rouge import rouge_l
-from mopcompress.stages.progress import silent
-from mopcompress.stages.written import samples, with_answers, write
-from mopcompress.states import CachedStates, batches_by_length
 
 NEW = 5
 DOCUMENTS = random_documents(7, tasks=("add", "sort"))

@@ -27,11 +27,12 @@ from transformers import (
 )
 
 from mopcompress.data.encoding import Encoded
-from mopcompress.hf import MopForCausalLM, generation
+from mopcompress.evaluation import generation
+from mopcompress.evaluation.hidden_states import Instructions
+from mopcompress.hf import MopForCausalLM
 from mopcompress.models.attention import NAME
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.states import Instructions
 
 VOCABULARY, HIDDEN, BLOCKS = 64, 32, 4
 SPECIAL = ("<unk>", "<s>", "</s>")

@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from mopcompress import __version__
-from mopcompress.cli import answering, folders
-from mopcompress.cli.commands import app
+from mopcompress.cli import folder_commands, generate_command
+from mopcompress.cli.model_commands import app
 
 __all__ = ["answering", "app", "folders", "main"]
 

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mopcompress.compress.matching import DenseSide
+from mopcompress.algorithms.dense_targets import DenseSide
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.linears import Linear, weight_of
+from mopcompress.models.modules import Linear, weight_of
 
 _TOKENS = 2048  # that go through a block at a time, about
 

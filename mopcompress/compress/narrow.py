@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mopcompress.compress.structured import narrow
+from mopcompress.algorithms.gram import InputGram
+from mopcompress.algorithms.structured import narrow
 from mopcompress.errors import DataError, MopError, NumericalError
-from mopcompress.gram import InputGram
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.linears import Linear, set_weight, weight_of
-from mopcompress.models.widths import (
+from mopcompress.models.modules import Linear, set_weight, weight_of
+from mopcompress.models.resizing import (
     Part,
     attention_of,
     channel_sizes,

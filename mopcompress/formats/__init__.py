@@ -8,12 +8,12 @@ folder               a folder in any of them, tensor by tensor
 runtime              linears that compute from their survivors alone
 """
 
-from mopcompress.formats import compressed_tensors, gptq_v1, sparse
-from mopcompress.formats.layout import DENSE, Layout
+from mopcompress.formats import compressed_tensors, gptq, sparse
+from mopcompress.formats.weight_format import DENSE, Layout
 
 LAYOUTS: dict[str, Layout] = {
     "dense": DENSE,
-    "gptq": gptq_v1.LAYOUT,
+    "gptq": gptq.LAYOUT,
     "compressed-tensors": compressed_tensors.LAYOUT,
     "sparse": sparse.LAYOUT,
 }

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mopcompress import __version__
-from mopcompress.formats.layout import (
+from mopcompress.formats.packing import pack_bits, unpack_bits
+from mopcompress.formats.weight_format import (
     WEIGHT,
     Encoded,
     Layout,
@@ -28,9 +29,8 @@ from mopcompress.formats.layout import (
     plain,
     quantised,
 )
-from mopcompress.formats.packing import pack_bits, unpack_bits
-from mopcompress.models.scales import Grid
-from mopcompress.models.skeleton import Skeleton
+from mopcompress.models.meta_model import Skeleton
+from mopcompress.models.quantization_grid import Grid
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 

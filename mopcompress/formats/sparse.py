@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mopcompress.formats.layout import WEIGHT, Encoded, Layout, OpenFile, dtype_name, on_grid, plain
 from mopcompress.formats.packing import (
     gaps_of,
     narrowest_gaps,
@@ -33,8 +32,9 @@ from mopcompress.formats.packing import (
     unpack_bits,
     unpack_mask,
 )
-from mopcompress.models.scales import Grid
-from mopcompress.models.skeleton import Skeleton
+from mopcompress.formats.weight_format import WEIGHT, Encoded, Layout, OpenFile, dtype_name, on_grid, plain
+from mopcompress.models.meta_model import Skeleton
+from mopcompress.models.quantization_grid import Grid
 from mopcompress.models.weight_files import SPARSE
 
 PARTS = ("bitmask", "gaps", "values", "codes", "scales")

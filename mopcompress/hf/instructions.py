@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mopcompress.errors import DataError
+from mopcompress.evaluation.hidden_states import Instructions
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.states import Instructions
 
 UNSCORED = -100  # transformers' label of a token that is no part of the response
 

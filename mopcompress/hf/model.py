@@ -19,17 +19,17 @@ from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedMod
 from transformers.utils.generic import ModelOutput
 
 from mopcompress.errors import DataError
+from mopcompress.evaluation.hidden_states import Applied, Instructions
+from mopcompress.hf.adapter_loading import adapter_of, hub_settings, load_whole, network_of, one_device
 from mopcompress.hf.config import MopConfig
-from mopcompress.hf.folder import adapter_of, hub_settings, load_whole, network_of, one_device
 from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, positions, read_by_itself
-from mopcompress.models.cache import CACHE
-from mopcompress.models.checkpoint import load_model, resolve_model, weights_hash
+from mopcompress.models.compat import CACHE
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.models.repair import Repairs, read_repairs, repair_of, write_repairs
 from mopcompress.models.weight_files import REPAIR
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.recover.folder import load_adapter
-from mopcompress.states import Applied, Instructions
+from mopcompress.recover.save_and_load import load_adapter
 
 
 @dataclass

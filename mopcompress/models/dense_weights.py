@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mopcompress.errors import DataError
-from mopcompress.models.linears import weight_of
+from mopcompress.models.modules import weight_of
 from mopcompress.models.repair import read_repairs
 from mopcompress.models.streaming import StreamedModel
 

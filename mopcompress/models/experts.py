@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mopcompress.errors import DataError
-from mopcompress.models.linears import Linear
+from mopcompress.models.modules import Linear
 
 _LAYOUT = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
 _STACKS = {"gate_up_proj", "down_proj"}

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from mopcompress.errors import DataError
 from mopcompress.models.experts import call_one_by_one, named_linears, unstacked
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.linears import Linear, weight_of
+from mopcompress.models.modules import Linear, weight_of
 from mopcompress.models.weight_files import REPAIR
 
 _PLACE = "repair"  # the submodule of a linear

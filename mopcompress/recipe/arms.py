@@ -5,8 +5,8 @@ A shared rate for all would choose the winner by accident. How each was found: b
 
 from dataclasses import dataclass
 
-from mopcompress.recipe.faults import nearest
-from mopcompress.recipe.fields import fault
+from mopcompress.recipe.field_types import fault
+from mopcompress.recipe.validation_errors import nearest
 
 BUDGET = frozenset({"experts", "prompts_per_expert", "shared_expert"})  # of a `mop` that is not deep
 OPENED = BUDGET | {"layer", "log_opening", "gate_labels"}  # prompts in the middle: experts begin in their own domains

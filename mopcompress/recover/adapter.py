@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.states import Applied, Instructions
 
 
 @runtime_checkable  # so that the test run can check it

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mopcompress.data.encoding import Encoded
+from mopcompress.evaluation.hidden_states import Batch, CachedStates, batches_by_length
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.squarehead import TeacherStates, watched
-from mopcompress.states import Batch, CachedStates, batches_by_length
 
 TOP = 64
 

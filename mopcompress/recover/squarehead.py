@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mopcompress.evaluation.hidden_states import Batch, unseen
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.states import Batch, unseen
 
 
 class TeacherStates:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.states import CachedStates
 
 DenseWeights = Callable[[str], Float[Tensor, "out in"]]
 """The weight that the linear of a dotted name had before it was compressed; `DataError` when there is none."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from mopcompress.report.formats import shortened
-from mopcompress.report.layout import Line, Table, Text
-from mopcompress.report.tables import Grid
+from mopcompress.report.number_format import shortened
+from mopcompress.report.pivot import Grid
+from mopcompress.report.table import Line, Table, Text
 from mopcompress.results import Sample
 
 NOTE = "Answers to the first test documents, first seed, shortened. Nothing was chosen."

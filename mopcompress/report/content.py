@@ -6,12 +6,10 @@ from operator import attrgetter
 from typing import Any
 
 from mopcompress.grid import draws
-from mopcompress.report import answers, choices, costs, plots, provenance, tasks, views
-from mopcompress.report.formats import number
-from mopcompress.report.intervals import MIN_DOCUMENTS, scarce_tasks
-from mopcompress.report.layout import Table
-from mopcompress.report.run import Run
-from mopcompress.report.tables import (
+from mopcompress.report import answers, cost_tables, gate_tables, metadata, plots, result_tables, task_tables
+from mopcompress.report.bootstrap import MIN_DOCUMENTS, scarce_tasks
+from mopcompress.report.number_format import number
+from mopcompress.report.pivot import (
     DENSE,
     Comparison,
     Grid,
@@ -22,6 +20,8 @@ from mopcompress.report.tables import (
     recovery,
     spread,
 )
+from mopcompress.report.run_folder import Run
+from mopcompress.report.table import Table
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Content:
     """Everything report.md and report.html say; figures are in the HTML only."""
 
     title: str
-    data: provenance.Facts
+    data: metadata.Facts
     summary: str
     headline: tuple[Sentence, ...]
     warnings: tuple[str, ...]
@@ -50,8 +50,8 @@ class Content:
     gates: Table
     confusions: tuple[Table, ...]
     answers: tuple[Table, ...]
-    definitions: provenance.Facts
-    protocol: provenance.Facts
+    definitions: metadata.Facts
+    protocol: metadata.Facts
     command: str | None
     recipe: str
 
@@ -61,34 +61,34 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
     grid = make_grid(run.rows, run.spec)
     comparisons = compare(run, grid)
     content = Content(
-        title=provenance.title(run),
-        data=provenance.data_facts(run),
+        title=metadata.title(run),
+        data=metadata.data_facts(run),
         summary=summary(comparisons),
         headline=headline(grid, comparisons),
         warnings=cautions(run, grid, comparisons),
-        results=views.results_table(grid, comparisons),
+        results=result_tables.results_table(grid, comparisons),
         figures=plots.figures(grid, comparisons),
-        comparisons=views.comparisons_table(comparisons),
-        costs=costs.costs_table(grid),
-        sweeps=costs.sweeps_table(grid, run.sweeps),
-        tasks=tasks.task_tables(grid),
-        gates=choices.gates_table(grid),
-        confusions=choices.confusion_tables(grid),
+        comparisons=result_tables.comparisons_table(comparisons),
+        costs=cost_tables.costs_table(grid),
+        sweeps=cost_tables.sweeps_table(grid, run.sweeps),
+        tasks=task_tables.task_tables(grid),
+        gates=gate_tables.gates_table(grid),
+        confusions=gate_tables.confusion_tables(grid),
         answers=answers.answer_tables(grid),
-        definitions=provenance.definitions(run),
-        protocol=provenance.protocol_facts(run),
-        command=provenance.command(run.manifest),
-        recipe=provenance.recipe_text(run.manifest),
+        definitions=metadata.definitions(run),
+        protocol=metadata.protocol_facts(run),
+        command=metadata.command(run.manifest),
+        recipe=metadata.recipe_text(run.manifest),
     )
     return content, _numbers(run, grid, comparisons, content)
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
     """One sentence over all settings: mixture against single prompt."""
-    said = [views.verdict(one.micro) for one in comparisons if (one.first, one.second) == ("mop", "single")]
+    said = [result_tables.verdict(one.micro) for one in comparisons if (one.first, one.second) == ("mop", "single")]
     if not said:
         return "The mixture and the single prompt have not both been measured in any setting."
-    better, worse, unclear, infinite = (said.count(verdict) for verdict in views.VERDICTS)
+    better, worse, unclear, infinite = (said.count(verdict) for verdict in result_tables.VERDICTS)
     text = f"Against the single prompt, the mixture of prompts is better in {better} of {len(said)} settings"
     text += f", worse in {worse}; no difference is shown in {unclear}"
     return text + (f"; a score is infinite in {infinite}." if infinite else ".")
@@ -156,7 +156,7 @@ def _outcome(one: Comparison) -> str:
     if not one.micro.is_known:
         return "no interval, a score is infinite"
     doubt = "" if one.micro.shows_difference else ", no difference shown"
-    return views.interval_text(one.micro) + doubt
+    return result_tables.interval_text(one.micro) + doubt
 
 
 def _numbers(run: Run, grid: Grid, comparisons: Sequence[Comparison], content: Content) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _numbers(run: Run, grid: Grid, comparisons: Sequence[Comparison], content: C
                     "perplexity_macro": asdict(macro),
                     **{
                         field: asdict(spread(rows, attrgetter(field)))
-                        for _, field, _ in views.WRITTEN
+                        for _, field, _ in result_tables.WRITTEN
                         if all(getattr(row, field) is not None for row in rows)
                     },
                     "recovery": recovery(grid, setting, arm),

@@ -5,7 +5,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from mopcompress.report import answers, choices
+from mopcompress.report import answers, gate_tables
 from mopcompress.report.content import Content
 
 
@@ -20,5 +20,5 @@ def to_html(content: Content) -> str:
     )
     figures = [(figure, Markup(figure.svg)) for figure in content.figures]
     return environment.get_template("report.html.jinja").render(
-        content=content, figures=figures, confusions_note=choices.CONFUSION_NOTE, answers_note=answers.NOTE
+        content=content, figures=figures, confusions_note=gate_tables.CONFUSION_NOTE, answers_note=answers.NOTE
     )

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from mopcompress.report.drawing import (
+from mopcompress.report.bootstrap import Interval
+from mopcompress.report.number_format import ratio, share, shortened
+from mopcompress.report.pivot import DENSE, Comparison, Grid, perplexity_spread, spread
+from mopcompress.report.plot_style import (
     COLOURS,
     INK,
     SOFT,
@@ -20,10 +23,7 @@ from mopcompress.report.drawing import (
     to_svg,
     use_ticks,
 )
-from mopcompress.report.formats import ratio, share, shortened
-from mopcompress.report.intervals import Interval
-from mopcompress.report.tables import DENSE, Comparison, Grid, perplexity_spread, spread
-from mopcompress.report.views import TOO_FEW, interval_text
+from mopcompress.report.result_tables import TOO_FEW, interval_text
 from mopcompress.results import BenchRow, GateReading
 
 

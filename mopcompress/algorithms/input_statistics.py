@@ -1,0 +1,82 @@
+"""What a method needs to know about the inputs of a layer, accumulated batch by batch in constant memory."""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mopcompress.algorithms.gram import at_least_float32, check_finite, seen
+from mopcompress.errors import NumericalError
+
+_CHUNK = 4096  # tokens whose difference is held at a time
+
+
+class Statistic(Protocol):
+    """Sees the inputs of a layer, then gives the value that the method's `solve` takes."""
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None: ...
+
+    def mean(self) -> Tensor | None: ...
+
+
+class Nothing:
+    """For methods that look at the weights only."""
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Look away."""
+
+    def mean(self) -> None:
+        """None."""
+
+
+class InputNorms:
+    """Root mean square of each input over the calibration tokens.
+
+    Wanda takes the L2 norm, which is larger by sqrt(tokens) for every input alike: the masks are the same.
+    """
+
+    def __init__(self) -> None:
+        self._squares: Tensor | None = None
+        self._tokens = 0
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Add a batch of tokens. Raises `NumericalError` when an input is not finite."""
+        squares = at_least_float32(inputs).square().sum(0)
+        check_finite(squares)
+        self._squares = squares if self._squares is None else self._squares + squares
+        self._tokens += len(inputs)
+
+    def mean(self) -> Float[Tensor, " in"]:
+        """The root mean square. Raises `NumericalError` when there were no tokens."""
+        return (seen(self._squares, self._tokens) / self._tokens).sqrt()
+
+
+def with_ridge(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """`gram + damping * mean(diag) I`, the mean over the inputs that ever fire; the unit matrix when none does."""
+    diagonal = gram.diagonal()
+    firing = diagonal[diagonal > 0]
+    ridge = damping * firing.mean() if len(firing) else 1.0
+    return gram + ridge * torch.eye(len(gram)).to(gram)
+
+
+def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"]) -> Float[Tensor, "in in"]:
+    """Mean of (x_dense - x) xᵀ: how the inputs of a layer moved since the layers before it were compressed.
+
+    Raises `NumericalError` when an input is not finite.
+    """
+    inputs = at_least_float32(inputs)
+    drift = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+    for here, there in zip(inputs.split(_CHUNK), dense.split(_CHUNK), strict=True):
+        drift.addmm_((at_least_float32(there) - here).T, here)
+    if not bool(drift.sum().isfinite()):
+        raise NumericalError("the dense model's layer inputs are not finite on the calibration data; use other text")
+    return drift / len(inputs)
+
+
+def cross_mean(outputs: Float[Tensor, "tokens out"], inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "out in"]:
+    """Mean of y xᵀ. Raises `NumericalError` when an output is not finite."""
+    mean = at_least_float32(outputs).T @ at_least_float32(inputs) / len(inputs)
+    if not bool(mean.sum().isfinite()):
+        raise NumericalError("the dense model's layer outputs are not finite on the calibration data; use other text")
+    return mean

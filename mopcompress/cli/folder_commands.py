@@ -1,0 +1,119 @@
+"""Commands on finished folders: `export`, `export-adapter`, `verify` and `report`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mopcompress.cli.command import Common, command
+from mopcompress.cli.model_commands import app
+from mopcompress.cli.options import DRY_RUN, OUTPUT, SPEECH
+from mopcompress.cli.output import print_facts, print_json
+from mopcompress.entrypoints import preflight
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    dense = "dense"
+    gptq = "gptq"
+    compressed_tensors = "compressed-tensors"
+    sparse = "sparse"
+
+
+@command(app, OUTPUT, DRY_RUN, SPEECH)
+def export(
+    common: Common,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A compressed model, or an earlier export of one.")],
+    format: Annotated[
+        Format,
+        typer.Option(help="dense: loads everywhere; sparse: ours; gptq, compressed-tensors: what `quantize` made."),
+    ],
+) -> None:
+    """Write a model in another format, without rounding anything; read it back and compare all of it."""
+    chosen = common.load().run.output_dir
+    name = f"{Path(folder).expanduser().absolute().name}-{format.value}"
+    target = Path(chosen).expanduser() if chosen else Path("runs") / name
+    preflight.check_model(folder)
+    preflight.check_creatable(target)
+    if common.dry_run:
+        told = {"folder": folder, "format": format.value, "output": str(target)}
+        (print_json if common.json else print_facts)(told)
+        return
+    with common.working() as progress:
+        from mopcompress.entrypoints.export import export as write
+
+        facts = write(folder, format.value, target, resume=common.resume, progress=progress)
+    if common.json:
+        print_json({"output": str(target), **{name: facts[name] for name in facts if name not in {"tensors", "files"}}})
+        return
+    sizes = {"weights": _sizes(facts["source_bytes"], facts["model_bytes"])}
+    if facts["matrices_dense_bytes"]:
+        sizes["compressed_matrices"] = _sizes(facts["matrices_dense_bytes"], facts["matrices_bytes"])
+    equal = f"{len(facts['tensors'])}, read back and equal"
+    print_facts({"format": format.value, **sizes, "tensors": equal, "output": str(target)})
+
+
+@command(app, OUTPUT, DRY_RUN, SPEECH)
+def export_adapter(
+    common: Common,
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="What `recover` wrote for input, prefix, lora, eora or ia3.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model it was trained on, if it is no longer there.")
+    ] = None,
+) -> None:
+    """Write an adapter as PEFT does, for `PeftModel.from_pretrained` on the same model."""
+    chosen = common.load().run.output_dir
+    name = f"{adapter.expanduser().absolute().name}-peft"
+    target = Path(chosen).expanduser() if chosen else Path("runs") / name
+    preflight.check_creatable(target)
+    if model is not None:
+        preflight.check_model(model)
+    if common.dry_run:
+        told = {"adapter": str(adapter), "format": "peft", "output": str(target)}
+        (print_json if common.json else print_facts)(told)
+        return
+    with common.working() as progress:
+        from mopcompress.entrypoints.export_adapter import export_adapter as write
+
+        facts = write(adapter.expanduser(), model, target, resume=common.resume, progress=progress)
+    if common.json:
+        print_json({"output": str(target), **{name: facts[name] for name in facts if name != "files"}})
+    else:
+        print_facts({"arm": facts["arm"], "base": facts["base"], "output": str(target)})
+
+
+@command(app, SPEECH)
+def verify(
+    common: Common, folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished model, adapter or export.")]
+) -> None:
+    """Compare every file of a finished folder with its hash, and open and decode every tensor."""
+    with common.working() as progress:
+        from mopcompress.entrypoints.verify import verify as look
+
+        facts = look(folder.expanduser(), progress=progress)
+    if common.json:
+        print_json(facts)
+    else:
+        typer.echo(f"{folder} is whole: {facts['files']} files and {facts['tensors']} tensors are as they were written")
+
+
+def _sizes(before: int, after: int) -> str:
+    return f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({before / after:.2f} times smaller)"
+
+
+@command(app, SPEECH)
+def report(
+    common: Common, runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Folders of benches.")]
+) -> None:
+    """Write report.json, report.md and report.html of finished or stopped runs again."""
+    from mopcompress.report import write_report  # matplotlib takes a second to load
+
+    paths = {str(run): [str(path) for path in write_report(run)] for run in runs}
+    if common.json:
+        print_json({"reports": paths})
+    else:
+        typer.echo("\n".join(path for written in paths.values() for path in written))

@@ -1,0 +1,78 @@
+"""`generate`: answers to given instructions, or to those that are typed on a terminal or come through a pipe."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mopcompress.cli.command import Common, command
+from mopcompress.cli.model_commands import Adapter, app, tell_plan
+from mopcompress.cli.options import DRY_RUN, MACHINE, MODEL, SPEECH
+from mopcompress.cli.output import print_json
+from mopcompress.entrypoints import preflight
+from mopcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from mopcompress.entrypoints.generate import Answering
+
+
+@command(app, MODEL, MACHINE, DRY_RUN, SPEECH)
+def generate(
+    common: Common,
+    adapter: Adapter = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="An instruction; may be given several times.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+) -> None:
+    """Answer instructions: those of --prompt, or the lines of stdin. On a terminal an empty line or Ctrl-D ends."""
+    recipe = common.load()
+    preflight.check_inputs(recipe.run, data=False, calibration=False)
+    chats = not prompt and sys.stdin.isatty()
+    prompts = prompt or ([] if chats else _piped())
+    for one in prompts:
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:  # bytes that are not UTF-8 come as lone surrogates
+            raise UsageError(f"instruction {one!r}: not text at character {error.start}; give it as UTF-8") from error
+    if common.dry_run:
+        tell_plan(
+            common, recipe, None, False, {"model": preflight.model_facts(recipe.run.model), "prompts": len(prompts)}
+        )
+        return
+    with common.working() as progress:
+        from mopcompress.entrypoints.generate import Answering
+
+        answering = Answering(recipe.run, adapter, max_new_tokens=max_new_tokens, progress=progress)
+        answers = answering.answers(prompts)
+    if chats:
+        _chat(answering)
+    elif common.json:
+        print_json({"answers": [{"prompt": one, "answer": text} for one, text in zip(prompts, answers, strict=True)]})
+    else:
+        typer.echo("\n\n".join(answers))
+
+
+def _piped() -> list[str]:
+    """The lines of stdin that hold something."""
+    try:
+        lines = [line.strip() for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin: not text at byte {error.start}; pipe instructions as UTF-8, one a line") from error
+    if not lines:
+        raise UsageError("--prompt: missing, and nothing comes through stdin; give --prompt 'an instruction'")
+    return lines
+
+
+def _chat(answering: "Answering") -> None:
+    """Every line by itself: prompts are trained on single instructions, so there is no memory of earlier ones."""
+    import readline  # noqa: F401 (makes `input` a line editor with a history)
+
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        if not line.strip():
+            return
+        answering.tell(line, lambda text: typer.echo(text, nl=False))
+        typer.echo()

@@ -1,0 +1,237 @@
+"""The commands that make and measure models. Each checks all that is cheap, then tells its plan or runs one stage.
+
+Stages are imported inside the commands: torch takes seconds to load, and a wrong flag should not wait for it.
+"""
+
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mopcompress.cli.command import Common, command
+from mopcompress.cli.options import (
+    BACKEND,
+    CALIBRATION,
+    DATA,
+    DRY_RUN,
+    GRID,
+    JOINT,
+    MACHINE,
+    MODEL,
+    OUTPUT,
+    RECOVERY,
+    SPEECH,
+    WRITING,
+)
+from mopcompress.cli.output import print_bench, print_facts, print_harness, print_json, print_scores
+from mopcompress.entrypoints import preflight
+from mopcompress.errors import RecipeError, UsageError
+from mopcompress.recipe import GPTQModifier, Recipe, resolved
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe.field_types import Spec
+from mopcompress.recipe.overrides import for_pruning, for_quantizing, for_recovery, with_recovery
+from mopcompress.recipe.pruning_modifiers import Pruning
+from mopcompress.recipe.run_spec import OURS
+
+app = typer.Typer(
+    name="mopcompress",
+    help="Compress a causal language model, then win back what it lost with a Mixture of Prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # it would show the values of variables, and those can hold tokens
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+RepairRank = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Rank of a matrix beside each compressed linear that repairs its outputs; none if not given."
+    ),
+]
+NARROWED = ("channels", "kv_groups", "parameters")  # what structured pruning counts besides
+Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter that `recover` wrote for this model.")]
+
+
+@command(app, MODEL, CALIBRATION, DATA, BACKEND, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def prune(
+    common: Common,
+    method: Annotated[
+        str | None, typer.Option(help="alps (default), sparsegpt, wanda, magnitude or structured.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of weights removed (default 0.5); structured: of MLP channels (0.25).")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights of a row.")] = None,
+    head_sparsity: Annotated[
+        float | None, typer.Option(help="Structured: share of key-value heads removed, with their queries (default 0).")
+    ] = None,
+    repair_rank: RepairRank = None,
+) -> None:
+    """Remove weights, block after block, into a normal Hugging Face folder."""
+    recipe = common.load()
+    recipe = for_pruning(
+        recipe,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        head_sparsity=head_sparsity,
+        repair_rank=repair_rank,
+    )
+    _compress(common, recipe, Path("runs/pruned"))
+
+
+@command(app, MODEL, CALIBRATION, DATA, BACKEND, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def quantize(
+    common: Common,
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 (default) or 8.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale (default 64); -1: the whole row.")
+    ] = None,
+    repair_rank: RepairRank = None,
+) -> None:
+    """Round weights with GPTQ, block after block, into a normal Hugging Face folder."""
+    recipe = for_quantizing(common.load(), bits=bits, group_size=group_size, repair_rank=repair_rank)
+    _compress(common, recipe, Path("runs/quantized"))
+
+
+def _compress(common: Common, recipe: Recipe, default: Path) -> None:
+    target = _target(recipe, default)
+    preflight.check_inputs(recipe.run, data=False, calibration=True)
+    done = preflight.is_done(target, recipe, common.resume)
+    modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+    preflight.check_shapes(recipe, modifiers)
+    if common.dry_run:
+        model = preflight.model_facts(recipe.run.model)
+        methods = "+".join([one.method for one in modifiers] + ([recipe.repair.method] if recipe.repair else []))
+        tell_plan(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
+        return
+    with common.working() as progress:
+        if recipe.run.backend == OURS:
+            from mopcompress.entrypoints.compress import compress
+        else:
+            from mopcompress.entrypoints.compress_external import compress_elsewhere as compress
+        from mopcompress.entrypoints.finished import finished
+
+        facts = finished(target, recipe, progress) if done else compress(recipe, modifiers, target, progress=progress)
+    shown = ("method", "sparsity", "weights", *NARROWED, "repair", "fallbacks", "compress_seconds", "model_bytes")
+    _print_result(common, target, facts, shown)
+
+
+@command(app, MODEL, DATA, RECOVERY, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def recover(
+    common: Common,
+    arm: Annotated[str | None, typer.Option(help=f"{', '.join(TRAINED)}; mop if not given.")] = None,
+) -> None:
+    """Train an arm (prompts, or a rival of theirs) for a compressed model, into an adapter folder; the model stays."""
+    recipe = for_recovery(common.load(), {"arm": arm, **common.recovery})
+    target = _target(recipe, Path("runs/recovered"))
+    preflight.check_inputs(recipe.run, data=True, calibration=False)
+    done = preflight.is_done(target, recipe, common.resume)
+    if common.dry_run:
+        run = {"model": preflight.model_facts(recipe.run.model), "data": recipe.run.data, "arm": recipe.recovery.arm}
+        tell_plan(common, recipe, target, done, {**run, "steps": recipe.recovery.least_steps})
+        return
+    with common.working() as progress:
+        from mopcompress.entrypoints.finished import finished
+        from mopcompress.entrypoints.recover import recover as train
+
+        facts = (
+            finished(target, recipe, progress)
+            if done
+            else train(recipe, target, seed=recipe.run.seed, progress=progress)
+        )
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes the first one speaks
+    shown = ("arm", "trained_parameters", "train_steps", "train_seconds", "final_nats", "adapter_bytes")
+    _print_result(common, target, facts, shown)
+
+
+@command(app, MODEL, DATA, WRITING, MACHINE, DRY_RUN, SPEECH)
+def evaluate(
+    common: Common,
+    adapter: Adapter = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Tasks of the lm-evaluation-harness, in place of the test rows.")
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Tasks of your own, as the harness defines them.")
+    ] = None,
+) -> None:
+    """Score a model on the test rows, with or without an adapter: perplexity, exact match, and written answers."""
+    if lm_eval_path and lm_eval is None:
+        raise UsageError("--lm-eval-path: says nothing without --lm-eval; name its tasks, or leave it out")
+    of_rows = [name for name in (*DATA, *WRITING) if common.run.get(name) is not None]
+    if lm_eval and of_rows:
+        flag = of_rows[0].replace("_", "-")
+        raise UsageError(f"--{flag}: says nothing with --lm-eval, whose tasks have rows of their own; leave it out")
+    recipe = common.load()
+    preflight.check_inputs(recipe.run, data=lm_eval is None, calibration=False)
+    if common.dry_run:
+        run = {"model": preflight.model_facts(recipe.run.model), "data": recipe.run.data}
+        tell_plan(common, recipe, None, False, {**run, "adapter": str(adapter) if adapter else None})
+        return
+    with common.working() as progress:
+        if lm_eval is None:
+            from mopcompress.entrypoints.evaluate import evaluate_folder
+
+            summary = evaluate_folder(recipe, adapter, progress=progress)
+        else:
+            from mopcompress.entrypoints.evaluate_lm_eval import evaluate_tasks
+
+            summary = evaluate_tasks(recipe, adapter, lm_eval.split(","), lm_eval_path, progress=progress)
+    if common.json:
+        print_json(summary)
+    elif lm_eval is None:
+        print_scores(summary)
+    else:
+        print_harness(summary)
+
+
+@command(app, MODEL, GRID, JOINT, DATA, WRITING, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+def bench(common: Common) -> None:
+    """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
+    recipe = with_recovery(common.load(), common.recovery)
+    if recipe.run.backend != OURS:
+        raise RecipeError(f"run.backend: bench has no {recipe.run.backend}; prune with it, then evaluate its folder")
+    folder = _target(recipe, Path("runs/bench"))
+    preflight.check_inputs(recipe.run, data=True, calibration=True)
+    preflight.check_bench_folder(folder, recipe, common.resume)
+    preflight.check_grid(recipe)
+    if common.dry_run:
+        run = {"model": preflight.model_facts(recipe.run.model), "data": recipe.run.data}
+        tell_plan(common, recipe, folder, False, {**run, **preflight.bench_facts(recipe, folder)})
+        return
+    with common.working() as progress:
+        from mopcompress.entrypoints.bench.runner import bench as run_grid
+
+        rows = run_grid(recipe, folder, command=shlex.join(["mopcompress", *sys.argv[1:]]), progress=progress)
+    report = folder / "report.html"
+    if common.json:
+        print_json({"rows": [asdict(row) for row in rows], "report": str(report)})
+    else:
+        print_bench(rows)
+        typer.echo(report)
+
+
+def _target(recipe: Recipe, default: Path) -> Path:
+    return Path(recipe.run.output_dir).expanduser() if recipe.run.output_dir else default
+
+
+def tell_plan(common: Common, recipe: Recipe, target: Path | None, done: bool, facts: dict[str, Any]) -> None:
+    """Print the plan; the resolved recipe only in JSON."""
+    state = None if target is None else f"{target}, done already" if done else str(target)
+    if common.json:
+        output = {"output": str(target) if target else None, "done": done, "recipe": resolved(recipe)}
+        print_json({**facts, **output})
+    else:
+        print_facts({**facts, "output": state})
+
+
+def _print_result(common: Common, target: Path, facts: dict[str, Any], shown: tuple[str, ...]) -> None:
+    if common.json:
+        print_json({"output": str(target), **facts})
+    else:
+        print_facts({**{name: facts.get(name) for name in shown}, "output": str(target)})

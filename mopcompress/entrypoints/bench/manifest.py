@@ -1,0 +1,117 @@
+"""The manifest of a bench: what a run is made of, and whether a folder can go on with it."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from mopcompress.errors import RecipeError
+from mopcompress.recipe import Recipe, recipe_of, resolved
+from mopcompress.storage import artifacts
+
+FILE = "run.json"
+GRID = (
+    "ratios",
+    "methods",
+    "bits",
+    "joint",
+    "arms",
+    "dense_arms",
+    "seeds",
+    "output_dir",
+    "max_fallback",
+)  # may differ when a run goes on
+BEFORE = {"clip_percentile": 100.0, "gate_clipping": "together"}  # what was done before these could be asked for
+
+
+def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    """Write `run.json`, whole."""
+    artifacts.write_whole(folder / FILE, json.dumps(manifest, indent=1) + "\n")
+
+
+def check_settings(recipe: Recipe, folder: Path) -> None:
+    """Raise `RecipeError` naming what differs, the grid apart, when `folder` was made by another recipe."""
+    path = folder / FILE
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _refuse(folder, differences(_settings(_as_of_now(before, path)), _settings(resolved(recipe))))
+
+
+def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The manifest, with what came before when the folder holds a run already: its start, seconds and invocations.
+
+    Raises `RecipeError` naming what differs, the grid apart, when the folder was made with other settings, or when it
+    holds rows and nothing says of which settings.
+    """
+    path = folder / FILE
+    if not path.exists():
+        if (folder / "rows.jsonl").exists():
+            raise RecipeError(
+                f"{folder} holds rows and no {FILE}: their settings are unknown; use another --output-dir"
+            )
+        return manifest
+    before = json.loads(path.read_text(encoding="utf-8"))
+    _refuse(folder, differences(_identity(before | {"recipe": _as_of_now(before, path)}), _identity(manifest)))
+    earlier = [*before.get("earlier", []), {name: before[name] for name in ("command", "commit", "dirty", "versions")}]
+    told = [
+        f"Rows of this run were also made by: {one['command'] or 'Python'} (commit {one['commit']}"
+        f"{', with uncommitted changes' if one['dirty'] else ''})."
+        for one in earlier
+    ]
+    return manifest | {
+        "started": before["started"],
+        "seconds": before["seconds"],
+        "earlier": earlier,
+        "protocol": [*manifest["protocol"], *dict.fromkeys(told)],
+    }
+
+
+def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A recorded recipe with the fields that it had not yet, at what was done without them."""
+    recipe = copy.deepcopy(manifest["recipe"])
+    groups = [group for stage in recipe.values() for group in stage.values() if isinstance(group, dict)]
+    for modifier in (group["PromptRecoveryModifier"] for group in groups if "PromptRecoveryModifier" in group):
+        for name, value in BEFORE.items():
+            modifier.setdefault(name, value)
+    return resolved(recipe_of(recipe, f"recipe in {path}"))
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_settings(manifest["recipe"]),
+        "model": manifest["model"]["sha256"],
+        "data": manifest["data"]["sha256"],
+        "scored tokens": manifest["data"]["scored_sha256"],
+        "calibration": manifest["calibration"]["sha256"],
+        "plain text": (manifest["data"].get("text") or {}).get("sha256"),
+        "training text": (manifest["data"].get("train_text") or {}).get("sha256"),
+        "teacher": manifest.get("teacher"),  # runs of before it was noted have none
+    }
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {**recipe, "run": {name: value for name, value in recipe["run"].items() if name not in GRID}}
+
+
+def _refuse(folder: Path, found: list[str]) -> None:
+    if found:
+        raise RecipeError(
+            f"{folder} was made with other settings: {'; '.join(found)}; use those settings, or another --output-dir"
+        )
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The fields that differ between two trees of settings, by dotted name, each with both values."""
+    old, new = _flat(before), _flat(after)
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in tree.items():
+        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields

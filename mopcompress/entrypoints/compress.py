@@ -1,0 +1,208 @@
+"""`prune` and `quantize`: a dense folder in, a compressed folder that stock `from_pretrained` loads out."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from mopcompress.compress.checkpoint import Unfinished, unfinished
+from mopcompress.compress.plan import REPAIR, Compression, Step
+from mopcompress.compress.sequential import LayerRow, compress_block, linears_of, planned
+from mopcompress.entrypoints.allocate_sparsity import with_shares
+from mopcompress.entrypoints.compress_structured import narrow_into
+from mopcompress.entrypoints.compressed_folder import (
+    check_fallbacks,
+    keep_repairs,
+    keep_scales,
+    mask_facts,
+    published,
+    request_facts,
+)
+from mopcompress.entrypoints.inputs import calibration_tokens, check_calibration
+from mopcompress.entrypoints.shape_checks import check_fit, check_not_repaired
+from mopcompress.environment import choose_device, peak_bytes, provenance
+from mopcompress.errors import RecipeError
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import (
+    check_folder,
+    check_output,
+    copy_other_files,
+    load_tokenizer,
+    resolve_model,
+    weights_hash,
+)
+from mopcompress.models.modules import weight_of
+from mopcompress.models.streaming import StreamedModel
+from mopcompress.progress import Progress, silent
+from mopcompress.recipe import (
+    ALPSModifier,
+    GPTQModifier,
+    LowRankRepairModifier,
+    Recipe,
+    SparseGPTModifier,
+)
+from mopcompress.recipe.pruning_modifiers import Masking, Pruning, StructuredPruningModifier
+
+Compressing = Masking | GPTQModifier
+
+
+def compress(
+    recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier], target: Path, *, progress: Progress = silent
+) -> dict[str, Any]:
+    """Compress the recipe's model by `modifiers`, in order, into `target`; returns the manifest.
+
+    Raises `QualityGateError` when too many matrices needed more damping than asked for; then nothing is published.
+    """
+    source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    check_output(target, source)
+    check_folder(source)
+    tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
+    return compress_into(target, source, modifiers, tokens, calibration, recipe, progress=progress)
+
+
+def compress_into(
+    target: Path,
+    source: Path,
+    modifiers: Sequence[Pruning | GPTQModifier],
+    tokens: Int[Tensor, "samples length"],
+    calibration: dict[str, Any],
+    recipe: Recipe,
+    *,
+    progress: Progress,
+    begin_again: bool = False,
+) -> dict[str, Any]:
+    """Compress a folder, block by block, into another; work that was stopped before goes on where it was.
+
+    Where that was another job's, such as of other code, it is refused, or removed to `begin_again`.
+    Structured pruning, which stands alone, makes matrices smaller, and begins anew.
+    """
+    check_not_repaired(source)
+    structured = next((one for one in modifiers if isinstance(one, StructuredPruningModifier)), None)
+    repair = [] if recipe.repair is None else [recipe.repair]
+    if structured and repair:
+        raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
+    if structured:
+        return narrow_into(target, source, structured, tokens, calibration, recipe, progress=progress)
+    device = choose_device(recipe.run.device)
+    masking = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
+    streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
+    check_calibration(tokens, streamed.model)
+    check_fit(_shapes_of(streamed.model), masking, recipe.repair)
+    compressions = [
+        with_shares(compression_of(one), one, streamed.model, tokens.to(device), present=streamed.block)
+        for one in masking
+    ]
+    steps = planned(streamed.model, [*compressions, *map(repairing, repair)])
+    requested, made_by = request_facts(source, [*modifiers, *repair], calibration, recipe), provenance(device)
+    asked = _job(requested, made_by, steps)
+    with unfinished(
+        target, source, asked, streamed.places, lambda line: progress(line, 0, 0), begin_again=begin_again
+    ) as job:
+        _run(streamed, tokens.to(device), steps, job, _told(progress, requested["method"]))
+        facts: dict[str, Any] = {
+            **requested,
+            "allocation": "+".join(one.allocation for one in compressions),
+            **mask_facts(job.rows),
+            "fallbacks": check_fallbacks(job.rows, recipe.run.max_fallback, ": the work is kept"),
+            "unreached": [row.name for row in job.rows if not row.methods],  # experts that are as they were
+            "compress_seconds": job.seconds,
+            "peak_bytes": peak_bytes(),
+            **made_by,
+        }
+        with published(target, facts, job.rows) as scratch:
+            job.give(scratch)
+            copy_other_files(source, scratch)
+            keep_scales(
+                scratch, job.scales, [(one.bits, one.group_size) for one in masking if isinstance(one, GPTQModifier)]
+            )
+            facts["repair"] = keep_repairs(scratch, job.repairs)
+    return facts
+
+
+def _job(requested: dict[str, Any], made_by: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+    """All that a block's result depends on: work that was stopped goes on only where this is the same."""
+    return {
+        "model": requested["base"]["sha256"],
+        "calibration": requested["calibration"]["sha256"],
+        "compressions": {
+            str(number): asdict(one) for number, one in enumerate([step.compression for step in steps], start=1)
+        },
+        **{name: made_by[name] for name in ("versions", "commit", "device")},
+    }
+
+
+def _run(
+    streamed: StreamedModel,
+    tokens: Int[Tensor, "samples length"],
+    steps: Sequence[Step],
+    job: Unfinished,
+    told: Callable[[LayerRow], None],
+) -> None:
+    """Compress the blocks that are not finished yet."""
+    for index in range(job.done, len(streamed.model.blocks)):
+        start = time.perf_counter()
+        with streamed.block(index):
+            dtype = streamed.dtype_of(index)
+            block = compress_block(streamed.model, tokens, job.hidden, index, steps, dtype=dtype)
+            job.finish(index, block, streamed.stored(index), time.perf_counter() - start)
+        for row in block.rows:
+            told(row)
+
+
+def compression_of(modifier: Compressing) -> Compression:
+    """A modifier's settings in the words of the method's function."""
+    options: dict[str, object]
+    if isinstance(modifier, GPTQModifier):
+        options = {
+            "bits": modifier.bits,
+            "group_size": modifier.group_size,
+            "damping": modifier.dampening_frac,
+            "block_size": modifier.block_size,
+            "act_order": modifier.actorder == "static",
+            "keep_zeros": True,  # of pruning before; a dense model has hardly any
+            "sparsity": modifier.sparsity,
+            "pattern": modifier.pattern,
+        }
+    else:
+        options = {"sparsity": modifier.sparsity, "pattern": modifier.pattern}
+    if isinstance(modifier, SparseGPTModifier):
+        options |= {
+            "block_size": modifier.block_size,
+            "damping": modifier.dampening_frac,
+            "keep_zeros": modifier.preserve_sparsity_mask,
+        }
+    if isinstance(modifier, ALPSModifier):
+        options |= {
+            "damping": modifier.dampening_frac,
+            "steps": modifier.iterations,
+            "refit_steps": modifier.refit_steps,
+            "keep_zeros": modifier.preserve_sparsity_mask,
+        }
+    return Compression(
+        method=modifier.method,
+        options=options,
+        targets=modifier.targets,
+        ignore=modifier.ignore,
+        match_dense=modifier.match_dense,
+        match_samples=modifier.match_samples,
+        refit_steps=0 if isinstance(modifier, GPTQModifier | ALPSModifier) else modifier.refit_steps,
+    )
+
+
+def repairing(modifier: LowRankRepairModifier) -> Compression:
+    """The last step, in the words of its function."""
+    return Compression(method=REPAIR, options={"rank": modifier.rank}, targets=modifier.targets, ignore=modifier.ignore)
+
+
+def _shapes_of(model: LanguageModel) -> dict[str, tuple[int, int]]:
+    every = [(name, linear) for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()]
+    return {name: (weight_of(one).shape[0], weight_of(one).shape[1]) for name, one in every}
+
+
+def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:
+    what = f"{method}: calibrating and compressing block by block"
+    return lambda row: progress(what, row.block + 1, row.blocks)

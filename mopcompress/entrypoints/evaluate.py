@@ -1,0 +1,72 @@
+"""`evaluate` and what `bench` shares with it: the scores of one model, with or without an adapter."""
+
+from pathlib import Path
+from typing import Any
+
+from mopcompress.data.dataset import documents_for
+from mopcompress.entrypoints.train_adapter import first_layer
+from mopcompress.environment import choose_device
+from mopcompress.evaluation.generation_metrics import samples, with_answers
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.perplexity import evaluate, macro_perplexity, macro_rouge_l, micro, task_scores
+from mopcompress.evaluation.state_cache import cache_states
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
+from mopcompress.progress import Progress, silent
+from mopcompress.recipe import Recipe
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.recover.adapter import Adapter
+from mopcompress.recover.gate_statistics import read_gate
+from mopcompress.recover.save_and_load import load_adapter
+from mopcompress.results import DocumentScores
+
+
+def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress = silent) -> dict[str, Any]:
+    """Score the recipe's model on its test rows, with an adapter if one is named; a JSON-able summary."""
+    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    model = load_model(base, device=choose_device(recipe.run.device))
+    loaded, config, sha256 = None, None, weights_hash(base)
+    if adapter is not None:
+        loaded, config = load_adapter(adapter, model, base_sha256=sha256)
+    documents = documents_for(model, recipe.run)
+    layer = config.layer if config else first_layer("none", recipe.recovery.layer, model)
+    states = cache_states(model, sha256, documents.test, layer, recipe.run.batch_size, "test rows", progress)
+    scores = score(model, states, loaded, recipe.run.batch_size, progress)
+    scores = with_answers(scores, model, states, loaded, recipe.run, progress)
+    text, size = None, recipe.run.batch_size
+    if documents.text and not (config and TRAINED[config.arm].needs_tasks):
+        windows = cache_states(model, sha256, documents.text, layer, recipe.run.batch_size, "windows of text", progress)
+        text = micro(score(model, windows, loaded, recipe.run.batch_size, progress)).perplexity
+    reading = read_gate(model, loaded, states, config.tasks, batch_size=size) if loaded and config else None
+    return {
+        "model": recipe.run.model,
+        "adapter": str(adapter) if adapter else None,
+        "arm": config.arm if config else "none",
+        "data": documents.facts,
+        "perplexity": micro(scores).perplexity,
+        "perplexity_macro": macro_perplexity(scores),
+        "exact_match": micro(scores).exact_match,
+        "text_perplexity": text,
+        "rouge_l": micro(scores).rouge_l,
+        "rouge_l_macro": macro_rouge_l(scores),
+        "written_exact_match": micro(scores).written_exact_match,
+        "samples": [vars(sample) for sample in samples(model, documents.test, scores)],
+        "documents": micro(scores).documents,
+        "scored_tokens": micro(scores).scored_tokens,
+        "per_task": {task: vars(one) for task, one in task_scores(scores).items()},
+        "gate": vars(reading) if reading else None,
+    }
+
+
+def score(
+    model: LanguageModel, states: CachedStates, adapter: Adapter | None, batch_size: int, progress: Progress
+) -> DocumentScores:
+    """Evaluate with progress."""
+    total = len(states.documents)
+    return evaluate(
+        model,
+        states,
+        adapter.compiled(model) if adapter else None,
+        batch_size=batch_size,
+        progress=lambda done: progress("scoring test rows", done, total),
+    )

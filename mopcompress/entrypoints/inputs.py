@@ -1,0 +1,76 @@
+"""Where calibration tokens come from: the model's own text, the training rows, or text that the user names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mopcompress.data.dataset import load_documents
+from mopcompress.data.text_windows import document_windows, read_text, text_windows
+from mopcompress.environment import choose_device
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import load_model, load_tokenizer
+from mopcompress.models.sampling import sample_text
+from mopcompress.models.smollm2 import cache_folder
+from mopcompress.progress import Progress
+from mopcompress.recipe import RunSpec
+from mopcompress.storage import artifacts
+
+FILE = "tokens.safetensors"
+
+
+def calibration_tokens(
+    run: RunSpec, source: Path, model_sha256: str, progress: Progress
+) -> tuple[Int[Tensor, "samples length"], dict[str, Any]]:
+    """The windows that compression is calibrated on, and what a report says of them.
+
+    The model is loaded, whole, only when it has to write its own text, and let go again.
+    """
+    samples, length = run.num_calibration_samples, run.max_seq_length
+    if run.calibration == "self":
+        tokens = _own_text(run, source, model_sha256, progress)
+    elif run.calibration == "data":
+        tokens = document_windows(load_documents(run, load_tokenizer(source)).train, samples=samples, length=length)
+    else:
+        tokens = text_windows(read_text(run.calibration), load_tokenizer(source), samples=samples, length=length)
+    facts = {
+        "source": run.calibration,
+        "samples": samples,
+        "length": length,
+        "sha256": artifacts.fingerprint({"tokens": tokens.tolist()}),
+    }
+    return tokens.cpu(), facts
+
+
+def check_calibration(tokens: Int[Tensor, "samples length"], model: LanguageModel) -> None:
+    """Raise `DataError` when the windows are longer than what the model has learned positions for."""
+    model.check_context(tokens.shape[1], "calibration text", "lower --max-seq-length")
+
+
+def _own_text(run: RunSpec, source: Path, model_sha256: str, progress: Progress) -> Int[Tensor, "samples length"]:
+    """Sampled once for a model and a seed, then read from the cache."""
+    facts = {
+        "kind": "calibration text sampled from the model",
+        "model": model_sha256,
+        "samples": run.num_calibration_samples,
+        "length": run.max_seq_length,
+        "seed": run.seed,
+        "torch": torch.__version__,
+    }
+    folder = cache_folder() / "calibration" / artifacts.fingerprint(facts)
+    if not (folder / artifacts.MANIFEST).exists():
+        what = "sampling calibration text from the dense model (once)"
+        tokens = sample_text(
+            load_model(source, device=choose_device(run.device)),
+            samples=run.num_calibration_samples,
+            length=run.max_seq_length,
+            seed=run.seed,
+            progress=lambda done: progress(what, done, run.max_seq_length),
+        )
+        with artifacts.publish(folder, facts) as scratch:
+            save_file({"tokens": tokens.cpu()}, scratch / FILE)
+    artifacts.verify(folder)
+    return load_file(folder / FILE)["tokens"]

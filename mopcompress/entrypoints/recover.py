@@ -1,0 +1,130 @@
+"""`recover`: a compressed folder and data in, a small adapter folder out."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mopcompress.data.dataset import documents_for
+from mopcompress.entrypoints.lr_sweep import Train, check_validation, read_trials, sweep_rate, told, write_trials
+from mopcompress.entrypoints.teacher import dense_weights, named_teacher, taught_by
+from mopcompress.entrypoints.train_adapter import first_layer, tell_of_experts, train_arm
+from mopcompress.environment import choose_device, provenance
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.state_cache import TRAINING, cache_states
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import check_output, load_model, resolve_model, weights_hash
+from mopcompress.progress import Progress, silent
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
+from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.checkpoint import UnfinishedTraining, unfinished_training
+from mopcompress.recover.distributed import Workers, joined
+from mopcompress.recover.recovered import Recovered
+from mopcompress.recover.save_and_load import adapter_bytes, save_adapter
+from mopcompress.recover.start import Material
+from mopcompress.results import Sweep
+from mopcompress.storage import artifacts
+
+
+def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = silent) -> dict[str, Any]:
+    """Train the recipe's recovery on its model, publish the adapter as `target`, and return the manifest."""
+    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    check_output(target, base)
+    device, size = choose_device(recipe.run.device), recipe.run.batch_size
+    with joined(device) as workers:
+        tell = progress if workers.first else silent
+        model = load_model(base, device=device)
+        documents = documents_for(model, recipe.run)
+        layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
+        modifier, recovered = recipe.recovery, None
+        tell_of_experts([modifier], documents.tasks, tell)
+        teacher, dense = named_teacher(modifier), dense_weights(modifier, base, model)
+        check_validation(documents, recipe.run.data, [modifier])
+        with workers.first_alone():
+            states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
+        # hidden states are not kept: with them every process runs the teacher, all at once
+        with nullcontext() if modifier.squarehead else workers.first_alone():
+            taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
+        facts = {
+            "learning_rate": modifier.rate,
+            "sweep": None,
+            "base": {"folder": str(base), "sha256": sha256},
+            "teacher": teacher,
+            "data": documents.facts,
+            "recipe": resolved(recipe),
+            "seed": seed,
+            "processes": workers.count,
+            **provenance(model.device),
+        }
+        with _kept(target, facts, tell) if workers.first else nullcontext() as unfinished:
+            train = partial(
+                train_arm,
+                material=Material(model, states, documents.tasks, dense),
+                base_sha256=sha256,
+                seed=seed,
+                progress=tell,
+                distillation=taught,
+                unfinished=unfinished,
+                workers=workers,
+            )
+            if modifier.sweeps:
+                with workers.first_alone():
+                    rows = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
+                sweep, recovered = _swept(
+                    modifier, model, rows, train, batch_size=size, unfinished=unfinished, workers=workers
+                )
+                tell(told(sweep), 0, 0)
+                modifier = modifier.at_rate(sweep.learning_rate)
+                facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}
+            recovered = recovered or train(modifier)
+            return publish_adapter(recovered, target, facts) if workers.first else facts
+
+
+def _swept(
+    modifier: PromptRecoveryModifier,
+    model: LanguageModel,
+    validation: CachedStates,
+    train: Train,
+    *,
+    batch_size: int,
+    unfinished: UnfinishedTraining | None,
+    workers: Workers,
+) -> tuple[Sweep, Recovered | None]:
+    """The rate that all processes found, which one of them keeps; the training too, where a trial was as long."""
+    return sweep_rate(
+        modifier,
+        model,
+        validation,
+        train,
+        batch_size=batch_size,
+        known=workers.same(read_trials(unfinished.folder) if unfinished else {}),
+        keep=partial(write_trials, folder=unfinished.folder) if unfinished else lambda trials: None,
+        agreed=workers.same,
+    )
+
+
+def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractContextManager[UnfinishedTraining]:
+    """The training so far that is to become `target`, if it was of the same model, data, settings and machine."""
+    recipe = facts["recipe"]
+    run = {name: setting for name, setting in recipe["run"].items() if name not in ("model", "output_dir")}
+    same = ("data", "teacher", "seed", "learning_rate", "processes", "versions", "commit", "device", "threads")
+    job = {name: facts[name] for name in same} | {"model": facts["base"]["sha256"], "recipe": recipe | {"run": run}}
+    return unfinished_training(target, job, lambda line: progress(line, 0, 0))
+
+
+def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write an adapter folder; returns its manifest."""
+    manifest = {
+        "kind": "adapter",
+        "arm": recovered.config.arm,
+        "trained_parameters": trained_parameters(recovered.adapter),
+        "train_steps": len(recovered.rows),
+        "train_seconds": recovered.seconds,
+        "final_nats": recovered.rows[-1].nats if recovered.rows else None,
+        **facts,
+    }
+    with artifacts.publish(target, manifest) as scratch:
+        save_adapter(recovered.adapter, recovered.config, scratch)
+        manifest["adapter_bytes"] = adapter_bytes(scratch)
+    return manifest

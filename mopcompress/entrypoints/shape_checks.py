@@ -1,0 +1,98 @@
+"""Whether groups, N:M structures and ranks fit the linears that they go to: known from shapes, before any work."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from mopcompress.errors import DataError, RecipeError
+from mopcompress.models.targets import meant
+from mopcompress.models.weight_files import REPAIR, weight_files
+from mopcompress.recipe import GPTQModifier, LowRankRepairModifier
+from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier
+
+# Files of these families name their weights as the network does; others' are looked at when the model is loaded.
+SAME_NAMES = re.compile(
+    r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.[0-9]+\.(.+)\.weight"
+)
+GROUP_SIZES = (32, 64, 128)
+
+Shapes = Mapping[str, tuple[int, int]]  # (out, in) of each linear of the blocks, by name
+
+
+def check_fit(
+    shapes: Shapes, modifiers: Sequence[Pruning | GPTQModifier], repair: LowRankRepairModifier | None = None
+) -> None:
+    """Raises `RecipeError` saying which linear does not fit, and what does."""
+    compressed: set[str] = set()
+    for modifier in modifiers:
+        if isinstance(modifier, StructuredPruningModifier):
+            continue  # has neither
+        aimed = _aimed(shapes, modifier.targets, modifier.ignore)
+        compressed |= aimed
+        sizes = {name: size for name, (_, size) in shapes.items() if name in aimed}
+        group = modifier.group_size if isinstance(modifier, GPTQModifier) else None
+        if group and (found := _misfits(sizes, group)):
+            fitting = [str(size) for size in GROUP_SIZES if not _misfits(sizes, size)]
+            size = " or ".join(fitting) if fitting else "-1 (one scale for a whole row)"
+            raise RecipeError(f"group_size {group} does not divide the {found}; choose {size}, or ignore those linears")
+        if modifier.pattern and (found := _misfits(sizes, modifier.pattern[1])):
+            structure = f"mask_structure {modifier.mask_structure}"
+            raise RecipeError(f"{structure} does not divide the {found}; choose another, or ignore those linears")
+    if repair:
+        aimed = _aimed(shapes, repair.targets, repair.ignore) & compressed
+        sides = {name: min(shape) for name, shape in shapes.items() if name in aimed}
+        least = min(sides, key=lambda name: sides[name], default=None)
+        if least and sides[least] < repair.rank:
+            raise RecipeError(
+                f"rank {repair.rank} is more than the {sides[least]} of {least}, whose shape is {shapes[least]}; "
+                "choose a smaller one, or ignore such linears"
+            )
+
+
+def check_not_repaired(folder: Path) -> None:
+    """Raise `DataError` for a model with a repair: compressed again, it would lose what the repair is for."""
+    if (folder / REPAIR).exists():
+        raise DataError(
+            f"model {folder} has a low-rank repair ({REPAIR}) of its weights as they are; compress the model that it "
+            "was made of, in one recipe with the repair last"
+        )
+
+
+def shapes_on_disk(folder: Path) -> dict[str, tuple[int, int]]:
+    """The shapes of the blocks' linears, from the headers of the weight files; those that can be told without loading.
+
+    Mixtures of experts are left out: files hold experts one by one, networks may not.
+    """
+    try:
+        transposed = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt2"
+        found = {}
+        for path in weight_files(folder):
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    shape = file.get_slice(name).get_shape()
+                    match = SAME_NAMES.fullmatch(name)
+                    if match and len(shape) == 2 and "expert" not in name:
+                        found[name.removesuffix(".weight")] = (
+                            (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+                        )
+    except (OSError, ValueError, AttributeError, SafetensorError):
+        return {}  # loading says what is wrong with the folder
+    return found
+
+
+def _aimed(shapes: Shapes, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
+    names = [*shapes]
+    ignored = {name for pattern in ignore for name in meant(names, pattern)}
+    return {name for pattern in targets for name in meant(names, pattern)} - ignored
+
+
+def _misfits(sizes: Mapping[str, int], divisor: int) -> str:
+    """Words for the linears whose inputs `divisor` does not divide; empty when it divides all."""
+    wrong = [name for name, size in sizes.items() if size % divisor]
+    if not wrong:
+        return ""
+    more = f" (and of {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return f"{sizes[wrong[0]]} inputs of {wrong[0]}{more}"

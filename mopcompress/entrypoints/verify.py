@@ -1,0 +1,74 @@
+"""`verify`: is a finished folder still what it was when it was finished?"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from mopcompress.errors import DataError, InputNotFoundError
+from mopcompress.formats import LAYOUTS
+from mopcompress.formats.model_reader import digest, open_stored, opened
+from mopcompress.formats.weight_format import on_grid
+from mopcompress.models.meta_model import skeleton_of
+from mopcompress.models.repair import read_repairs
+from mopcompress.progress import Progress, silent
+from mopcompress.storage import artifacts
+
+
+def verify(folder: Path, *, progress: Progress = silent) -> dict[str, Any]:
+    """Compare every file with its hash and decode every tensor; what was looked at.
+
+    An export's tensors must be those that it was made of, a compressed model's must be finite, and on their grid if
+    they have one. Raises `DataError` at the first difference, `InputNotFoundError` when nothing is there.
+    """
+    if not folder.is_dir():
+        raise InputNotFoundError(f"{folder}: no such folder; name the output of a command")
+    progress("comparing files with their hashes", 0, 0)
+    artifacts.verify(folder)
+    manifest = artifacts.read_manifest(folder) or {}
+    facts = {"folder": str(folder), "kind": manifest.get("kind"), "files": len(manifest["files"])}
+    if (folder / "config.json").exists():
+        return facts | {"tensors": _check_model(folder, manifest.get("tensors"), progress)}
+    return facts | {"tensors": sum(_check_file(path) for path in sorted(folder.rglob("*.safetensors")))}
+
+
+def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progress) -> int:
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{folder / 'config.json'} cannot be loaded: {reason}; make the folder again") from error
+    stored = open_stored(folder)
+    grid = None
+    if stored.format == "dense" and stored.grid:  # the other formats decode from their grid, so are on it
+        grid = LAYOUTS["sparse"].fit(stored.grid, skeleton_of(folder))
+    found: set[str] = set()
+    for number, path in enumerate(stored.files):
+        progress("decoding tensors", number, len(stored.files))
+        for name, tensor in stored.tensors(path):
+            if expected is not None and expected.get(name) != digest(tensor):
+                raise DataError(f"{path}: {name} is not what was exported; make the folder again")
+            _check_finite(path, name, tensor)
+            module = on_grid(name, grid)
+            if grid is not None and module is not None:
+                grid.codes(module, tensor)
+            found.add(name)
+    missing = sorted((expected or {}).keys() - found)
+    if missing:
+        raise DataError(f"{folder} holds no {missing[0]}; make the folder again")
+    return len(found) + 2 * len(read_repairs(folder))
+
+
+def _check_file(path: Path) -> int:
+    with opened(path) as file:
+        names = sorted(file.keys())
+        for name in names:
+            _check_finite(path, name, file.get_tensor(name))
+    return len(names)
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise DataError(f"{path}: {name} holds NaN or infinite numbers; make the folder again")

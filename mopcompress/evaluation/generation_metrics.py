@@ -1,0 +1,113 @@
+"""Answers that a model writes to the test rows, and how they compare with the references.
+
+Rows run in the batches of the evaluation, and adapters read the same cached instructions: an arm that is told the task,
+or that looks at a neighbour's instruction, does here what it does there.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import takewhile
+
+import torch
+
+from mopcompress.data.encoding import Encoded
+from mopcompress.evaluation.generation import answer_contexts, check_fits, contexts_of
+from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.rouge import rouge_l, same_words
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.progress import Progress
+from mopcompress.recipe import RunSpec
+from mopcompress.recover.adapter import Adapter
+from mopcompress.results import DocumentScores, Sample, Written
+
+SHOWN = 3  # samples of an arm; rows come task after task, so they are of as many tasks
+
+
+def with_answers(
+    scores: DocumentScores,
+    model: LanguageModel,
+    states: CachedStates,
+    adapter: Adapter | None,
+    run: RunSpec,
+    progress: Progress,
+) -> DocumentScores:
+    """The scores with those of written answers, if the run asks for any.
+
+    Raises `DataError` when an instruction and its answer do not fit the model's context.
+    """
+    if run.write_tokens is None:
+        return scores
+    answers = write(
+        model, states, adapter, max_new_tokens=run.write_tokens, batch_size=run.batch_size, progress=progress
+    )
+    pairs = [(answer, _reference(model, document)) for answer, document in zip(answers, states.documents, strict=True)]
+    written = Written(
+        answers=answers,
+        rouge_l=[rouge_l(*pair) for pair in pairs],
+        exact=[same_words(*pair) for pair in pairs],
+    )
+    return replace(scores, written=written)
+
+
+def write(
+    model: LanguageModel,
+    states: CachedStates,
+    adapter: Adapter | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress,
+) -> list[str]:
+    """The greedy answer to every document's instruction, in their order."""
+    documents = states.documents
+    contexts = [document.tokens[: document.context_tokens] for document in documents]
+    check_fits(model.network, contexts, max_new_tokens)
+    _, ends = contexts_of(model.network, model.tokenizer, ["x"])
+    applied = adapter.compiled(model) if adapter else None
+    answers, done = [""] * len(documents), 0
+    for rows in batches_by_length(documents, batch_size, generator=None):
+        with torch.inference_mode(), applied(states.batch(rows).instructions) if applied else nullcontext():
+            some = answer_contexts(
+                model.network, model.tokenizer, [contexts[row] for row in rows], ends, max_new_tokens=max_new_tokens
+            )
+        for row, answer in zip(rows, some, strict=True):
+            answers[row] = answer
+        progress("writing answers", done := done + len(rows), len(documents))
+    return answers
+
+
+def samples(model: LanguageModel, documents: Sequence[Encoded], scores: DocumentScores) -> tuple[Sample, ...]:
+    """The first answers, with what they answer; none where none were written."""
+    if scores.written is None:
+        return ()
+    (template,), _ = contexts_of(model.network, model.tokenizer, ["x"])
+    return tuple(
+        Sample(
+            task=document.task,
+            instruction=_decoded(model, _without(template, document.tokens[: document.context_tokens])),
+            reference=_reference(model, document),
+            answer=answer,
+        )
+        for document, answer in zip(documents[:SHOWN], scores.written.answers, strict=False)
+    )
+
+
+def _reference(model: LanguageModel, document: Encoded) -> str:
+    return _decoded(model, document.tokens[document.context_tokens :])
+
+
+def _decoded(model: LanguageModel, tokens: Sequence[int]) -> str:
+    return str(model.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+
+def _without(template: Sequence[int], context: Sequence[int]) -> Sequence[int]:
+    """The context's tokens without those that stand around every instruction, as they do in `template`."""
+    head = _in_common(template, context)
+    tail = _in_common(template[:head:-1], context[:head:-1])
+    return context[head : len(context) - tail]
+
+
+def _in_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -1,0 +1,137 @@
+"""Kinds of recipe fields: shares, names, lists, and fields of other tools that are forgotten or not supported yet."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from mopcompress.recipe.validation_errors import EACH, ONE
+
+
+class Spec(BaseModel):
+    """Checked settings: frozen, no unknown names, no text where a number belongs (1 is a number, '1' is not)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def fault(message: str, hint: str | None = None) -> PydanticCustomError:
+    """A fault whose message and hint reach the user as they are."""
+    return PydanticCustomError("recipe", "{message}", {"message": message, "hint": hint})
+
+
+def _share(number: float) -> float:
+    if number == 1:
+        raise fault("not a share of weights between 0 and 1: no weight would be left")
+    if not 0 <= number < 1:
+        raise fault("not a share of weights between 0 and 1", f"{number / 100:g}" if 1 < number < 100 else None)
+    return number
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise fault("not a name: empty")
+    if len(text) > 1024 or re.search("[\0\ud800-\udfff]", text):
+        raise fault("not a name: longer than 1024 characters, or with a zero byte or half a character")
+    return text
+
+
+def _target(text: str) -> str:
+    if text.startswith("re:"):
+        try:
+            re.compile(text[3:])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise fault(f"not a regular expression ({error})") from error
+    return text
+
+
+def _listed(values: Any) -> Any:
+    return tuple(values) if isinstance(values, list) else values
+
+
+def _named(values: Any) -> Any:
+    return (values,) if isinstance(values, str) else _listed(values)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    seen = set()
+    for one in values:
+        if one in seen:
+            raise fault(f"not distinct: {one!r} stands twice")
+        seen.add(one)
+    return values
+
+
+def _inside_blocks(target: str) -> str:
+    if target.removesuffix(".weight") in {"lm_head", "Embedding"}:
+        raise fault("embeddings and head are never compressed here; take it out")
+    return target
+
+
+def _bits(number: int) -> int:
+    if number not in BITS:
+        near = min(BITS, key=lambda known: (abs(known - number), -known))
+        raise fault("not one of 2, 3, 4, 8: no stock tool stores another width", str(near))
+    return number
+
+
+def refusing(reason: str) -> BeforeValidator:
+    """For a field of another tool that would change a result: only null or false is accepted."""
+
+    def refuse(given: Any) -> None:
+        if given not in (None, False):
+            raise fault(f"{reason}; leave it out")
+
+    return BeforeValidator(refuse)
+
+
+def _structure(text: str) -> str:
+    if text == "unstructured":
+        return "0:0"
+    pattern = parse_structure(text)
+    if pattern is None and text != "0:0":
+        raise fault(
+            "not N:M (N zeros of M weights, 0 < N < M), and not 'unstructured'; other structures are not supported yet"
+        )
+    return text if pattern is None else f"{pattern[0]}:{pattern[1]}"
+
+
+def parse_structure(text: str) -> tuple[int, int] | None:
+    """`(n, m)` of "n:m", n zeros of m weights; None unless 0 < n < m."""
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
+    pattern = (int(match[1]), int(match[2])) if match else (0, 0)
+    return pattern if 0 < pattern[0] < pattern[1] else None
+
+
+BITS = (2, 3, 4, 8)
+
+Share = Annotated[float, AfterValidator(_share)]
+OneOrEach = Discriminator(lambda given: EACH if isinstance(given, list | tuple) else ONE)
+Name = Annotated[str, AfterValidator(_name)]
+Target = Annotated[Name, AfterValidator(_target)]
+Targets = Annotated[tuple[Target, ...], BeforeValidator(_named)]
+Aims = Annotated[tuple[Annotated[Target, AfterValidator(_inside_blocks)], ...], BeforeValidator(_named)]
+Bits = Annotated[int, AfterValidator(_bits)]
+Listed = BeforeValidator(_listed)
+Shares = Annotated[Annotated[Share, Tag(ONE)] | Annotated[tuple[Share, ...], Listed, Tag(EACH)], OneOrEach]
+Distinct = AfterValidator(_distinct)
+Steps = Annotated[int, Field(ge=0, le=1000)]
+Towards = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
+Structure = Annotated[str, AfterValidator(_structure)]
+Damping = Annotated[float, Field(gt=0, le=10)]
+BlockSize = Annotated[int, Field(ge=1, le=65536)]
+FilePath = Annotated[Name, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
+
+# Accepted from other tools' recipes but without effect here: forgotten at once, so never in a resolved recipe.
+Forgotten = AfterValidator(lambda given: None)
+Switch = Annotated[bool | None, Forgotten, Field(exclude=True)]
+Layers = Annotated[Targets | None, Forgotten, Field(exclude=True)]
+Time = Annotated[float | None, Forgotten, Field(exclude=True)]
+Schedule = Annotated[str | None, Forgotten, Field(exclude=True)]
+ScheduleFields = Annotated[dict[str, Any] | None, Forgotten, Field(exclude=True)]
+Unsupported = Annotated[None, refusing("not supported yet"), Field(exclude=True)]
+Rounding = Annotated[None, refusing("weights are rounded by a GPTQModifier in a later stage"), Field(exclude=True)]
+KeysAndValues = Annotated[None, refusing("the cache of keys and values is not rounded here"), Field(exclude=True)]
+Activations = Annotated[None, refusing("activations are not rounded here"), Field(exclude=True)]

@@ -1,0 +1,161 @@
+"""A recipe: stages of modifier groups, in the grammar of SparseML and llm-compressor, and our `run:`.
+
+sparsity_stage:                   # any <name>_stage
+  run_type: oneshot               # or train
+  sparsity_modifiers:             # any <name>_modifiers; a stage may have several groups
+    SparseGPTModifier:            # in order
+      sparsity: 0.5
+run:
+  ratios: [0.5, 0.85, 0.95]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from mopcompress.errors import RecipeError
+from mopcompress.recipe.field_types import Spec
+from mopcompress.recipe.gptq_modifier import GPTQModifier
+from mopcompress.recipe.pruning_modifiers import (
+    ALPSModifier,
+    MagnitudePruningModifier,
+    Pruning,
+    SparseGPTModifier,
+    StructuredPruningModifier,
+    WandaPruningModifier,
+)
+from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
+from mopcompress.recipe.repair_modifier import LowRankRepairModifier
+from mopcompress.recipe.run_spec import RunSpec, check_flags
+from mopcompress.recipe.stages import Group, Stage, check_order, read_stage, stranger
+from mopcompress.recipe.validation_errors import Fault, faults_of, lines
+from mopcompress.recipe.yaml_loader import PlainDumper, read_document
+
+FOREIGN = ("args", "metadata", "version")  # of other tools, at the top: they say nothing about what to do
+NO_FLAGS: Mapping[str, object] = MappingProxyType({})
+
+Kind = TypeVar("Kind", bound=Spec)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe."""
+
+    stages: tuple[Stage, ...]
+    run: RunSpec
+
+    def modifiers(self, *kinds: type[Kind]) -> tuple[Kind, ...]:
+        """The modifiers of these kinds, in the order of the recipe; `Spec` is every kind."""
+        everything = [one for stage in self.stages for group in stage.groups for one in group.modifiers]
+        return tuple(one for one in everything if isinstance(one, kinds))
+
+    def modifier_for(self, method: str) -> Pruning | GPTQModifier:
+        """The recipe's first modifier of this method, else one with our defaults."""
+        own = [one for one in self.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+        return next((one for one in own if one.method == method), DEFAULTS[method])
+
+    @property
+    def repair(self) -> LowRankRepairModifier | None:
+        """The recipe's low-rank repair of what it compresses, if it has one."""
+        return next(iter(self.modifiers(LowRankRepairModifier)), None)
+
+    @property
+    def recovery(self) -> PromptRecoveryModifier:
+        """The recipe's first prompt recovery, else the default one."""
+        return next(iter(self.modifiers(PromptRecoveryModifier)), PromptRecoveryModifier())
+
+
+DEFAULTS: dict[str, Pruning | GPTQModifier] = {
+    "sparsegpt": SparseGPTModifier(sparsity=0.5),
+    "alps": ALPSModifier(sparsity=0.5),
+    "wanda": WandaPruningModifier(sparsity=0.5),
+    "magnitude": MagnitudePruningModifier(final_sparsity=0.5),
+    "structured": StructuredPruningModifier(mlp_sparsity=0.25),
+    "gptq": GPTQModifier.model_validate({"scheme": "W4A16", "match_dense": 1.0}).with_bits(4, 64),
+}
+DEFAULT_STAGES = (
+    Stage("sparsity_stage", "oneshot", (Group("sparsity_modifiers", (DEFAULTS["sparsegpt"],)),)),
+    Stage("recovery_stage", "train", (Group("recovery_modifiers", (PromptRecoveryModifier(),)),)),
+)
+
+
+def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
+    """Read and check a whole recipe; `flags` (fields of `RunSpec`, None = not given) win over its `run:`.
+
+    A grid that neither `run:` nor the flags give is what the recipe's own modifiers say. Raises `InputNotFoundError`,
+    `RecipeError` or `UsageError`, the last two with all faults, one line each.
+    """
+    if path is None:
+        return Recipe(DEFAULT_STAGES, RunSpec.model_validate(check_flags(flags)))
+    return recipe_of(read_document(path), str(path), flags)
+
+
+def recipe_of(document: Mapping[str, Any], name_of_file: str, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
+    """The same from what a file holds, or from what `resolved` gave: fields that came later get their defaults."""
+    faults: list[Fault] = []
+    stages, run = [], {}
+    for name, content in document.items():
+        if name == "run":
+            run = _checked_run(content, faults)
+        elif name.endswith("_stage"):
+            stages.append(read_stage(name, content, faults))
+        elif name not in FOREIGN:
+            faults.append(stranger(name, content))
+    check_order(stages, faults)
+    if faults:
+        raise RecipeError(lines(found.in_recipe(name_of_file) for found in faults))
+    recipe = Recipe(tuple(stages), RunSpec())
+    return Recipe(recipe.stages, RunSpec.model_validate(_own_grid(recipe) | run | check_flags(flags)))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of plain scalars, maps and lists that `yaml.safe_load` reads, and `load_recipe` reads to an equal recipe."""
+    return yaml.dump(resolved(recipe), Dumper=PlainDumper, sort_keys=False)
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every default written out, as data that JSON can hold."""
+    stages: dict[str, Any] = {}
+    for stage in recipe.stages:
+        groups = {
+            group.name: {type(one).__name__: one.model_dump(mode="json") for one in group.modifiers}
+            for group in stage.groups
+        }
+        stages[stage.name] = {"run_type": stage.run_type, **groups}
+    return stages | {"run": recipe.run.model_dump(mode="json")}
+
+
+def _own_grid(recipe: Recipe) -> dict[str, Any]:
+    """Methods, ratios, bits and group size that the stages name; nothing when they do not compress.
+
+    Pruning and rounding in one recipe are measured together. Several pruning modifiers are settings of their own each.
+    """
+    pruning = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
+    rounding = recipe.modifiers(GPTQModifier)
+    if not pruning and not rounding:
+        return {}
+    grid: dict[str, Any] = {
+        "methods": tuple(dict.fromkeys(one.method for one in pruning)),
+        "ratios": tuple(
+            dict.fromkeys(one.sparsity for one in pruning if isinstance(one.sparsity, float) and one.sparsity)
+        ),
+        "bits": tuple(dict.fromkeys(one.bits for one in rounding)),
+        "joint": bool(pruning and rounding),
+    }
+    return grid | ({"group_size": rounding[0].group_size} if rounding else {})
+
+
+def _checked_run(content: Any, faults: list[Fault]) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        faults.append(Fault(("run",), "not a map of settings", content))
+        return {}
+    try:
+        RunSpec.model_validate(content)
+    except ValidationError as error:
+        faults += faults_of(error, RunSpec, ("run",))
+    return content

@@ -1,0 +1,106 @@
+"""Modifiers that train, or that mean nothing where weights are not trained."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from mopcompress.errors import UsageError
+from mopcompress.recipe.arms import TRAINED, trained_arm
+from mopcompress.recipe.field_types import FilePath, Spec, Targets, Time
+from mopcompress.recipe.pruning_modifiers import changed
+
+TrainedArm = Annotated[str, AfterValidator(trained_arm)]
+UNLABELLED = 7  # experts for rows that name no task, as in Dun et al. (2310.02842)
+Rate = Annotated[float, Field(gt=0, le=1000)]
+SWEPT = (-1, 0, 1)  # what a sweep begins with: powers of a factor on the recipe's rate
+
+
+class ConstantPruningModifier(Spec):
+    """Keep zeros while training. Always so here: recovery never touches a weight."""
+
+    targets: Targets = ("__ALL__",)
+    start: Time = None
+    end: Time = None
+    update: Time = None
+
+
+class PromptRecoveryModifier(Spec):
+    """Train an adapter on a frozen compressed model: one prompt, or a mixture chosen by a gate, or a rival."""
+
+    arm: TrainedArm = "mop"
+    experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data, or 7 that are found
+    prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
+    layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
+    deep: bool = False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
+    rank: Annotated[int, Field(ge=1, le=65536)] | None = None  # of lora, masklora, eora; None: no more numbers than mop
+    adapter_targets: Targets | None = None  # linears that they change, by the ends of their names; None: the writers
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
+    accumulate: Annotated[int, Field(ge=1, le=65536)] = 1  # parts that a step's rows run in, to save memory
+    learning_rate: Rate | None = None  # of all but the gate; None: the arm's own
+    learning_rates: dict[TrainedArm, Rate] = Field(default_factory=dict)  # of arms by name: goes before learning_rate
+    gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
+    gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
+    gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
+    gate_labels: Literal["tasks", "clusters"] = "tasks"  # experts' domains: the rows' tasks, or k-means on instructions
+    gate_clipping: Literal["apart", "together"] = "apart"  # its gradient by itself, or with that of what it weighs
+    gate_reading: Literal["renormalised", "values", "separate"] = "renormalised"  # what a weight does in attention
+    shared_expert: bool = False  # one more group of prompts: it weighs 1 for every row; of idp and smop a choice more
+    top_k: Annotated[int, Field(ge=1, le=1024)] | None = None  # experts that act in inference; None: all
+    log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    clip_percentile: Annotated[float, Field(ge=0, le=100)] = 50.0  # of the norms so far, where that is less; 100: none
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
+    distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
+    squarehead: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of a loss on hidden states, the dense model's
+    teacher: FilePath | None = None  # None: the dense model that the compressed one was made from
+    sweep: bool = (
+        False  # try a third, one and three times the learning rate first, and on past an edge; the best trains
+    )
+    sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None  # of each rate tried; None: as many as steps
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate: the recipe's, or the arm's own; None where the arm takes no steps."""
+        settings = TRAINED[self.arm]
+        if settings.learning_rate is None:
+            return None
+        given = self.learning_rates.get(self.arm, self.learning_rate)
+        if given is not None:
+            return given
+        return settings.deep_learning_rate if self.deep and settings.deep_learning_rate else settings.learning_rate
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether a sweep was asked for, and there is a rate to find."""
+        return self.sweep and self.rate is not None
+
+    @property
+    def least_steps(self) -> int:
+        """Steps of one training and of what a sweep for it tries first; the best of those is it, if as long."""
+        if not self.sweeps:
+            return 0 if self.rate is None else self.steps
+        trial = self.sweep_steps or self.steps
+        return len(SWEPT) * trial + (0 if trial == self.steps else self.steps)
+
+    def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """The task of each expert, one to one; empty when experts are found by clustering, or stand for nothing."""
+        settings = TRAINED[self.arm]
+        labelled = settings.needs_tasks or ("gate_labels" in settings.own and self.gate_labels == "tasks")
+        return tasks if labelled and self.experts in (None, len(tasks)) else ()
+
+    def count_experts(self, tasks: tuple[str, ...]) -> int:
+        """How many experts there are: one a task unless told otherwise. Raises `UsageError` when more are to act."""
+        experts = self.experts or len(tasks) or UNLABELLED
+        if self.top_k is not None and self.top_k > experts:
+            raise UsageError(f"--top-k: {self.top_k} of {experts} experts cannot act; give at most {experts}")
+        return experts
+
+    def at_rate(self, rate: float) -> "PromptRecoveryModifier":
+        """The same with a rate that a sweep tries or found: it may lie beyond what a recipe may ask for."""
+        return self.model_copy(update={"learning_rate": rate, "learning_rates": {}})
+
+    def with_arm(self, arm: str) -> "PromptRecoveryModifier":
+        """The same settings for another arm: equal prompts in all, steps and data."""
+        return changed(self, arm=arm)

@@ -1,0 +1,168 @@
+"""`run:`, the part of a recipe that is ours: model, data, grid and machine.
+
+Every field is also a flag, and a flag wins. Relative paths are relative to the working directory, in a recipe too.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+
+from mopcompress.errors import UsageError
+from mopcompress.recipe.arms import TRAINED, known_arm
+from mopcompress.recipe.field_types import Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
+from mopcompress.recipe.validation_errors import Fault, faults_of, lines, nearest
+
+PRUNING_METHODS = ("sparsegpt", "alps", "wanda", "magnitude", "structured")
+OURS = "mopcompress"
+BACKENDS = (OURS, "llmcompressor", "gptqmodel")
+
+Arms = Annotated[tuple[Annotated[str, AfterValidator(known_arm)], ...], Listed, Distinct]
+Rows = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=8, le=1_048_576)]  # tokens
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _method(name: str) -> str:
+    if name not in PRUNING_METHODS:
+        hint = "--bits" if name == "gptq" else nearest(name, PRUNING_METHODS)
+        raise fault(f"not one of {', '.join(PRUNING_METHODS)}", hint)
+    return name
+
+
+def _not_dense(ratio: float) -> float:
+    if ratio == 0:
+        raise fault("not a share to remove: 0 is the dense model, which every bench measures; leave it out")
+    return ratio
+
+
+def _whole_row(size: Any) -> Any:
+    """Weights of a row that share a scale; None, also written -1, is all of them."""
+    return None if size == -1 else size
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise fault("not one of auto, cpu, cuda, cuda:N, mps", nearest(name, ("auto", "cpu", "cuda", "mps")))
+    return name
+
+
+def _backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise fault(f"not one of {', '.join(BACKENDS)}", nearest(name, BACKENDS))
+    return name
+
+
+class RunSpec(Spec):
+    """What to run on; the defaults are those of `recipes/default.yaml`."""
+
+    model: FilePath = "smollm2"
+    data: FilePath = "skills"
+    map: dict[Name, Name] = Field(default_factory=dict)  # column of the data: our field
+    train_rows: Rows | None = 320  # None: all
+    validation_rows: Rows | None = 96
+    test_rows: Rows | None = 144
+    max_length: Length = 512  # tokens of a row; longer rows are dropped, a response alone over it is an error
+    longest_row: Length | None = None  # a choice of rows: only those of at most so many tokens take part
+    text: FilePath | None = None  # plain text that no arm is trained on, scored besides the test rows
+    text_samples: Rows = 24  # windows of it
+    train_text: FilePath | None = None  # plain text among the training rows, a task of its own
+    train_text_samples: Rows = 96  # windows of it, besides the training rows
+    write_tokens: Annotated[int, Field(ge=1)] | None = None  # test rows are answered too, with so many at most
+    calibration: FilePath = "self"  # text that the model writes itself, or a text file
+    num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
+    max_seq_length: Length = 512  # tokens of a calibration sample
+    ratios: Annotated[tuple[Annotated[Share, AfterValidator(_not_dense)], ...], Listed, Distinct] = (0.5, 0.85, 0.95)
+    methods: Annotated[tuple[Annotated[str, AfterValidator(_method)], ...], Listed, Distinct] = ("sparsegpt",)
+    bits: Annotated[tuple[Bits, ...], Listed, Distinct] = ()
+    joint: bool = False  # with bits: round what pruning left, not the dense model
+    group_size: Annotated[Annotated[int, Field(ge=2, le=65536)] | None, BeforeValidator(_whole_row)] = 64
+    arms: Annotated[Arms, Field(min_length=1)] = ("none", "single", "mop")
+    dense_arms: Arms = ("none",)  # of the dense model: what it learns of the data tells recovery from adaptation
+    seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1)] = (0,)
+    seed: Seed = 0
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16  # rows, in evaluation
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    backend: Annotated[str, AfterValidator(_backend)] = OURS  # the library whose methods compress
+    backend_python: FilePath | None = None  # the interpreter that has it; None: this one
+    output_dir: FilePath | None = None
+    max_fallback: Annotated[float, Field(ge=0, le=1)] = (
+        0.1  # share of matrices that may need more damping than asked for
+    )
+
+    @model_validator(mode="after")
+    def _scored_text_is_not_trained_on(self) -> "RunSpec":
+        if self.train_text is not None and self.train_text == self.text:
+            raise fault("train_text: the same as text, which is scored because no arm is trained on it; name another")
+        return self
+
+    @property
+    def trained_arms(self) -> tuple[str, ...]:
+        """The arms of the grid that begin as an adapter, each once."""
+        return tuple(dict.fromkeys(arm for arm in (*self.arms, *self.dense_arms) if arm != "none"))
+
+    @property
+    def computed_arms(self) -> tuple[str, ...]:
+        """Those of them that have a closed form: the dense model's weights say all, and no seed is drawn from."""
+        return tuple(arm for arm in self.trained_arms if TRAINED[arm].learning_rate is None)
+
+
+LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}
+WORDS = {
+    "model",
+    "data",
+    "calibration",
+    "text",
+    "train_text",
+    "methods",
+    "arms",
+    "dense_arms",
+    "device",
+    "backend",
+    "backend_python",
+    "output_dir",
+}
+
+
+def check_flags(flags: Mapping[str, object]) -> dict[str, Any]:
+    """The flags as checked fields of `RunSpec`; None means not given, text is split at commas where a list belongs.
+
+    Raises `UsageError` with all faults, one line each.
+    """
+    faults: list[Fault] = []
+    given = {name: _parsed(name, flag, faults) for name, flag in flags.items() if flag is not None}
+    wrong = {found.path[0] for found in faults}
+    try:
+        checked = RunSpec.model_validate({name: flag for name, flag in given.items() if name not in wrong})
+    except ValidationError as error:
+        raise UsageError(lines(found.in_flags() for found in faults + faults_of(error, RunSpec))) from error
+    if faults:
+        raise UsageError(lines(found.in_flags() for found in faults))
+    return {name: getattr(checked, name) for name in given}
+
+
+def _parsed(name: str, flag: object, faults: list[Fault]) -> object:
+    if name == "map" and isinstance(flag, str):
+        pairs = [pair.partition("=") for pair in flag.split(",")]
+        if not all(key and value for key, _, value in pairs):
+            faults.append(Fault((name,), "not column=field, with commas between several", flag))
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    if name not in LISTS or not isinstance(flag, str | list | tuple):
+        return flag if name in WORDS else _number(flag)
+    pieces = [piece.strip() for piece in flag.split(",")] if isinstance(flag, str) and flag else list(flag)
+    if "" in pieces:
+        faults.append(Fault((name,), "an entry is empty: write values with one comma between", flag))
+    return tuple(pieces) if name in WORDS else tuple(_number(piece) for piece in pieces)
+
+
+def _number(flag: object) -> object:
+    """Text from a command line as the number it looks like; anything else as it is, to be refused by name."""
+    if not isinstance(flag, str):
+        return flag
+    for kind in (int, float):
+        try:
+            return kind(flag)
+        except ValueError:
+            continue
+    return flag

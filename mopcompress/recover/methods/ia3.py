@@ -1,0 +1,50 @@
+"""(IA)^3 (Liu et al., 2022, arXiv 2205.05638): keys, values and the inner activations of the MLP, each scaled.
+
+As PEFT has it: the outputs of the key and value projections, biases included, and the inputs of the MLP's last linear.
+Where a family has queries, keys and values in one linear, all of it is scaled, as PEFT does.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.modules import Linear, weight_of
+from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.methods.module_patches import MLP_READERS, Changes, first_present, linears_from
+from mopcompress.recover.start import Material, Start
+
+ATTENTION = (("k_proj", "v_proj"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
+
+
+class Scaled(nn.Module):
+    """A factor for each output of a linear, or for each input."""
+
+    def __init__(self, linear: Linear, *, inputs: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(weight_of(linear).shape[1 if inputs else 0]))
+        self.inputs = inputs
+
+    def forward(self, module: Linear, hidden: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        return module(hidden * self.scale) if self.inputs else module(hidden) * self.scale
+
+    def merged(self, module: Linear) -> dict[str, Tensor]:
+        """Scaled columns, or scaled rows and bias: zeros stay."""
+        weight = weight_of(module) * (self.scale if self.inputs else self.scale[:, None])
+        merged = {"weight": weight.T.contiguous() if isinstance(module, Conv1D) else weight}
+        return merged if self.inputs or module.bias is None else merged | {"bias": module.bias * self.scale}
+
+
+def build(model: LanguageModel, config: AdapterConfig) -> Changes:
+    """Raises `DataError` when the family has no such linears."""
+    changes: dict[str, nn.Module] = {}
+    for choices, inputs in ((ATTENTION, False), (MLP_READERS, True)):
+        linears = linears_from(model, config.layer, first_present(model, choices))
+        changes |= {name: Scaled(linear, inputs=inputs) for name, linear in linears.items()}
+    return Changes(config.layer, changes).to(model.device)
+
+
+def begin(config: AdapterConfig, material: Material, start: Start) -> Changes:
+    """All factors are 1, whatever the seed."""
+    return build(material.model, config)

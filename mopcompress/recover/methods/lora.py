@@ -1,0 +1,101 @@
+"""LoRA (Hu et al., 2021, arXiv 2106.09685), h = W x + B A x, and with it a form that keeps a pruned weight's zeros.
+
+LoRA's scale alpha / r is 1 here: the learning rate says the same. `masklora` trains h = (W + (B A) * mask) x, where the
+mask is 1 where W is not zero (MaskLoRA of PERP, Zimmer et al., 2023, arXiv 2312.15230): after training it merges into
+W, and what was pruned stays pruned.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from mopcompress.errors import DataError
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.modules import Linear, weight_of
+from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.methods import prompt_initialization
+from mopcompress.recover.methods.module_patches import Changes, linears_from, writers_from
+from mopcompress.recover.start import Material, Start
+
+
+class LowRank(nn.Module):
+    """The product of two thin matrices, added to the weight of a linear: to all of it, or where it is not zero."""
+
+    def __init__(self, linear: Linear, rank: int, *, masked: bool) -> None:
+        super().__init__()
+        rows, columns = weight_of(linear).shape
+        self.down = nn.Parameter(torch.zeros(rank, columns))  # A
+        self.up = nn.Parameter(torch.zeros(rows, rank))  # B
+        self.masked = masked
+
+    def forward(self, module: Linear, hidden: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        if self.masked:
+            return functional_call(module, self.merged(module), (hidden,))
+        return module(hidden) + hidden @ self.down.T @ self.up.T
+
+    def merged(self, module: Linear) -> dict[str, Tensor]:
+        """The sum; if it is not masked no zero is left in it."""
+        weight, update = weight_of(module), self.up @ self.down
+        summed = weight + update * (weight != 0) if self.masked else weight + update
+        return {"weight": summed.T.contiguous() if isinstance(module, Conv1D) else summed}
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """LoRA's own start, in place: `down` uniform as the weight of a new linear, `up` zero: nothing changes yet."""
+        bound = self.down.shape[1] ** -0.5
+        self.down.copy_(torch.empty(self.down.shape).uniform_(-bound, bound, generator=generator))
+        self.up.zero_()
+
+
+def build(model: LanguageModel, config: AdapterConfig) -> Changes:
+    """`lora`, `masklora`, or the shape of `eora`, beside the linears that write to the residual stream.
+
+    Those repair most for their size, of what was measured: benchmarks/LOG.md. LoRA's own, queries and values, or others
+    are asked for by `targets`.
+
+    Raises `DataError` when targets are not there, or a rank does not fit.
+    """
+    linears = linears_from(model, config.layer, config.targets) if config.targets else writers_from(model, config.layer)
+    rank = rank_within_budget(model, config, linears) if config.rank is None else config.rank
+    for name, linear in linears.items():
+        rows, columns = weight_of(linear).shape
+        if rank > min(rows, columns):
+            raise DataError(f"rank: {rank} is more than {name} can have, whose weight is {rows} x {columns}; lower it")
+    masked = config.arm == "masklora"
+    changes = {name: LowRank(linear, rank, masked=masked) for name, linear in linears.items()}
+    return Changes(config.layer, changes).to(model.device)
+
+
+def begin(config: AdapterConfig, material: Material, start: Start) -> Changes:
+    """Random `down`, zero `up`."""
+    adapter = build(material.model, config)
+    generator = torch.Generator().manual_seed(start.seed)
+    for change in adapter.changes.values():
+        assert isinstance(change, LowRank)  # for mypy: a ModuleDict forgets what it holds
+        change.draw(generator)
+    return adapter
+
+
+def rank_within_budget(model: LanguageModel, config: AdapterConfig, linears: Mapping[str, Linear]) -> int:
+    """The largest rank that trains no more than `mop` with the same experts and prompts would, its gate included.
+
+    Raises `DataError` when not even 1 does, or the family can have no `mop`.
+    """
+    try:
+        budget = prompt_initialization.budget(model, config)
+    except DataError as error:
+        raise DataError(
+            f"{config.arm} trains as much as mop where no rank is given; but {error}; or give one"
+        ) from error
+    shapes = [tuple(weight_of(linear).shape) for linear in linears.values()]
+    of_one = sum(map(sum, shapes))
+    if of_one > budget:
+        raise DataError(
+            f"{config.arm} of rank 1 on {len(linears)} linears trains {of_one} numbers, and mop with {config.experts} "
+            f"experts of {config.prompts_per_expert} prompts {budget}; name fewer adapter_targets or give a rank"
+        )
+    return min(budget // of_one, min(map(min, shapes)))

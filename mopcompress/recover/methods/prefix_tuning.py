@@ -1,0 +1,72 @@
+"""Prefix tuning (Li and Liang, 2101.00190): trained keys and values in every layer, without the paper's MLP.
+
+As PEFT has it without projection, and as many tokens as are worth the parameters of `mop` with the same settings.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from mopcompress.errors import DataError
+from mopcompress.evaluation.hidden_states import Applied, Instructions
+from mopcompress.models.attention import Prefix, attending_to
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.methods import prompt_initialization
+from mopcompress.recover.methods.prompt_kv import ByLayer, KeysAndValues, recorded, zeros_of
+from mopcompress.recover.methods.prompt_tuning import some_embeddings
+from mopcompress.recover.start import Material, Start
+
+
+class TrainedPrefix(nn.Module):
+    """Keys and values before every text, in every layer."""
+
+    layer = 0
+
+    def __init__(self, keys: ByLayer, values: ByLayer) -> None:
+        super().__init__()
+        self.prefix = KeysAndValues(keys, values)
+
+    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+        """Inside it, text attends to the prefix, with gradients to it."""
+        keys, values = self.prefix()
+        prompts = next(iter(keys.values())).shape[1]
+        return attending_to(Prefix(keys, values, instructions.summary.new_zeros(len(instructions.summary), prompts)))
+
+    def compiled(self, model: LanguageModel) -> Applied:
+        """The same: there is nothing to compute."""
+        return lambda instructions: self.applied(model, instructions)
+
+    def learned(self) -> dict[str, list[nn.Parameter]]:
+        """All keys and values."""
+        return {"adapter": list(self.prefix.parameters()), "gate": []}
+
+
+def build(model: LanguageModel, config: AdapterConfig) -> TrainedPrefix:
+    """As many tokens as `mop` with this config has parameters for, its gate included, a deep one's layers not.
+
+    Raises `DataError` for some families, and when a prefix of one token is larger already.
+    """
+    one = TrainedPrefix(*zeros_of(model, 0, 1))
+    budget = prompt_initialization.budget(model, config)
+    tokens = budget // trained_parameters(one)
+    if tokens == 0:
+        raise DataError(
+            f"a prefix of one token has {trained_parameters(one)} parameters here, and mop with the same settings "
+            f"{budget}; give more --prompts-per-expert"
+        )
+    return TrainedPrefix(*zeros_of(model, 0, tokens)).to(model.device)
+
+
+def begin(config: AdapterConfig, material: Material, start: Start) -> TrainedPrefix:
+    """A prefix that begins as the keys and values of tokens of training instructions.
+
+    Where positions are rotary, it is at first exactly `input` with those tokens.
+    """
+    model = material.model
+    keys, _ = build(model, config).prefix()
+    tokens = next(iter(keys.values())).shape[1]
+    embeddings = some_embeddings(material.states, tokens, start)
+    with torch.no_grad():
+        return TrainedPrefix(*recorded(model, embeddings[None], 0, first_position=-tokens if model.is_rotary else 0))

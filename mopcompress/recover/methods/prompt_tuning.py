@@ -1,0 +1,80 @@
+"""One prompt at the embedding, trained after compression ("Compress, Then Prompt", Xu et al., 2305.11186).
+
+Exactly PEFT's prompt tuning (Lester et al., 2104.08691): prompts stand directly before the text, at positions -P..-1.
+Moved by P that is PEFT's 0..P-1, and with rotary embeddings only differences of positions count. So the prompts run
+once a step, not once an example. Families with other positions are refused.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mopcompress.evaluation.hidden_states import Applied, CachedStates, Instructions
+from mopcompress.models.attention import Prefix, attending_to
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.methods.prompt_kv import ByLayer, recorded
+from mopcompress.recover.start import Material, Start
+
+
+class InputPrompt(nn.Module):
+    """Embeddings of tokens that no vocabulary has, before every text."""
+
+    layer = 0
+
+    def __init__(self, start: Float[Tensor, "prompts hidden"]) -> None:
+        super().__init__()
+        self.prompts = nn.Parameter(start.clone())
+
+    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+        """Inside it, text stands behind the prompt, with gradients to it."""
+        return attending_to(_before(instructions, *before_text(model, self.prompts[None])))
+
+    def compiled(self, model: LanguageModel) -> Applied:
+        """The prompt as constant keys and values."""
+        with torch.no_grad():
+            keys, values = before_text(model, self.prompts[None])
+        return lambda instructions: attending_to(_before(instructions, keys, values))
+
+    def learned(self) -> dict[str, list[nn.Parameter]]:
+        """The prompt."""
+        return {"adapter": [self.prompts], "gate": []}
+
+
+def build(model: LanguageModel, config: AdapterConfig) -> InputPrompt:
+    """As many tokens as the other arms have. Raises `DataError` for some families."""
+    check_precedable(model)
+    prompts = torch.zeros(config.groups * config.prompts_per_expert, config.hidden_size)
+    return InputPrompt(prompts).to(model.device)
+
+
+def begin(config: AdapterConfig, material: Material, start: Start) -> InputPrompt:
+    """A prompt that begins as embeddings of tokens of training instructions."""
+    adapter = build(material.model, config)
+    with torch.no_grad():
+        adapter.prompts.copy_(some_embeddings(material.states, len(adapter.prompts), start))
+    return adapter
+
+
+def check_precedable(model: LanguageModel) -> None:
+    """Raise `DataError` when nothing can stand before the text of this family."""
+    model.check_promptable()
+    model.check_rotary()
+
+
+def before_text(model: LanguageModel, groups: Float[Tensor, "groups prompts hidden"]) -> tuple[ByLayer, ByLayer]:
+    """Keys and values of embedded prompts, each group as if it alone stood directly before the text."""
+    return recorded(model, groups, 0, first_position=-groups.shape[1])
+
+
+def some_embeddings(states: CachedStates, count: int, start: Start) -> Float[Tensor, "count hidden"]:
+    """Embeddings of tokens at random places in training instructions."""
+    generator = torch.Generator().manual_seed(start.seed)
+    return states.some_states(range(len(states.documents)), count, generator)
+
+
+def _before(instructions: Instructions, keys: ByLayer, values: ByLayer) -> Prefix:
+    prompts = next(iter(keys.values())).shape[1]
+    return Prefix(keys, values, instructions.summary.new_zeros(len(instructions.summary), prompts))

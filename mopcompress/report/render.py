@@ -1,0 +1,72 @@
+"""report.md: the same words and tables, without figures."""
+
+import re
+from collections.abc import Iterable
+
+from mopcompress.report import answers, gate_tables
+from mopcompress.report.content import Content
+from mopcompress.report.metadata import Facts
+from mopcompress.report.table import Line, Table, Text
+
+
+def to_markdown(content: Content) -> str:
+    """GitHub-flavoured Markdown; every name from outside is escaped."""
+    parts = [
+        f"# {escaped(content.title)}",
+        _facts(content.data),
+        f"## In short\n\n{escaped(content.summary)}",
+        "\n".join(f"- At **{escaped(one.setting)}**: {escaped(one.text)}" for one in content.headline),
+        "\n".join(f"> {escaped(warning)}  " for warning in content.warnings),
+        _table(content.results),
+        _table(content.comparisons),
+        _table(content.costs),
+        _table(content.sweeps) if content.sweeps.lines else "",
+        "## Tasks\n\nPerplexity and, in brackets, exact match.",
+        *(_table(table, level=3) for table in content.tasks),
+        _table(content.gates) if content.gates.lines else "",
+        escaped(gate_tables.CONFUSION_NOTE) if content.confusions else "",
+        *(_table(table, level=3) for table in content.confusions),
+        f"## What was written\n\n{escaped(answers.NOTE)}" if content.answers else "",
+        *(_table(table, level=3) for table in content.answers),
+        f"## Definitions\n\n{_facts(content.definitions)}",
+        f"## Protocol\n\n{_facts(content.protocol)}",
+        f"Command:\n\n{_fenced(content.command)}" if content.command else "",
+        f"Recipe, resolved:\n\n{_fenced(content.recipe)}",
+        "Figures are in report.html, plain numbers in report.json.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def escaped(text: str) -> str:
+    """One line in which no character means anything to Markdown or HTML."""
+    text = re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _facts(facts: Facts) -> str:
+    return "\n".join(f"- **{escaped(name)}**: {escaped(text)}" for name, text in facts)
+
+
+def _table(table: Table, *, level: int = 2) -> str:
+    rules = ["---"] * table.names + ["---:"] * (len(table.columns) - table.names)
+    lines = [
+        _line(map(escaped, table.columns)),
+        _line(rules),
+        *(_line(_cells(line, table.names)) for line in table.lines),
+    ]
+    return "\n\n".join(filter(None, ["#" * level + " " + escaped(table.title), escaped(table.note), "\n".join(lines)]))
+
+
+def _cells(line: Line, names: int) -> Iterable[str]:
+    for place, cell in enumerate(line.cells):
+        text = escaped(cell.main) + (f" ({escaped(cell.minor)})" if cell.minor else "")
+        yield f"**{text}**" if line.strong and place in (names - 1, names + 1) and cell != Text("") else text
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * (3 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"

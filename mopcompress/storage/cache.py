@@ -1,0 +1,107 @@
+"""What is computed once for a model and rows and kept in the user's cache for other runs, arms, seeds and processes.
+
+A folder each: whole or not there, hashed, named by all that its contents depend on. It only saves time: what cannot be
+kept, for want of room or rights, is computed again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PretrainedConfig
+
+from mopcompress.data.encoding import Encoded
+from mopcompress.errors import DataError, OutputError, StorageError
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.smollm2 import cache_folder
+from mopcompress.storage import artifacts
+
+LIMIT = 16 * 2**30  # bytes of all folders; what was not used for longest goes first
+
+Thing = TypeVar("Thing")
+
+
+def kept(
+    facts: Mapping[str, Any],
+    *,
+    size: int,
+    write: Callable[[Path, dict[str, Any]], None],
+    read: Callable[[Path], Thing],
+    otherwise: Callable[[], Thing],
+) -> Thing:
+    """What `facts` describe: read, or first written, in about `size` bytes, into a folder with its manifest.
+
+    `otherwise` makes it without a folder.
+    """
+    folder = cache_folder() / "states" / artifacts.fingerprint(dict(facts))
+    if not whole(folder):
+        try:
+            _make_room(folder.parent, size)
+            manifest = dict(facts)
+            with artifacts.publish(folder, manifest) as scratch:
+                write(scratch, manifest)
+        except (OSError, OutputError, StorageError, SafetensorError):
+            if not whole(folder):  # it can be that another process was faster
+                return otherwise()
+    try:
+        os.utime(folder, ns=(time.time_ns(),) * 2)  # the file system's own clock is too coarse to order two uses
+        return read(folder)
+    except OSError:  # another process made room, and took it away
+        return otherwise()
+
+
+def facts_of(model: LanguageModel, sha256: str, documents: Sequence[Encoded]) -> dict[str, Any]:
+    """What anything that a model of these weights computes from these rows depends on."""
+    return {
+        "model": sha256,
+        "config": config_digest(model.network.config),
+        "documents": digest(documents),
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def digest(documents: Sequence[Encoded]) -> str:
+    """A hash of the tokens of these rows, and of where responses begin."""
+    return hashlib.sha256(repr([(one.tokens, one.context_tokens) for one in documents]).encode()).hexdigest()
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """A hash of what a network computes with besides its weights, such as the base of its rotary positions."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return artifacts.fingerprint({name: one for name, one in fields.items() if name != "_name_or_path"})
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder is there and as it was written; a damaged one is removed."""
+    if not folder.exists():
+        return False
+    try:
+        artifacts.verify(folder)
+    except (DataError, OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    return True
+
+
+def _make_room(parent: Path, size: int) -> None:
+    """Remove what was not used for longest until `size` more bytes fit. Raises `StorageError` when they never will."""
+    if size > LIMIT:
+        raise StorageError(f"{size} bytes are more than all that may be kept in {parent} ({LIMIT})")
+    there = [path for path in parent.glob("*") if path.is_dir() and not artifacts.being_built(path)]
+    folders = sorted(there, key=lambda path: path.stat().st_mtime)
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    for folder, freed in zip(folders, list(sizes), strict=True):
+        if sum(sizes) + size <= LIMIT:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        sizes.remove(freed)
