@@ -26,7 +26,7 @@ from sparsegpt_reference import perplexity, untokenised
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mopcompress.compress.narrow import Narrowing, narrow_model
+from mopcompress.compress.structured import Narrowing, narrow_model
 from mopcompress.data.text_windows import text_windows
 from mopcompress.environment import provenance
 from mopcompress.models.model_loading import load_model, resolve_model

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BloomConfig, GemmaConfig, Phi3Config, PhiConfig, Qwen2Config
 
 from mopcompress.algorithms.structured import narrow
-from mopcompress.compress.narrow import Narrowing, narrow_model
+from mopcompress.compress.structured import Narrowing, narrow_model
 from mopcompress.errors import DataError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 

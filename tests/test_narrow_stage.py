@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import saved, tiny_model
 from transformers import AutoModelForCausalLM
 
-from mopcompress.compress.narrow import narrow_model
+from mopcompress.compress.structured import narrow_model
 from mopcompress.entrypoints.compress import compress
 from mopcompress.entrypoints.compress_structured import narrowing_of
 from mopcompress.entrypoints.inputs import calibration_tokens

@@ -108,8 +108,7 @@ def test_a_process_that_is_killed_goes_on_to_the_same_adapter(stories, data, tmp
     words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *map(str, TRAINED)]
     words[words.index("--steps") + 1] = "12"
     script = (
-        "from mopcompress.recover import checkpoint as u; u.SECONDS = 0.0; "
-        "from mopcompress.cli import main; main()"
+        "from mopcompress.recover import checkpoint as u; u.SECONDS = 0.0; from mopcompress.cli import main; main()"
     )
 
     def start(target):

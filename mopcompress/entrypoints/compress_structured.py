@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mopcompress.compress.narrow import Narrowing, NarrowRow, narrow_model
 from mopcompress.compress.sequential import linears_of
+from mopcompress.compress.structured import Narrowing, NarrowRow, narrow_model
 from mopcompress.entrypoints.compressed_folder import check_fallbacks, published, request_facts
 from mopcompress.entrypoints.inputs import check_calibration
 from mopcompress.environment import choose_device, peak_bytes, provenance

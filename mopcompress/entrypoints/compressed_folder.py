@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mopcompress.compress.narrow import NarrowRow
 from mopcompress.compress.sequential import LayerRow
+from mopcompress.compress.structured import NarrowRow
 from mopcompress.errors import QualityGateError
 from mopcompress.models.model_loading import weights_bytes, weights_hash
 from mopcompress.models.quantization_grid import FILE, write_grid
