@@ -27,7 +27,7 @@ from mopcompress.compress.plan import Compression
 from mopcompress.compress.sequential import compress_model, linears_of
 from mopcompress.data.text_windows import text_windows
 from mopcompress.entrypoints.allocate_sparsity import with_shares
-from mopcompress.entrypoints.compress import compression_of
+from mopcompress.entrypoints.from_recipe import compression_of
 from mopcompress.environment import peak_bytes, provenance
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model

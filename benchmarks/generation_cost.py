@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from mopcompress.entrypoints.train_adapter import first_layer
+from mopcompress.entrypoints.from_recipe import first_layer
 from mopcompress.environment import provenance
 from mopcompress.hf import MopForCausalLM
 from mopcompress.models.language_model import LanguageModel

@@ -20,7 +20,8 @@ import numpy as np
 from mopcompress.cli.progress_display import progress_on
 from mopcompress.data.dataset import load_documents
 from mopcompress.entrypoints.evaluate import score
-from mopcompress.entrypoints.train_adapter import first_layer, train_arm
+from mopcompress.entrypoints.from_recipe import first_layer
+from mopcompress.entrypoints.train_adapter import train_arm
 from mopcompress.environment import choose_device
 from mopcompress.evaluation.perplexity import macro_perplexity, micro
 from mopcompress.evaluation.state_cache import TRAINING, cache_states
@@ -28,8 +29,7 @@ from mopcompress.models.model_loading import load_model, resolve_model, weights_
 from mopcompress.progress import Progress
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.pruning_modifiers import changed
-from mopcompress.recover.adapter import trained_parameters
-from mopcompress.recover.start import Material
+from mopcompress.recover.adapter import Material, trained_parameters
 from mopcompress.report.bootstrap import PairedBootstrap
 from mopcompress.report.number_format import change_with_interval
 

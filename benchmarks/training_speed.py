@@ -37,18 +37,18 @@ from torch import Tensor, nn
 
 from mopcompress.data.dataset import load_documents
 from mopcompress.data.encoding import Encoded
-from mopcompress.entrypoints.train_adapter import first_layer, start_of, training_of
+from mopcompress.entrypoints.from_recipe import first_layer, start_of, training_of
 from mopcompress.environment import peak_bytes, provenance
-from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.batching import batches_by_length
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.perplexity import evaluate, micro
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model
 from mopcompress.models.modules import Linear, weight_of
 from mopcompress.recipe import RunSpec
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, Material
 from mopcompress.recover.registry import ARMS
-from mopcompress.recover.start import Material
 from mopcompress.recover.training import fit
 
 PROMPTS, EXPERTS, ROWS = 80, 8, 8

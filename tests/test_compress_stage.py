@@ -9,7 +9,7 @@ from mopcompress.algorithms import METHODS
 from mopcompress.compress.layer_profile import errors_of, survey_model
 from mopcompress.compress.sequential import compress_model, planned
 from mopcompress.entrypoints.allocate_sparsity import ALLOCATIONS, with_shares
-from mopcompress.entrypoints.compress import compression_of
+from mopcompress.entrypoints.from_recipe import compression_of
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import ALPSModifier, SparseGPTModifier

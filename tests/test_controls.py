@@ -10,17 +10,18 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mopcompress.errors import DataError, UsageError
-from mopcompress.evaluation.hidden_states import CachedStates, derangement
+from mopcompress.evaluation.batching import derangement
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.methods.gate import Gate, cluster
+from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.idp import DynamicPrompts
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
+from mopcompress.recover.methods.prompt_initialization import cluster
 from mopcompress.recover.registry import ARMS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.start import Material, Start
 from mopcompress.recover.training import Training, fit
 from mopcompress.storage import artifacts
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import saved, tiny_model, word_tokenizer
 
-from mopcompress.data.dataset import documents_for, encode_documents
+from mopcompress.data.dataset import encode_documents
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example, Splits, assemble
 from mopcompress.entrypoints.compress import compress_into
-from mopcompress.entrypoints.inputs import calibration_tokens
+from mopcompress.entrypoints.inputs import calibration_tokens, documents_for
 from mopcompress.errors import DataError
 from mopcompress.progress import silent
 from mopcompress.recipe import RunSpec, load_recipe

@@ -23,17 +23,17 @@ from tiny import (
 )
 from torch.testing import assert_close
 
+from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError, NumericalError, UsageError
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.models.dense_weights import weights_in
 from mopcompress.models.model_loading import load_model
 from mopcompress.models.modules import set_weight, weight_of
-from mopcompress.models.repair import LowRank, attach, write_repairs
-from mopcompress.recover.adapter import trained_parameters
+from mopcompress.models.repair import attach, write_repairs
+from mopcompress.recover.adapter import Material, trained_parameters
 from mopcompress.recover.methods import eora
 from mopcompress.recover.peft_export import write_peft
 from mopcompress.recover.registry import ARMS
-from mopcompress.recover.start import Material
 
 CPU = torch.device("cpu")
 ALL = range(len(DOCUMENTS))
@@ -123,7 +123,7 @@ def test_what_a_repair_beside_the_weight_gives_already_is_not_given_again():
     dense, model = tiny_model(), pruned()
     name = "model.layers.3.self_attn.o_proj"
     lost = (weights(dense)(name) - weights(model)(name)).detach()
-    attach(model, {name: LowRank(lost, torch.eye(HIDDEN))})
+    attach(model, {name: LowRankFactors(lost, torch.eye(HIDDEN))})
     found = {one: change.up @ change.down for one, change in begun(model, dense).by_name().items()}
     assert found.pop(name).abs().max() < 1e-5
     assert all(product.abs().max() > 1e-2 for product in found.values())
@@ -162,7 +162,7 @@ def test_weights_of_a_folder_are_those_of_the_loaded_model(family, tmp_path):
 
 def test_a_repair_in_the_folder_is_part_of_its_weights(tmp_path):
     folder, name = saved(tiny_model(), tmp_path / "dense"), "model.layers.1.self_attn.q_proj"
-    repair = LowRank(torch.randn(HIDDEN, 2), torch.randn(2, HIDDEN))
+    repair = LowRankFactors(torch.randn(HIDDEN, 2), torch.randn(2, HIDDEN))
     write_repairs(folder / "repair.safetensors", {name: repair})
     weight, other = weights_in(folder, tiny_model().tokenizer, device=CPU), "model.layers.2.self_attn.q_proj"
     assert_close(weight(name), weights(tiny_model())(name) + repair.up @ repair.down)

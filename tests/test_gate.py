@@ -6,11 +6,10 @@ from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.methods.gate import Gate, cluster, pretrain
-from mopcompress.recover.methods.prompt_initialization import expert_domains
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recover.methods.gate import Gate, pretrain
+from mopcompress.recover.methods.prompt_initialization import cluster, expert_domains
 from mopcompress.recover.registry import ARMS
-from mopcompress.recover.start import Material, Start
 
 TASKS = ("add", "sort", "tell")
 EXPERTS = len(TASKS)

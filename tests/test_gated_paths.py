@@ -12,13 +12,12 @@ from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.modules import set_weight, weight_of
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.methods import mop_plus, prompt_initialization
+from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recover.methods import mixture_of_prompts, mop_plus
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mop_plus import fitted
 from mopcompress.recover.registry import ARMS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.start import Material, Start
 from mopcompress.recover.training import Training, fit
 from mopcompress.storage import artifacts
 
@@ -270,7 +269,7 @@ def test_inputs_of_deviation_1_begin_as_low_rank_ones_of_deviation_1(tiny_llama,
 def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llama, experts, prompts_per_expert, layer):
     config = replace(CONFIG, experts=experts, prompts_per_expert=prompts_per_expert, layer=layer, tasks=())
     adapter = mop_plus.build(tiny_llama, config)
-    mop = trained_parameters(prompt_initialization.build(tiny_llama, replace(config, arm="mop")))
+    mop = trained_parameters(mixture_of_prompts.build(tiny_llama, replace(config, arm="mop")))
     assert trained_parameters(adapter) <= mop
     of_a_rank = (BLOCKS - layer) * (32 + 32 + 4 * experts)
     narrowest = sum(one.numel() for one in Gate(HIDDEN, experts, width=16).parameters())

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, pipeline
 
+from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError, UsageError
 from mopcompress.evaluation.hidden_states import CachedStates, Instructions
 from mopcompress.evaluation.loss import score_responses
@@ -25,14 +26,13 @@ from mopcompress.models.compat import CACHE
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import weights_hash
 from mopcompress.models.modules import weight_of
-from mopcompress.models.repair import LowRank, write_repairs
+from mopcompress.models.repair import write_repairs
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.recover.registry import ARMS
 from mopcompress.recover.save_and_load import save_adapter
-from mopcompress.recover.start import Material, Start
 from mopcompress.storage import artifacts
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2", "opt", "gpt_neox")
@@ -439,7 +439,7 @@ def test_a_repair_beside_the_weights_goes_along(tmp_path: Path) -> None:
     base = saved(tiny_model(), tmp_path / "base")
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(HIDDEN, 2, generator=generator), torch.randn(2, 48, generator=generator)
-    write_repairs(base / "repair.safetensors", {"model.layers.2.mlp.down_proj": LowRank(up, down)})
+    write_repairs(base / "repair.safetensors", {"model.layers.2.mlp.down_proj": LowRankFactors(up, down)})
     with artifacts.publish(tmp_path / "adapter", {"kind": "adapter"}) as scratch:
         save_adapter(*begun(tiny_model(), "mop", weights_hash(base)), scratch)
     model = MopForCausalLM.from_pretrained(base, tmp_path / "adapter")

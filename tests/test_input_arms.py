@@ -16,7 +16,7 @@ from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.prefix_tuning import TrainedPrefix
 from mopcompress.recover.methods.prompt_kv import zeros_of
@@ -24,7 +24,6 @@ from mopcompress.recover.methods.prompt_tuning import InputPrompt
 from mopcompress.recover.methods.smop import RoutedPrompts
 from mopcompress.recover.registry import ARMS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.start import Material, Start
 from mopcompress.recover.training import Training, fit
 from mopcompress.storage import artifacts
 
@@ -219,7 +218,7 @@ def test_a_prefix_is_worth_as_many_parameters_as_mop_and_not_more(tiny_llama, pr
 
 def test_a_prefix_that_cannot_be_small_enough_is_refused(tiny_llama, monkeypatch):
     narrow = partial(Gate, width=1)
-    monkeypatch.setattr("mopcompress.recover.methods.prompt_initialization.gates.Gate", narrow)
+    monkeypatch.setattr("mopcompress.recover.methods.mixture_of_prompts.gates.Gate", narrow)
     with pytest.raises(DataError, match="one token has 128 parameters here, and mop with the same settings"):
         ARMS["prefix"].build(tiny_llama, config_of_arm("prefix", tiny_llama, experts=1, prompts=1))
 

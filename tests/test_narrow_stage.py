@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mopcompress.compress.structured import narrow_model
 from mopcompress.entrypoints.compress import compress
-from mopcompress.entrypoints.compress_structured import narrowing_of
+from mopcompress.entrypoints.from_recipe import narrowing_of
 from mopcompress.entrypoints.inputs import calibration_tokens
 from mopcompress.errors import QualityGateError, RecipeError
 from mopcompress.models.model_loading import load_model, weights_bytes
@@ -147,9 +147,7 @@ def test_a_family_that_cannot_say_it_leaves_nothing_behind(tmp_path: Path) -> No
 
 
 def test_too_much_damping_is_told(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "mopcompress.entrypoints.compress_structured.narrowing_of", lambda _: narrowing_of(tiny_damping)
-    )
+    monkeypatch.setattr("mopcompress.entrypoints.from_recipe.narrowing_of", lambda _: narrowing_of(tiny_damping))
     tiny_damping = StructuredPruningModifier(mlp_sparsity=0.25, dampening_frac=1e-30)
     flags = {"model": str(stories), "num_calibration_samples": "1", "max_seq_length": "8", "max_fallback": "0"}
     recipe = for_pruning(load_recipe(None, flags), method="structured")

@@ -13,10 +13,11 @@ from tiny import config_of, network_of, random_documents, random_tokens, tiny_mo
 from torch.testing import assert_close
 from transformers import CohereConfig
 
+from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import CachedStates, Instructions
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.repair import LowRank, put_beside
+from mopcompress.models.repair import put_beside
 from mopcompress.recover.methods.prompt_kv import recorded
 from mopcompress.recover.peft_export import FORMATS, moved_keys, write_peft
 from mopcompress.recover.registry import ARMS
@@ -125,7 +126,7 @@ def test_a_model_whose_repair_peft_would_leave_out_is_refused(tmp_path):
     adapter, config = begun("lora", model, CachedStates(model, random_documents(6), 0, batch_size=4))
     linear = model.blocks[0].mlp.down_proj
     rows, columns = linear.weight.shape
-    put_beside(linear, LowRank(torch.zeros(rows, 1), torch.zeros(1, columns)))
+    put_beside(linear, LowRankFactors(torch.zeros(rows, 1), torch.zeros(1, columns)))
     with pytest.raises(DataError, match="model somewhere has a low-rank repair"):
         write_peft(adapter, config, model, "somewhere", tmp_path)
     assert not list(tmp_path.iterdir())

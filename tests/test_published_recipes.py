@@ -10,7 +10,7 @@ import torch
 from tiny import random_tokens, tiny_model
 
 from mopcompress.compress.sequential import compress_model
-from mopcompress.entrypoints.compress import compression_of
+from mopcompress.entrypoints.from_recipe import compression_of
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import GPTQModifier, load_recipe
 from mopcompress.recipe.field_types import Spec

@@ -8,7 +8,9 @@ from torch.testing import assert_close
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import StorageError
-from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length, reserve, unseen
+from mopcompress.evaluation.batching import batches_by_length
+from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.storage.memmap import reserve, unseen
 
 DOCUMENTS = random_documents(10)
 LAYER = 2

@@ -18,9 +18,8 @@ from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.recipe import PromptRecoveryModifier, load_recipe
 from mopcompress.recipe.overrides import with_recovery
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, Recovered
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
-from mopcompress.recover.recovered import Recovered
 from mopcompress.results import Trial, read_rows
 
 LAYER = 2

@@ -5,16 +5,15 @@ import torch
 from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.entrypoints.train_adapter import adapter_config, first_layer, start_of, training_of
+from mopcompress.entrypoints.from_recipe import adapter_config, first_layer, start_of, training_of
 from mopcompress.errors import NumericalError, UsageError
 from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.perplexity import evaluate, micro
 from mopcompress.models.attention import attending_to
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
 from mopcompress.recover.distributed import Workers
-from mopcompress.recover.methods.prompt_initialization import begin
-from mopcompress.recover.start import Material, Start
+from mopcompress.recover.methods.mixture_of_prompts import begin
 from mopcompress.recover.training import Training, _backward, _rate, fit
 
 TASKS = ("add", "sort", "tell")

@@ -14,7 +14,8 @@ from tiny import BLOCKS, random_tokens, saved, tiny_model
 from transformers import AutoModelForCausalLM
 
 from mopcompress.compress.sequential import compress_block, compress_model
-from mopcompress.entrypoints.compress import compress_into, compression_of
+from mopcompress.entrypoints.compress import compress_into
+from mopcompress.entrypoints.from_recipe import compression_of
 from mopcompress.errors import DataError, NumericalError, OutputError, QualityGateError, StorageError
 from mopcompress.models.quantization_grid import read_grid
 from mopcompress.models.safetensors_io import places
@@ -190,7 +191,7 @@ def test_stopped_while_matching_the_dense_model_it_goes_on_to_the_same_bytes(sou
     def matching(modifier):
         return compression_of(modifier).__class__(**vars(compression_of(modifier)) | {"match_dense": 1.0})
 
-    monkeypatch.setattr("mopcompress.entrypoints.compress.compression_of", matching)
+    monkeypatch.setattr("mopcompress.entrypoints.from_recipe.compression_of", matching)
     run(source, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         stop(patch, "_save_whole", 6)

@@ -18,9 +18,9 @@ from mopcompress.environment import provenance
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.overrides import for_recovery, with_recovery
-from mopcompress.recover.checkpoint import UnfinishedTraining
+from mopcompress.recover.adapter import TrainRow
+from mopcompress.recover.checkpoint import Standing, UnfinishedTraining
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
-from mopcompress.recover.standing import Standing, TrainRow
 from mopcompress.storage import artifacts
 
 STEPS = 5

@@ -11,19 +11,18 @@ from safetensors.torch import load_file
 from tiny import BLOCKS, HIDDEN, config_of, generate, network_of, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.entrypoints.train_adapter import first_layer
+from mopcompress.entrypoints.from_recipe import first_layer
 from mopcompress.errors import DataError, UsageError
 from mopcompress.evaluation.hidden_states import CachedStates, Instructions
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.modules import set_weight, weight_of
 from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, trained_parameters
+from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
 from mopcompress.recover.methods.module_patches import Changes
 from mopcompress.recover.peft_export import FORMATS, write_peft
 from mopcompress.recover.registry import ARMS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.start import Material, Start
 from mopcompress.recover.training import Training, fit
 from mopcompress.storage import artifacts
 

@@ -10,9 +10,10 @@ from tiny import generate, random_documents, tiny_model
 
 from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError
+from mopcompress.evaluation.batching import batches_by_length
 from mopcompress.evaluation.generation import contexts_of
 from mopcompress.evaluation.generation_metrics import samples, with_answers, write
-from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.perplexity import evaluate, macro_rouge_l, micro, task_scores
 from mopcompress.evaluation.rouge import rouge_l
 from mopcompress.models.language_model import LanguageModel

@@ -2,10 +2,30 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mopcompress.models.repair import LowRank
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """Two matrices whose product is added to a weight: y = W x + up (down x)."""
+
+    up: Float[Tensor, "out rank"]
+    down: Float[Tensor, "rank in"]
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def parameters_stored(self) -> int:
+        """Numbers in both matrices."""
+        return self.up.numel() + self.down.numel()
+
+    def rounded(self, dtype: torch.dtype) -> "LowRankFactors":
+        """Copies of both matrices in `dtype`."""
+        return LowRankFactors(self.up.to(dtype, copy=True), self.down.to(dtype, copy=True))
 
 
 @dataclass(frozen=True)
@@ -17,7 +37,7 @@ class Solved:
 
     weight: Float[Tensor, "out in"]
     escalations: int = 0
-    repair: LowRank | None = None
+    repair: LowRankFactors | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

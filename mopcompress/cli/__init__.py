@@ -16,7 +16,7 @@ from mopcompress import __version__
 from mopcompress.cli import folder_commands, generate_command
 from mopcompress.cli.model_commands import app
 
-__all__ = ["answering", "app", "folders", "main"]
+__all__ = ["app", "folder_commands", "generate_command", "main"]
 
 
 def _show_version(asked: bool) -> bool:

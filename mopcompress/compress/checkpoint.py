@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.compress.sequential import CompressedBlock, Hidden, LayerRow
 from mopcompress.errors import StorageError
-from mopcompress.models.repair import LowRank, Repairs, repairs_in, tensors_of
+from mopcompress.models.repair import Repairs, repairs_in, tensors_of
 from mopcompress.models.safetensors_io import Place, digest, overwrite
 from mopcompress.models.weight_files import INDEX, weight_files
 from mopcompress.storage import artifacts
@@ -66,7 +67,7 @@ class Unfinished:
         self._places = {name: replace(place, file=place.file + SUFFIX) for name, place in places.items()}
         self.rows: list[LayerRow] = []
         self.scales: dict[str, Tensor] = {}
-        self.repairs: dict[str, LowRank] = {}
+        self.repairs: dict[str, LowRankFactors] = {}
         self.seconds = 0.0
         self.done, self.hidden = 0, Hidden()
         self._source, self._changed = source, set[str]()

@@ -14,8 +14,8 @@ from mopcompress.algorithms.dense_targets import DenseSide, toward_dense
 from mopcompress.algorithms.eora import eora
 from mopcompress.algorithms.input_statistics import Statistic, with_ridge
 from mopcompress.algorithms.refit import refit
+from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError
-from mopcompress.models.repair import LowRank
 from mopcompress.models.targets import chosen
 
 DAMPING = 0.01  # of the refit, for methods that have none
@@ -109,7 +109,7 @@ def solve_in_turn(
             rank: Any = step.compression.options["rank"]
             for name in names:
                 repair = eora(wanted[name], solved[name].weight, statistics.gram(), rank=rank)
-                solved[name] = replace(solved[name], repair=LowRank(*repair))
+                solved[name] = replace(solved[name], repair=LowRankFactors(*repair))
             continue
         method = METHODS[step.compression.method]
         weights = [solved[name].weight for name in names]

@@ -20,14 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mopcompress.algorithms.dense_targets import DenseSide
-from mopcompress.algorithms.solution import Quantised, Solved
+from mopcompress.algorithms.solution import LowRankFactors, Quantised, Solved
 from mopcompress.compress.dense_pass import before, dense_sides, noting_inputs
 from mopcompress.compress.plan import Compression, Step, solve_in_turn, steps_of
 from mopcompress.errors import MopError, NumericalError
 from mopcompress.models.experts import Unstacked, expert_by_expert, named_linears, unstacked
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
-from mopcompress.models.repair import LowRank, attach, beside
+from mopcompress.models.repair import attach, beside
 
 Names = dict[Linear, str]
 
@@ -63,7 +63,9 @@ class CompressedBlock:
     leaving: Hidden
     rows: list[LayerRow]
     scales: dict[str, Float[Tensor, "_ _"]]  # [out, groups] of every linear that ended on a grid
-    repairs: dict[str, LowRank] = field(default_factory=dict)  # of those that have one, in the dtype of the weights
+    repairs: dict[str, LowRankFactors] = field(
+        default_factory=dict
+    )  # of those that have one, in the dtype of the weights
 
 
 def compress_model(
@@ -158,7 +160,7 @@ def compress_block(
     rows += [_row(names[one], index, len(model.blocks), (), one, Solved(weight_of(one)), 0.0) for one in idle]
     scales = {names[linear]: solved.scales for linear, solved, _ in settled if isinstance(solved, Quantised)}
     repairs = {names[linear]: solved.repair for linear, solved, _ in settled if solved.repair}
-    kept = {name: repair if dtype is None else repair.copied(dtype) for name, repair in repairs.items()}
+    kept = {name: repair if dtype is None else repair.rounded(dtype) for name, repair in repairs.items()}
     return CompressedBlock(Hidden(entering, dense), rows, scales, kept)
 
 
@@ -199,7 +201,7 @@ def compressing_on_arrival(
             solved = solutions[names[one]]
             weight_of(one).copy_(solved.weight if dtype is None else solved.weight.to(dtype))
             if solved.repair:
-                rounded = solved.repair if dtype is None else solved.repair.copied(dtype).to(one.weight.dtype)
+                rounded = solved.repair if dtype is None else solved.repair.rounded(dtype).rounded(one.weight.dtype)
                 repaired.enter_context(beside(one, rounded))  # acts on the call that has just begun, too
             settled.append((one, solved, seconds))
             del waiting[one]

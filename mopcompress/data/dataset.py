@@ -1,7 +1,6 @@
 """The data of a run, encoded: which rows take part, and what was left out."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,6 @@ from mopcompress.data.examples import load_examples
 from mopcompress.data.splits import Example, Splits, subset
 from mopcompress.data.text_windows import read_text, text_windows
 from mopcompress.errors import DataError
-from mopcompress.evaluation.generation import check_fits
-from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import RunSpec
 
 TEXT_TOKENS, TEXT_CONTEXT = 256, 32  # of a window of plain text; the context is what a gate reads
@@ -44,24 +41,6 @@ def load_documents(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Document
     """
     splits = load_examples(run.data, rename=run.map, seed=run.seed)
     return encode_documents(splits, run, tokenizer)
-
-
-def documents_for(model: LanguageModel, run: RunSpec) -> Documents:
-    """The same for a model that is to run on them.
-
-    Raises `DataError`, besides, when a row, a window of text, or an answer that the run asks for exceeds its context.
-    """
-    documents = load_documents(run, model.tokenizer)
-    rows = (*documents.train, *documents.validation, *documents.test)
-    model.check_context(_longest(rows), f"data {run.data}: a row", "lower --max-length")
-    model.check_context(_longest(documents.text), "--text: a window", "leave it out")
-    if run.write_tokens is not None:
-        check_fits(model.network, [one.tokens[: one.context_tokens] for one in documents.test], run.write_tokens)
-    return documents
-
-
-def _longest(rows: Sequence[Encoded]) -> int:
-    return max((len(row.tokens) for row in rows), default=0)
 
 
 def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Documents:

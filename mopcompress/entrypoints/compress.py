@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mopcompress.compress.checkpoint import Unfinished, unfinished
-from mopcompress.compress.plan import REPAIR, Compression, Step
+from mopcompress.compress.plan import Step
 from mopcompress.compress.sequential import LayerRow, compress_block, linears_of, planned
 from mopcompress.entrypoints.allocate_sparsity import with_shares
 from mopcompress.entrypoints.compress_structured import narrow_into
@@ -22,6 +22,7 @@ from mopcompress.entrypoints.compressed_folder import (
     published,
     request_facts,
 )
+from mopcompress.entrypoints.from_recipe import compression_of, repairing
 from mopcompress.entrypoints.inputs import calibration_tokens, check_calibration
 from mopcompress.entrypoints.shape_checks import check_fit, check_not_repaired
 from mopcompress.environment import choose_device, peak_bytes, provenance
@@ -39,15 +40,10 @@ from mopcompress.models.modules import weight_of
 from mopcompress.models.streaming import StreamedModel
 from mopcompress.progress import Progress, silent
 from mopcompress.recipe import (
-    ALPSModifier,
     GPTQModifier,
-    LowRankRepairModifier,
     Recipe,
-    SparseGPTModifier,
 )
-from mopcompress.recipe.pruning_modifiers import Masking, Pruning, StructuredPruningModifier
-
-Compressing = Masking | GPTQModifier
+from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier
 
 
 def compress(
@@ -151,51 +147,6 @@ def _run(
             job.finish(index, block, streamed.stored(index), time.perf_counter() - start)
         for row in block.rows:
             told(row)
-
-
-def compression_of(modifier: Compressing) -> Compression:
-    """A modifier's settings in the words of the method's function."""
-    options: dict[str, object]
-    if isinstance(modifier, GPTQModifier):
-        options = {
-            "bits": modifier.bits,
-            "group_size": modifier.group_size,
-            "damping": modifier.dampening_frac,
-            "block_size": modifier.block_size,
-            "act_order": modifier.actorder == "static",
-            "keep_zeros": True,  # of pruning before; a dense model has hardly any
-            "sparsity": modifier.sparsity,
-            "pattern": modifier.pattern,
-        }
-    else:
-        options = {"sparsity": modifier.sparsity, "pattern": modifier.pattern}
-    if isinstance(modifier, SparseGPTModifier):
-        options |= {
-            "block_size": modifier.block_size,
-            "damping": modifier.dampening_frac,
-            "keep_zeros": modifier.preserve_sparsity_mask,
-        }
-    if isinstance(modifier, ALPSModifier):
-        options |= {
-            "damping": modifier.dampening_frac,
-            "steps": modifier.iterations,
-            "refit_steps": modifier.refit_steps,
-            "keep_zeros": modifier.preserve_sparsity_mask,
-        }
-    return Compression(
-        method=modifier.method,
-        options=options,
-        targets=modifier.targets,
-        ignore=modifier.ignore,
-        match_dense=modifier.match_dense,
-        match_samples=modifier.match_samples,
-        refit_steps=0 if isinstance(modifier, GPTQModifier | ALPSModifier) else modifier.refit_steps,
-    )
-
-
-def repairing(modifier: LowRankRepairModifier) -> Compression:
-    """The last step, in the words of its function."""
-    return Compression(method=REPAIR, options={"rank": modifier.rank}, targets=modifier.targets, ignore=modifier.ignore)
 
 
 def _shapes_of(model: LanguageModel) -> dict[str, tuple[int, int]]:

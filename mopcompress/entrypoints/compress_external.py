@@ -14,8 +14,8 @@ from mopcompress.backends.validation import read_given, with_fp16_scales
 from mopcompress.compress.plan import Compression
 from mopcompress.compress.sequential import LayerRow, linears_of, planned
 from mopcompress.entrypoints.allocate_sparsity import with_shares
-from mopcompress.entrypoints.compress import Compressing, compression_of
 from mopcompress.entrypoints.compressed_folder import keep_scales, mask_facts, published, request_facts
+from mopcompress.entrypoints.from_recipe import Compressing, compression_of
 from mopcompress.entrypoints.inputs import calibration_tokens
 from mopcompress.entrypoints.shape_checks import check_not_repaired
 from mopcompress.environment import provenance

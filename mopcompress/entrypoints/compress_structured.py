@@ -13,8 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mopcompress.compress.sequential import linears_of
-from mopcompress.compress.structured import Narrowing, NarrowRow, narrow_model
+from mopcompress.compress.structured import NarrowRow, narrow_model
 from mopcompress.entrypoints.compressed_folder import check_fallbacks, published, request_facts
+from mopcompress.entrypoints.from_recipe import narrowing_of
 from mopcompress.entrypoints.inputs import check_calibration
 from mopcompress.environment import choose_device, peak_bytes, provenance
 from mopcompress.errors import StorageError
@@ -65,16 +66,6 @@ def narrow_into(
             write_sizes(scratch, done.sizes)
         _check_written(scratch, model)
     return facts
-
-
-def narrowing_of(modifier: StructuredPruningModifier) -> Narrowing:
-    """A modifier's settings in the words of the walk."""
-    return Narrowing(
-        mlp_sparsity=modifier.mlp_sparsity,
-        head_sparsity=modifier.head_sparsity,
-        score=modifier.score,
-        damping=modifier.dampening_frac,
-    )
 
 
 def _weights(model: LanguageModel) -> int:

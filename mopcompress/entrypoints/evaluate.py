@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mopcompress.data.dataset import documents_for
-from mopcompress.entrypoints.train_adapter import first_layer
+from mopcompress.entrypoints.from_recipe import first_layer
+from mopcompress.entrypoints.inputs import documents_for
 from mopcompress.environment import choose_device
 from mopcompress.evaluation.generation_metrics import samples, with_answers
 from mopcompress.evaluation.hidden_states import CachedStates
@@ -25,15 +25,24 @@ def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress 
     """Score the recipe's model on its test rows, with an adapter if one is named; a JSON-able summary."""
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     model = load_model(base, device=choose_device(recipe.run.device))
-    loaded, config, sha256 = None, None, weights_hash(base)
+    loaded, config, sha256, size = None, None, weights_hash(base), recipe.run.batch_size
     if adapter is not None:
         loaded, config = load_adapter(adapter, model, base_sha256=sha256)
     documents = documents_for(model, recipe.run)
     layer = config.layer if config else first_layer("none", recipe.recovery.layer, model)
     states = cache_states(model, sha256, documents.test, layer, recipe.run.batch_size, "test rows", progress)
     scores = score(model, states, loaded, recipe.run.batch_size, progress)
-    scores = with_answers(scores, model, states, loaded, recipe.run, progress)
-    text, size = None, recipe.run.batch_size
+    if recipe.run.write_tokens is not None:
+        scores = with_answers(
+            scores,
+            model,
+            states,
+            loaded.compiled(model) if loaded else None,
+            max_new_tokens=recipe.run.write_tokens,
+            batch_size=size,
+            progress=progress,
+        )
+    text = None
     if documents.text and not (config and TRAINED[config.arm].needs_tasks):
         windows = cache_states(model, sha256, documents.text, layer, recipe.run.batch_size, "windows of text", progress)
         text = micro(score(model, windows, loaded, recipe.run.batch_size, progress)).perplexity

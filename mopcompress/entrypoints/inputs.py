@@ -1,5 +1,6 @@
 """Where calibration tokens come from: the model's own text, the training rows, or text that the user names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,18 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mopcompress.data.dataset import load_documents
+from mopcompress.data.dataset import Documents, load_documents
+from mopcompress.data.encoding import Encoded
 from mopcompress.data.text_windows import document_windows, read_text, text_windows
 from mopcompress.environment import choose_device
+from mopcompress.evaluation.generation import check_fits
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, load_tokenizer
 from mopcompress.models.sampling import sample_text
-from mopcompress.models.smollm2 import cache_folder
 from mopcompress.progress import Progress
 from mopcompress.recipe import RunSpec
 from mopcompress.storage import artifacts
+from mopcompress.storage.cache import cache_folder
 
 FILE = "tokens.safetensors"
 
@@ -74,3 +77,21 @@ def _own_text(run: RunSpec, source: Path, model_sha256: str, progress: Progress)
             save_file({"tokens": tokens.cpu()}, scratch / FILE)
     artifacts.verify(folder)
     return load_file(folder / FILE)["tokens"]
+
+
+def documents_for(model: LanguageModel, run: RunSpec) -> Documents:
+    """The same for a model that is to run on them.
+
+    Raises `DataError`, besides, when a row, a window of text, or an answer that the run asks for exceeds its context.
+    """
+    documents = load_documents(run, model.tokenizer)
+    rows = (*documents.train, *documents.validation, *documents.test)
+    model.check_context(_longest(rows), f"data {run.data}: a row", "lower --max-length")
+    model.check_context(_longest(documents.text), "--text: a window", "leave it out")
+    if run.write_tokens is not None:
+        check_fits(model.network, [one.tokens[: one.context_tokens] for one in documents.test], run.write_tokens)
+    return documents
+
+
+def _longest(rows: Sequence[Encoded]) -> int:
+    return max((len(row.tokens) for row in rows), default=0)

@@ -23,7 +23,7 @@ from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.pruning_modifiers import changed
 from mopcompress.recipe.recovery_modifier import SWEPT
-from mopcompress.recover.recovered import Recovered
+from mopcompress.recover.adapter import Recovered
 from mopcompress.results import Sweep, Trial
 from mopcompress.storage import artifacts
 

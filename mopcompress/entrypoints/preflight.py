@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress.data.sources import local_path
-from mopcompress.entrypoints.bench.manifest import check_settings, differences
-from mopcompress.entrypoints.grid import modifiers_of, settings_of
+from mopcompress.entrypoints.bench.manifest import check_settings
 from mopcompress.entrypoints.shape_checks import check_fit, check_not_repaired, shapes_on_disk
 from mopcompress.errors import InputNotFoundError, OutputError
-from mopcompress.grid import Cell, cells_of
-from mopcompress.models import smollm2
+from mopcompress.grid import Cell, cells_of, modifiers_of, settings_of
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, resolved
 from mopcompress.recipe.arms import TRAINED
 from mopcompress.recipe.pruning_modifiers import Pruning
 from mopcompress.results import read_rows, read_sweeps, sweep_name
 from mopcompress.storage import artifacts
+from mopcompress.storage.artifacts import differences
+from mopcompress.storage.cache import cache_folder
 
 ANYWAY = (
     "ratios",
@@ -130,7 +130,7 @@ def model_facts(name: str) -> dict[str, Any]:
     """The model's name, and where it is and how big, as far as this machine knows without asking the network."""
     folder = Path(name).expanduser()
     if not folder.is_dir() and name == "smollm2":
-        folder = next(iter(sorted(smollm2.cache_folder().glob("models/SmolLM2-*"))), folder)
+        folder = next(iter(sorted(cache_folder().glob("models/SmolLM2-*"))), folder)
     size = sum(path.stat().st_size for path in weight_files(folder)) if folder.is_dir() else None
     return {"name": name, "folder": str(folder) if folder.is_dir() else None, "bytes": size}
 

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mopcompress.data.dataset import documents_for
+from mopcompress.entrypoints.from_recipe import first_layer
+from mopcompress.entrypoints.inputs import documents_for
 from mopcompress.entrypoints.lr_sweep import Train, check_validation, read_trials, sweep_rate, told, write_trials
 from mopcompress.entrypoints.teacher import dense_weights, named_teacher, taught_by
-from mopcompress.entrypoints.train_adapter import first_layer, tell_of_experts, train_arm
+from mopcompress.entrypoints.train_adapter import tell_of_experts, train_arm
 from mopcompress.environment import choose_device, provenance
 from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.state_cache import TRAINING, cache_states
@@ -17,12 +18,10 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import check_output, load_model, resolve_model, weights_hash
 from mopcompress.progress import Progress, silent
 from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
-from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.adapter import Material, Recovered, trained_parameters
 from mopcompress.recover.checkpoint import UnfinishedTraining, unfinished_training
 from mopcompress.recover.distributed import Workers, joined
-from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.save_and_load import adapter_bytes, save_adapter
-from mopcompress.recover.start import Material
 from mopcompress.results import Sweep
 from mopcompress.storage import artifacts
 

@@ -1,22 +1,18 @@
 """Whether groups, N:M structures and ranks fit the linears that they go to: known from shapes, before any work."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from mopcompress.errors import DataError, RecipeError
+from mopcompress.models.families import NETWORK_NAMES, TRANSPOSED
 from mopcompress.models.targets import meant
 from mopcompress.models.weight_files import REPAIR, weight_files
 from mopcompress.recipe import GPTQModifier, LowRankRepairModifier
 from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier
 
-# Files of these families name their weights as the network does; others' are looked at when the model is loaded.
-SAME_NAMES = re.compile(
-    r"(?:model\.layers|model\.decoder\.layers|transformer\.h|gpt_neox\.layers)\.[0-9]+\.(.+)\.weight"
-)
 GROUP_SIZES = (32, 64, 128)
 
 Shapes = Mapping[str, tuple[int, int]]  # (out, in) of each linear of the blocks, by name
@@ -67,13 +63,13 @@ def shapes_on_disk(folder: Path) -> dict[str, tuple[int, int]]:
     Mixtures of experts are left out: files hold experts one by one, networks may not.
     """
     try:
-        transposed = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "gpt2"
+        transposed = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in TRANSPOSED
         found = {}
         for path in weight_files(folder):
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     shape = file.get_slice(name).get_shape()
-                    match = SAME_NAMES.fullmatch(name)
+                    match = NETWORK_NAMES.fullmatch(name)
                     if match and len(shape) == 2 and "expert" not in name:
                         found[name.removesuffix(".weight")] = (
                             (shape[1], shape[0]) if transposed else (shape[0], shape[1])

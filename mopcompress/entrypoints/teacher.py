@@ -10,9 +10,8 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.progress import Progress
 from mopcompress.recipe import PromptRecoveryModifier
-from mopcompress.recover.distillation import Distillation, Teacher
-from mopcompress.recover.kept_distributions import store_of
-from mopcompress.recover.start import DenseWeights
+from mopcompress.recover.adapter import DenseWeights
+from mopcompress.recover.distillation import Distillation, Teacher, store_of
 from mopcompress.storage import artifacts
 
 

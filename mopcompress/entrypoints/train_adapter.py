@@ -3,20 +3,16 @@
 import time
 from collections.abc import Sequence
 
-from mopcompress.errors import UsageError
-from mopcompress.models.language_model import LanguageModel
+from mopcompress.entrypoints.from_recipe import adapter_config, start_of, training_of
 from mopcompress.progress import Progress
 from mopcompress.recipe import PromptRecoveryModifier
-from mopcompress.recipe.arms import NONE, TRAINED
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recipe.arms import TRAINED
+from mopcompress.recover.adapter import Material, Recovered, TrainRow
 from mopcompress.recover.checkpoint import UnfinishedTraining
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.distributed import Workers
-from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.registry import ARMS
-from mopcompress.recover.standing import TrainRow
-from mopcompress.recover.start import Material, Start
-from mopcompress.recover.training import Training, fit
+from mopcompress.recover.training import fit
 
 
 def train_arm(
@@ -58,56 +54,6 @@ def train_arm(
     return Recovered(adapter, config, rows, seconds + sum(row.seconds for row in rows))
 
 
-def start_of(modifier: PromptRecoveryModifier, seed: int) -> Start:
-    """How the recipe's arm begins."""
-    return Start(
-        gate_pretraining_steps=modifier.gate_pretraining_steps,
-        gate_temper=modifier.gate_temper,
-        log_opening=modifier.log_opening,
-        seed=seed,
-    )
-
-
-def training_of(modifier: PromptRecoveryModifier, learning_rate: float, seed: int) -> Training:
-    """How the recipe's arm is trained."""
-    return Training(
-        steps=modifier.steps,
-        batch_size=modifier.batch_size,
-        learning_rate=learning_rate,
-        gate_learning_rate=modifier.gate_learning_rate,
-        warmup_fraction=modifier.warmup_fraction,
-        clip_norm=modifier.clip_norm,
-        clip_percentile=modifier.clip_percentile,
-        gate_apart=modifier.gate_clipping == "apart",
-        seed=seed,
-        accumulate=modifier.accumulate,
-    )
-
-
-def adapter_config(
-    modifier: PromptRecoveryModifier, model: LanguageModel, tasks: tuple[str, ...], base_sha256: str
-) -> AdapterConfig:
-    """What the recipe asks for, on this model and data.
-
-    Raises `UsageError` when the model has no such block, or when more experts are to act than there are.
-    """
-    return AdapterConfig(
-        arm=modifier.arm,
-        experts=modifier.count_experts(tasks),
-        prompts_per_expert=modifier.prompts_per_expert,
-        layer=first_layer(modifier.arm, modifier.layer, model),
-        hidden_size=model.hidden_size,
-        base_sha256=base_sha256,
-        tasks=modifier.domains(tasks),
-        gate_reading=modifier.gate_reading,
-        shared_expert=modifier.shared_expert,
-        top_k=modifier.top_k,
-        deep=modifier.deep,
-        rank=modifier.rank,
-        targets=modifier.adapter_targets,
-    )
-
-
 def tell_of_experts(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[str, ...], progress: Progress) -> None:
     """Say so where experts are not one a task: when the rows name none, or the recipe wants another number."""
     counted = [one for one in modifiers if "gate_labels" in TRAINED[one.arm].own or TRAINED[one.arm].needs_tasks]
@@ -128,21 +74,3 @@ def tell_of_experts(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[st
             0,
             0,
         )
-
-
-def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
-    """The first block that the arm changes: the paper's tenth of 32 layers, in proportion; 0 for arms at the input.
-
-    Raises `UsageError` when the model has no such block.
-    """
-    blocks, settings = len(model.blocks), TRAINED.get(arm, NONE)
-    alone = layer is None and blocks == 1  # there is no middle
-    if settings.at_input or (settings.whole and (layer == 0 or alone)):
-        return 0
-    if blocks == 1:
-        raise UsageError(f"arm {arm}: it acts above a first block, and the model has one in all; take one at the input")
-    if layer is None:
-        return max(1, round(10 / 32 * blocks))
-    if not 0 < layer < blocks:
-        raise UsageError(f"--layer: {layer} is not 1 to {blocks - 1}, and the model has {blocks} blocks")
-    return layer

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example
 from mopcompress.errors import DataError
-from mopcompress.hf.instructions import left_padded
+from mopcompress.evaluation.batching import left_padded
 
 
 def generate(

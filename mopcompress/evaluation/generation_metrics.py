@@ -12,13 +12,12 @@ from itertools import takewhile
 import torch
 
 from mopcompress.data.encoding import Encoded
+from mopcompress.evaluation.batching import batches_by_length
 from mopcompress.evaluation.generation import answer_contexts, check_fits, contexts_of
-from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.hidden_states import Applied, CachedStates
 from mopcompress.evaluation.rouge import rouge_l, same_words
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.progress import Progress
-from mopcompress.recipe import RunSpec
-from mopcompress.recover.adapter import Adapter
 from mopcompress.results import DocumentScores, Sample, Written
 
 SHOWN = 3  # samples of an arm; rows come task after task, so they are of as many tasks
@@ -28,18 +27,18 @@ def with_answers(
     scores: DocumentScores,
     model: LanguageModel,
     states: CachedStates,
-    adapter: Adapter | None,
-    run: RunSpec,
+    apply_adapter: Applied | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
     progress: Progress,
 ) -> DocumentScores:
-    """The scores with those of written answers, if the run asks for any.
+    """Add the scores of generated answers: ROUGE-L and exact match.
 
-    Raises `DataError` when an instruction and its answer do not fit the model's context.
+    Raises `DataError` when an instruction and its answer exceed the model's context.
     """
-    if run.write_tokens is None:
-        return scores
     answers = write(
-        model, states, adapter, max_new_tokens=run.write_tokens, batch_size=run.batch_size, progress=progress
+        model, states, apply_adapter, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
     pairs = [(answer, _reference(model, document)) for answer, document in zip(answers, states.documents, strict=True)]
     written = Written(
@@ -53,7 +52,7 @@ def with_answers(
 def write(
     model: LanguageModel,
     states: CachedStates,
-    adapter: Adapter | None,
+    apply_adapter: Applied | None,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -64,10 +63,9 @@ def write(
     contexts = [document.tokens[: document.context_tokens] for document in documents]
     check_fits(model.network, contexts, max_new_tokens)
     _, ends = contexts_of(model.network, model.tokenizer, ["x"])
-    applied = adapter.compiled(model) if adapter else None
     answers, done = [""] * len(documents), 0
     for rows in batches_by_length(documents, batch_size, generator=None):
-        with torch.inference_mode(), applied(states.batch(rows).instructions) if applied else nullcontext():
+        with torch.inference_mode(), apply_adapter(states.batch(rows).instructions) if apply_adapter else nullcontext():
             some = answer_contexts(
                 model.network, model.tokenizer, [contexts[row] for row in rows], ends, max_new_tokens=max_new_tokens
             )

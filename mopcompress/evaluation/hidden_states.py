@@ -5,22 +5,18 @@ compressed model: about a third of the depth is paid for once. Gates read the sa
 embeddings.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mopcompress.data.encoding import Encoded
-from mopcompress.errors import StorageError
+from mopcompress.evaluation.batching import derangement
 from mopcompress.models.language_model import LanguageModel
-
-POOL = 16  # batches that rows of one length are gathered from
+from mopcompress.storage.memmap import unseen
 
 
 @dataclass(frozen=True)
@@ -142,68 +138,6 @@ class CachedStates:
         return self._hidden[int(self._ends[row]) - len(self.documents[row].tokens) : int(self._ends[row])]
 
 
-def batches_by_length(
-    documents: Sequence[Encoded], batch_size: int, *, generator: torch.Generator | None
-) -> list[list[int]]:
-    """Rows in batches of similar length, so that little is padding.
-
-    With a generator: shuffled, sorted by length only inside every `POOL` batches, and the batches shuffled again, so
-    that an epoch is still nearly a random order. Without one: sorted throughout.
-    """
-    if generator is None:
-        rows = sorted(range(len(documents)), key=lambda row: len(documents[row].tokens))
-        return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    rows = torch.randperm(len(documents), generator=generator).tolist()
-    pool = POOL * batch_size
-    batches = []
-    for start in range(0, len(rows), pool):
-        near = sorted(rows[start : start + pool], key=lambda row: len(documents[row].tokens))
-        batches += [near[first : first + batch_size] for first in range(0, len(near), batch_size)]
-    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def derangement(count: int) -> list[int]:
-    """A random cycle through `count` places (Sattolo, 1986), the same whenever it is asked for: none stays."""
-    generator = torch.Generator().manual_seed(count)
-    order = torch.randperm(count, generator=generator).tolist()
-    following = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-    return [following[place] for place in range(count)]
-
-
 def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "batch time"]:
     longest = max(map(len, sequences))
     return torch.tensor([[*sequence, *([0] * (longest - len(sequence)))] for sequence in sequences], device=device)
-
-
-def mapped(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-    """A file as a tensor: what is written to the tensor is written to the file, which is made if need be."""
-    flat = torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype)
-    return flat.view(rows, columns)
-
-
-def unseen(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-    """The same with a file that has no name and ends with the process.
-
-    Raises `StorageError` when there is no room for it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path, size = Path(folder) / "states", rows * columns * dtype.itemsize
-        try:
-            reserve(path, size)
-        except OSError as error:
-            raise StorageError(
-                f"{size} bytes of hidden states find no room in {folder}: {error.strerror}; free some, or set TMPDIR"
-            ) from error
-        # the mapping outlives the file's name: nothing is left behind, whatever happens
-        return mapped(path, rows, columns, dtype)
-
-
-def reserve(path: Path, size: int) -> None:
-    """Make a file of so many bytes, all there: a full disk would else be the process's end in the middle of a mapping.
-
-    Raises `OSError`.
-    """
-    with path.open("wb") as file:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        file.truncate(size)  # where there is no such call (macOS), the length alone

@@ -11,7 +11,8 @@ from contextlib import nullcontext
 import torch
 
 from mopcompress.errors import NumericalError
-from mopcompress.evaluation.hidden_states import Applied, CachedStates, batches_by_length
+from mopcompress.evaluation.batching import batches_by_length
+from mopcompress.evaluation.hidden_states import Applied, CachedStates
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.results import DocumentScores, TaskScore

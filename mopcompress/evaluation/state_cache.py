@@ -1,22 +1,27 @@
 """Lower states on disk, so that another run, arm or seed on the same model and rows need not compute them again."""
 
 import functools
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from mopcompress.evaluation.hidden_states import CachedStates, Fill, mapped, reserve, unseen
+from mopcompress.data.encoding import Encoded
+from mopcompress.evaluation.hidden_states import CachedStates, Fill
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.progress import Progress
 from mopcompress.storage import artifacts
-from mopcompress.storage.cache import facts_of, kept
+from mopcompress.storage.cache import kept
+from mopcompress.storage.memmap import mapped, reserve, unseen
 
 STATES, SUMMARIES = "states", "summaries.safetensors"
 TRAINING = torch.float16  # of states that nothing is scored on
@@ -89,3 +94,26 @@ def _filled(make: Callable[[torch.dtype], Tensor], fill: Fill, dtype: torch.dtyp
         hidden = make(torch.float32)
         summaries = fill(hidden)
     return hidden, summaries
+
+
+def facts_of(model: LanguageModel, sha256: str, documents: Sequence[Encoded]) -> dict[str, Any]:
+    """What anything that a model of these weights computes from these rows depends on."""
+    return {
+        "model": sha256,
+        "config": config_digest(model.network.config),
+        "documents": digest(documents),
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def digest(documents: Sequence[Encoded]) -> str:
+    """A hash of the tokens of these rows, and of where responses begin."""
+    return hashlib.sha256(repr([(one.tokens, one.context_tokens) for one in documents]).encode()).hexdigest()
+
+
+def config_digest(config: PretrainedConfig) -> str:
+    """A hash of what a network computes with besides its weights, such as the base of its rotary positions."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return artifacts.fingerprint({name: one for name, one in fields.items() if name != "_name_or_path"})

@@ -1,6 +1,6 @@
 """What an adapter reads of a batch that the network was given: the instruction's tokens, without padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,21 +29,6 @@ def instruction_mask_of(
         )
     mask = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     return mask if labels is None else mask & ((labels != UNSCORED).cumsum(1) == 0)
-
-
-def positions(mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """Where each token stands in its own text: padding on the left counts for nothing."""
-    return (mask.long().cumsum(1) - 1).clamp_min(0)
-
-
-def left_padded(
-    rows: Sequence[Sequence[int]], padding: int, device: torch.device
-) -> tuple[Int[Tensor, "rows time"], Bool[Tensor, "rows time"]]:
-    """Tokens with padding before them, and which are no padding."""
-    longest = max(map(len, rows))
-    tokens = [[padding] * (longest - len(row)) + [*row] for row in rows]
-    mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
 def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]) -> Instructions:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from mopcompress.errors import DataError
-from mopcompress.hf.instructions import left_padded, positions
+from mopcompress.evaluation.batching import left_padded, positions
 from mopcompress.hf.model import MopForCausalLM
 
 Pair = tuple[Sequence[int], Sequence[int]]

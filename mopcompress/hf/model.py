@@ -19,10 +19,11 @@ from transformers import Cache, GenerationMixin, PretrainedConfig, PreTrainedMod
 from transformers.utils.generic import ModelOutput
 
 from mopcompress.errors import DataError
+from mopcompress.evaluation.batching import positions
 from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.hf.adapter_loading import adapter_of, hub_settings, load_whole, network_of, one_device
 from mopcompress.hf.config import MopConfig
-from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, positions, read_by_itself
+from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, read_by_itself
 from mopcompress.models.compat import CACHE
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash

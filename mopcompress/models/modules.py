@@ -1,5 +1,8 @@
 """The linears of a network, however they are stored: a weight is [out, in]."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,3 +20,20 @@ def set_weight(linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
     linear.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+
+
+@contextmanager
+def replacing(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside it `modules` stand at these dotted names, in every view too; afterwards, whatever happens, the old ones.
+
+    Raises `AttributeError` for a name that is not there, with nothing changed.
+    """
+    places = {name: network.get_submodule(name.rpartition(".")[0]) for name in modules}
+    own = {name: network.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            places[name]._modules[name.rpartition(".")[2]] = module
+        yield
+    finally:
+        for name, module in own.items():
+            places[name]._modules[name.rpartition(".")[2]] = module

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError
 from mopcompress.models.experts import call_one_by_one, named_linears, unstacked
 from mopcompress.models.language_model import LanguageModel
@@ -44,30 +44,21 @@ class LowRank(nn.Module):
     def rank(self) -> int:
         return len(self.down)
 
-    @property
-    def parameters_stored(self) -> int:
-        """Numbers in both matrices."""
-        return self.up.numel() + self.down.numel()
 
-    def copied(self, dtype: torch.dtype) -> "LowRank":
-        """The same, rounded to `dtype`."""
-        return LowRank(self.up.to(dtype, copy=True), self.down.to(dtype, copy=True))
-
-
-Repairs = Mapping[str, LowRank]
+Repairs = Mapping[str, LowRankFactors]
 """By the dotted name of the linear."""
 
 
-def put_beside(linear: nn.Module, repair: LowRank) -> RemovableHandle:
+def put_beside(linear: nn.Module, factors: LowRankFactors) -> RemovableHandle:
     """Add the repair to the linear's outputs from now on, in place; weight, name and state stay as they are."""
-    linear.add_module(_PLACE, repair)
+    linear.add_module(_PLACE, LowRank(factors.up, factors.down))
     return linear.register_forward_hook(_add)
 
 
 @contextmanager
-def beside(linear: Linear, repair: LowRank) -> Iterator[None]:
+def beside(linear: Linear, factors: LowRankFactors) -> Iterator[None]:
     """Inside the block, the repair is added to the linear's outputs."""
-    handle = put_beside(linear, repair)
+    handle = put_beside(linear, factors)
     try:
         yield
     finally:
@@ -95,7 +86,8 @@ def attach(model: LanguageModel, repairs: Repairs) -> None:
             shape = (len(repair.up), repair.down.shape[1])
             if shape != tuple(weight_of(linear).shape):
                 raise DataError(f"{REPAIR}: {name} is {tuple(weight_of(linear).shape)}, and its repair {shape}")
-            put_beside(linear, repair.copied(linear.weight.dtype).to(linear.weight.device))
+            put_beside(linear, repair.rounded(linear.weight.dtype))
+            linear.to(linear.weight.device)
         call_one_by_one({name: found for name, found in experts.items() if any(map(_is_repaired, found[1]))})
     if left:
         raise DataError(f"{REPAIR}: the model has no linear {min(left)}; make the folder again")
@@ -106,7 +98,7 @@ def write_repairs(path: Path, repairs: Repairs) -> None:
     save_file(tensors_of(repairs), path, {"format": "pt"})
 
 
-def read_repairs(folder: Path) -> dict[str, LowRank]:
+def read_repairs(folder: Path) -> dict[str, LowRankFactors]:
     """The repairs of a folder; none when it has no file of them. Raises `DataError` when the file is damaged."""
     path = folder / REPAIR
     if not path.exists():
@@ -128,7 +120,7 @@ def tensors_of(repairs: Repairs) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
-def repairs_in(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+def repairs_in(tensors: Mapping[str, Tensor]) -> dict[str, LowRankFactors]:
     """What `tensors_of` made the tensors of. Raises `ValueError` when they are no pairs of matrices that fit."""
     names = sorted({name[: -len(".B")] for name in tensors})
     if {f"{name}.{part}" for name in names for part in "AB"} != tensors.keys():
@@ -137,7 +129,7 @@ def repairs_in(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
         up, down = tensors[f"{name}.B"], tensors[f"{name}.A"]
         if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
             raise ValueError(f"B and A of {name} do not fit: {tuple(up.shape)} and {tuple(down.shape)}")
-    return {name: LowRank(tensors[f"{name}.B"], tensors[f"{name}.A"]) for name in names}
+    return {name: LowRankFactors(tensors[f"{name}.B"], tensors[f"{name}.A"]) for name in names}
 
 
 def _is_repaired(expert: object) -> bool:

@@ -17,23 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mopcompress.errors import DataError
+from mopcompress.models.families import ATTENTIONS, CHANNEL_KEYS, MLPS
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, set_weight, weight_of
-
-MLPS = (  # names of the matrices that write the inner features, and of the one that reads them
-    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
-    (("gate_up_proj",), "down_proj"),  # Phi-3
-    (("fc1",), "fc2"),  # Phi, OPT
-    (("c_fc",), "c_proj"),  # GPT-2
-    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
-)
-ATTENTIONS = (
-    (("q_proj", "k_proj", "v_proj"), "o_proj"),
-    (("q_proj", "k_proj", "v_proj"), "dense"),  # Phi
-    (("q_proj", "k_proj", "v_proj"), "out_proj"),  # OPT
-    (("qkv_proj",), "o_proj"),  # Phi-3
-)
-CHANNEL_KEYS = ("ffn_dim", "n_inner", "intermediate_size")  # the first that the configuration has
 
 
 @dataclass(frozen=True)

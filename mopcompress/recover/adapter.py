@@ -1,14 +1,18 @@
 """What recovery trains: a small module that acts on a frozen network, and the settings that make it up again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Applied, Instructions
+from mopcompress.evaluation.hidden_states import Applied, CachedStates, Instructions
 from mopcompress.models.language_model import LanguageModel
+
+DenseWeights = Callable[[str], Float[Tensor, "out in"]]
+"""The weight that the linear of a dotted name had before it was compressed; `DataError` when there is none."""
 
 
 @runtime_checkable  # so that the test run can check it
@@ -65,3 +69,53 @@ class AdapterConfig:
 def trained_parameters(adapter: Adapter) -> int:
     """How many numbers training changes, the gate's included."""
     return sum(parameter.numel() for group in adapter.learned().values() for parameter in group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRow:
+    """One optimiser step."""
+
+    step: int  # from 1
+    steps: int
+    nats: float  # mean over the step's response tokens
+    tokens: int  # real tokens that ran through the upper blocks, padding not counted
+    seconds: float
+    norms: Mapping[str, float]  # of the gradients before they were clipped, by the group that was clipped by itself
+
+
+@dataclass(frozen=True)
+class Material:
+    """What there is to begin with."""
+
+    model: LanguageModel
+    states: CachedStates  # of the training documents, at the adapter's layer
+    tasks: tuple[str, ...]
+    dense: DenseWeights | None = None  # where it is known from what the model was compressed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The choices that an adapter's first values depend on, and its shapes do not."""
+
+    gate_pretraining_steps: int
+    gate_temper: float
+    log_opening: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a comparison."""
+
+    build: Callable[[LanguageModel, AdapterConfig], Adapter]  # its shapes; the values are loaded into it
+    begin: Callable[[AdapterConfig, Material, Start], Adapter]  # as it is before the first step
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A trained adapter, and how it was trained."""
+
+    adapter: Adapter
+    config: AdapterConfig
+    rows: list[TrainRow]
+    seconds: float  # the start (gate pre-training included) and all steps; not the shared cache of lower states

@@ -10,16 +10,17 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from mopcompress.errors import StorageError
-from mopcompress.recover.standing import Standing, TrainRow
+from mopcompress.recover.adapter import Adapter, TrainRow
 from mopcompress.storage.resume import unfinished_work, write_job
 
 SECONDS = 20.0  # between two standings on disk: what a kill can cost
@@ -105,3 +106,49 @@ def _checksum(tensors: Mapping[str, Tensor], rows: str) -> int:
     for name in sorted(tensors):
         checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
     return checksum
+
+
+@dataclass
+class Standing:
+    """The adapter, AdamW's means, and the steps that are done."""
+
+    adapter: Adapter
+    optimiser: torch.optim.Optimizer
+    rows: list[TrainRow] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number but the rows, by name: `adapter.NAME`, and `optimiser.PARAMETER.NAME` after the first step."""
+        weights = {f"adapter.{name}": tensor.cpu() for name, tensor in self.adapter.state_dict().items()}
+        means = {
+            f"optimiser.{index}.{name}": tensor.cpu()
+            for index, named in self.optimiser.state_dict()["state"].items()
+            for name, tensor in named.items()
+        }
+        return weights | means
+
+    def restore(self, tensors: dict[str, Tensor], rows: list[TrainRow]) -> None:
+        """Take the place, in place, of a standing whose `tensors()` these were."""
+        with torch.no_grad():
+            for name, weight in self.adapter.state_dict().items():
+                weight.copy_(tensors[f"adapter.{name}"])
+        means: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimiser":
+                index, _, which = rest.partition(".")
+                means.setdefault(int(index), {})[which] = tensor
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": means})
+        self.rows[:] = rows
+
+
+@runtime_checkable  # so that the test run can check it
+class Keeping(Protocol):
+    """Keeps a training, so that it can be stopped anywhere and go on."""
+
+    def restore(self, standing: Standing) -> None:
+        """Bring `standing`, in place, to where the training stood; leave it alone when there was none."""
+        ...
+
+    def keep(self, standing: Standing) -> None:
+        """Take note of it, or not yet."""
+        ...

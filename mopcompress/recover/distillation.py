@@ -6,19 +6,29 @@ kept; all others are one bucket (ours), so that teacher and student are distribu
 and a student that equals its teacher has a divergence of 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mopcompress.data.encoding import Encoded
-from mopcompress.evaluation.hidden_states import Batch, CachedStates, batches_by_length
+from mopcompress.evaluation.batching import batches_by_length
+from mopcompress.evaluation.hidden_states import Batch, CachedStates
+from mopcompress.evaluation.state_cache import facts_of
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.recover import distillation
 from mopcompress.recover.squarehead import TeacherStates, watched
+from mopcompress.storage.cache import kept
+
+FILE = "distributions.safetensors"
+
 
 TOP = 64
 
@@ -146,3 +156,25 @@ def divergence(kept: Kept, logits: Float[Tensor, "scored vocab"], *, temperature
     """KL(teacher || student) in nats, times temperature squared, which keeps gradients as large as at 1."""
     student = log_shares(logits, kept.tokens, temperature=temperature)
     return (kept.log_shares.exp() * (kept.log_shares - student)).sum(1) * temperature**2
+
+
+def store_of(teacher: LanguageModel, sha256: str, documents: Sequence[Encoded], *, temperature: float) -> Store:
+    """Keeps what a teacher with these weights says of the documents.
+
+    At one temperature: the share of all tokens that are not kept one by one cannot be had at another.
+    """
+    facts = facts_of(teacher, sha256, documents) | {
+        "kind": "distributions of a teacher",
+        "top": distillation.TOP,
+        "temperature": temperature,
+    }
+    scored = sum(len(document.tokens) - document.context_tokens for document in documents)
+    return partial(_kept, facts, scored * (2 * distillation.TOP + 1) * 4)
+
+
+def _kept(facts: Mapping[str, Any], size: int, run: Callable[[], Kept]) -> Kept:
+    def write(scratch: Path, _manifest: dict[str, Any]) -> None:
+        found = run()
+        save_file({"tokens": found.tokens, "log_shares": found.log_shares}, scratch / FILE)
+
+    return kept(facts, size=size, write=write, read=lambda folder: Kept(**load_file(folder / FILE)), otherwise=run)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.recover.standing import Standing
+from mopcompress.recover.checkpoint import Standing
 
 PATIENCE = timedelta(days=1)  # the first process may compute states for hours while the others wait
 Known = TypeVar("Known")

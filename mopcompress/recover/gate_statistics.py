@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.batching import batches_by_length
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter
 from mopcompress.recover.methods.expert_weights import Choosing

@@ -1,25 +1,25 @@
 """The arms of the comparison: every line of a report is one of these, trained by one loop."""
 
+from mopcompress.recover.adapter import Arm
 from mopcompress.recover.methods import (
     eora,
     ia3,
     idp,
     lora,
+    mixture_of_prompts,
     mop_plus,
     norm_tuning,
     prefix_tuning,
-    prompt_initialization,
     prompt_tuning,
     smop,
 )
-from mopcompress.recover.start import Arm
 
 ARMS: dict[str, Arm] = {
-    "single": Arm(prompt_initialization.build, prompt_initialization.begin),
-    "mop": Arm(prompt_initialization.build, prompt_initialization.begin),
-    "uniform": Arm(prompt_initialization.build, prompt_initialization.begin),
-    "oracle": Arm(prompt_initialization.build, prompt_initialization.begin),
-    "shuffled": Arm(prompt_initialization.build, prompt_initialization.begin),
+    "single": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
+    "mop": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
+    "uniform": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
+    "oracle": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
+    "shuffled": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
     "idp": Arm(idp.build, idp.begin),
     "input": Arm(prompt_tuning.build, prompt_tuning.begin),
     "smop": Arm(smop.build, smop.begin),

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Batch, unseen
+from mopcompress.evaluation.hidden_states import Batch
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.storage.memmap import unseen
 
 
 class TeacherStates:

@@ -16,13 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mopcompress.errors import NumericalError
-from mopcompress.evaluation.hidden_states import CachedStates, batches_by_length
+from mopcompress.evaluation.batching import batches_by_length
+from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.loss import nats_of, response_logits
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import Adapter
+from mopcompress.recover.adapter import Adapter, TrainRow
+from mopcompress.recover.checkpoint import Keeping, Standing
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.distributed import Workers
-from mopcompress.recover.standing import Keeping, Standing, TrainRow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ from typing import Any
 
 from mopcompress.errors import StorageError
 from mopcompress.report.content import describe
-from mopcompress.report.html import to_html
-from mopcompress.report.render import to_markdown
+from mopcompress.report.render import to_html, to_markdown
 from mopcompress.report.run_folder import read_run
 
 __all__ = ["write_report"]

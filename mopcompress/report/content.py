@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from mopcompress.grid import draws
-from mopcompress.report import answers, cost_tables, gate_tables, metadata, plots, result_tables, task_tables
+from mopcompress.report import cost_tables, gate_tables, metadata, plots, result_tables, task_tables
 from mopcompress.report.bootstrap import MIN_DOCUMENTS, scarce_tasks
 from mopcompress.report.number_format import number
 from mopcompress.report.pivot import (
@@ -74,7 +74,7 @@ def describe(run: Run) -> tuple[Content, dict[str, Any]]:
         tasks=task_tables.task_tables(grid),
         gates=gate_tables.gates_table(grid),
         confusions=gate_tables.confusion_tables(grid),
-        answers=answers.answer_tables(grid),
+        answers=task_tables.answer_tables(grid),
         definitions=metadata.definitions(run),
         protocol=metadata.protocol_facts(run),
         command=metadata.command(run.manifest),

@@ -2,8 +2,12 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
-from mopcompress.report import answers, gate_tables
+import jinja2
+from markupsafe import Markup
+
+from mopcompress.report import gate_tables, task_tables
 from mopcompress.report.content import Content
 from mopcompress.report.metadata import Facts
 from mopcompress.report.table import Line, Table, Text
@@ -26,7 +30,7 @@ def to_markdown(content: Content) -> str:
         _table(content.gates) if content.gates.lines else "",
         escaped(gate_tables.CONFUSION_NOTE) if content.confusions else "",
         *(_table(table, level=3) for table in content.confusions),
-        f"## What was written\n\n{escaped(answers.NOTE)}" if content.answers else "",
+        f"## What was written\n\n{escaped(task_tables.NOTE)}" if content.answers else "",
         *(_table(table, level=3) for table in content.answers),
         f"## Definitions\n\n{_facts(content.definitions)}",
         f"## Protocol\n\n{_facts(content.protocol)}",
@@ -70,3 +74,18 @@ def _line(cells: Iterable[str]) -> str:
 def _fenced(text: str) -> str:
     fence = "`" * (3 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
+
+
+def to_html(content: Content) -> str:
+    """Fill the template; only the figures drawn by `plots` go in unescaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = [(figure, Markup(figure.svg)) for figure in content.figures]
+    return environment.get_template("report.html.jinja").render(
+        content=content, figures=figures, confusions_note=gate_tables.CONFUSION_NOTE, answers_note=task_tables.NOTE
+    )

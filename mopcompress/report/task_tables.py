@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
-from mopcompress.report.number_format import ABSENT, hundredths, number, share
+from mopcompress.report.number_format import ABSENT, hundredths, number, share, shortened
 from mopcompress.report.pivot import DENSE, Grid, perplexity_spread, spread
 from mopcompress.report.table import Line, Table, Text
-from mopcompress.results import BenchRow
+from mopcompress.results import BenchRow, Sample
+
+NOTE = "Answers to the first test documents, first seed, shortened. Nothing was chosen."
+LONGEST = 240  # characters of a cell
 
 
 def task_tables(grid: Grid) -> tuple[Table, ...]:
@@ -32,3 +35,28 @@ def _task(rows: Sequence[BenchRow], task: str) -> Text:
     rouge = [score for row in rows if (score := row.per_task[task].rouge_l) is not None]
     wrote = f", ROUGE-L {hundredths(sum(rouge) / len(rouge))}" if rouge else ""
     return Text(number(perplexity), f"{share(exact, decimals=0)} exact{wrote}")
+
+
+def answer_tables(grid: Grid) -> tuple[Table, ...]:
+    """One table a setting, if its rows have answers."""
+    tables = []
+    for setting in grid.settings:
+        rows = [found[0] for arm in grid.arms_of(setting) if (found := grid.rows(setting, arm))]
+        samples = {row.arm: row.samples for row in rows if row.samples}
+        if samples:
+            tables.append(_table(setting, samples))
+    return tuple(tables)
+
+
+def _table(setting: str, samples: dict[str, Sequence[Sample]]) -> Table:
+    asked = next(iter(samples.values()))
+    lines = [_line("instruction", [one.instruction for one in asked])]
+    lines.append(_line("reference", [one.reference for one in asked]))
+    for place, (arm, found) in enumerate(samples.items()):
+        lines.append(_line(arm, [one.answer for one in found], first=not place))
+    columns = ("", *(one.task for one in asked))
+    return Table(setting, "", columns, len(columns), tuple(lines))
+
+
+def _line(name: str, texts: Sequence[str], *, first: bool = False) -> Line:
+    return Line((Text(name), *(Text(shortened(text, LONGEST)) for text in texts)), starts_group=first)

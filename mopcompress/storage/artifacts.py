@@ -124,3 +124,20 @@ def sha256(path: Path) -> str:
 def fingerprint(facts: Mapping[str, Any]) -> str:
     """A short hash of JSON-able settings, equal for equal settings whatever their order."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The fields that differ between two trees of settings, by dotted name, each with both values."""
+    old, new = _flat(before), _flat(after)
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in tree.items():
+        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return fields

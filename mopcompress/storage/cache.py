@@ -4,24 +4,16 @@ A folder each: whole or not there, hashed, named by all that its contents depend
 kept, for want of room or rights, is computed again.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import transformers
 from safetensors import SafetensorError
-from transformers import PretrainedConfig
 
-from mopcompress.data.encoding import Encoded
 from mopcompress.errors import DataError, OutputError, StorageError
-from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.smollm2 import cache_folder
 from mopcompress.storage import artifacts
 
 LIMIT = 16 * 2**30  # bytes of all folders; what was not used for longest goes first
@@ -58,29 +50,6 @@ def kept(
         return otherwise()
 
 
-def facts_of(model: LanguageModel, sha256: str, documents: Sequence[Encoded]) -> dict[str, Any]:
-    """What anything that a model of these weights computes from these rows depends on."""
-    return {
-        "model": sha256,
-        "config": config_digest(model.network.config),
-        "documents": digest(documents),
-        "device": model.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def digest(documents: Sequence[Encoded]) -> str:
-    """A hash of the tokens of these rows, and of where responses begin."""
-    return hashlib.sha256(repr([(one.tokens, one.context_tokens) for one in documents]).encode()).hexdigest()
-
-
-def config_digest(config: PretrainedConfig) -> str:
-    """A hash of what a network computes with besides its weights, such as the base of its rotary positions."""
-    fields = json.loads(config.to_json_string(use_diff=False))
-    return artifacts.fingerprint({name: one for name, one in fields.items() if name != "_name_or_path"})
-
-
 def whole(folder: Path) -> bool:
     """Whether a folder is there and as it was written; a damaged one is removed."""
     if not folder.exists():
@@ -105,3 +74,9 @@ def _make_room(parent: Path, size: int) -> None:
             break
         shutil.rmtree(folder, ignore_errors=True)
         sizes.remove(freed)
+
+
+def cache_folder() -> Path:
+    """Where converted models and sampled calibration text are kept: `$MOPCOMPRESS_CACHE`, else the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopcompress"
+    return Path(os.environ.get("MOPCOMPRESS_CACHE") or default)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mopcompress.entrypoints.bench.manifest import differences
 from mopcompress.errors import DataError, NumericalError, OutputError, UsageError
 from mopcompress.storage import artifacts
+from mopcompress.storage.artifacts import differences
 
 FILE = "job.json"
 TOLD = 6  # differences of two jobs; others are counted

@@ -17,9 +17,8 @@ from mopcompress.models.model_loading import weights_bytes
 from mopcompress.progress import Progress
 from mopcompress.recipe import RunSpec
 from mopcompress.recipe.arms import revision_of
-from mopcompress.recover.adapter import trained_parameters
+from mopcompress.recover.adapter import Recovered, trained_parameters
 from mopcompress.recover.gate_statistics import read_gate
-from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.save_and_load import adapter_bytes
 from mopcompress.results import BenchRow, folder_name, write_documents
 from mopcompress.storage import artifacts
@@ -59,7 +58,16 @@ def score_cell(
     start = time.perf_counter()
     scores = score(model, test, trained, size, progress)
     seconds = time.perf_counter() - start
-    scores = with_answers(scores, model, test, trained, run, progress)
+    if run.write_tokens is not None:
+        scores = with_answers(
+            scores,
+            model,
+            test,
+            trained.compiled(model) if trained else None,
+            max_new_tokens=run.write_tokens,
+            batch_size=size,
+            progress=progress,
+        )
     overall = micro(scores)
     on_text = micro(score(model, text, trained, size, progress)) if text else None
     adapter = adapter_of(folder, setting, cell)

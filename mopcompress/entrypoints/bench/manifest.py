@@ -8,6 +8,7 @@ from typing import Any
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import Recipe, recipe_of, resolved
 from mopcompress.storage import artifacts
+from mopcompress.storage.artifacts import differences
 
 FILE = "run.json"
 GRID = (
@@ -98,20 +99,3 @@ def _refuse(folder: Path, found: list[str]) -> None:
         raise RecipeError(
             f"{folder} was made with other settings: {'; '.join(found)}; use those settings, or another --output-dir"
         )
-
-
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The fields that differ between two trees of settings, by dotted name, each with both values."""
-    old, new = _flat(before), _flat(after)
-    return [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in tree.items():
-        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return fields

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from mopcompress.data.dataset import Documents, documents_for
+from mopcompress.data.dataset import Documents
 from mopcompress.entrypoints.bench.cell import Base, adapter_of, score_cell
 from mopcompress.entrypoints.bench.manifest import continued, write_manifest
 from mopcompress.entrypoints.bench.protocol import new_manifest
 from mopcompress.entrypoints.compress import compress_into
-from mopcompress.entrypoints.grid import modifiers_of, settings_of
-from mopcompress.entrypoints.inputs import calibration_tokens
+from mopcompress.entrypoints.from_recipe import adapter_config, first_layer
+from mopcompress.entrypoints.inputs import calibration_tokens, documents_for
 from mopcompress.entrypoints.lr_sweep import (
     Train,
     check_validation,
@@ -32,24 +32,23 @@ from mopcompress.entrypoints.lr_sweep import (
     write_trials,
 )
 from mopcompress.entrypoints.teacher import dense_weights, taught_by
-from mopcompress.entrypoints.train_adapter import adapter_config, first_layer, tell_of_experts, train_arm
+from mopcompress.entrypoints.train_adapter import tell_of_experts, train_arm
 from mopcompress.environment import choose_device, now, provenance
 from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.evaluation.state_cache import TRAINING, cache_states
-from mopcompress.grid import DENSE, Cell, Setting, cells_of
+from mopcompress.grid import DENSE, Cell, Setting, cells_of, modifiers_of, settings_of
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
-from mopcompress.models.smollm2 import NOTE, cache_folder
+from mopcompress.models.smollm2 import NOTE
 from mopcompress.progress import Progress, silent
 from mopcompress.recipe import PromptRecoveryModifier, Recipe
 from mopcompress.recipe.arms import TRAINED, revision_of
 from mopcompress.recipe.pruning_modifiers import changed
+from mopcompress.recover.adapter import Material, Recovered
 from mopcompress.recover.checkpoint import UnfinishedTraining, unfinished_training
 from mopcompress.recover.methods.eora import check_dense
-from mopcompress.recover.recovered import Recovered
 from mopcompress.recover.registry import ARMS
-from mopcompress.recover.start import Material
 from mopcompress.report import write_report
 from mopcompress.results import (
     BenchRow,
@@ -61,6 +60,7 @@ from mopcompress.results import (
     sweep_name,
 )
 from mopcompress.storage import artifacts
+from mopcompress.storage.cache import cache_folder
 
 
 def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress = silent) -> list[BenchRow]:

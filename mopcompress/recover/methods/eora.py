@@ -20,10 +20,9 @@ from mopcompress.evaluation.hidden_states import CachedStates
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
 from mopcompress.models.repair import repair_of
-from mopcompress.recover.adapter import Adapter, AdapterConfig
+from mopcompress.recover.adapter import Adapter, AdapterConfig, DenseWeights, Material, Start
 from mopcompress.recover.methods import lora
 from mopcompress.recover.methods.module_patches import Changes
-from mopcompress.recover.start import DenseWeights, Material, Start
 
 _TOKENS = 2048  # that go through the blocks at a time, about
 

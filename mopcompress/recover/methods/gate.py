@@ -74,22 +74,3 @@ def pretrain(
         optimiser.zero_grad()
         nn.functional.cross_entropy(gate.logits(summaries), experts).backward()
         optimiser.step()
-
-
-def cluster(
-    summaries: Float[Tensor, "documents hidden"], clusters: int, *, generator: torch.Generator, rounds: int = 50
-) -> Int[Tensor, " documents"]:
-    """k-means on standardised summaries: the experts' domains when there are not as many tasks as experts.
-
-    Seeds are spread by k-means++ (Arthur and Vassilvitskii, 2007); an emptied cluster keeps its old centre.
-    """
-    points = (summaries - summaries.mean(0)) / summaries.std(0, correction=0).clamp_min(1e-6)
-    centres = points[torch.randint(len(points), (1,), generator=generator)]
-    while len(centres) < clusters:
-        nearest = torch.cdist(points, centres).amin(1).square() + 1e-12
-        centres = torch.cat([centres, points[torch.multinomial(nearest.cpu(), 1, generator=generator)]])
-    for _ in range(rounds):
-        owner = torch.cdist(points, centres).argmin(1)
-        for index in owner.unique():
-            centres[index] = points[owner == index].mean(0)
-    return torch.cdist(points, centres).argmin(1)

@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mopcompress.models.families import KEYS_AND_VALUES, MLP_READERS
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
-from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.methods.module_patches import MLP_READERS, Changes, first_present, linears_from
-from mopcompress.recover.start import Material, Start
-
-ATTENTION = (("k_proj", "v_proj"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recover.methods.module_patches import Changes
+from mopcompress.recover.methods.target_linears import first_present, linears_from
 
 
 class Scaled(nn.Module):
@@ -39,7 +38,7 @@ class Scaled(nn.Module):
 def build(model: LanguageModel, config: AdapterConfig) -> Changes:
     """Raises `DataError` when the family has no such linears."""
     changes: dict[str, nn.Module] = {}
-    for choices, inputs in ((ATTENTION, False), (MLP_READERS, True)):
+    for choices, inputs in ((KEYS_AND_VALUES, False), (MLP_READERS, True)):
         linears = linears_from(model, config.layer, first_present(model, choices))
         changes |= {name: Scaled(linear, inputs=inputs) for name, linear in linears.items()}
     return Changes(config.layer, changes).to(model.device)

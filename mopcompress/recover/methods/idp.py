@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.attention import Prefix, attending_to, watching
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
 from mopcompress.recover.methods.expert_weights import KeysAndValues, prefix_of, without_absent
 from mopcompress.recover.methods.prompt_initialization import expert_domains, first_prompts
 from mopcompress.recover.methods.prompt_kv import recorded
-from mopcompress.recover.start import Material, Start
 
 
 class DynamicPrompts(nn.Module):

@@ -16,10 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
-from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.methods import prompt_initialization
-from mopcompress.recover.methods.module_patches import Changes, linears_from, writers_from
-from mopcompress.recover.start import Material, Start
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recover.methods import mixture_of_prompts
+from mopcompress.recover.methods.module_patches import Changes
+from mopcompress.recover.methods.target_linears import linears_from, writers_from
 
 
 class LowRank(nn.Module):
@@ -86,7 +86,7 @@ def rank_within_budget(model: LanguageModel, config: AdapterConfig, linears: Map
     Raises `DataError` when not even 1 does, or the family can have no `mop`.
     """
     try:
-        budget = prompt_initialization.budget(model, config)
+        budget = mixture_of_prompts.budget(model, config)
     except DataError as error:
         raise DataError(
             f"{config.arm} trains as much as mop where no rank is given; but {error}; or give one"

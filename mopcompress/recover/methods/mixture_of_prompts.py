@@ -6,17 +6,33 @@ a whole batch, and after training they are constants. A mixture whose gate has n
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mopcompress.errors import UsageError
 from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.attention import Prefix, attending_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.methods.expert_weights import Mixing, prefix_of, strongest, without_absent
+from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recover.methods import gate as gates
+from mopcompress.recover.methods.expert_weights import (
+    Mixing,
+    Weighing,
+    by_another,
+    by_task,
+    prefix_of,
+    strongest,
+    without_absent,
+)
 from mopcompress.recover.methods.gate import Gate
+from mopcompress.recover.methods.prompt_initialization import expert_domains, first_prompts
 from mopcompress.recover.methods.prompt_kv import ByLayer, KeysAndValues, recorded
+
+GATED = ("mop", "shuffled")
 
 
 class MixtureOfPrompts(nn.Module):
@@ -114,3 +130,67 @@ class MixtureOfPrompts(nn.Module):
         """
         self.deep = KeysAndValues(*self.keys_and_values(model))
         del self.prompts
+
+
+def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
+    """Groups of prompts, and a gate for the arms that have one; equally many prompts in all of them.
+
+    Raises `DataError` for some families, `UsageError` when the oracle has no tasks to go by.
+    """
+    model.check_promptable()
+    if config.arm == "oracle" and not config.tasks:
+        raise UsageError(
+            f"arm oracle: {config.experts} experts are not one for each task of the data; leave --experts out, or the "
+            "arm where rows name no tasks"
+        )
+    prompts = torch.zeros(config.groups, config.prompts_per_expert, config.hidden_size)
+    gate = gates.Gate(config.hidden_size, config.experts) if config.arm in GATED else None
+    if config.arm == "single":
+        return _built(MixtureOfPrompts(prompts.flatten(0, 1)[None], config.layer, None), model, config)
+    weighings: dict[str, Weighing] = {"oracle": partial(by_task, tuple(config.tasks)), "shuffled": by_another}
+    mixing = Mixing(
+        weighing=weighings.get(config.arm),
+        reading=config.gate_reading,
+        shared=config.shared_expert,
+        top_k=None if config.arm == "uniform" else config.top_k,
+    )
+    return _built(MixtureOfPrompts(prompts, config.layer, gate, mixing=mixing), model, config)
+
+
+def _built(mixture: MixtureOfPrompts, model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
+    mixture = mixture.to(model.device)
+    if config.deep:
+        mixture.to(model.network.dtype).deepen(model)
+        mixture.float()
+    return mixture
+
+
+def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfPrompts:
+    """Prompts that begin as hidden states of training instructions, an expert's from its own domain.
+
+    Every arm gets the very same states, so that arms differ in grouping and gate alone. A gate is pre-trained on the
+    domains and tempered. A deep mixture begins as what these prompts are in every layer.
+    """
+    states = material.states
+    mixture = build(material.model, replace(config, deep=False))
+    generator = torch.Generator().manual_seed(start.seed)
+    domains = expert_domains(states, config.tasks, config.experts, generator=generator)
+    groups = first_prompts(states, domains, config, generator=generator)
+    with torch.no_grad():
+        mixture.prompts.copy_(groups.view_as(mixture.prompts))
+        mixture.log_opening.fill_(start.log_opening)
+    if mixture.gate is not None:
+        mixture.gate.draw(generator)
+        gates.pretrain(mixture.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
+        mixture.gate.temper(start.gate_temper)
+    if config.deep:
+        mixture.deepen(material.model)
+    return mixture
+
+
+def budget(model: LanguageModel, config: AdapterConfig) -> int:
+    """How many numbers `mop` trains with these settings, its gate included, a deep one's layers not.
+
+    It is what rivals may train too. Raises `DataError` for families that can have no `mop`.
+    """
+    return trained_parameters(build(model, replace(config, arm="mop", deep=False)))

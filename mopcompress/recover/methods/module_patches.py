@@ -5,8 +5,7 @@ the network stays as it is outside of `applied`; what PEFT can hold is written i
 """
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
@@ -14,17 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import Linear
-from mopcompress.models.replacing import replacing
-from mopcompress.models.resizing import ATTENTIONS, MLPS
-from mopcompress.models.targets import ALL, meant
-
-MLP_READERS = (("down_proj",), ("fc2",), ("mlp.c_proj",), ("dense_4h_to_h",))  # read the neurons of an MLP
-ATTENTION_READERS = {name for first, _ in ATTENTIONS for name in first} | {"c_attn", "query_key_value"}  # of the stream
-WRITERS = {last for _, last in (*MLPS, *ATTENTIONS)}  # what they give is added to the residual stream
+from mopcompress.models.modules import replacing
 
 
 @runtime_checkable  # so that the test run can check it
@@ -100,70 +91,3 @@ def _settled(module: nn.Module, change: Change) -> nn.Module:
     for name, value in change.merged(module).items():
         view._parameters[name] = nn.Parameter(value, requires_grad=False)
     return view
-
-
-def linears_from(model: LanguageModel, layer: int, targets: Sequence[str]) -> dict[str, Linear]:
-    """The linears of block `layer` and those above that some target means, by dotted name.
-
-    A target is the end of a dotted name, as in PEFT (`q_proj`), a pattern `re:...`, or `Linear` for all. Raises
-    `DataError` when one means no linear.
-    """
-    prefix = model.blocks_prefix()
-    linears = {
-        f"{prefix}.{index}.{name}": module
-        for index, block in enumerate(model.blocks)
-        if index >= layer
-        for name, module in block.named_modules()
-        if isinstance(module, Linear)
-    }
-    chosen: set[str] = set()
-    for target in targets:
-        found = meant(list(linears), _pattern(target))
-        if not found:
-            there = dict.fromkeys(name.removeprefix(f"{prefix}.").partition(".")[2] for name in linears)
-            raise DataError(
-                f"adapter_targets: no linear of the blocks of {type(model.network).__name__} is {target!r}; there are "
-                f"{', '.join(there)}: name some of them"
-            )
-        chosen |= set(found)
-    return {name: linear for name, linear in linears.items() if name in chosen}
-
-
-def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that write to the residual stream. Raises `DataError` when none is known."""
-    linears = linears_from(model, layer, ("Linear",))
-    found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in WRITERS}
-    if not found:
-        raise DataError(
-            f"the blocks of {type(model.network).__name__} have no linear called {', '.join(sorted(WRITERS))}; "
-            "use another arm"
-        )
-    return found
-
-
-def attention_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that make queries, keys and values; none in families where they are called others."""
-    linears = linears_from(model, layer, ("Linear",))
-    return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in ATTENTION_READERS}
-
-
-def mlp_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that read the neurons of an MLP; none in blocks where that is no linear."""
-    ends = tuple(f".{target}" for targets in MLP_READERS for target in targets)
-    return {name: linear for name, linear in linears_from(model, layer, ("Linear",)).items() if name.endswith(ends)}
-
-
-def first_present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str]:
-    """The first choice whose targets all are in the first block. Raises `DataError` when there is none."""
-    names = [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
-    for targets in choices:
-        if all(meant(names, _pattern(target)) for target in targets):
-            return targets
-    raise DataError(
-        f"the blocks of {type(model.network).__name__} have no linears {', or '.join(map(' and '.join, choices))}, "
-        f"only {', '.join(names)}; use another arm, or a family that has them"
-    )
-
-
-def _pattern(target: str) -> str:
-    return target if target in ALL or target.startswith("re:") else rf"re:(.*\.)?{re.escape(target)}$"

@@ -32,16 +32,14 @@ from torch import Tensor, nn
 from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import Linear, weight_of
-from mopcompress.models.replacing import replacing
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.models.modules import Linear, replacing, weight_of
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
 from mopcompress.recover.methods import gate as gates
-from mopcompress.recover.methods import prompt_initialization
+from mopcompress.recover.methods import mixture_of_prompts
 from mopcompress.recover.methods.gate import Gate
-from mopcompress.recover.methods.module_patches import attention_readers_from, mlp_readers_from, writers_from
 from mopcompress.recover.methods.norm_tuning import norms_from
 from mopcompress.recover.methods.prompt_initialization import expert_domains
-from mopcompress.recover.start import Material, Start
+from mopcompress.recover.methods.target_linears import attention_readers_from, mlp_readers_from, writers_from
 
 # AdamW moves a number by its rate, whatever its size; so numbers that have to move further are stored in larger units
 UNIT = 10.0  # of s and t: an expert has to move by about 1
@@ -165,7 +163,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     norms, writers = norms_from(model, config.layer), writers_from(model, config.layer)
     attention, readers = attention_readers_from(model, config.layer), mlp_readers_from(model, config.layer)
     sizes = fitted(
-        prompt_initialization.budget(model, config)
+        mixture_of_prompts.budget(model, config)
         - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
         of_a_rank=_of_a_rank(writers, config.experts),
         of_attention=_of_a_rank(attention, config.experts),

@@ -6,9 +6,8 @@ from torch.func import functional_call
 
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
 from mopcompress.recover.methods.module_patches import Changes
-from mopcompress.recover.start import Material, Start
 
 
 class OwnParameters(nn.Module):

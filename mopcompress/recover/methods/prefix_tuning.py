@@ -12,11 +12,10 @@ from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.attention import Prefix, attending_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.methods import prompt_initialization
+from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recover.methods import mixture_of_prompts
+from mopcompress.recover.methods.prompt_initialization import some_embeddings
 from mopcompress.recover.methods.prompt_kv import ByLayer, KeysAndValues, recorded, zeros_of
-from mopcompress.recover.methods.prompt_tuning import some_embeddings
-from mopcompress.recover.start import Material, Start
 
 
 class TrainedPrefix(nn.Module):
@@ -49,7 +48,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> TrainedPrefix:
     Raises `DataError` for some families, and when a prefix of one token is larger already.
     """
     one = TrainedPrefix(*zeros_of(model, 0, 1))
-    budget = prompt_initialization.budget(model, config)
+    budget = mixture_of_prompts.budget(model, config)
     tokens = budget // trained_parameters(one)
     if tokens == 0:
         raise DataError(

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Applied, CachedStates, Instructions
+from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.attention import Prefix, attending_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recover.methods.prompt_initialization import some_embeddings
 from mopcompress.recover.methods.prompt_kv import ByLayer, recorded
-from mopcompress.recover.start import Material, Start
 
 
 class InputPrompt(nn.Module):
@@ -67,12 +67,6 @@ def check_precedable(model: LanguageModel) -> None:
 def before_text(model: LanguageModel, groups: Float[Tensor, "groups prompts hidden"]) -> tuple[ByLayer, ByLayer]:
     """Keys and values of embedded prompts, each group as if it alone stood directly before the text."""
     return recorded(model, groups, 0, first_position=-groups.shape[1])
-
-
-def some_embeddings(states: CachedStates, count: int, start: Start) -> Float[Tensor, "count hidden"]:
-    """Embeddings of tokens at random places in training instructions."""
-    generator = torch.Generator().manual_seed(start.seed)
-    return states.some_states(range(len(states.documents)), count, generator)
 
 
 def _before(instructions: Instructions, keys: ByLayer, values: ByLayer) -> Prefix:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from mopcompress.evaluation.hidden_states import Applied, Instructions
 from mopcompress.models.attention import Prefix, attending_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig
-from mopcompress.recover.methods.prompt_tuning import before_text, check_precedable, some_embeddings
-from mopcompress.recover.start import Material, Start
+from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recover.methods.prompt_initialization import some_embeddings
+from mopcompress.recover.methods.prompt_tuning import before_text, check_precedable
 
 
 class RoutedPrompts(nn.Module):

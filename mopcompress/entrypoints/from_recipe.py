@@ -1,0 +1,143 @@
+"""Settings of a recipe as configurations of algorithms and adapters."""
+
+from mopcompress.compress.plan import REPAIR, Compression
+from mopcompress.compress.structured import Narrowing
+from mopcompress.errors import UsageError
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.recipe import (
+    ALPSModifier,
+    GPTQModifier,
+    LowRankRepairModifier,
+    PromptRecoveryModifier,
+    SparseGPTModifier,
+    StructuredPruningModifier,
+)
+from mopcompress.recipe.arms import NONE, TRAINED
+from mopcompress.recipe.pruning_modifiers import Masking
+from mopcompress.recover.adapter import AdapterConfig, Start
+from mopcompress.recover.training import Training
+
+Compressing = Masking | GPTQModifier
+
+
+def compression_of(modifier: Compressing) -> Compression:
+    """A modifier's settings in the words of the method's function."""
+    options: dict[str, object]
+    if isinstance(modifier, GPTQModifier):
+        options = {
+            "bits": modifier.bits,
+            "group_size": modifier.group_size,
+            "damping": modifier.dampening_frac,
+            "block_size": modifier.block_size,
+            "act_order": modifier.actorder == "static",
+            "keep_zeros": True,  # of pruning before; a dense model has hardly any
+            "sparsity": modifier.sparsity,
+            "pattern": modifier.pattern,
+        }
+    else:
+        options = {"sparsity": modifier.sparsity, "pattern": modifier.pattern}
+    if isinstance(modifier, SparseGPTModifier):
+        options |= {
+            "block_size": modifier.block_size,
+            "damping": modifier.dampening_frac,
+            "keep_zeros": modifier.preserve_sparsity_mask,
+        }
+    if isinstance(modifier, ALPSModifier):
+        options |= {
+            "damping": modifier.dampening_frac,
+            "steps": modifier.iterations,
+            "refit_steps": modifier.refit_steps,
+            "keep_zeros": modifier.preserve_sparsity_mask,
+        }
+    return Compression(
+        method=modifier.method,
+        options=options,
+        targets=modifier.targets,
+        ignore=modifier.ignore,
+        match_dense=modifier.match_dense,
+        match_samples=modifier.match_samples,
+        refit_steps=0 if isinstance(modifier, GPTQModifier | ALPSModifier) else modifier.refit_steps,
+    )
+
+
+def repairing(modifier: LowRankRepairModifier) -> Compression:
+    """The last step, in the words of its function."""
+    return Compression(method=REPAIR, options={"rank": modifier.rank}, targets=modifier.targets, ignore=modifier.ignore)
+
+
+def narrowing_of(modifier: StructuredPruningModifier) -> Narrowing:
+    """A modifier's settings in the words of the walk."""
+    return Narrowing(
+        mlp_sparsity=modifier.mlp_sparsity,
+        head_sparsity=modifier.head_sparsity,
+        score=modifier.score,
+        damping=modifier.dampening_frac,
+    )
+
+
+def start_of(modifier: PromptRecoveryModifier, seed: int) -> Start:
+    """How the recipe's arm begins."""
+    return Start(
+        gate_pretraining_steps=modifier.gate_pretraining_steps,
+        gate_temper=modifier.gate_temper,
+        log_opening=modifier.log_opening,
+        seed=seed,
+    )
+
+
+def training_of(modifier: PromptRecoveryModifier, learning_rate: float, seed: int) -> Training:
+    """How the recipe's arm is trained."""
+    return Training(
+        steps=modifier.steps,
+        batch_size=modifier.batch_size,
+        learning_rate=learning_rate,
+        gate_learning_rate=modifier.gate_learning_rate,
+        warmup_fraction=modifier.warmup_fraction,
+        clip_norm=modifier.clip_norm,
+        clip_percentile=modifier.clip_percentile,
+        gate_apart=modifier.gate_clipping == "apart",
+        seed=seed,
+        accumulate=modifier.accumulate,
+    )
+
+
+def adapter_config(
+    modifier: PromptRecoveryModifier, model: LanguageModel, tasks: tuple[str, ...], base_sha256: str
+) -> AdapterConfig:
+    """What the recipe asks for, on this model and data.
+
+    Raises `UsageError` when the model has no such block, or when more experts are to act than there are.
+    """
+    return AdapterConfig(
+        arm=modifier.arm,
+        experts=modifier.count_experts(tasks),
+        prompts_per_expert=modifier.prompts_per_expert,
+        layer=first_layer(modifier.arm, modifier.layer, model),
+        hidden_size=model.hidden_size,
+        base_sha256=base_sha256,
+        tasks=modifier.domains(tasks),
+        gate_reading=modifier.gate_reading,
+        shared_expert=modifier.shared_expert,
+        top_k=modifier.top_k,
+        deep=modifier.deep,
+        rank=modifier.rank,
+        targets=modifier.adapter_targets,
+    )
+
+
+def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
+    """The first block that the arm changes: the paper's tenth of 32 layers, in proportion; 0 for arms at the input.
+
+    Raises `UsageError` when the model has no such block.
+    """
+    blocks, settings = len(model.blocks), TRAINED.get(arm, NONE)
+    alone = layer is None and blocks == 1  # there is no middle
+    if settings.at_input or (settings.whole and (layer == 0 or alone)):
+        return 0
+    if blocks == 1:
+        raise UsageError(f"arm {arm}: it acts above a first block, and the model has one in all; take one at the input")
+    if layer is None:
+        return max(1, round(10 / 32 * blocks))
+    if not 0 < layer < blocks:
+        raise UsageError(f"--layer: {layer} is not 1 to {blocks - 1}, and the model has {blocks} blocks")
+    return layer

@@ -1,0 +1,45 @@
+"""Tensors in memory-mapped files."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mopcompress.errors import StorageError
+
+
+def mapped(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+    """A file as a tensor: what is written to the tensor is written to the file, which is made if need be."""
+    flat = torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype)
+    return flat.view(rows, columns)
+
+
+def unseen(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+    """The same with a file that has no name and ends with the process.
+
+    Raises `StorageError` when there is no room for it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path, size = Path(folder) / "states", rows * columns * dtype.itemsize
+        try:
+            reserve(path, size)
+        except OSError as error:
+            raise StorageError(
+                f"{size} bytes of hidden states find no room in {folder}: {error.strerror}; free some, or set TMPDIR"
+            ) from error
+        # the mapping outlives the file's name: nothing is left behind, whatever happens
+        return mapped(path, rows, columns, dtype)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of so many bytes, all there: a full disk would else be the process's end in the middle of a mapping.
+
+    Raises `OSError`.
+    """
+    with path.open("wb") as file:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)  # where there is no such call (macOS), the length alone
