@@ -6,7 +6,7 @@ LOADERS := .venv-loaders
 OUTPUT ?= runs/bench
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench test test-loaders check install clean
+.PHONY: bench test test-loaders check docs install clean
 
 bench: $(VENV)/.installed  ## three ratios x {none, single, mop} on a real model, then the report
 	$(BIN)/mopcompress bench --ratios 0.5,0.85,0.95 --output-dir $(OUTPUT)
@@ -26,6 +26,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs  ## the documentation site; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
+
 install: $(VENV)/.installed
 
 $(VENV)/bin/python:
@@ -42,5 +46,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOADERS) build *.egg-info
+	rm -rf docs/_build $(VENV) $(LOADERS) build *.egg-info
