@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -42,6 +41,12 @@ def peak_bytes() -> int:
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     if found:
         return 1024 * int(found[1])
+    if sys.platform == "win32":
+        import psutil  # Windows has no `resource`; accelerate depends on psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -63,7 +68,7 @@ def choose_device(name: str) -> torch.device:
 
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of the checkout this package runs from, and whether it was changed; None when installed elsewhere."""
-    folder = Path(__file__).parents[2]
+    folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():
         return None, None
     git = ["git", "-C", os.fspath(folder)]

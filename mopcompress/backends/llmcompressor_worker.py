@@ -7,7 +7,6 @@ for has a dot at its end. What it only logs, a matrix that could not be inverted
 import importlib.metadata
 import json
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -110,7 +109,13 @@ def peak_bytes() -> int:
     """Peak resident memory of this process; Linux's getrusage may tell that of the process that started it."""
     status = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if found:
+        return 1024 * int(found[1])
+    try:
+        import resource
+    except ImportError:  # Windows; 0 stands for "not measured"
+        return 0
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ child's working directory too, so whatever a library leaves lying about goes whe
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -137,7 +136,7 @@ def run(
                 stderr=subprocess.STDOUT,
             )
         )
-    if code == -signal.SIGKILL:
+    if code == -9:  # SIGKILL, which Windows does not name
         raise OutOfMemoryError(f"{backend.name} was killed, probably for want of memory; use fewer calibration samples")
     if code != 0:
         raise UnavailableError(f"{backend.name} failed in {python}: {_last_line(folder / LOG)}")

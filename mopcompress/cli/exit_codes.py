@@ -18,7 +18,7 @@ from mopcompress.cli.progress_display import complain
 from mopcompress.errors import MopError, OutOfMemoryError, StoppedError, StorageError
 
 BUG = 1
-CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of any tool whose reader has gone
+CLOSED_PIPE = 128 + 13  # as a shell reports any tool whose reader is gone; 13 is SIGPIPE, which Windows lacks
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

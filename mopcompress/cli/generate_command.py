@@ -1,6 +1,7 @@
 """`generate`: answers to given instructions, or to those that are typed on a terminal or come through a pipe."""
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -64,7 +65,8 @@ def _piped() -> list[str]:
 
 def _chat(answering: "Answering") -> None:
     """Every line by itself: prompts are trained on single instructions, so there is no memory of earlier ones."""
-    import readline  # noqa: F401 (makes `input` a line editor with a history)
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (makes `input` a line editor with a history)
 
     while True:
         try:

@@ -4,7 +4,6 @@ A folder is built beside its target and renamed into place; `manifest.json`, wit
 last. A folder without a manifest is not finished.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -51,6 +50,8 @@ def being_built(folder: Path) -> bool:
     _, partial, process = folder.name.rpartition(".partial-")
     if not partial or not process.isdecimal():
         return False
+    if os.name == "nt":  # there os.kill(process, 0) sends Ctrl-C, so every such folder counts as in use
+        return True
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
@@ -68,17 +69,20 @@ def unfinished_folder(target: Path) -> Path:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make `folder` if need be, and keep every other process out. Raises `OutputError` when one is in it."""
+    from filelock import FileLock, Timeout  # a tenth of a second to import: only commands that write pay
+
+    lock = FileLock(folder / "LOCK", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "LOCK").open("w")
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"output {folder} is in use by another run; wait for it or name another") from error
     except OSError as error:
         raise OutputError(f"output {folder} cannot be created: {error.strerror}; name another --output-dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"output {folder} is in use by another run; wait for it or name another") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
