@@ -3,12 +3,15 @@
 A page asks for a part by a comment on a line of its own: `% generated: commands`.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from enum import EnumType
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
-import click
-import typer.main
 from sphinx.application import Sphinx
+from typer.models import ArgumentInfo, OptionInfo
 
 import mopcompress
 from mopcompress.cli import app as command_line
@@ -21,6 +24,7 @@ API_ORDER = (
     ("Errors", ("MopError",)),
 )
 FIRST_PANEL = "Options"
+VALUES = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 _MARK = re.compile(r"^% generated: (\w+)$", re.MULTILINE)
 
 
@@ -37,13 +41,7 @@ def _fill(_app: Sphinx, _page: str, source: list[str]) -> None:
 
 def commands_markdown() -> str:
     """Describe every command of the typer app: its usage, its arguments, and a table of options per panel."""
-    group = typer.main.get_command(command_line)
-    assert isinstance(group, click.Group)
-    context = click.Context(group, info_name="mopcompress")
-    return "\n\n".join(
-        _command_markdown(command, click.Context(command, info_name=name, parent=context))
-        for name, command in group.commands.items()
-    )
+    return "\n\n".join(_command_markdown(command.callback) for command in command_line.registered_commands)
 
 
 def api_markdown() -> str:
@@ -68,43 +66,57 @@ def _autodoc(name: str) -> str:
     return f"### `{name}`\n\n```{{eval-rst}}\n{directive}\n```"
 
 
-def _command_markdown(command: click.Command, context: click.Context) -> str:
-    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    lines = [f"## {context.info_name}", _text(command.help), f"```text\n{usage}\n```"]
-    arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
-    if arguments:
-        lines.append(_table("Argument", [(_code(_argument_name(one)), getattr(one, "help", "")) for one in arguments]))
-    lines += [_table(panel, rows) for panel, rows in _panels(command, context)]
-    return "\n\n".join(lines)
-
-
-def _panels(command: click.Command, context: click.Context) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _command_markdown(callback: Any) -> str:
+    name = callback.__name__.replace("_", "-")
+    arguments: list[tuple[str, str]] = []
     panels: dict[str, list[tuple[str, str]]] = {}
-    for parameter in command.params:
-        if isinstance(parameter, click.Option) and not parameter.hidden:
-            panel = getattr(parameter, "rich_help_panel", None) or FIRST_PANEL
-            panels.setdefault(panel, []).append((_option_names(parameter, context), _option_help(parameter)))
-    yield from panels.items()
+    for parameter, kind, default, info in _parameters(callback):
+        if isinstance(info, ArgumentInfo):
+            arguments.append((info.metavar or parameter.upper(), info.help or ""))
+        elif not info.hidden:
+            row = (_option_names(parameter, kind, info), _option_help(kind, default, info))
+            panels.setdefault(info.rich_help_panel or FIRST_PANEL, []).append(row)
+    usage = " ".join(["mopcompress", name, *(argument for argument, _ in arguments), "[OPTIONS]"])
+    lines = [f"## {name}", _text(callback.__doc__), f"```text\n{usage}\n```"]
+    if arguments:
+        lines.append(_table("Argument", {_code(argument): text for argument, text in arguments}))
+    return "\n\n".join([*lines, *(_table(panel, dict(rows)) for panel, rows in panels.items())])
 
 
-def _option_names(option: click.Option, context: click.Context) -> str:
-    names = ", ".join(_code(name) for name in (*option.opts, *option.secondary_opts))
-    return names if option.is_flag else f"{names} {_code(option.make_metavar(context))}"
+def _parameters(callback: Any) -> Iterator[tuple[str, Any, object, ArgumentInfo | OptionInfo]]:
+    """Yield each parameter's name, type without None, default, and what typer was told of it."""
+    for name, parameter in inspect.signature(callback).parameters.items():
+        assert get_origin(parameter.annotation) is Annotated, f"{name}: no typer.Option or typer.Argument"
+        kind, info = get_args(parameter.annotation)[:2]
+        if isinstance(kind, UnionType):
+            kind = next(member for member in get_args(kind) if member is not type(None))
+        yield name, kind, parameter.default, info
 
 
-def _option_help(option: click.Option) -> str:
-    text = option.help or ""
-    shown = option.show_default and option.default is not None and not option.is_flag and "default" not in text
-    default = getattr(option.default, "value", option.default)
-    return f"{text} (default {default})" if shown else text
+def _option_names(parameter: str, kind: Any, info: OptionInfo) -> str:
+    flag = parameter.replace("_", "-")
+    names = [name for declared in info.param_decls or () for name in declared.split("/") if name.startswith("-")]
+    if kind is bool:
+        return ", ".join(_code(name) for name in names or (f"--{flag}", f"--no-{flag}"))
+    return ", ".join(_code(name) for name in names or (f"--{flag}",)) + " " + _code(_value_name(kind, info))
 
 
-def _argument_name(argument: click.Argument) -> str:
-    return argument.metavar or (argument.name or "").upper()
+def _value_name(kind: Any, info: OptionInfo) -> str:
+    if isinstance(kind, EnumType):
+        return "[" + "|".join(str(member.value) for member in kind) + "]"
+    if get_origin(kind) is list:
+        kind = get_args(kind)[0]
+    return info.metavar or VALUES.get(kind, "PATH")
 
 
-def _table(head: str, rows: list[tuple[str, str]]) -> str:
-    body = "\n".join(f"| {left} | {_text(right)} |" for left, right in rows)
+def _option_help(kind: Any, default: object, info: OptionInfo) -> str:
+    text = info.help or ""
+    shown = info.show_default and kind is not bool and default not in (None, inspect.Parameter.empty)
+    return f"{text} (default {getattr(default, 'value', default)})" if shown and "default" not in text else text
+
+
+def _table(head: str, rows: Mapping[str, str]) -> str:
+    body = "\n".join(f"| {left} | {_text(right)} |" for left, right in rows.items())
     return f"| {head} | |\n|---|---|\n{body}"
 
 
