@@ -6,13 +6,16 @@ LOADERS := .venv-loaders
 OUTPUT ?= runs/bench
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: bench test test-loaders check docs install clean
+.PHONY: bench test test-slow test-loaders check docs install clean
 
 bench: $(VENV)/.installed  ## three ratios x {none, single, mop} on a real model, then the report
 	$(BIN)/mopcompress bench --ratios 0.5,0.85,0.95 --output-dir $(OUTPUT)
 
 test: $(VENV)/.installed-dev check  ## style, types, import contracts, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev  ## every combination, and the packages that are built: what test leaves out
+	$(BIN)/python -m pytest -m slow
 
 # gptqmodel compiles at installation, so it has an environment of its own; a warning there is torchao's, not ours
 test-loaders:  ## what we export in the loaders of others, gptqmodel among them; needs a C++ compiler
@@ -51,4 +54,4 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf docs/_build $(VENV) $(LOADERS) build *.egg-info
+	rm -rf docs/_build $(VENV) $(LOADERS) build dist *.egg-info
