@@ -208,6 +208,32 @@ def test_dolly_as_it_is_on_the_hub(monkeypatch):
     assert {row.task for row in splits.test} == {"open_qa"}
 
 
+def test_super_natural_instructions_as_they_are_on_the_hub(tmp_path, monkeypatch):
+    """File patterns choose tasks out of hundreds; the chosen files are one split, which is divided here."""
+    for folder, task in (("train", "task023_ask"), ("test", "task033_fill"), ("train", "task999_other")):
+        lines = [
+            {
+                "task_name": task,
+                "id": f"{task}-{n}",
+                "definition": "Do it.",
+                "inputs": f"{task} {n}",
+                "targets": "Done.",
+            }
+            for n in range(20)
+        ]
+        (tmp_path / "somebody" / folder).mkdir(parents=True, exist_ok=True)
+        write_lines(tmp_path / "somebody" / folder / f"{task}_{folder}.jsonl", lines)
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, **more: load_dataset(str(tmp_path / "somebody"), **more))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    splits = load("somebody/natural-instructions:*/task023_*, */task033_*")
+    assert splits.name == "somebody/natural-instructions"
+    assert len(all_of(splits)) == 40
+    assert {row.task for row in all_of(splits)} == {"task023_ask", "task033_fill"}
+    assert splits.train[0].instruction == "Do it."
+    assert splits.train[0].where.startswith("somebody/natural-instructions: train row ")
+
+
 def test_unfit_hub_splits_are_refused(monkeypatch):
     hub_of(monkeypatch, small=rows(5), large=rows(5))
     with pytest.raises(DataError, match="no split is called train; the splits are small, large"):

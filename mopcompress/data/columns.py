@@ -1,7 +1,8 @@
 """A row of somebody's data set -> an `Example`.
 
-Known forms: `task, instruction, input, output`; Dolly's `category, instruction, context, response`; `prompt,
-completion`; and `messages`, a list of `{"role", "content"}`.
+Known forms: `task, instruction, input, output`; Dolly's `category, instruction, context, response`; the hub's
+Super-NaturalInstructions with `task_name, definition, inputs, targets`; `prompt, completion`; and `messages`, a list of
+`{"role", "content"}`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ from mopcompress.errors import DataError
 
 # Each field of an Example: the columns it may come from, the first that is there.
 COLUMNS = {
-    "task": ("task", "category"),
-    "instruction": ("instruction", "prompt"),
-    "input": ("input", "context"),
-    "output": ("output", "response", "completion"),
+    "task": ("task", "category", "task_name"),
+    "instruction": ("instruction", "prompt", "definition"),
+    "input": ("input", "context", "inputs"),
+    "output": ("output", "response", "completion", "targets"),
 }
 TARGETS = (*COLUMNS, "messages")
 NO_TASK = "all"

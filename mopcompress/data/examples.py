@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mopcompress.data.columns import check_rename, to_example
-from mopcompress.data.sources import read_splits
+from mopcompress.data.sources import read_splits, short_name
 from mopcompress.data.splits import Example, Splits, complete, subset
 from mopcompress.errors import DataError
 
@@ -29,4 +29,4 @@ def load_examples(data: str, *, rename: Mapping[str, str], seed: int) -> Splits:
         return generate(seed)
     splits = {split: tuple(to_example(row, rename) for row in rows) for split, rows in read_splits(data).items()}
     path = Path(data).expanduser()
-    return complete(path.resolve().name if path.exists() else data, splits, seed=seed)
+    return complete(path.resolve().name if path.exists() else short_name(data), splits, seed=seed)

@@ -29,7 +29,7 @@ def read_splits(data: str) -> dict[str, list[Row]]:
     """
     path = local_path(data)
     if path is None:
-        return _named(data, hub_splits(data))
+        return _named(short_name(data), hub_splits(data))
     if path.is_dir():
         return {split: read_rows(file) for split, file in _folder(path).items()}
     return {"all": read_rows(path)}
@@ -43,7 +43,8 @@ def local_path(source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in (*TABLE_SUFFIXES, ".txt")
+    name = source.partition(":")[0]  # after the colon stands a configuration or file patterns of a hub data set
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (*TABLE_SUFFIXES, ".txt")
     if not is_path:
         return None
     folder = path.parent
@@ -79,16 +80,26 @@ def read_utf8(path: Path) -> str:
         ) from error
 
 
-def hub_splits(source: str) -> dict[str, Iterable[Mapping[str, object]]]:
-    """All splits of a hub data set, under the hub's names; `id:configuration` chooses a configuration.
+def short_name(source: str) -> str:
+    """Return a hub id for messages and reports: with its configuration, without its file patterns."""
+    name, _, part = source.partition(":")
+    return name if "/" in part else source
 
-    Raises `UnavailableError` when it cannot be had.
+
+def hub_splits(source: str) -> dict[str, Iterable[Mapping[str, object]]]:
+    """Load all splits of a hub data set, under the hub's names.
+
+    `id:configuration` chooses a configuration, `id:pattern,pattern` the files that match, as one split. Raises
+    `UnavailableError` when the hub does not give it.
     """
     import datasets  # a second to import: only those who ask the hub pay
 
-    name, _, configuration = source.partition(":")
+    name, _, part = source.partition(":")
+    patterns = [pattern.strip() for pattern in part.split(",")] if "/" in part else None
     try:
-        return dict(datasets.load_dataset(name, configuration or None))
+        if patterns:
+            return dict(datasets.load_dataset(name, data_files=patterns))
+        return dict(datasets.load_dataset(name, part or None))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnavailableError(
