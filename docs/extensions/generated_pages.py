@@ -3,18 +3,24 @@
 A page asks for a part by a comment on a line of its own: `% generated: commands`.
 """
 
+import ast
 import inspect
+import io
 import re
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from enum import EnumType
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
+from pydantic import BaseModel
 from sphinx.application import Sphinx
 from typer.models import ArgumentInfo, OptionInfo
 
 import mopcompress
 from mopcompress.cli import app as command_line
+from mopcompress.recipe import PromptRecoveryModifier, RunSpec
 
 API_ORDER = (
     ("Inputs", ("load_recipe", "load_examples", "load_model")),
@@ -35,7 +41,12 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def _fill(_app: Sphinx, _page: str, source: list[str]) -> None:
-    parts: dict[str, Callable[[], str]] = {"commands": commands_markdown, "api": api_markdown}
+    parts: dict[str, Callable[[], str]] = {
+        "commands": commands_markdown,
+        "api": api_markdown,
+        "recovery_fields": lambda: fields_markdown(PromptRecoveryModifier),
+        "run_fields": lambda: fields_markdown(RunSpec),
+    }
     source[0] = _MARK.sub(lambda mark: parts[mark[1]](), source[0])
 
 
@@ -53,6 +64,43 @@ def api_markdown() -> str:
         f"## {title}\n\n" + "\n\n".join(_autodoc(name) for name in names if name in mopcompress.__all__)
         for title, names in sections
     )
+
+
+def fields_markdown(model: type[BaseModel]) -> str:
+    """List the fields of a part of the recipe: name, default, and the comment that stands beside it in the code."""
+    comments = _comments(model)
+    rows = [
+        f"| {_code(name)} | {_shown_default(field.default)} | {_text(field.description or comments.get(name))} |"
+        for name, field in model.model_fields.items()
+    ]
+    return "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
+
+
+def _comments(model: type[BaseModel]) -> dict[str, str]:
+    """Return the comments on the lines of each field's definition."""
+    source = textwrap.dedent(inspect.getsource(model))
+    by_line = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    [definition] = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        statement.target.id: " ".join(
+            by_line[line] for line in range(statement.lineno, (statement.end_lineno or 0) + 1) if line in by_line
+        )
+        for statement in definition.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+
+
+def _shown_default(default: object) -> str:
+    if default is None or not isinstance(default, bool | int | float | str | tuple) or default == ():
+        return ""
+    if isinstance(default, bool):
+        return _code(str(default).lower())
+    return _code(str(list(default)).replace("'", "") if isinstance(default, tuple) else str(default))
 
 
 def _autodoc(name: str) -> str:
