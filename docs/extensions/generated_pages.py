@@ -11,6 +11,7 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from enum import EnumType
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
@@ -46,6 +47,7 @@ def _fill(_app: Sphinx, _page: str, source: list[str]) -> None:
         "api": api_markdown,
         "recovery_fields": lambda: fields_markdown(PromptRecoveryModifier),
         "run_fields": lambda: fields_markdown(RunSpec),
+        "tree": tree_markdown,
     }
     source[0] = _MARK.sub(lambda mark: parts[mark[1]](), source[0])
 
@@ -74,6 +76,29 @@ def fields_markdown(model: type[BaseModel]) -> str:
         for name, field in model.model_fields.items()
     ]
     return "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
+
+
+def tree_markdown() -> str:
+    """List the package's modules by room, each with the first sentence of its docstring."""
+    root = Path(mopcompress.__file__).parent
+    rooms: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        room = path.parent.relative_to(root).as_posix()
+        purpose = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if purpose and room != "data/skills":
+            rooms.setdefault(room, []).append(f"| {_code(path.name)} | {_text(_first_sentence(purpose))} |")
+    return "\n\n".join(
+        "\n".join([f"### {'mopcompress' if room == '.' else room}/", "", "| file | purpose |", "|---|---|", *files])
+        for room, files in rooms.items()
+    )
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first line, or all up to the end of its sentence where the sentence is longer."""
+    first, *others = text.split("\n\n")[0].splitlines()
+    while others and not first.endswith((".", ":")):
+        first += " " + others.pop(0)
+    return first.replace("`", "")
 
 
 def _comments(model: type[BaseModel]) -> dict[str, str]:
