@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mopcompress
 
@@ -61,8 +62,17 @@ def test_the_sdist_is_small_and_has_what_a_packager_needs(distributions):
     assert sdist.stat().st_size < SDIST_BYTES
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "recipes/default.yaml", "tests/conftest.py"} <= names
-    assert not [name for name in names if name.startswith(("benchmarks/results", "runs", ".venv"))]
+    assert {
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "Makefile",
+        "recipes/default.yaml",
+        "tests/conftest.py",
+    } <= names
+    assert {Path(name).suffix for name in names if name.startswith("benchmarks/results/")} <= {"", ".svg"}  # a picture
+    assert not [name for name in names if name.startswith(("runs", ".venv", "docs/_build"))]
 
 
 @pytest.mark.slow
@@ -83,7 +93,8 @@ def test_an_installed_wheel_plans_a_bench_in_a_clean_environment(distributions, 
     python = scripts / Path(sys.executable).name
     (clean,) = run(python, "import sysconfig; print(sysconfig.get_path('purelib'))", tmp_path)
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.run(install, check=True, capture_output=True, env=environment)
     (here,) = run(Path(sys.executable), "import sysconfig; print(sysconfig.get_path('purelib'))", tmp_path)
     # A path alone: its own .pth files, among them that of an editable installation, are not read.
     (Path(clean) / "dependencies.pth").write_text(here)
@@ -93,7 +104,8 @@ def test_an_installed_wheel_plans_a_bench_in_a_clean_environment(distributions, 
     assert version == mopcompress.__version__
     assert Path(file).is_relative_to(clean)
     planned = [scripts / "mopcompress", "bench", "--dry-run"]
-    assert "sparsegpt" in subprocess.run(planned, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    shown = subprocess.run(planned, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+    assert "sparsegpt" in shown
     for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
         load = f"from pathlib import Path; from mopcompress import load_recipe; load_recipe(Path({str(recipe)!r}))"
         run(python, load, tmp_path)
@@ -108,6 +120,12 @@ def run(python: Path, code: str, folder: Path) -> list[str]:
 def test_the_version_stands_in_one_place():
     assert f'__version__ = "{mopcompress.__version__}"' in (ROOT / "mopcompress" / "__init__.py").read_text()
     assert mopcompress.__version__ not in (ROOT / "pyproject.toml").read_text().split("[tool.ruff]")[0]
+
+
+def test_the_citation_is_yaml_without_a_second_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert "version" not in citation
 
 
 def test_no_recipe_names_a_path_outside_the_repository():
