@@ -79,17 +79,17 @@ def fields_markdown(model: type[BaseModel]) -> str:
 
 
 def tree_markdown() -> str:
-    """List the package's modules by room, each with the first sentence of its docstring."""
+    """List the modules by sub-package, each with the first sentence of its docstring."""
     root = Path(mopcompress.__file__).parent
-    rooms: dict[str, list[str]] = {}
+    packages: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.py")):
-        room = path.parent.relative_to(root).as_posix()
+        package = path.parent.relative_to(root).as_posix()
         purpose = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        if purpose and room != "data/skills":
-            rooms.setdefault(room, []).append(f"| {_code(path.name)} | {_text(_first_sentence(purpose))} |")
+        if purpose and package != "data/skills":
+            packages.setdefault(package, []).append(f"| {_code(path.name)} | {_text(_first_sentence(purpose))} |")
     return "\n\n".join(
-        "\n".join([f"### {'mopcompress' if room == '.' else room}/", "", "| file | purpose |", "|---|---|", *files])
-        for room, files in rooms.items()
+        "\n".join([f"### {'mopcompress' if package == '.' else package}/", "", "| file | purpose |", "|---|---|", *files])
+        for package, files in packages.items()
     )
 
 
