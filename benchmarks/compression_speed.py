@@ -22,18 +22,18 @@ from sparsegpt_reference import untokenised
 from torch import Tensor
 
 from mopcompress.algorithms.alps import _STEPS_A_PENALTY as STEPS_A_PENALTY
-from mopcompress.compress.dense_pass import noting_inputs
-from mopcompress.compress.plan import Compression
+from mopcompress.compress.dense_pass import record_inputs
+from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import compress_model, linears_of
 from mopcompress.data.text_windows import text_windows
-from mopcompress.entrypoints.allocate_sparsity import with_shares
-from mopcompress.entrypoints.from_recipe import compression_of
+from mopcompress.entrypoints.allocate_sparsity import allocate_sparsity
+from mopcompress.entrypoints.from_recipe import method_config
 from mopcompress.environment import peak_bytes, provenance
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.field_types import Spec
-from mopcompress.recipe.overrides import for_pruning
+from mopcompress.recipe.overrides import pruning_recipe
 from mopcompress.recipe.pruning_modifiers import Masking
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "lm"
@@ -42,16 +42,16 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "lm"
 def main() -> None:
     arguments = parse()
     device = torch.device("cpu")
-    recipe = for_pruning(load_recipe(arguments.recipe), method=arguments.method, sparsity=arguments.sparsity)
+    recipe = pruning_recipe(load_recipe(arguments.recipe), method=arguments.method, sparsity=arguments.sparsity)
     modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Masking)]
     model = load_model(resolve_model(arguments.model), device=device)
     text = untokenised(arguments.calibration)
     tokens = text_windows(text, model.tokenizer, samples=arguments.samples, length=arguments.length)
-    compressions = [compression_of(one) for one in modifiers]
+    compressions = [method_config(one) for one in modifiers]
     flops = needed(model, tokens, compressions)
     before = gemm_peak()
     start = time.perf_counter()
-    shared = [with_shares(one, how, model, tokens) for one, how in zip(compressions, modifiers, strict=True)]
+    shared = [allocate_sparsity(one, how, model, tokens) for one, how in zip(compressions, modifiers, strict=True)]
     rows = compress_model(model, tokens, shared)
     seconds = time.perf_counter() - start
     peak = max(before, gemm_peak())
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compression]) -> Counter[str]:
+def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[MethodConfig]) -> Counter[str]:
     """FLOPs by kind of work; a multiply-add is two. Grouped by the inputs that linears share."""
     samples, length = tokens.shape
     flops: Counter[str] = Counter()
@@ -93,7 +93,7 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compress
     seen = max(one.dense_samples(samples) for one in compressions)  # by the dense model
     with torch.inference_mode():
         for index in range(len(model.blocks)):
-            with noting_inputs(linears_of(model, index)) as inputs:
+            with record_inputs(linears_of(model, index)) as inputs:
                 model.through(tokens[:1, :1], None if index == 0 else torch.zeros(1, 1, model.hidden_size), index)
             size_of = {id(value): value.shape[-1] for value in inputs.values()}
             rows_of: Counter[int] = Counter()
@@ -109,7 +109,7 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[Compress
     return flops
 
 
-def solver_flops(compression: Compression, rows: int, size: int) -> int:
+def solver_flops(compression: MethodConfig, rows: int, size: int) -> int:
     """Of one stack of linears with the same inputs, beyond their Gram matrix and their target."""
     options = compression.options
     factor, product = 2 * size**3 // 3, 2 * rows * size**2

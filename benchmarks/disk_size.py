@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mopcompress.entrypoints.export import export
 from mopcompress.environment import provenance
-from mopcompress.formats.model_reader import header_of, open_stored
-from mopcompress.models.meta_model import skeleton_of
+from mopcompress.formats.model_reader import header_of, open_model
+from mopcompress.models.meta_model import load_meta_model
 from mopcompress.models.model_loading import copy_other_files, resolve_model
 from mopcompress.models.quantization_grid import FILE, read_grid, write_grid
 from mopcompress.models.weight_files import SINGLE
@@ -48,7 +48,7 @@ def main() -> None:
 
 def magnitude(scratch: Path) -> list[dict[str, Any]]:
     source = resolve_model("smollm2")
-    linears = [name for name in skeleton_of(source).linears if name != "lm_head"]
+    linears = [name for name in load_meta_model(source).linears if name != "lm_head"]
     rows = []
     for ratio in RATIOS:
         for group_size in (None, *GROUPS):
@@ -86,7 +86,7 @@ def rounded(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def row_of(folder: Path, scratch: Path) -> dict[str, Any]:
     target = scratch / "exported"
     facts = export(str(folder), "sparse", target)
-    stored = open_stored(target)
+    stored = open_model(target)
     headers = [json.loads(one) for path in stored.files for name, one in header_of(path).items() if "." in name]
     grid = read_grid(folder)
     shutil.rmtree(target)

@@ -26,9 +26,9 @@ from mopcompress.environment import provenance
 from mopcompress.hf import MopForCausalLM
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
-from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.save_and_load import load_adapter
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def random_adapter(model: LanguageModel, arm: str, experts: int) -> tuple[Adapte
         base_sha256="",
         tasks=(),
     )
-    adapter = ARMS[arm].build(model, described)
+    adapter = RECOVERY_METHODS[arm].build(model, described)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for group in adapter.learned().values():
@@ -108,7 +108,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--adapters", type=Path, nargs="+", default=[])
-    parser.add_argument("--arm", default="mop", choices=[arm for arm in ARMS if not TRAINED[arm].needs_tasks])
+    parser.add_argument(
+        "--arm", default="mop", choices=[arm for arm in RECOVERY_METHODS if not ARM_DEFAULTS[arm].needs_tasks]
+    )
     parser.add_argument("--experts", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--batches", default="1,8")

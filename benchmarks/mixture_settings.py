@@ -1,6 +1,6 @@
 """In which of its settings a mixture beats one prompt: each is trained once and scored on validation rows.
 
-    python benchmarks/mixture_settings.py MODEL --recipe recipes/dolly.yaml --output FILE.jsonl [--only NAMES]
+    python benchmarks/mixture_settings.py MODEL --data FOLDER --output FILE.jsonl [--only NAMES]
 
 Rows and steps are those of `recovery.py`, rates the arms' own, with 300 validation rows and no test row: what is chosen
 here is then measured there. All have as many prompt tokens, a few more or less where they do not divide. A line a
@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from mopcompress.cli.progress_display import progress_on
-from mopcompress.data.dataset import load_documents
+from mopcompress.data.dataset import load_dataset
 from mopcompress.entrypoints.evaluate import score
 from mopcompress.entrypoints.from_recipe import first_layer
-from mopcompress.entrypoints.train_adapter import train_arm
+from mopcompress.entrypoints.train_adapter import train_adapter
 from mopcompress.environment import choose_device
-from mopcompress.evaluation.perplexity import macro_perplexity, micro
-from mopcompress.evaluation.state_cache import TRAINING, cache_states
+from mopcompress.evaluation.perplexity import macro_perplexity, micro_average
+from mopcompress.evaluation.state_cache import TRAINING_DTYPE, load_or_compute_states
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.progress import Progress
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.pruning_modifiers import changed
-from mopcompress.recover.adapter import Material, trained_parameters
+from mopcompress.recipe.pruning_modifiers import replace_checked
+from mopcompress.recover.adapter import AdapterInputs, trained_parameters
 from mopcompress.report.bootstrap import PairedBootstrap
 from mopcompress.report.number_format import change_with_interval
 
@@ -58,7 +58,7 @@ def main() -> None:
     with progress_on(sys.stderr, quiet=False) as progress:
         for name in asked.only or CANDIDATES:
             if name not in done:
-                done[name] = measured(name, CANDIDATES[name], asked.model, asked.recipe, progress)
+                done[name] = measured(name, CANDIDATES[name], asked.model, asked.recipe, asked.data, progress)
                 with asked.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(done[name]) + "\n")
     for name, row in done.items():
@@ -68,28 +68,30 @@ def main() -> None:
 
 
 def measured(
-    name: str, changes: Mapping[str, object], model_name: str, recipe_file: Path, progress: Progress
+    name: str, changes: Mapping[str, object], model_name: str, recipe_file: Path, data: str, progress: Progress
 ) -> dict[str, Any]:
     """Train one setting with the arm's own rate, and score the validation rows."""
     steps = changes.get("steps", STEPS)
     assert isinstance(steps, int)
     rows = {"train_rows": BATCH * steps, "validation_rows": ROWS, "test_rows": 10}
-    recipe = load_recipe(recipe_file, {"model": model_name, **rows})
-    modifier = changed(recipe.recovery, **{"steps": STEPS, "batch_size": BATCH, **changes})
+    recipe = load_recipe(recipe_file, {"model": model_name, "data": data, **rows})
+    modifier = replace_checked(recipe.recovery, **{"steps": STEPS, "batch_size": BATCH, **changes})
     base = resolve_model(recipe.run.model)
     model = load_model(base, device=choose_device(recipe.run.device))
     sha256, size = weights_hash(base), recipe.run.batch_size
-    documents = load_documents(recipe.run, model.tokenizer)
+    documents = load_dataset(recipe.run, model.tokenizer)
     layer = first_layer(modifier.arm, modifier.layer, model)
-    states = cache_states(model, sha256, documents.train, layer, size, "training rows", progress, dtype=TRAINING)
-    validation = cache_states(model, sha256, documents.validation, layer, size, "validation rows", progress)
-    material = Material(model, states, documents.tasks)
-    recovered = train_arm(modifier, material, sha256, seed=recipe.run.seed, progress=progress)
+    states = load_or_compute_states(
+        model, sha256, documents.train, layer, size, "training rows", progress, dtype=TRAINING_DTYPE
+    )
+    validation = load_or_compute_states(model, sha256, documents.validation, layer, size, "validation rows", progress)
+    material = AdapterInputs(model, states, documents.tasks)
+    recovered = train_adapter(modifier, material, sha256, seed=recipe.run.seed, progress=progress)
     scores = score(model, validation, recovered.adapter, size, progress)
     return {
         "name": name,
         "changes": changes,
-        "perplexity": micro(scores).perplexity,
+        "perplexity": micro_average(scores).perplexity,
         "perplexity_macro": macro_perplexity(scores),
         "trained_parameters": trained_parameters(recovered.adapter),
         "learning_rate": modifier.rate,
@@ -119,6 +121,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="compressed folder")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "dolly.yaml")
+    local = ROOT.parent / "shared" / "data" / "dolly15k"
+    parser.add_argument("--data", default=str(local), help="local copy of the recipe's data")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--only", type=candidates, default=(), metavar="NAMES", help="of the settings, with commas between"

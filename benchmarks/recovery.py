@@ -26,9 +26,9 @@ from mopcompress.cli.progress_display import progress_on
 from mopcompress.entrypoints.bench.runner import bench
 from mopcompress.errors import DataError
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.overrides import with_recovery
+from mopcompress.recipe.overrides import override_recovery
 from mopcompress.report.bootstrap import Interval, PairedBootstrap
-from mopcompress.report.pivot import DENSE, Grid, compare, make_grid
+from mopcompress.report.pivot import DENSE, ResultGrid, compare, make_result_grid
 from mopcompress.report.result_tables import interval_text
 from mopcompress.report.run_folder import Run, read_run
 from mopcompress.results import DocumentScores, read_rows, read_sweeps
@@ -96,8 +96,14 @@ REGAINED = (  # of the gap to the dense model with `mop+`: folders of no arm, of
     (("sni-85", "sni-85-plus", "sni-dense-plus"), "sparsegpt 85%", 0.5),
 )
 ANSWERED = ("sni", "sni-apart", "sni-autoclip", "sni-plus", "sni-long")  # of short answers, some with one right form
-LM = "../shared/data/lm"  # from the project's folder, as in the recipes
+LM = "../shared/data/lm"  # from the project's folder
 TEXT, OTHER_TEXT = f"{LM}/wikitext2_tokens_test.txt", f"{LM}/wikipedia_paragraphs_from_dolly_train.txt"
+SNI = {"data": "../shared/data/superni", "calibration": OTHER_TEXT, "max_length": 1024}
+LOCAL = {  # the recipes name hub data sets; the study has local copies
+    "sni.yaml": SNI,
+    "sni_24.yaml": SNI,
+    "dolly.yaml": SNI | {"data": "../shared/data/dolly15k"},
+}
 
 
 @dataclass(frozen=True)
@@ -180,11 +186,11 @@ def main() -> None:
                 continue
             rows = {"train_rows": BATCH * one.steps, "validation_rows": 100, "test_rows": 300}
             written = {"write_tokens": 32} if one.folder in ANSWERED else {}
-            settings = {**rows, **written, "text": TEXT, "dense_arms": one.dense or ("none",)}
+            settings = {**LOCAL[one.recipe], **rows, **written, "text": TEXT, "dense_arms": one.dense or ("none",)}
             recipe = load_recipe(ROOT / "recipes" / one.recipe, {**settings, **one.grid})
             rates = rates_of(one, arguments.output)
             training = {"steps": one.steps, "batch_size": BATCH, **CLIPPING, **rates, **one.recovery}
-            asked = with_recovery(recipe, training)
+            asked = override_recovery(recipe, training)
             bench(asked, arguments.output / one.folder, progress=progress)
     text = "\n".join(claims(arguments.output))
     (arguments.output / "claims.md").write_text(text, encoding="utf-8")
@@ -234,14 +240,14 @@ def claims(output: Path) -> Iterator[str]:
     for folder in dict.fromkeys(one.folder for one in PARTS):
         if (output / folder / "rows.jsonl").exists():
             run = read_run(output / folder)
-            yield from _claims_of(folder, run, make_grid(run.rows, run.spec))
+            yield from _claims_of(folder, run, make_result_grid(run.rows, run.spec))
     for first, second, called in ACROSS:
         yield from _across(output, first, second, called)
     for three, setting, least in REGAINED:
         yield from _regained(output, three, setting, least)
 
 
-def _claims_of(folder: str, run: Run, grid: Grid) -> Iterator[str]:
+def _claims_of(folder: str, run: Run, grid: ResultGrid) -> Iterator[str]:
     """Whether `mop` is as far below `single` as was claimed; less than 0 is better for it."""
     least = -0.03 if folder.startswith("dolly") else -0.10
     for one in compare(run, grid):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mopcompress.compress.plan import Compression
+from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import compress_model
 from mopcompress.data.text_windows import text_windows
 from mopcompress.environment import provenance
@@ -72,7 +72,7 @@ def perplexity(model: LanguageModel, windows: Tensor) -> float:
 
 
 def ours(model: LanguageModel, tokens: Tensor, ratio: float) -> None:
-    compress_model(model, tokens, [Compression(method="sparsegpt", options={"sparsity": ratio})])
+    compress_model(model, tokens, [MethodConfig(method="sparsegpt", options={"sparsity": ratio})])
 
 
 def reference(model: LanguageModel, tokens: Tensor, ratio: float) -> None:

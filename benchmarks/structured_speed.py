@@ -26,7 +26,7 @@ from sparsegpt_reference import perplexity, untokenised
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mopcompress.compress.structured import Narrowing, narrow_model
+from mopcompress.compress.structured import StructuredConfig, prune_structured
 from mopcompress.data.text_windows import text_windows
 from mopcompress.environment import provenance
 from mopcompress.models.model_loading import load_model, resolve_model
@@ -70,8 +70,8 @@ def made(source: Path, setting: str, calibration: Tensor, test: Tensor) -> tuple
     start, sizes = time.perf_counter(), {}
     if setting != "dense":
         channels, _, heads = setting.partition("+")
-        narrowing = Narrowing(mlp_sparsity=float(channels), head_sparsity=float(heads or 0))
-        sizes = narrow_model(model, calibration, narrowing).sizes
+        narrowing = StructuredConfig(mlp_sparsity=float(channels), head_sparsity=float(heads or 0))
+        sizes = prune_structured(model, calibration, narrowing).sizes
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         model.network.save_pretrained(folder)

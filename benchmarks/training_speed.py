@@ -35,20 +35,20 @@ from compression_speed import gemm_peak
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 
-from mopcompress.data.dataset import load_documents
-from mopcompress.data.encoding import Encoded
-from mopcompress.entrypoints.from_recipe import first_layer, start_of, training_of
+from mopcompress.data.dataset import load_dataset
+from mopcompress.data.encoding import Document
+from mopcompress.entrypoints.from_recipe import adapter_init, first_layer, training_config
 from mopcompress.environment import peak_bytes, provenance
 from mopcompress.evaluation.batching import batches_by_length
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.perplexity import evaluate, micro
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.perplexity import evaluate, micro_average
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model
 from mopcompress.models.modules import Linear, weight_of
 from mopcompress.recipe import RunSpec
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
-from mopcompress.recover.adapter import AdapterConfig, Material
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.adapter import AdapterConfig, AdapterInputs
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.training import fit
 
 PROMPTS, EXPERTS, ROWS = 80, 8, 8
@@ -142,8 +142,8 @@ class Prepared:
     """What every arm begins with."""
 
     model: LanguageModel
-    train: tuple[Encoded, ...]
-    validation: tuple[Encoded, ...]
+    train: tuple[Document, ...]
+    validation: tuple[Document, ...]
     tasks: tuple[str, ...]
 
 
@@ -151,7 +151,7 @@ def prepare(asked: argparse.Namespace) -> Prepared:
     model = load_model(resolve_model(asked.model), device=CPU)
     counts = {"train_rows": asked.rows, "validation_rows": asked.validation_rows, "test_rows": 8}
     run = RunSpec(data=asked.data, max_length=2048, longest_row=128, **counts)
-    documents = load_documents(run, model.tokenizer)
+    documents = load_dataset(run, model.tokenizer)
     return Prepared(model, documents.train, documents.validation, documents.tasks)
 
 
@@ -160,7 +160,9 @@ def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) ->
     given, measured = prepare(asked), Measured()
     model, layer = given.model, first_layer("mop", None, given.model)
     start = time.perf_counter()
-    train, validation = (CachedStates(model, rows, layer, batch_size=16) for rows in (given.train, given.validation))
+    train, validation = (
+        HiddenStateDataset(model, rows, layer, batch_size=16) for rows in (given.train, given.validation)
+    )
     cache_seconds = time.perf_counter() - start
     settings = PromptRecoveryModifier(arm=arm, steps=asked.steps, batch_size=ROWS)
     config = AdapterConfig(
@@ -172,18 +174,20 @@ def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) ->
         base_sha256="",
         tasks=given.tasks if len(given.tasks) == EXPERTS else (),
     )
-    adapter = ARMS[arm].begin(config, Material(model, train, given.tasks), start_of(settings, seed=0))
+    adapter = RECOVERY_METHODS[arm].begin(
+        config, AdapterInputs(model, train, given.tasks), adapter_init(settings, seed=0)
+    )
 
     def after(row: Any) -> None:
         measured.step(row.tokens, row.seconds)
         print(f"{arm}: {row.tokens / row.seconds:.0f} tokens/s", file=sys.stderr)
         if row.step % asked.validate_every == 0 or row.step == asked.steps:
             scores = evaluate(model, validation, adapter.compiled(model), batch_size=16)
-            measured.validated(math.log(micro(scores).perplexity))
+            measured.validated(math.log(micro_average(scores).perplexity))
         wait()
 
     assert settings.rate is not None  # for mypy
-    fit(adapter, model, train, training_of(settings, settings.rate, seed=0), progress=after)
+    fit(adapter, model, train, training_config(settings, settings.rate, seed=0), progress=after)
     return {
         "measured": asdict(measured),
         "rows": [len(given.train), len(given.validation)],
@@ -244,7 +248,7 @@ RUNS: dict[str, Callable[[str, argparse.Namespace, Callable[[], None]], dict[str
 }
 
 
-def padded(documents: Sequence[Encoded]) -> dict[str, Tensor]:
+def padded(documents: Sequence[Document]) -> dict[str, Tensor]:
     """Token ids, mask, and labels that leave out the instruction, padded on the right."""
 
     def stacked(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -259,7 +263,7 @@ def padded(documents: Sequence[Encoded]) -> dict[str, Tensor]:
     }
 
 
-def batches(documents: Sequence[Encoded], *, bucketed: bool) -> Iterator[list[int]]:
+def batches(documents: Sequence[Document], *, bucketed: bool) -> Iterator[list[int]]:
     """Endless epochs, by length as ours or in random order."""
     generator = torch.Generator().manual_seed(0)
     while True:
@@ -270,7 +274,7 @@ def batches(documents: Sequence[Encoded], *, bucketed: bool) -> Iterator[list[in
             yield from (rows[first : first + ROWS] for first in range(0, len(rows), ROWS))
 
 
-def padding(documents: Sequence[Encoded], order: Iterator[list[int]]) -> float:
+def padding(documents: Sequence[Document], order: Iterator[list[int]]) -> float:
     """The share of positions, in an epoch, that are no token."""
     real = positions = 0
     for _ in range(-(-len(documents) // ROWS)):
@@ -279,7 +283,7 @@ def padding(documents: Sequence[Encoded], order: Iterator[list[int]]) -> float:
     return 1 - real / positions
 
 
-def needed(model: LanguageModel, layer: int, documents: Sequence[Encoded]) -> float:
+def needed(model: LanguageModel, layer: int, documents: Sequence[Document]) -> float:
     """FLOPs of an epoch of either arm of ours; a multiply-add is two."""
     upper = [one for block in model.blocks[layer:] for one in block.modules() if isinstance(one, Linear)]
     weights = sum(weight_of(one).numel() for one in upper)
@@ -298,7 +302,7 @@ def needed(model: LanguageModel, layer: int, documents: Sequence[Encoded]) -> fl
     return linears + 3 * 4 * pairs * width * blocks + prompts + head
 
 
-def tokens_of(documents: Sequence[Encoded]) -> list[int]:
+def tokens_of(documents: Sequence[Document]) -> list[int]:
     return [len(one.tokens) for one in documents]
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe import GPTQModifier, Recipe
-from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recipe.pruning_modifiers import Pruning
 from mopcompress.results import setting_name
 
-QUANTISER = "gptq"
+QUANTIZER = "gptq"
 
 
 @dataclass(frozen=True)
-class Setting:
+class CompressionSetting:
     """One way to compress; `method` joins pruning and rounding with a plus when it is both."""
 
     method: str
@@ -44,37 +44,37 @@ class Cell:
     seed: int
 
 
-DENSE = Setting("dense", 0.0, None)
+DENSE = CompressionSetting("dense", 0.0, None)
 
 
-def compressed_settings(run: Mapping[str, Any]) -> list[Setting]:
+def compressed_settings(run: Mapping[str, Any]) -> list[CompressionSetting]:
     """Method by method, ratio by ratio; then the bit widths, or, in a joint run, every width of every pruned model."""
     pruned = [
-        Setting(method, ratio, None)
+        CompressionSetting(method, ratio, None)
         for method in run.get("methods") or ()
         for ratio in filter(None, run.get("ratios") or ())
     ]
     widths = list(run.get("bits") or ())
     if run.get("joint") and pruned and widths:
-        return [Setting(f"{one.method}+{QUANTISER}", one.ratio, bits) for one in pruned for bits in widths]
-    return pruned + [Setting(QUANTISER, None, bits) for bits in widths]
+        return [CompressionSetting(f"{one.method}+{QUANTIZER}", one.ratio, bits) for one in pruned for bits in widths]
+    return pruned + [CompressionSetting(QUANTIZER, None, bits) for bits in widths]
 
 
-def draws(arm: str) -> bool:
+def is_seeded(arm: str) -> bool:
     """Whether seeds make a difference to an arm: it takes training steps, as far as is known."""
-    return arm != "none" and (arm not in TRAINED or TRAINED[arm].learning_rate is not None)
+    return arm != "none" and (arm not in ARM_DEFAULTS or ARM_DEFAULTS[arm].learning_rate is not None)
 
 
-def cells_of(run: Mapping[str, Any], setting: Setting) -> list[Cell]:
+def cells_of(run: Mapping[str, Any], setting: CompressionSetting) -> list[Cell]:
     """Arms that draw nothing stand under seed 0 alone; the dense model has arms of its own, `none` always."""
     named = ("none", *(run.get("dense_arms") or ())) if setting == DENSE else run.get("arms") or ()
     arms = tuple(dict.fromkeys(named))
-    fixed = [arm for arm in arms if not draws(arm)]
+    fixed = [arm for arm in arms if not is_seeded(arm)]
     drawn = [Cell(setting.name, arm, seed) for seed in run.get("seeds") or () for arm in arms if arm not in fixed]
     return [Cell(setting.name, arm, 0) for arm in fixed] + drawn
 
 
-def settings_of(recipe: Recipe) -> list[Setting]:
+def settings_of(recipe: Recipe) -> list[CompressionSetting]:
     """The dense model, then what the run's grid asks for.
 
     Raises `RecipeError` when a modifier has no one share of weights to remove, `UsageError` when the grid is empty.
@@ -101,7 +101,7 @@ def settings_of(recipe: Recipe) -> list[Setting]:
     return [DENSE, *compressed]
 
 
-def modifiers_of(recipe: Recipe, setting: Setting) -> list[Pruning | GPTQModifier]:
+def modifiers_of(recipe: Recipe, setting: CompressionSetting) -> list[Pruning | GPTQModifier]:
     """What compresses the model of a setting, in order; nothing for the dense model."""
     found: list[Pruning | GPTQModifier] = []
     if setting != DENSE and setting.pruning and setting.ratio is not None:

@@ -25,7 +25,7 @@ class TaskScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class GeneratedAnswers:
     """What the model answered, token by token on its own; one entry a test document, in the order of the test split."""
 
     answers: Sequence[str]
@@ -34,7 +34,7 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class AnswerSample:
     """A test document as people read it, with what was answered."""
 
     task: str
@@ -51,11 +51,11 @@ class DocumentScores:
     nats: Sequence[float]  # summed over the document's scored tokens
     scored_tokens: Sequence[int]
     exact: Sequence[bool]  # greedy decoding gives exactly the reference response
-    written: Written | None = None  # None where no answers were asked for
+    written: GeneratedAnswers | None = None  # None where no answers were asked for
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateReading:
+class GateStatistics:
     """What the gate did on the test split."""
 
     tasks: Sequence[str]
@@ -118,11 +118,11 @@ class BenchRow:
     rouge_l: float | None = None  # of written answers, mean over documents (micro); None where none were asked for
     rouge_l_macro: float | None = None  # mean over tasks of each task's mean
     written_exact_match: float | None = None  # share of documents whose written answer has the reference's words
-    samples: Sequence[Sample] = ()  # a few of the written answers
+    samples: Sequence[AnswerSample] = ()  # a few of the written answers
     fallbacks: int  # matrices that needed more damping than asked for
     peak_bytes: int  # peak resident memory of the process so far
     per_task: dict[str, TaskScore]
-    gate: GateReading | None
+    gate: GateStatistics | None
     documents_file: str  # path of the DocumentScores, relative to the run folder
     model_sha256: str | None = None  # of the weights it was trained and scored on; None in rows from before it was kept
     revision: int = 1  # of the arm: see `recipe.arms`
@@ -210,8 +210,8 @@ def check_comparable(rows: Sequence[BenchRow], path: Path) -> None:
 
 def _row(fields: dict) -> BenchRow:  # type: ignore[type-arg]
     fields["per_task"] = {task: TaskScore(**score) for task, score in fields["per_task"].items()}
-    fields["gate"] = fields["gate"] and GateReading(**fields["gate"])
-    fields["samples"] = tuple(Sample(**sample) for sample in fields.get("samples", ()))
+    fields["gate"] = fields["gate"] and GateStatistics(**fields["gate"])
+    fields["samples"] = tuple(AnswerSample(**sample) for sample in fields.get("samples", ()))
     return BenchRow(**fields)
 
 
@@ -225,7 +225,7 @@ def read_documents(path: Path) -> DocumentScores:
     """Read what `write_documents` wrote."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     written = fields.pop("written", None)
-    return DocumentScores(**fields, written=written and Written(**written))
+    return DocumentScores(**fields, written=written and GeneratedAnswers(**written))
 
 
 def read_sweeps(folder: Path) -> dict[str, Sweep]:

@@ -57,4 +57,4 @@ def left_behind(folder: Path) -> list[str]:
 
 
 CALIBRATED = ("--num-calibration-samples", 4, "--max-seq-length", 32, "--device", "cpu")
-TRAINED = ("--steps", 2, "--prompts-per-expert", 2, "--gate-pretraining-steps", 3, "--rows-per-step", 4)
+ARM_DEFAULTS = ("--steps", 2, "--prompts-per-expert", 2, "--gate-pretraining-steps", 3, "--rows-per-step", 4)

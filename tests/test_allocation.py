@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from mopcompress.algorithms.sparsity_allocation import (
     GRID,
     HIGHEST,
-    Survey,
-    equal_cost,
-    exact,
+    LayerProfile,
+    equal_marginal_error,
+    match_total,
     owl,
+    profile_block,
     ramp,
-    survey_block,
     uniform,
 )
 from mopcompress.errors import DataError
@@ -29,7 +29,7 @@ def surveyed(blocks=6, seed=0):
             f"{block}.up": torch.randn(30, 12, generator=seeded) / (block + 1),
         }
         norms = {name: torch.rand(12, generator=seeded) + 0.1 for name in weights}
-        surveys |= survey_block(weights, norms, block=block, multiple=3.0)
+        surveys |= profile_block(weights, norms, block=block, multiple=3.0)
     return surveys
 
 
@@ -42,7 +42,7 @@ PROFILES = {
     "uniform": uniform,
     "owl": lambda surveys, sparsity: owl(surveys, sparsity, spread=0.08),
     "ramp": lambda surveys, sparsity: ramp(surveys, sparsity, rise=0.2),
-    "equal_cost": lambda surveys, sparsity: equal_cost(surveys, sparsity, spread=0.15),
+    "equal_cost": lambda surveys, sparsity: equal_marginal_error(surveys, sparsity, spread=0.15),
 }
 
 
@@ -61,8 +61,8 @@ def test_the_global_count_is_exact(profile, sparsity):
     sparsity=st.floats(0, HIGHEST),
 )
 def test_any_wish_becomes_an_exact_count(sizes, wishes, sparsity):
-    surveys = {str(i): Survey(i, size, 0.0, torch.ones(GRID)) for i, size in enumerate(sizes)}
-    shares = exact(dict(zip(surveys, wishes, strict=False)), surveys, sparsity)
+    surveys = {str(i): LayerProfile(i, size, 0.0, torch.ones(GRID)) for i, size in enumerate(sizes)}
+    shares = match_total(dict(zip(surveys, wishes, strict=False)), surveys, sparsity)
     assert abs(removed(shares, surveys) - sparsity * sum(sizes)) <= 0.5 + 1e-6
 
 
@@ -92,12 +92,12 @@ def test_outliers_are_counted_as_they_are_defined():
     norms = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, 1.0])}
     scores = [1.0, 2.0, 1.0, 40.0, 30.0, 0.5]
     expected = sum(score > 3 * sum(scores) / 6 for score in scores) / 6
-    assert survey_block(weights, norms, block=0, multiple=3.0)["b"].outliers == expected
+    assert profile_block(weights, norms, block=0, multiple=3.0)["b"].outliers == expected
 
 
 def test_at_equal_cost_the_last_weights_cost_the_same():
     surveys = surveyed()
-    shares = equal_cost(surveys, 0.5, spread=1.0)
+    shares = equal_marginal_error(surveys, 0.5, spread=1.0)
     places = {name: round(share * GRID) for name, share in shares.items()}
     below = [float(one.costs[max(0, places[name] - 4)]) for name, one in surveys.items()]
     above = [float(one.costs[min(GRID - 1, places[name] + 4)]) for name, one in surveys.items()]
@@ -111,11 +111,11 @@ def test_equal_cost_beats_uniform_in_the_cost_that_it_counts():
     def cost(shares):
         return sum(float(one.costs[: round(shares[name] * GRID)].sum()) * one.weights for name, one in surveys.items())
 
-    assert cost(equal_cost(surveys, 0.5, spread=1.0)) < cost(uniform(surveys, 0.5))
+    assert cost(equal_marginal_error(surveys, 0.5, spread=1.0)) < cost(uniform(surveys, 0.5))
 
 
 def test_the_spread_bounds_what_equal_cost_may_do():
-    shares = equal_cost(surveyed(), 0.5, spread=0.05)
+    shares = equal_marginal_error(surveyed(), 0.5, spread=0.05)
     assert all(abs(share - 0.5) < 0.12 for share in shares.values())
 
 

@@ -23,7 +23,7 @@ def test_a_folder_appears_whole_with_its_facts_and_hashes(tmp_path):
     assert artifacts.read_manifest(target) == {
         "kind": "test",
         "late": 1,
-        "files": {"words.txt": artifacts.sha256(target / "words.txt")},
+        "files": {"words.txt": artifacts.sha256_file(target / "words.txt")},
     }
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
@@ -105,7 +105,7 @@ def test_a_damaged_manifest_is_a_data_error(tmp_path, content):
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    artifacts.write_whole(path, "old")
+    artifacts.write_atomically(path, "old")
 
     def cut(_descriptor):
         assert path.read_text() == "old"
@@ -113,17 +113,17 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", cut)
     with pytest.raises(OSError, match="No space"):
-        artifacts.write_whole(path, "new")
+        artifacts.write_atomically(path, "new")
     assert path.read_text() == "old"
     monkeypatch.undo()
-    artifacts.write_whole(path, "new")
+    artifacts.write_atomically(path, "new")
     assert path.read_text() == "new"
 
 
 def test_a_hash_is_that_of_sha256sum(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert artifacts.sha256(tmp_path / "abc") == expected
+    assert artifacts.sha256_file(tmp_path / "abc") == expected
 
 
 def test_a_fingerprint_is_of_content_not_order():

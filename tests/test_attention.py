@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 from mopcompress.errors import DataError
-from mopcompress.models.attention import Prefix, attending_to, prompted_attention, recording, watching
+from mopcompress.models.attention import Prefix, attend_to, prompted_attention, record_attention, record_kv
 from mopcompress.models.compat import CACHE
 
 TOKENS = random_tokens(2, 9)
@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 KV_HEADS, HEAD, PROMPTS = 2, 8, 3
 
 
-def prefix_of(log_gate, *, layers=range(1, 4), seed=0, loudness=1.0):
+def to_prefix(log_gate, *, layers=range(1, 4), seed=0, loudness=1.0):
     """Random keys and values in some layers of a tiny Llama."""
     seeded = torch.Generator().manual_seed(seed)
     keys = {layer: loudness * torch.randn(KV_HEADS, PROMPTS, HEAD, generator=seeded) for layer in layers}
@@ -33,7 +33,7 @@ def gates(*rows):
 def logits(model, tokens, prefix=None, **inputs):
     if prefix is None:
         return model.network(input_ids=tokens, use_cache=False, **inputs).logits
-    with attending_to(prefix):
+    with attend_to(prefix):
         return model.network(input_ids=tokens, use_cache=False, **inputs).logits
 
 
@@ -51,13 +51,13 @@ def test_without_prompts_it_is_sdpa_to_the_bit(family):
 
 @pytest.mark.parametrize("log_gate", [-1e4, -math.inf])
 def test_a_closed_gate_is_no_prompt(tiny_llama, log_gate):
-    closed = prefix_of(torch.full((2, PROMPTS), log_gate))
+    closed = to_prefix(torch.full((2, PROMPTS), log_gate))
     assert_close(logits(tiny_llama, TOKENS, closed), logits(tiny_llama, TOKENS), **CLOSE)
 
 
 def test_prompts_matter(tiny_llama):
     """Otherwise the tests here would look at nothing."""
-    changed = logits(tiny_llama, TOKENS, prefix_of(torch.zeros(2, PROMPTS))) - logits(tiny_llama, TOKENS)
+    changed = logits(tiny_llama, TOKENS, to_prefix(torch.zeros(2, PROMPTS))) - logits(tiny_llama, TOKENS)
     assert float(changed.abs().amax(-1).min()) > 0.1
 
 
@@ -97,9 +97,9 @@ def test_gates_scale_what_each_prompt_weighs(time, keys):
         torch.randn(2, heads, length, HEAD, generator=seeded, dtype=torch.float64)
         for heads, length in ((4, time), (KV_HEADS, keys), (KV_HEADS, keys))
     )
-    single = prefix_of(gates([1.0, 0.25, 3.0], [0.0, 1.0, 1e-3]))
+    single = to_prefix(gates([1.0, 0.25, 3.0], [0.0, 1.0, 1e-3]))
     prefix = Prefix({1: single.keys[1].double()}, {1: single.values[1].double()}, single.log_gate.double())
-    with attending_to(prefix):
+    with attend_to(prefix):
         attended, _ = prompted_attention(Layer(), query, key, value, None, scaling=0.3)
     assert_close(attended, attention_slowly(query, key, value, prefix, 1, 0.3), rtol=1e-9, atol=1e-9)
 
@@ -115,8 +115,8 @@ def test_one_query_alone_is_the_last_of_many(value_gate, examples):
     mask = torch.rand(examples, 1, 5, 7, generator=seeded) < 0.7
     module = torch.nn.Module()
     module.layer_idx = 1
-    prefix = replace(prefix_of(torch.randn(2, PROMPTS, generator=seeded)), value_gate=value_gate)
-    with attending_to(prefix), watching() as seen:
+    prefix = replace(to_prefix(torch.randn(2, PROMPTS, generator=seeded)), value_gate=value_gate)
+    with attend_to(prefix), record_attention() as seen:
         many, _ = prompted_attention(module, query, key, value, mask)
         of_many = seen[1]
         one, _ = prompted_attention(module, query[:, :, -1:], key, value, mask[:, :, -1:])
@@ -139,7 +139,7 @@ def test_open_gates_are_a_real_prefix_of_the_text(tiny_llama):
 
 
 def test_layers_that_the_prefix_does_not_know_are_untouched(tiny_llama):
-    with attending_to(prefix_of(torch.zeros(2, PROMPTS), layers=[2, 3])):
+    with attend_to(to_prefix(torch.zeros(2, PROMPTS), layers=[2, 3])):
         inside = tiny_llama.enter(TOKENS, 2), tiny_llama.enter(TOKENS, 3)
     assert torch.equal(inside[0], tiny_llama.enter(TOKENS, 2))
     assert not torch.allclose(inside[1], tiny_llama.enter(TOKENS, 3), atol=1e-2)
@@ -150,15 +150,15 @@ def test_layers_that_the_prefix_does_not_know_are_untouched(tiny_llama):
 
 def test_a_batchs_neighbours_do_not_matter(tiny_llama):
     log_gate = gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0])
-    together = logits(tiny_llama, TOKENS, prefix_of(log_gate))
+    together = logits(tiny_llama, TOKENS, to_prefix(log_gate))
     for row in range(2):
-        alone = logits(tiny_llama, TOKENS[row : row + 1], prefix_of(log_gate[row : row + 1]))
+        alone = logits(tiny_llama, TOKENS[row : row + 1], to_prefix(log_gate[row : row + 1]))
         assert_close(together[row : row + 1], alone, **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_matter(tiny_llama, side):
-    prefix, width = prefix_of(gates([1.0, 2.0, 0.1])), 4
+    prefix, width = to_prefix(gates([1.0, 2.0, 0.1])), 4
     tokens, padding = TOKENS[:1], torch.zeros(1, 4, dtype=torch.long)
     real = slice(width, None) if side == "left" else slice(None, -width)
     padded = torch.cat([padding, tokens] if side == "left" else [tokens, padding], dim=1)
@@ -171,7 +171,7 @@ def test_padding_does_not_matter(tiny_llama, side):
 
 
 def generated(model, tokens, prefix, **settings):
-    with attending_to(prefix):
+    with attend_to(prefix):
         return model.network.generate(
             tokens,
             attention_mask=settings.pop("attention_mask", torch.ones_like(tokens)),
@@ -185,14 +185,14 @@ def generated(model, tokens, prefix, **settings):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_generation_with_a_cache_is_generation_without(family):
-    model, prefix = tiny_model(family), prefix_of(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
+    model, prefix = tiny_model(family), to_prefix(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
     cached = generated(model, TOKENS, prefix, use_cache=True)
     assert torch.equal(cached, generated(model, TOKENS, prefix, use_cache=False))
-    assert not torch.equal(cached, generated(model, TOKENS, prefix_of(torch.full((2, PROMPTS), -1e4))))
+    assert not torch.equal(cached, generated(model, TOKENS, to_prefix(torch.full((2, PROMPTS), -1e4))))
 
 
 def test_generation_with_a_static_cache_is_generation_with_a_growing_one(tiny_llama):
-    prefix = prefix_of(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
+    prefix = to_prefix(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
     static = generated(tiny_llama, TOKENS, prefix, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, generated(tiny_llama, TOKENS, prefix))
 
@@ -200,9 +200,9 @@ def test_generation_with_a_static_cache_is_generation_with_a_growing_one(tiny_ll
 @pytest.mark.parametrize("beams", [1, 3])
 def test_every_example_is_generated_with_its_own_gate(tiny_llama, beams):
     log_gate = gates([5.0, 0.1, 0.1], [0.1, 0.1, 5.0])
-    together = generated(tiny_llama, TOKENS, prefix_of(log_gate, loudness=2.0), num_beams=beams)
+    together = generated(tiny_llama, TOKENS, to_prefix(log_gate, loudness=2.0), num_beams=beams)
     for row in range(2):
-        own = prefix_of(log_gate[row : row + 1], loudness=2.0)
+        own = to_prefix(log_gate[row : row + 1], loudness=2.0)
         alone = generated(tiny_llama, TOKENS[row : row + 1], own, num_beams=beams)
         assert torch.equal(together[row : row + 1], alone)
 
@@ -213,8 +213,8 @@ def test_a_padded_batch_generates_as_each_alone(tiny_llama):
     padded = torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1), TOKENS[1:]])
     mask = torch.ones_like(padded)
     mask[0, :3] = 0
-    together = generated(tiny_llama, padded, prefix_of(log_gate), attention_mask=mask)
-    alone = generated(tiny_llama, short, prefix_of(log_gate[:1]))
+    together = generated(tiny_llama, padded, to_prefix(log_gate), attention_mask=mask)
+    alone = generated(tiny_llama, short, to_prefix(log_gate[:1]))
     assert torch.equal(together[0, 9:], alone[0, 6:])
 
 
@@ -223,22 +223,22 @@ def test_a_padded_batch_generates_as_each_alone(tiny_llama):
 
 def test_prompts_are_gone_after_the_block_also_after_an_error(tiny_llama):
     before = logits(tiny_llama, TOKENS)
-    with pytest.raises(KeyError), attending_to(prefix_of(torch.zeros(2, PROMPTS))):
+    with pytest.raises(KeyError), attend_to(to_prefix(torch.zeros(2, PROMPTS))):
         raise KeyError
     assert torch.equal(logits(tiny_llama, TOKENS), before)
 
 
 def test_an_inner_block_gives_way_to_the_outer_one(tiny_llama):
-    outer, inner = prefix_of(torch.zeros(2, PROMPTS)), prefix_of(torch.zeros(2, PROMPTS), seed=1)
+    outer, inner = to_prefix(torch.zeros(2, PROMPTS)), to_prefix(torch.zeros(2, PROMPTS), seed=1)
     expected = logits(tiny_llama, TOKENS, outer)
-    with attending_to(outer):
+    with attend_to(outer):
         assert not torch.equal(logits(tiny_llama, TOKENS, inner), expected)
         assert torch.equal(logits(tiny_llama, TOKENS), expected)
 
 
 @torch.no_grad()
 def test_recording_notes_what_the_cache_holds(tiny_llama):
-    with recording() as seen:
+    with record_kv() as seen:
         cache = tiny_llama.network(input_ids=TOKENS, use_cache=True)[CACHE]
     tiny_llama.network(input_ids=TOKENS)
     assert sorted(seen) == [0, 1, 2, 3]

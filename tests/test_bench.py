@@ -14,11 +14,11 @@ from mopcompress.entrypoints.compress import compress
 from mopcompress.entrypoints.evaluate import evaluate_folder
 from mopcompress.entrypoints.recover import recover
 from mopcompress.errors import DataError, OutputError, QualityGateError, RecipeError, UsageError
-from mopcompress.grid import Setting, cells_of
+from mopcompress.grid import CompressionSetting, cells_of
 from mopcompress.models.model_loading import load_model, weights_hash
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recipe.overrides import for_recovery, with_recovery
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recipe.overrides import override_recovery, recovery_recipe
 from mopcompress.results import BenchRow, append_row, read_documents, read_rows
 from mopcompress.storage import artifacts
 
@@ -221,7 +221,7 @@ def test_a_folder_from_before_there_was_a_percentile_is_continued_only_without_o
     ):
         bench(recipe_of(), folder)
     before = {"clip_percentile": 100, "gate_clipping": "together"}
-    assert [row.cell for row in bench(with_recovery(recipe_of(), before), folder)] == CELLS
+    assert [row.cell for row in bench(override_recovery(recipe_of(), before), folder)] == CELLS
 
 
 def test_arms_are_not_added_to_those_of_another_model(finished, recipe_of, tmp_path):
@@ -239,7 +239,7 @@ def test_arms_are_not_added_to_those_of_another_model(finished, recipe_of, tmp_p
 
 def test_cells_are_not_added_to_those_of_another_revision_of_their_arm(finished, recipe_of, tmp_path, monkeypatch):
     """As when the code was updated in between: what is finished stays, and other arms can be added."""
-    monkeypatch.setitem(TRAINED, "mop", replace(TRAINED["mop"], revision=2))
+    monkeypatch.setitem(ARM_DEFAULTS, "mop", replace(ARM_DEFAULTS["mop"], revision=2))
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(DataError, match=r"mop has changed since \(revision 1, now 2\), .*; use another --output-dir"):
         bench(recipe_of(seeds="0,1"), folder)
@@ -375,12 +375,12 @@ def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwis
     with pytest.raises(UsageError, match="where rows name no tasks"):
         bench(recipe_of(data=str(data), arms="oracle"), tmp_path / "oracle")
     told.clear()
-    few = with_recovery(recipe_of(data=str(data), arms="mop"), {"experts": 2})
+    few = override_recovery(recipe_of(data=str(data), arms="mop"), {"experts": 2})
     found = bench(few, tmp_path / "few", progress=lambda line, done, total: told.append(line))[-1]
     assert len(found.gate.load) == 2
     assert not any("name no tasks" in line for line in told)
     told.clear()
-    recipe = with_recovery(recipe_of(arms="none,mop"), {"experts": 2})
+    recipe = override_recovery(recipe_of(arms="none,mop"), {"experts": 2})
     bench(recipe, tmp_path / "named", progress=lambda line, done, total: told.append(line))
     assert sum("2 experts are not one for each of the" in line for line in told) == 1
 
@@ -391,7 +391,7 @@ def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
     text.write_text("Once upon a time there was a little dog. " * 200)
     arms = ("mop", "uniform", "oracle", "shuffled", "idp")
     flags = {"gate_labels": "clusters", "gate_reading": "separate", "shared_expert": True, "top_k": 2}
-    recipe = with_recovery(recipe_of(arms=",".join(arms), text=str(text), text_samples="2"), flags)
+    recipe = override_recovery(recipe_of(arms=",".join(arms), text=str(text), text_samples="2"), flags)
     rows = {row.arm: row for row in bench(recipe, tmp_path / "run") if row.method != "dense"}
     assert {arm for arm, row in rows.items() if row.text_perplexity is None} == {"oracle"}
     assert {arm for arm, row in rows.items() if row.gate} == {"mop", "shuffled", "idp"}
@@ -407,7 +407,7 @@ def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
 
 
 def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
-    recipe = for_recovery(recipe_of(), {"top_k": 13})
+    recipe = recovery_recipe(recipe_of(), {"top_k": 13})
     with pytest.raises(UsageError, match="--top-k: 13 of 12 experts"):
         recover(recipe, tmp_path / "adapter", seed=0)
 
@@ -423,12 +423,12 @@ def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
 )
 def test_a_bench_refuses_what_its_arms_cannot_have_before_it_writes(recipe_of, tmp_path, flags, said):
     with pytest.raises((UsageError, DataError), match=said):
-        bench(with_recovery(recipe_of(arms="none,mop,lora"), flags), tmp_path / "run")
+        bench(override_recovery(recipe_of(arms="none,mop,lora"), flags), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["LOCK"]
 
 
 def test_a_bench_of_arms_that_may_change_the_whole_network_has_the_bare_model_too(recipe_of, tmp_path):
-    rows = bench(with_recovery(recipe_of(arms="none,norms"), {"layer": 0}), tmp_path / "run")
+    rows = bench(override_recovery(recipe_of(arms="none,norms"), {"layer": 0}), tmp_path / "run")
     assert {row.arm for row in rows} == {"none", "norms"}
 
 
@@ -437,14 +437,16 @@ def test_a_sweep_needs_no_validation_rows_where_no_arm_takes_steps(recipe_of, st
     long = {"task": "say", "instruction": "say cat " * 30, "input": "", "output": "the cat"}
     (data / "validation.jsonl").write_text(json.dumps(long) + "\n")
     flags = {"data": str(data), "longest_row": "60"}
-    swept = with_recovery(recipe_of(arms="none,eora", **flags), {"sweep": True})
+    swept = override_recovery(recipe_of(arms="none,eora", **flags), {"sweep": True})
     assert {row.arm for row in bench(swept, tmp_path / "run")} == {"none", "eora"}
     with pytest.raises(DataError, match="chooses by validation rows"):
-        bench(with_recovery(recipe_of(arms="none,mop", **flags), {"sweep": True}), tmp_path / "other")
+        bench(override_recovery(recipe_of(arms="none,mop", **flags), {"sweep": True}), tmp_path / "other")
 
 
 def test_arms_that_draw_nothing_run_once_whatever_the_seeds(recipe_of, tmp_path):
-    cells = cells_of(recipe_of(arms="none,eora,mop", seeds="1,2").run.model_dump(), Setting("sparsegpt", 0.5, None))
+    cells = cells_of(
+        recipe_of(arms="none,eora,mop", seeds="1,2").run.model_dump(), CompressionSetting("sparsegpt", 0.5, None)
+    )
     assert [(cell.arm, cell.seed) for cell in cells] == [("none", 0), ("eora", 0), ("mop", 1), ("mop", 2)]
 
 
@@ -452,19 +454,19 @@ def test_a_bench_that_its_dense_weights_do_not_fit_is_refused_before_it_writes(r
     teacher = saved(tiny_model(num_hidden_layers=5), tmp_path / "teacher")
     shutil.copy(stories / "tokenizer.json", teacher)
     shutil.copy(stories / "tokenizer_config.json", teacher)
-    named = with_recovery(recipe_of(arms="none,eora"), {"teacher": str(teacher)})
+    named = override_recovery(recipe_of(arms="none,eora"), {"teacher": str(teacher)})
     with pytest.raises(DataError, match="name the right --teacher"):
         bench(named, tmp_path / "run")
     with pytest.raises(RecipeError, match="eora compares with the dense model's linears, and structured"):
         bench(recipe_of(arms="none,eora", methods="structured,magnitude"), tmp_path / "run")
     with pytest.raises(UsageError, match="--layer: 99"):
-        bench(with_recovery(recipe_of(arms="none", dense_arms=""), {"layer": 99}), tmp_path / "run")
+        bench(override_recovery(recipe_of(arms="none", dense_arms=""), {"layer": 99}), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["LOCK"]
 
 
 def test_a_bench_is_bound_to_a_teacher_that_is_named(recipe_of, stories, tmp_path):
     teacher = shutil.copytree(stories, tmp_path / "teacher")
-    recipe = with_recovery(recipe_of(arms="none"), {"teacher": str(teacher)})
+    recipe = override_recovery(recipe_of(arms="none"), {"teacher": str(teacher)})
     bench(recipe, tmp_path / "run")
     tensors = load_file(teacher / "model.safetensors")
     tensors["model.norm.weight"] *= 2

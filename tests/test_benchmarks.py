@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.report.bootstrap import Interval
 from mopcompress.results import BenchRow, append_row
 
@@ -97,8 +97,8 @@ def test_where_the_rate_of_every_arm_comes_from_is_told():
         if len(cells) == 5:
             plain, _, deep = cells[1].partition("with `--deep`")
             told |= {(arm, form): cells[2] for form, named in ((False, plain), (True, deep)) for arm in ticked(named)}
-    rates = {(arm, False): settings.learning_rate for arm, settings in TRAINED.items()}
-    rates |= {(arm, True): one.deep_learning_rate for arm, one in TRAINED.items() if one.deep_learning_rate}
+    rates = {(arm, False): settings.learning_rate for arm, settings in ARM_DEFAULTS.items()}
+    rates |= {(arm, True): one.deep_learning_rate for arm, one in ARM_DEFAULTS.items() if one.deep_learning_rate}
     assert told == {which: "" if rate is None else f"{rate:g}" for which, rate in rates.items()}
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.data.text_windows import document_windows, read_text, text_windows
 from mopcompress.errors import DataError, InputNotFoundError, UnavailableError
 
@@ -51,7 +51,7 @@ def test_exactly_enough_text_is_enough_and_one_token_less_is_not(stories):
 
 
 def test_document_windows_are_prompts_and_responses_with_nothing_between():
-    documents = [Encoded("t", tuple(range(10 * n, 10 * n + 5)), 3) for n in range(4)]
+    documents = [Document("t", tuple(range(10 * n, 10 * n + 5)), 3) for n in range(4)]
     tokens = [token for document in documents for token in document.tokens]
     assert document_windows(documents, samples=3, length=6).tolist() == [tokens[:6], tokens[6:12], tokens[12:18]]
     assert document_windows(documents, samples=1, length=20).tolist() == [tokens]

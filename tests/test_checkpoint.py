@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, random_tokens, saved, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from mopcompress.compress.plan import Compression
+from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import compress_model
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
 from mopcompress.models.model_loading import (
@@ -217,7 +217,7 @@ def test_a_hash_is_of_the_weights_alone(folder):
 def test_stock_transformers_loads_a_pruned_model_and_computes_the_same(stories, tmp_path):
     model = load_model(stories, device=CPU)
     tokens = torch.randint(3, 512, (2, 20), generator=torch.Generator().manual_seed(0))
-    rows = compress_model(model, tokens, [Compression(method="wanda", options={"sparsity": 0.5})])
+    rows = compress_model(model, tokens, [MethodConfig(method="wanda", options={"sparsity": 0.5})])
     save_model(model, stories, tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
     ours = load_model(tmp_path, device=CPU)

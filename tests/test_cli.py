@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from invoking import CALIBRATED, TRAINED, Outcome, invoke, left_behind, write_data
+from invoking import ARM_DEFAULTS, CALIBRATED, Outcome, invoke, left_behind, write_data
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -325,7 +325,9 @@ def test_a_whole_row_can_share_one_scale(stories: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def adapter(pruned: Path, data: Path) -> Path:
     target = pruned.parent / "adapter"
-    outcome = invoke("recover", pruned, "--data", data, *TRAINED, "--device", "cpu", "--output-dir", target, "--json")
+    outcome = invoke(
+        "recover", pruned, "--data", data, *ARM_DEFAULTS, "--device", "cpu", "--output-dir", target, "--json"
+    )
     assert outcome.code == 0, outcome.err
     assert outcome.json["train_steps"] == 2
     return target
@@ -350,7 +352,7 @@ def test_what_was_made_from_a_text_that_changed_is_not_taken_for_done(
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little dog. " * 200)
     named = ("--calibration", text, "--num-calibration-samples", 2, "--max-seq-length", 32)
-    trained = (*TRAINED, "--train-text", text, "--train-text-samples", 2, "--device", "cpu")
+    trained = (*ARM_DEFAULTS, "--train-text", text, "--train-text-samples", 2, "--device", "cpu")
     commands = [
         ("prune", stories, "--method", "magnitude", *named, "--output-dir", tmp_path / "pruned"),
         ("recover", pruned, "--data", data, *trained, "--output-dir", tmp_path / "adapter"),
@@ -373,7 +375,7 @@ def test_tasks_of_ones_own_are_nothing_without_tasks_to_run(stories: Path) -> No
 
 
 def test_an_adapter_is_trained_once(pruned: Path, adapter: Path, data: Path) -> None:
-    words = ("recover", pruned, "--data", data, *TRAINED, "--device", "cpu", "--output-dir", adapter)
+    words = ("recover", pruned, "--data", data, *ARM_DEFAULTS, "--device", "cpu", "--output-dir", adapter)
     again = invoke(*words)
     assert again.code == 0
     assert "done already" in again.err
@@ -392,7 +394,7 @@ def test_a_bench_runs_what_is_new_and_nothing_twice(
 ) -> None:
     folder = tmp_path / "bench"
     monkeypatch.setattr("sys.argv", ["/somewhere/mopcompress", "bench", "my model"])
-    common = ("bench", stories, "--data", data, *CALIBRATED, *TRAINED, "--output-dir", folder)
+    common = ("bench", stories, "--data", data, *CALIBRATED, *ARM_DEFAULTS, "--output-dir", folder)
     small = invoke(*common, "--ratios", 0.5, "--arms", "none,mop", "--json")
     assert small.code == 0, small.err
     assert [(row["method"], row["arm"]) for row in small.json["rows"]] == [
@@ -406,7 +408,7 @@ def test_a_bench_runs_what_is_new_and_nothing_twice(
     told = invoke(*common, "--ratios", 0.5, "--arms", "none,mop,single", "--dry-run", "--json").json
     assert (told["cells"], told["cells_done"], told["steps"]) == (4, 3, 2)
     swept = ("--ratios", 0.5, "--arms", "single,mop", "--seeds", "0,1", "--sweep", "--dry-run", "--json")
-    other = ("bench", stories, "--data", data, *CALIBRATED, *TRAINED, "--output-dir", tmp_path / "swept", *swept)
+    other = ("bench", stories, "--data", data, *CALIBRATED, *ARM_DEFAULTS, "--output-dir", tmp_path / "swept", *swept)
     assert invoke(*other).json["steps"] == 2 * (3 * 2 + 2)  # the best of an arm's trials is its first training
     assert invoke(*other, "--sweep-steps", 1).json["steps"] == 2 * (3 * 1 + 2 * 2)
     (tmp_path / "swept" / "sweeps").mkdir(parents=True)
@@ -466,8 +468,8 @@ def test_a_first_signal_stops_with_one_line(
 def test_a_second_signal_leaves_at_once() -> None:
     script = """
 import os, signal
-from mopcompress.cli.exit_codes import plain_endings
-with plain_endings():
+from mopcompress.cli.exit_codes import exit_cleanly
+with exit_cleanly():
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     finally:

@@ -6,10 +6,10 @@ import pytest
 from tiny import random_tokens, tiny_model
 
 from mopcompress.algorithms import METHODS
-from mopcompress.compress.layer_profile import errors_of, survey_model
-from mopcompress.compress.sequential import compress_model, planned
-from mopcompress.entrypoints.allocate_sparsity import ALLOCATIONS, with_shares
-from mopcompress.entrypoints.from_recipe import compression_of
+from mopcompress.compress.layer_profile import errors_of, profile_layers
+from mopcompress.compress.sequential import compress_model, plan_methods
+from mopcompress.entrypoints.allocate_sparsity import ALLOCATIONS, allocate_sparsity
+from mopcompress.entrypoints.from_recipe import method_config
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import ALPSModifier, SparseGPTModifier
@@ -36,7 +36,7 @@ OTHER = {  # another valid value of every field that decides a result
 }
 TOGETHER = {"sparsity": {"actorder": None}, "mask_structure": {"actorder": None, "sparsity": 0.5}}  # for GPTQ
 MASKING = [method for method in DEFAULTS if method != "structured"]  # see test_narrow_stage
-BY_THE_MODEL = {"apply_globally", "allocation", "owl_m", "allocation_spread"}  # see `with_shares`
+BY_THE_MODEL = {"apply_globally", "allocation", "owl_m", "allocation_spread"}  # see `allocate_sparsity`
 
 
 @pytest.mark.parametrize("method", MASKING)
@@ -48,7 +48,7 @@ def test_no_field_that_decides_a_result_is_ignored(method: str) -> None:
         other = type(modifier).model_validate(modifier.model_dump() | beside | {name: OTHER[name]})
         without = {name: getattr(modifier, name)} if name != "mask_structure" else {name: "0:0"}
         before = type(modifier).model_validate(modifier.model_dump() | beside | without)
-        assert compression_of(other) != compression_of(before), name
+        assert method_config(other) != method_config(before), name
 
 
 @pytest.mark.parametrize("method", MASKING)
@@ -56,7 +56,7 @@ def test_the_options_are_the_keywords_of_the_function(method: str) -> None:
     modifier: Spec = DEFAULTS[method]
     keywords = inspect.signature(METHODS[method].solve).parameters.values()
     own = {one.name for one in keywords if one.kind is one.KEYWORD_ONLY} - {"row_groups"}
-    options = compression_of(modifier).options
+    options = method_config(modifier).options
     assert own >= options.keys()
     assert own - options.keys() <= {"refit_steps"}
 
@@ -65,7 +65,7 @@ def test_the_options_are_the_keywords_of_the_function(method: str) -> None:
 
 
 def shares_of(modifier: Pruning, model: LanguageModel) -> dict[str, float]:
-    return dict(with_shares(compression_of(modifier), modifier, model, TOKENS).options["sparsity"])
+    return dict(allocate_sparsity(method_config(modifier), modifier, model, TOKENS).options["sparsity"])
 
 
 @pytest.mark.parametrize("allocation", ["owl", "ramp", "error"])
@@ -74,7 +74,7 @@ def test_an_allocation_is_exact_over_all_and_not_uniform(kind: type[Pruning], al
     model = tiny_model(num_hidden_layers=3)
     modifier = kind(sparsity=0.6, allocation=allocation, owl_m=2.0 if allocation == "owl" else 5.0)
     shares = shares_of(modifier, model)
-    rows = compress_model(model, TOKENS, [with_shares(compression_of(modifier), modifier, model, TOKENS)])
+    rows = compress_model(model, TOKENS, [allocate_sparsity(method_config(modifier), modifier, model, TOKENS)])
     assert len(set(shares.values())) > 1
     assert {row.name: row.zeros / row.weights for row in rows} == pytest.approx(shares, abs=1e-12)
     assert sum(row.zeros for row in rows) == round(0.6 * sum(row.weights for row in rows))
@@ -99,16 +99,16 @@ def test_the_first_blocks_of_a_ramp_keep_most() -> None:
 
 def test_a_uniform_share_needs_no_look_at_the_model() -> None:
     modifier = SparseGPTModifier(sparsity=0.5)
-    compression = compression_of(modifier)
-    assert with_shares(compression, modifier, tiny_model(), TOKENS) is compression
+    compression = method_config(modifier)
+    assert allocate_sparsity(compression, modifier, tiny_model(), TOKENS) is compression
 
 
 def test_the_best_allocation_is_the_one_that_hurts_least_on_text_kept_back() -> None:
     model, tokens = tiny_model(), random_tokens(8, 20)
     modifier = SparseGPTModifier(sparsity=0.5, allocation="best", allocation_spread=0.2)
-    found = with_shares(compression_of(modifier), modifier, model, tokens)
-    names = list(planned(model, [found])[0].place)
-    surveys, norms = survey_model(model, tokens[:7], names, multiple=5.0)
+    found = allocate_sparsity(method_config(modifier), modifier, model, tokens)
+    names = list(plan_methods(model, [found])[0].place)
+    surveys, norms = profile_layers(model, tokens[:7], names, multiple=5.0)
     tried = {name: allocate(surveys, 0.5, 0.2) for name, allocate in ALLOCATIONS.items()}
     errors = errors_of(model, tokens[7:], tried, norms)
     assert len(set(errors.values())) == len(ALLOCATIONS)
@@ -119,4 +119,4 @@ def test_the_best_allocation_is_the_one_that_hurts_least_on_text_kept_back() -> 
 def test_the_best_allocation_needs_text_to_keep_back() -> None:
     modifier = SparseGPTModifier(sparsity=0.5, allocation="best")
     with pytest.raises(DataError, match="calibrate on 2 samples"):
-        with_shares(compression_of(modifier), modifier, tiny_model(), random_tokens(1, 20))
+        allocate_sparsity(method_config(modifier), modifier, tiny_model(), random_tokens(1, 20))

@@ -11,18 +11,18 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mopcompress.errors import DataError, UsageError
 from mopcompress.evaluation.batching import derangement
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs, trained_parameters
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.idp import DynamicPrompts
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
-from mopcompress.recover.methods.prompt_initialization import cluster
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.methods.prompt_initialization import kmeans
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.training import Training, fit
+from mopcompress.recover.training import TrainingConfig, fit
 from mopcompress.storage import artifacts
 
 TASKS = ("add", "sort", "tell")
@@ -38,24 +38,24 @@ CONFIG = AdapterConfig(
     base_sha256="base",
     tasks=TASKS,
 )
-START = Start(gate_pretraining_steps=5, gate_temper=1.0, log_opening=-1.0, seed=0)
+START = AdapterInit(gate_pretraining_steps=5, gate_temper=1.0, log_opening=-1.0, seed=0)
 
 
 @pytest.fixture(scope="module")
 def states(tiny_llama):
-    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
 
 
 def begun(model, states, arm, *, start=START, **changes):
     config = replace(CONFIG, arm=arm, **changes)
-    return ARMS[arm].begin(config, Material(model, states, TASKS), start)
+    return RECOVERY_METHODS[arm].begin(config, AdapterInputs(model, states, TASKS), start)
 
 
 def trained(model, states, arm, *, steps=3, gate_learning_rate=1e-2, start=START, **changes):
     adapter = begun(model, states, arm, start=start, **changes)
     settings = {"batch_size": 4, "learning_rate": 0.1, "warmup_fraction": 0.1, "seed": 0}
     settings |= {"clip_norm": 1.0, "clip_percentile": 100.0, "gate_apart": True}
-    rows = fit(adapter, model, states, Training(steps=steps, gate_learning_rate=gate_learning_rate, **settings))
+    rows = fit(adapter, model, states, TrainingConfig(steps=steps, gate_learning_rate=gate_learning_rate, **settings))
     return adapter.requires_grad_(False), [row.nats for row in rows]
 
 
@@ -73,8 +73,8 @@ def nats(model, states, adapter):
 
 
 def test_recipes_and_recovery_know_the_same_arms():
-    assert TRAINED.keys() == ARMS.keys()
-    assert {name for name, arm in TRAINED.items() if arm.needs_tasks} == {"oracle"}
+    assert ARM_DEFAULTS.keys() == RECOVERY_METHODS.keys()
+    assert {name for name, arm in ARM_DEFAULTS.items() if arm.needs_tasks} == {"oracle"}
 
 
 @pytest.mark.parametrize("arm", CONTROLS)
@@ -218,7 +218,7 @@ def test_whom_a_shuffled_gate_reads_does_not_depend_on_the_batch(tiny_llama, sta
 
 def test_where_there_are_no_others_it_reads_the_mean_of_the_training_instructions(tiny_llama, states):
     shuffled = begun(tiny_llama, states, "shuffled").requires_grad_(False)
-    alone = CachedStates(tiny_llama, DOCUMENTS[:1], LAYER, batch_size=4)
+    alone = HiddenStateDataset(tiny_llama, DOCUMENTS[:1], LAYER, batch_size=4)
     mean = states.summaries.mean(0, keepdim=True)
     assert_close(shuffled.log_weights(alone.batch([0]).instructions), shuffled.gate(mean))
     assert generate(tiny_llama, shuffled, ["w5 w6"], max_new_tokens=4)
@@ -347,6 +347,6 @@ def test_clusters_take_the_place_of_tasks_without_a_name(tiny_llama, states):
     """The same arm with its tasks unknown: k-means chooses the domains, and the gate is taught those, one to one."""
     start = replace(START, gate_pretraining_steps=200)
     gate = begun(tiny_llama, states, "mop", tasks=(), start=start).gate
-    found = cluster(states.summaries, EXPERTS, generator=torch.Generator().manual_seed(0))
+    found = kmeans(states.summaries, EXPERTS, generator=torch.Generator().manual_seed(0))
     assert torch.equal(gate(states.summaries).argmax(1), found)
     assert found.tolist() != [TASKS.index(document.task) for document in DOCUMENTS]

@@ -8,17 +8,17 @@ from safetensors.torch import save_file
 from tiny import VOCABULARY, random_documents, saved, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.entrypoints.teacher import dense_folder, taught_by
+from mopcompress.entrypoints.teacher import build_distillation, dense_folder
 from mopcompress.errors import DataError, InputNotFoundError
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import response_logits
 from mopcompress.models.model_loading import weights_hash
 from mopcompress.progress import silent
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover import distillation
-from mopcompress.recover.distillation import Distillation, Teacher, divergence, keep
+from mopcompress.recover.distillation import Distillation, Teacher, kl_divergence, top_k_distribution
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
-from mopcompress.recover.training import Training, fit
+from mopcompress.recover.training import TrainingConfig, fit
 
 LAYER, TOP = 2, 5
 DOCUMENTS = random_documents(9)
@@ -49,7 +49,7 @@ def slow_divergence(teacher, student, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_the_divergence_and_its_gradient_are_the_definitions(temperature):
     teacher, student = logits_of(0), logits_of(1).requires_grad_()
-    fast = divergence(keep(teacher, temperature=temperature), student, temperature=temperature)
+    fast = kl_divergence(top_k_distribution(teacher, temperature=temperature), student, temperature=temperature)
     slow = slow_divergence(teacher, student, temperature)
     assert_close(fast, slow)
     weights = torch.arange(1.0, 7.0, dtype=torch.float64)
@@ -61,10 +61,10 @@ def test_the_divergence_and_its_gradient_are_the_definitions(temperature):
 def test_what_is_kept_is_a_distribution_even_where_next_to_nothing_is_left():
     logits = logits_of(2)
     logits[0, 3] = 200.0
-    kept = keep(logits, temperature=1.0)
+    kept = top_k_distribution(logits, temperature=1.0)
     assert_close(kept.log_shares.exp().sum(1), torch.ones(6, dtype=torch.float64))
     assert bool(kept.log_shares.isfinite().all())
-    assert bool(divergence(kept, logits_of(3), temperature=1.0).isfinite().all())
+    assert bool(kl_divergence(kept, logits_of(3), temperature=1.0).isfinite().all())
 
 
 def test_a_vocabulary_that_is_kept_whole_gives_the_plain_divergence(monkeypatch):
@@ -73,7 +73,7 @@ def test_a_vocabulary_that_is_kept_whole_gives_the_plain_divergence(monkeypatch)
     expected = torch.nn.functional.kl_div(
         student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True
     ).sum(1)
-    assert_close(divergence(keep(teacher, temperature=1.0), student, temperature=1.0), expected)
+    assert_close(kl_divergence(top_k_distribution(teacher, temperature=1.0), student, temperature=1.0), expected)
 
 
 # --- the teacher
@@ -85,10 +85,10 @@ def teacher_of(model, *, temperature=1.0, batch_size=4):
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_llama, temperature):
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     batch = states.batch(ROWS)
     kept = teacher_of(tiny_llama, temperature=temperature).of(ROWS, tiny_llama.device)
-    far = divergence(kept, response_logits(tiny_llama, batch, LAYER), temperature=temperature)
+    far = kl_divergence(kept, response_logits(tiny_llama, batch, LAYER), temperature=temperature)
     assert_close(far, torch.zeros_like(far), rtol=0, atol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_the_teachers_entries_stand_where_the_batch_scores_them(tiny_llama):
     for row in ROWS:
         document = DOCUMENTS[row]
         logits = tiny_llama.network(torch.tensor([document.tokens])).logits[0]
-        expected.append(keep(logits[document.context_tokens - 1 : -1], temperature=1.0))
+        expected.append(top_k_distribution(logits[document.context_tokens - 1 : -1], temperature=1.0))
     assert kept.tokens.tolist() == [tokens for one in expected for tokens in one.tokens.tolist()]
     assert_close(kept.log_shares, torch.cat([one.log_shares for one in expected]), rtol=1e-4, atol=1e-4)
 
@@ -114,7 +114,7 @@ def prompt():
 
 def trained(model, states, taught, *, steps=4):
     adapter = prompt()
-    settings = Training(
+    settings = TrainingConfig(
         steps=steps,
         batch_size=9,
         learning_rate=0.1,
@@ -130,7 +130,7 @@ def trained(model, states, taught, *, steps=4):
 
 
 def test_without_a_share_the_training_is_bitwise_what_it_is_without_a_teacher(tiny_llama):
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     teacher = teacher_of(tiny_model(seed=1))
     plain, nats = trained(tiny_llama, states, None)
     same, same_nats = trained(tiny_llama, states, Distillation(teacher, 0.0))
@@ -142,11 +142,11 @@ def distance(model, states, adapter, teacher):
     batch = states.batch(range(len(DOCUMENTS)))
     with torch.no_grad(), adapter.applied(model, batch.instructions):
         logits = response_logits(model, batch, LAYER)
-    return float(divergence(teacher.of(range(len(DOCUMENTS)), model.device), logits, temperature=1.0).mean())
+    return float(kl_divergence(teacher.of(range(len(DOCUMENTS)), model.device), logits, temperature=1.0).mean())
 
 
 def test_a_taught_student_comes_closer_to_its_teacher_than_one_that_reads_the_text(tiny_llama):
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     teacher = teacher_of(tiny_model(seed=1))
     before = distance(tiny_llama, states, prompt(), teacher)
     reading, _ = trained(tiny_llama, states, None, steps=40)
@@ -160,8 +160,8 @@ def test_the_loss_mixes_text_and_teacher_by_the_share(tiny_llama):
     teacher = teacher_of(tiny_model(seed=1), temperature=2.0)
     kept = teacher.of(ROWS, tiny_llama.device)
     student = logits_of(7, scored=len(kept.tokens)).float()
-    far = divergence(kept, student, temperature=2.0).mean()
-    batch = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
+    far = kl_divergence(kept, student, temperature=2.0).mean()
+    batch = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
     mixed = Distillation(teacher, 0.3).loss(torch.tensor(5.0), student, [], batch, ROWS)
     assert_close(mixed, 0.7 * 5.0 + 0.3 * far)
 
@@ -173,17 +173,20 @@ def test_the_teacher_is_asked_as_the_recipe_says_and_speaks_the_same_tokens(tiny
     folder = saved(tiny_model(seed=1), tmp_path / "teacher")
     modifier = PromptRecoveryModifier(distill=0.25, distill_temperature=2.5, squarehead=3.0, teacher=str(folder))
     told = []
-    found = taught_by(modifier, tmp_path, tiny_llama, DOCUMENTS, 4, lambda *line: told.append(line))
+    found = build_distillation(modifier, tmp_path, tiny_llama, DOCUMENTS, 4, lambda *line: told.append(line))
     assert (found.share, found.squarehead, found.teacher.temperature) == (0.25, 3.0, 2.5)
     assert told[-1][1:] == (len(DOCUMENTS), len(DOCUMENTS))
-    assert taught_by(PromptRecoveryModifier(teacher=str(folder)), tmp_path, tiny_llama, DOCUMENTS, 4, silent) is None
+    assert (
+        build_distillation(PromptRecoveryModifier(teacher=str(folder)), tmp_path, tiny_llama, DOCUMENTS, 4, silent)
+        is None
+    )
     other = tiny_model()
     other.tokenizer.add_tokens(["another"])
     with pytest.raises(DataError, match=r"its tokens are not those of .* --teacher"):
-        taught_by(modifier, tmp_path, other, DOCUMENTS, 4, silent)
+        build_distillation(modifier, tmp_path, other, DOCUMENTS, 4, silent)
     padded = tiny_model(vocab_size=tiny_llama.config.vocab_size + 8)
     with pytest.raises(DataError, match=r"scores \d+ tokens, padding included, and .* --teacher"):
-        taught_by(modifier, tmp_path, padded, DOCUMENTS, 4, silent)
+        build_distillation(modifier, tmp_path, padded, DOCUMENTS, 4, silent)
 
 
 def folder_of(path, base=None):

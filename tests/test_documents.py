@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import saved, tiny_model, word_tokenizer
 
-from mopcompress.data.dataset import encode_documents
+from mopcompress.data.dataset import encode_splits
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example, Splits, assemble
 from mopcompress.entrypoints.compress import compress_into
-from mopcompress.entrypoints.inputs import calibration_tokens, documents_for
+from mopcompress.entrypoints.inputs import calibration_tokens, load_dataset_for
 from mopcompress.errors import DataError
 from mopcompress.progress import silent
 from mopcompress.recipe import RunSpec, load_recipe
@@ -35,37 +35,37 @@ def splits(**parts: list[Example]) -> Splits:
 def test_rows_that_are_too_long_are_passed_over_and_counted() -> None:
     mixed = [row for pair in zip(rows(10), rows(10, words=20), strict=True) for row in pair]
     run = RunSpec(train_rows=8, validation_rows=2, test_rows=3, longest_row=10)
-    documents = encode_documents(splits(train=mixed), run, word_tokenizer())
+    documents = encode_splits(splits(train=mixed), run, word_tokenizer())
     assert len(documents.train) == 8
     assert max(len(document.tokens) for document in documents.train) <= 10
     assert 1 <= documents.facts["passed_over_rows"] <= 10
     assert documents.facts["dropped_rows"] == 0
     everything = RunSpec(train_rows=None, validation_rows=2, test_rows=3, longest_row=10)
-    assert encode_documents(splits(train=mixed), everything, word_tokenizer()).facts["passed_over_rows"] == 10
+    assert encode_splits(splits(train=mixed), everything, word_tokenizer()).facts["passed_over_rows"] == 10
     limited = RunSpec(train_rows=None, validation_rows=2, test_rows=3, max_length=10)
-    assert encode_documents(splits(train=mixed), limited, word_tokenizer()).facts["dropped_rows"] == 10
+    assert encode_splits(splits(train=mixed), limited, word_tokenizer()).facts["dropped_rows"] == 10
 
 
 def test_rows_that_name_no_task_have_none_and_texts_beside_them_are_told_apart(tmp_path: Path) -> None:
     """A column of one task names one: that is what somebody said of the rows."""
     run = RunSpec(train_rows=8, validation_rows=2, test_rows=3)
     parts = {"train": rows(20, task="all"), "validation": [], "test": rows(6, words=6, task="all")}
-    unlabelled = encode_documents(splits(**parts), run, word_tokenizer())
+    unlabelled = encode_splits(splits(**parts), run, word_tokenizer())
     assert (unlabelled.tasks, unlabelled.facts["tasks"]) == ((), ["all"])
-    assert encode_documents(splits(), run, word_tokenizer()).tasks == ("add",)
+    assert encode_splits(splits(), run, word_tokenizer()).tasks == ("add",)
     (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 200)
     beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
-    assert encode_documents(splits(**parts), beside, word_tokenizer()).tasks == ("all", "plain text")
+    assert encode_splits(splits(**parts), beside, word_tokenizer()).tasks == ("all", "plain text")
 
 
 def test_a_task_of_the_rows_is_not_that_of_plain_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 200)
     named = {"train": rows(8, task="plain text"), "validation": [], "test": rows(3, task="plain text")}
     run = RunSpec(train_rows=8, test_rows=3)
-    assert encode_documents(splits(**named), run, word_tokenizer()).tasks == ("plain text",)
+    assert encode_splits(splits(**named), run, word_tokenizer()).tasks == ("plain text",)
     beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
     with pytest.raises(DataError, match="rows have the task 'plain text', that of the windows of --train-text"):
-        encode_documents(splits(**named), beside, word_tokenizer())
+        encode_splits(splits(**named), beside, word_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_what_exceeds_learned_positions_is_refused(field: dict[str, Any], said: 
         field = field | {"text": str(tmp_path / "text.txt"), "text_samples": 2}
     run = RunSpec(data=str(tmp_path / "rows.jsonl"), train_rows=None, test_rows=None, validation_rows=None, **field)
     with pytest.raises(DataError, match=re.escape(said)):
-        documents_for(tiny_model("gpt2"), run)
-    assert documents_for(tiny_model(), run).train
+        load_dataset_for(tiny_model("gpt2"), run)
+    assert load_dataset_for(tiny_model(), run).train
 
 
 def test_text_that_a_model_samples_fits_its_learned_positions() -> None:
@@ -109,19 +109,19 @@ def test_answers_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path
     lines = [{"instruction": " ".join(["w5"] * words), "output": f"w{4 + words % 7}"} for words in range(6, 30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     asked = {"data": str(tmp_path / "rows.jsonl"), "train_rows": None, "test_rows": None, "validation_rows": None}
-    assert documents_for(tiny_model(), RunSpec(**asked, write_tokens=20)).test
+    assert load_dataset_for(tiny_model(), RunSpec(**asked, write_tokens=20)).test
     with pytest.raises(DataError, match="an answer of 60 exceed the model's context of 64"):
-        documents_for(tiny_model(), RunSpec(**asked, write_tokens=60))
+        load_dataset_for(tiny_model(), RunSpec(**asked, write_tokens=60))
 
 
 def test_nothing_short_enough_is_an_error() -> None:
     with pytest.raises(DataError, match="no train row of at most 8 tokens"):
-        encode_documents(splits(train=rows(5, words=20)), RunSpec(longest_row=8), word_tokenizer())
+        encode_splits(splits(train=rows(5, words=20)), RunSpec(longest_row=8), word_tokenizer())
 
 
 def test_more_rows_extend_fewer() -> None:
     few, many = (
-        encode_documents(splits(), RunSpec(train_rows=count, validation_rows=2, test_rows=3), word_tokenizer())
+        encode_splits(splits(), RunSpec(train_rows=count, validation_rows=2, test_rows=3), word_tokenizer())
         for count in (5, 15)
     )
     assert many.train[:5] == few.train
@@ -129,7 +129,7 @@ def test_more_rows_extend_fewer() -> None:
 
 
 def test_the_facts_are_counted_on_what_takes_part() -> None:
-    documents = encode_documents(splits(), RunSpec(train_rows=5, validation_rows=2, test_rows=3), word_tokenizer())
+    documents = encode_splits(splits(), RunSpec(train_rows=5, validation_rows=2, test_rows=3), word_tokenizer())
     scored = sum(len(document.tokens) - document.context_tokens for document in documents.test)
     assert documents.facts["scored_tokens"] == scored > 0
     assert [documents.facts[f"{name}_rows"] for name in ("train", "validation", "test")] == [5, 2, 3]
@@ -138,7 +138,7 @@ def test_the_facts_are_counted_on_what_takes_part() -> None:
 
 def test_a_test_task_without_training_rows_is_refused() -> None:
     with pytest.raises(DataError, match="sort"):
-        encode_documents(splits(test=rows(3, task="sort", words=6)), RunSpec(), word_tokenizer())
+        encode_splits(splits(test=rows(3, task="sort", words=6)), RunSpec(), word_tokenizer())
 
 
 def test_the_hash_of_the_scored_tokens_sees_every_token() -> None:
@@ -146,7 +146,7 @@ def test_the_hash_of_the_scored_tokens_sees_every_token() -> None:
     test = rows(6, words=6)
     changed = [*test[:-1], Example("add", test[-1].instruction, "", "w62")]
     hashes = {
-        encode_documents(splits(test=part), run, word_tokenizer()).facts["scored_sha256"] for part in (test, changed)
+        encode_splits(splits(test=part), run, word_tokenizer()).facts["scored_sha256"] for part in (test, changed)
     }
     assert len(hashes) == 2
 
@@ -214,8 +214,8 @@ def with_text(tmp_path: Path, **fields: object) -> RunSpec:
 
 
 def test_windows_of_plain_text_are_training_rows_of_one_more_task(tmp_path: Path) -> None:
-    without = encode_documents(splits(), with_text(tmp_path, train_text=None), word_tokenizer())
-    documents = encode_documents(splits(), with_text(tmp_path, train_text_samples=4), word_tokenizer())
+    without = encode_splits(splits(), with_text(tmp_path, train_text=None), word_tokenizer())
+    documents = encode_splits(splits(), with_text(tmp_path, train_text_samples=4), word_tokenizer())
     assert documents.tasks == (*without.tasks, "plain text")
     assert documents.train[: len(without.train)] == without.train
     windows = documents.train[len(without.train) :]
@@ -229,11 +229,9 @@ def test_windows_of_plain_text_are_training_rows_of_one_more_task(tmp_path: Path
 
 def test_a_text_that_is_too_short_is_told_by_its_flag(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"text of --train-text has 10 window\(s\) .* lower --train-text-samples"):
-        encode_documents(splits(), with_text(tmp_path, train_text_samples=11), word_tokenizer())
+        encode_splits(splits(), with_text(tmp_path, train_text_samples=11), word_tokenizer())
     with pytest.raises(DataError, match=r"text of --text has 1 window\(s\) .* lower --text-samples"):
-        encode_documents(
-            splits(), with_text(tmp_path, train_text=None, text=str(tmp_path / "text.txt")), word_tokenizer()
-        )
+        encode_splits(splits(), with_text(tmp_path, train_text=None, text=str(tmp_path / "text.txt")), word_tokenizer())
 
 
 def test_text_that_is_scored_is_not_trained_on(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from tiny import hooks, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.algorithms.eora import eora
-from mopcompress.compress.plan import Compression
+from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import compress_model
 from mopcompress.errors import DataError, NumericalError
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_a_gram_matrix_or_a_rank_is_an_error():
 
 
 def repair(rank=4, **changes):
-    return Compression(**{"method": "eora", "options": {"rank": rank}} | changes)
+    return MethodConfig(**{"method": "eora", "options": {"rank": rank}} | changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

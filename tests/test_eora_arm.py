@@ -26,14 +26,14 @@ from torch.testing import assert_close
 from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError, NumericalError, UsageError
 from mopcompress.evaluation.loss import score_responses
-from mopcompress.models.dense_weights import weights_in
+from mopcompress.models.dense_weights import open_dense_weights
 from mopcompress.models.model_loading import load_model
 from mopcompress.models.modules import set_weight, weight_of
-from mopcompress.models.repair import attach, write_repairs
-from mopcompress.recover.adapter import Material, trained_parameters
+from mopcompress.models.repair import attach_repairs, write_repairs
+from mopcompress.recover.adapter import AdapterInputs, trained_parameters
 from mopcompress.recover.methods import eora
 from mopcompress.recover.peft_export import write_peft
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 
 CPU = torch.device("cpu")
 ALL = range(len(DOCUMENTS))
@@ -45,7 +45,7 @@ def weights(model):
 
 def begun(model, dense, **changes):
     config = config_for("eora", **changes)
-    return ARMS["eora"].begin(config, Material(model, states_of(model), TASKS, weights(dense)), START)
+    return RECOVERY_METHODS["eora"].begin(config, AdapterInputs(model, states_of(model), TASKS, weights(dense)), START)
 
 
 def inputs_of(model, name, documents=DOCUMENTS):
@@ -123,7 +123,7 @@ def test_what_a_repair_beside_the_weight_gives_already_is_not_given_again():
     dense, model = tiny_model(), pruned()
     name = "model.layers.3.self_attn.o_proj"
     lost = (weights(dense)(name) - weights(model)(name)).detach()
-    attach(model, {name: LowRankFactors(lost, torch.eye(HIDDEN))})
+    attach_repairs(model, {name: LowRankFactors(lost, torch.eye(HIDDEN))})
     found = {one: change.up @ change.down for one, change in begun(model, dense).by_name().items()}
     assert found.pop(name).abs().max() < 1e-5
     assert all(product.abs().max() > 1e-2 for product in found.values())
@@ -131,31 +131,35 @@ def test_what_a_repair_beside_the_weight_gives_already_is_not_given_again():
 
 def test_it_stores_no_more_than_mop_trains(tiny_llama):
     config = config_for("eora", rank=None, experts=12, prompts_per_expert=40)
-    adapter = ARMS["eora"].build(tiny_llama, config)
-    assert trained_parameters(adapter) <= trained_parameters(ARMS["mop"].build(tiny_llama, replace(config, arm="mop")))
+    adapter = RECOVERY_METHODS["eora"].build(tiny_llama, config)
+    assert trained_parameters(adapter) <= trained_parameters(
+        RECOVERY_METHODS["mop"].build(tiny_llama, replace(config, arm="mop"))
+    )
 
 
 def test_a_dense_model_that_is_unknown_or_another_is_refused(tiny_llama, tmp_path):
     config, states = config_for("eora"), states_of(tiny_llama)
     with pytest.raises(UsageError, match="--teacher"):
-        ARMS["eora"].begin(config, Material(tiny_llama, states, TASKS), START)
+        RECOVERY_METHODS["eora"].begin(config, AdapterInputs(tiny_llama, states, TASKS), START)
     other, shallow = tiny_model(num_attention_heads=2), tiny_model(num_hidden_layers=3)
     for model, message in (
         (other, r"o_proj is 32 x 32, and 32 x 16 in the dense model: .* --teacher"),
         (shallow, r"has no linear model\.layers\.3\..* --teacher"),
     ):
         folder = saved(model, tmp_path / str(len(model.blocks)))
-        dense = weights_in(folder, tiny_llama.tokenizer, device=CPU)
+        dense = open_dense_weights(folder, tiny_llama.tokenizer, device=CPU)
         with pytest.raises(DataError, match=message):
-            ARMS["eora"].begin(config, Material(tiny_llama, states, TASKS, dense), START)
+            RECOVERY_METHODS["eora"].begin(config, AdapterInputs(tiny_llama, states, TASKS, dense), START)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_of_a_folder_are_those_of_the_loaded_model(family, tmp_path):
     folder = saved(tiny_model(family), tmp_path / "dense", torch.float16)
     whole = load_model(folder, device=CPU)
-    weight = weights_in(folder, whole.tokenizer, device=CPU)
-    names = list(ARMS["eora"].build(whole, config_for("eora", layer=0, targets=["Linear"], rank=1)).by_name())
+    weight = open_dense_weights(folder, whole.tokenizer, device=CPU)
+    names = list(
+        RECOVERY_METHODS["eora"].build(whole, config_for("eora", layer=0, targets=["Linear"], rank=1)).by_name()
+    )
     found = [(weight(name), weights(whole)(name)) for name in [*names, names[0]]]  # back to a block that was left
     assert all(torch.equal(*pair) for pair in found)
 
@@ -164,7 +168,7 @@ def test_a_repair_in_the_folder_is_part_of_its_weights(tmp_path):
     folder, name = saved(tiny_model(), tmp_path / "dense"), "model.layers.1.self_attn.q_proj"
     repair = LowRankFactors(torch.randn(HIDDEN, 2), torch.randn(2, HIDDEN))
     write_repairs(folder / "repair.safetensors", {name: repair})
-    weight, other = weights_in(folder, tiny_model().tokenizer, device=CPU), "model.layers.2.self_attn.q_proj"
+    weight, other = open_dense_weights(folder, tiny_model().tokenizer, device=CPU), "model.layers.2.self_attn.q_proj"
     assert_close(weight(name), weights(tiny_model())(name) + repair.up @ repair.down)
     assert torch.equal(weight(other), weights(tiny_model())(other))
 

@@ -14,11 +14,11 @@ from tiny import (
     tiny_model,
 )
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.errors import NumericalError
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.perplexity import evaluate, macro_perplexity, micro, task_scores
-from mopcompress.models.attention import attending_to
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.perplexity import evaluate, macro_perplexity, micro_average, task_scores
+from mopcompress.models.attention import attend_to
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.results import DocumentScores
@@ -36,7 +36,7 @@ def mixture_of(log_opening=0.0, hidden=HIDDEN):
 
 def scored(model, documents, mixture=None, *, batch_size=4):
     applied = mixture.compiled(model) if mixture else None
-    return evaluate(model, CachedStates(model, documents, LAYER, batch_size=4), applied, batch_size=batch_size)
+    return evaluate(model, HiddenStateDataset(model, documents, LAYER, batch_size=4), applied, batch_size=batch_size)
 
 
 def counting_documents(count=5):
@@ -46,7 +46,7 @@ def counting_documents(count=5):
         tokens = [start]
         while len(tokens) < 9:
             tokens.append(next_of(tokens[-1]))
-        documents.append(Encoded("count", tuple(map(int, tokens)), 4))
+        documents.append(Document("count", tuple(map(int, tokens)), 4))
     return tuple(documents)
 
 
@@ -58,15 +58,15 @@ def test_a_model_that_knows_nothing_has_the_vocabularys_size_for_perplexity(mixt
     model = tiny_model()
     model.network.lm_head.weight.zero_()
     scores = scored(model, DOCUMENTS, mixture)
-    assert micro(scores).perplexity == pytest.approx(VOCABULARY)
+    assert micro_average(scores).perplexity == pytest.approx(VOCABULARY)
     assert macro_perplexity(scores) == pytest.approx(VOCABULARY)
-    assert micro(scores).exact_match == 0
+    assert micro_average(scores).exact_match == 0
 
 
 def test_a_model_that_knows_all_has_perplexity_one():
     scores = scored(counting_model(), counting_documents())
-    assert micro(scores).perplexity == 1
-    assert micro(scores).exact_match == 1
+    assert micro_average(scores).perplexity == 1
+    assert micro_average(scores).exact_match == 1
 
 
 def test_one_wrong_token_is_no_exact_match():
@@ -74,7 +74,7 @@ def test_one_wrong_token_is_no_exact_match():
     for place in (4, 8):
         tokens = list(documents[0].tokens)
         tokens[place] = 3 + (tokens[place] + 7) % 60
-        documents.append(Encoded("slip", tuple(tokens), 4))
+        documents.append(Document("slip", tuple(tokens), 4))
     scores = scored(counting_model(), documents)
     assert scores.exact == [True] * 5 + [False] * 2
     assert min(scores.nats[5:]) > 100
@@ -96,7 +96,7 @@ def slowly(model, document, mixture):
         if mixture is None:
             logits = model.network(input_ids=tokens).logits[0]
         else:
-            with attending_to(mixture.prefix(model, read)):
+            with attend_to(mixture.prefix(model, read)):
                 logits = model.network(input_ids=tokens).logits[0]
     total = 0.0
     for place in range(document.context_tokens, len(document.tokens)):
@@ -128,11 +128,11 @@ def test_exact_match_is_greedy_generation(tiny_llama):
                 answer = network.generate(tokens, **inputs)[0].tolist()
             else:
                 read = instructions_of(tiny_llama, tokens, LAYER)
-                with attending_to(prompts.prefix(tiny_llama, read)):
+                with attend_to(prompts.prefix(tiny_llama, read)):
                     answer = network.generate(tokens, **inputs)[0].tolist()
             if number % 2:
                 answer[-1 - number // 2] = 3 + (answer[-1 - number // 2] + 1) % 60
-            documents.append(Encoded("generated", tuple(answer), document.context_tokens))
+            documents.append(Document("generated", tuple(answer), document.context_tokens))
             matches.append(number % 2 == 0)
         assert scored(tiny_llama, documents, prompts).exact == matches
 
@@ -162,9 +162,9 @@ def test_micro_counts_every_token_and_macro_every_task():
             column[task].append(value)
     per_token = {task: sum(nats[task]) / sum(tokens[task]) for task in nats}
     assert macro_perplexity(scores) == pytest.approx(math.exp(sum(per_token.values()) / 3))
-    assert micro(scores).perplexity == pytest.approx(math.exp(sum(scores.nats) / sum(scores.scored_tokens)))
-    assert micro(scores).exact_match == sum(scores.exact) / 20
-    assert (micro(scores).documents, micro(scores).scored_tokens) == (20, sum(scores.scored_tokens))
+    assert micro_average(scores).perplexity == pytest.approx(math.exp(sum(scores.nats) / sum(scores.scored_tokens)))
+    assert micro_average(scores).exact_match == sum(scores.exact) / 20
+    assert (micro_average(scores).documents, micro_average(scores).scored_tokens) == (20, sum(scores.scored_tokens))
     assert list(task_scores(scores)) == ["add", "sort", "tell"]
     for task, score in task_scores(scores).items():
         assert score.perplexity == pytest.approx(math.exp(per_token[task]))
@@ -177,7 +177,7 @@ def test_micro_counts_every_token_and_macro_every_task():
 
 def test_progress_counts_documents(tiny_llama):
     told = []
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     evaluate(tiny_llama, states, batch_size=4, progress=told.append)
     assert told == [4, 8, 9]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from invoking import CALIBRATED, TRAINED, invoke, left_behind, write_data
+from invoking import ARM_DEFAULTS, CALIBRATED, invoke, left_behind, write_data
 
 ROW = {"task": "say", "instruction": "say cat", "input": "", "output": "the cat"}
 
@@ -88,7 +88,7 @@ def test_bits_that_no_grid_has() -> None:
 
 def test_a_layer_that_the_model_has_not(stories: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
-    words = ("recover", stories, "--data", data, "--layer", 5, *TRAINED, "--device", "cpu")
+    words = ("recover", stories, "--data", data, "--layer", 5, *ARM_DEFAULTS, "--device", "cpu")
     fails(2, *words, says=("--layer", "5 is not 1 to 4"))
 
 
@@ -192,7 +192,7 @@ def only(lines: list[object]) -> Callable[[Path], Path]:
 def test_bad_data(
     stories: Path, tmp_path: Path, write: Callable[[Path], Path], code: int, says: tuple[str, ...]
 ) -> None:
-    words = ("recover", stories, "--data", write(tmp_path), *TRAINED, "--device", "cpu", "--output-dir", "out")
+    words = ("recover", stories, "--data", write(tmp_path), *ARM_DEFAULTS, "--device", "cpu", "--output-dir", "out")
     fails(code, *words, says=says)
 
 
@@ -283,7 +283,7 @@ def test_more_fallbacks_than_allowed(stories: Path, tmp_path: Path) -> None:
 def test_an_adapter_of_another_model(stories: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     words = ("--data", data, "--device", "cpu")
-    assert invoke("recover", stories, *words, *TRAINED, "--output-dir", "adapter").code == 0
+    assert invoke("recover", stories, *words, *ARM_DEFAULTS, "--output-dir", "adapter").code == 0
     words = (*words, "--adapter", "adapter")
     pruned = invoke("prune", stories, "--method", "magnitude", *CALIBRATED, "--output-dir", "pruned")
     assert pruned.code == 0, pruned.err

@@ -6,7 +6,7 @@ from tiny import saved, tiny_model
 
 from mopcompress.compress.sequential import linears_of
 from mopcompress.entrypoints.compress import _shapes_of
-from mopcompress.entrypoints.shape_checks import check_fit, shapes_on_disk
+from mopcompress.entrypoints.shape_checks import check_shapes, shapes_on_disk
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import SparseGPTModifier, load_recipe
 
@@ -39,26 +39,26 @@ def test_a_folder_that_cannot_be_read_tells_nothing(tmp_path):
 
 def test_groups_that_do_not_fit_are_told_with_those_that_do():
     for size in (32, 64, None):
-        check_fit(SHAPES, [gptq(size)])
+        check_shapes(SHAPES, [gptq(size)])
     with pytest.raises(RecipeError) as caught:
-        check_fit(SHAPES, [gptq(128)])
+        check_shapes(SHAPES, [gptq(128)])
     assert str(caught.value) == (
         "group_size 128 does not divide the 576 inputs of model.layers.0.q (and of 1 more); choose 32 or 64, or ignore "
         "those linears"
     )
     with pytest.raises(RecipeError, match=r"of model\.layers\.1\.q; choose -1 \(one scale for a whole row\)"):
-        check_fit(SHAPES | {"model.layers.1.q": (576, 10)}, [gptq(64)])
+        check_shapes(SHAPES | {"model.layers.1.q": (576, 10)}, [gptq(64)])
 
 
 def test_what_is_ignored_need_not_fit():
-    check_fit(SHAPES, [gptq(128, ignore=("re:.*q$",))])
-    check_fit(SHAPES, [SparseGPTModifier(sparsity=0.6, mask_structure="3:5", targets=("nothing",))])
+    check_shapes(SHAPES, [gptq(128, ignore=("re:.*q$",))])
+    check_shapes(SHAPES, [SparseGPTModifier(sparsity=0.6, mask_structure="3:5", targets=("nothing",))])
 
 
 def test_a_structure_that_does_not_fit_is_told():
-    check_fit(SHAPES, [SparseGPTModifier(sparsity=0.5, mask_structure="2:4")])
+    check_shapes(SHAPES, [SparseGPTModifier(sparsity=0.5, mask_structure="2:4")])
     with pytest.raises(RecipeError, match=r"3:5 does not divide the 576 inputs of .* \(and of 2 more\)"):
-        check_fit(SHAPES, [SparseGPTModifier(sparsity=0.6, mask_structure="3:5")])
+        check_shapes(SHAPES, [SparseGPTModifier(sparsity=0.6, mask_structure="3:5")])
 
 
 def test_a_plan_says_so_before_anything_is_loaded(stories, tmp_path):

@@ -17,11 +17,11 @@ from mopcompress.entrypoints.export import export
 from mopcompress.entrypoints.verify import verify
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, StorageError
 from mopcompress.formats import LAYOUTS, compressed_tensors, gptq, sparse
-from mopcompress.formats.model_reader import open_stored
+from mopcompress.formats.model_reader import open_model
 from mopcompress.formats.weight_format import plain
-from mopcompress.models.meta_model import Skeleton, skeleton_of
+from mopcompress.models.meta_model import MetaModel, load_meta_model
 from mopcompress.models.model_loading import load_model
-from mopcompress.models.quantization_grid import FILE, Grid, codes_of, read_grid
+from mopcompress.models.quantization_grid import FILE, QuantizationGrid, codes_of, read_grid
 from mopcompress.storage import artifacts
 
 WEIGHTS = "model.safetensors"
@@ -41,7 +41,7 @@ def pruned(tmp_path_factory):
 
 
 def tensors_of(folder):
-    stored = open_stored(folder)
+    stored = open_model(folder)
     return {name: tensor for path in stored.files for name, tensor in stored.tensors(path)}
 
 
@@ -84,7 +84,7 @@ def problem(bits, *, rows=32, columns=64, group_size=32, sparsity=0.0, dtype=tor
     codes *= torch.rand(rows, columns, generator=generator) >= sparsity
     scales = (torch.rand(rows, columns // group_size, generator=generator) + 0.1).half()
     weight = (codes * scales.float().repeat_interleave(group_size, dim=1)).to(dtype)
-    return codes, scales, weight, Grid(bits=bits, group_size=group_size, scales={"a": scales})
+    return codes, scales, weight, QuantizationGrid(bits=bits, group_size=group_size, scales={"a": scales})
 
 
 # --- layouts, by their formulas
@@ -258,7 +258,7 @@ def test_there_and_back_gives_the_same_files(middle, bits, tmp_path):
         assert (before.bits, before.group_size) == (after.bits, after.group_size)
         assert_same(after.scales, before.scales)
     facts = artifacts.read_manifest(tmp_path / "back")
-    assert facts["dense_sha256"] == artifacts.fingerprint({WEIGHTS: artifacts.sha256(folder / WEIGHTS)})
+    assert facts["dense_sha256"] == artifacts.fingerprint({WEIGHTS: artifacts.sha256_file(folder / WEIGHTS)})
 
 
 @pytest.mark.parametrize("format", EXPORTS)
@@ -291,7 +291,7 @@ def sharded(folder, tmp_path):
 def test_shards_stay_shards(format, quantized, tmp_path):
     folder = sharded(quantized, tmp_path)
     export(str(folder), format, tmp_path / "out")
-    assert len(open_stored(tmp_path / "out").files) == len(open_stored(folder).files)
+    assert len(open_model(tmp_path / "out").files) == len(open_model(folder).files)
     assert_same(tensors_of(tmp_path / "out"), load_file(quantized / WEIGHTS))
     export(str(tmp_path / "out"), "dense", tmp_path / "back")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").state_dict()
@@ -319,8 +319,8 @@ def test_gptq_takes_the_largest_group_that_loaders_know(group_size, columns, exp
         name: torch.rand(one.out_features, one.in_features // (group_size or one.in_features)).half()
         for name, one in linears.items()
     }
-    skeleton = Skeleton(linears=linears, transposed=frozenset(), blocks="blocks")
-    fitted = gptq.fit(Grid(bits=4, group_size=group_size, scales=scales), skeleton)
+    skeleton = MetaModel(linears=linears, transposed=frozenset(), blocks="blocks")
+    fitted = gptq.fit(QuantizationGrid(bits=4, group_size=group_size, scales=scales), skeleton)
     assert fitted.group_size == expected
     for name, scale in scales.items():
         before = scale.repeat_interleave(linears[name].in_features // scale.shape[1], dim=1)
@@ -329,12 +329,12 @@ def test_gptq_takes_the_largest_group_that_loaders_know(group_size, columns, exp
 
 def test_gptq_refuses_groups_that_loaders_do_not_know():
     linears = {"up": torch.nn.Linear(64, 96)}
-    skeleton = Skeleton(linears=linears, transposed=frozenset(), blocks="blocks")
+    skeleton = MetaModel(linears=linears, transposed=frozenset(), blocks="blocks")
     with pytest.raises(DataError, match="none of these divides 16"):
-        gptq.fit(Grid(bits=4, group_size=16, scales={"up": torch.ones(96, 4).half()}), skeleton)
+        gptq.fit(QuantizationGrid(bits=4, group_size=16, scales={"up": torch.ones(96, 4).half()}), skeleton)
     linears["up"] = torch.nn.Linear(64, 20)
     with pytest.raises(DataError, match="20 outputs of up in 3 bits do not fill whole words"):
-        gptq.fit(Grid(bits=3, group_size=32, scales={"up": torch.ones(20, 2).half()}), skeleton)
+        gptq.fit(QuantizationGrid(bits=3, group_size=32, scales={"up": torch.ones(20, 2).half()}), skeleton)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_linears_that_were_left_out_are_named(tmp_path):
     settings = json.loads((out["gptq"] / "config.json").read_text())["quantization_config"]
     assert settings == json.loads((out["gptq"] / "quantize_config.json").read_text())
     (listed,) = settings["modules_in_block_to_quantize"]
-    linears = skeleton_of(folder).linears
+    linears = load_meta_model(folder).linears
     assert set(listed) == set(linears) - {*skipped, "lm_head"}
     assert len(settings["dynamic"]) == 3
 
@@ -446,7 +446,7 @@ def test_files_of_two_formats_are_refused(quantized, tmp_path):
     (path,) = (tmp_path / "out").glob("sparse-*")
     save_file({"x": torch.ones(1)}, path.with_name("sparse-other.safetensors"), {"mopcompress": "gptq"})
     with pytest.raises(DataError, match="in the formats gptq, sparse"):
-        open_stored(tmp_path / "out")
+        open_model(tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", ["sparse", "gptq", "compressed-tensors"])
@@ -468,14 +468,14 @@ def spoil(path, place=-1):
 def rehash(folder):
     """What someone does who changes a file and its hash."""
     manifest = json.loads((folder / artifacts.MANIFEST).read_text())
-    manifest["files"] = {name: artifacts.sha256(folder / name) for name in manifest["files"]}
+    manifest["files"] = {name: artifacts.sha256_file(folder / name) for name in manifest["files"]}
     (folder / artifacts.MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("format", EXPORTS)
 def test_verify_finds_one_flipped_bit_even_under_a_new_hash(format, quantized, tmp_path):
     export(str(quantized), format, tmp_path / "out")
-    path = open_stored(tmp_path / "out").files[0]
+    path = open_model(tmp_path / "out").files[0]
     spoil(path)
     with pytest.raises(DataError, match="differs from its hash"):
         verify(tmp_path / "out")
@@ -577,7 +577,7 @@ def test_codes_survive_every_format(tmp_path):
     }
     for format in EXPORTS:
         export(str(folder), format, tmp_path / format)
-        stored = open_stored(tmp_path / format)
+        stored = open_model(tmp_path / format)
         tensors = tensors_of(tmp_path / format)
         for name, codes in expected.items():
             assert torch.equal(stored.grid.codes(name, tensors[f"{name}.weight"]), codes)

@@ -5,11 +5,11 @@ import torch
 from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
 from mopcompress.recover.methods.gate import Gate, pretrain
-from mopcompress.recover.methods.prompt_initialization import cluster, expert_domains
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.methods.prompt_initialization import expert_domains, kmeans
+from mopcompress.recover.registry import RECOVERY_METHODS
 
 TASKS = ("add", "sort", "tell")
 EXPERTS = len(TASKS)
@@ -98,7 +98,7 @@ def test_equal_seeds_give_equal_gates():
 def test_clusters_are_found_whatever_the_seed():
     summaries, experts = domains(apart=5.0)
     for seed in range(3):
-        found = cluster(summaries, EXPERTS, generator=seeded(seed))
+        found = kmeans(summaries, EXPERTS, generator=seeded(seed))
         assert len(Counter(zip(found.tolist(), experts.tolist(), strict=True))) == EXPERTS
 
 
@@ -106,19 +106,19 @@ def test_every_point_is_with_its_nearest_mean():
     """The definition of a k-means solution."""
     summaries, _ = domains(count=40, apart=0.3)
     points = (summaries - summaries.mean(0)) / summaries.std(0, correction=0)
-    found = cluster(summaries, 4, generator=seeded(), rounds=100)
+    found = kmeans(summaries, 4, generator=seeded(), rounds=100)
     means = torch.stack([points[found == index].mean(0) for index in range(4)])
     assert torch.equal(((points[:, None] - means) ** 2).sum(2).argmin(1), found)
 
 
 def test_clusters_depend_on_the_generator_alone():
     summaries, _ = domains(count=40, apart=0.3)
-    first, again = (cluster(summaries, 5, generator=seeded(3)) for _ in range(2))
+    first, again = (kmeans(summaries, 5, generator=seeded(3)) for _ in range(2))
     assert torch.equal(first, again)
 
 
 def test_more_clusters_than_distinct_points_leave_some_empty():
-    found = cluster(torch.ones(5, HIDDEN), 3, generator=seeded())
+    found = kmeans(torch.ones(5, HIDDEN), 3, generator=seeded())
     assert found.shape == (5,)
 
 
@@ -131,7 +131,7 @@ MODEL = tiny_model()
 
 @pytest.fixture(scope="module")
 def states(tiny_llama):
-    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=8)
+    return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=8)
 
 
 def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0, pretraining=20):
@@ -144,8 +144,8 @@ def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0,
         base_sha256="",
         tasks=TASKS if experts == EXPERTS else (),
     )
-    start = Start(gate_pretraining_steps=pretraining, gate_temper=temper, log_opening=log_opening, seed=seed)
-    return ARMS[arm].begin(config, Material(MODEL, states, TASKS), start)
+    start = AdapterInit(gate_pretraining_steps=pretraining, gate_temper=temper, log_opening=log_opening, seed=seed)
+    return RECOVERY_METHODS[arm].begin(config, AdapterInputs(MODEL, states, TASKS), start)
 
 
 @pytest.mark.parametrize("experts", [2, EXPERTS, 5])
@@ -199,4 +199,4 @@ def test_as_many_experts_as_tasks_are_the_tasks(states):
 @pytest.mark.parametrize("experts", [1, 2, 5])
 def test_another_number_of_experts_is_found_by_clustering(states, experts):
     found = expert_domains(states, TASKS, experts, generator=seeded())
-    assert found.tolist() == cluster(states.summaries, experts, generator=seeded()).tolist()
+    assert found.tolist() == kmeans(states.summaries, experts, generator=seeded()).tolist()

@@ -7,18 +7,18 @@ from tiny import BLOCKS, HIDDEN, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.modules import set_weight, weight_of
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs, trained_parameters
 from mopcompress.recover.methods import mixture_of_prompts, mop_plus
 from mopcompress.recover.methods.gate import Gate
-from mopcompress.recover.methods.mop_plus import fitted
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.methods.mop_plus import split_budget
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.training import Training, fit
+from mopcompress.recover.training import TrainingConfig, fit
 from mopcompress.storage import artifacts
 
 TASKS = ("add", "sort", "tell")
@@ -28,17 +28,17 @@ ALL = range(len(DOCUMENTS))
 CONFIG = AdapterConfig(
     arm="mop+", experts=3, prompts_per_expert=2, layer=LAYER, hidden_size=HIDDEN, base_sha256="base", tasks=TASKS
 )
-START = Start(gate_pretraining_steps=5, gate_temper=3.0, log_opening=-1.0, seed=0)
+START = AdapterInit(gate_pretraining_steps=5, gate_temper=3.0, log_opening=-1.0, seed=0)
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "opt", "gpt_neox", "phi", "mixtral")
 
 
 @pytest.fixture(scope="module")
 def states(tiny_llama):
-    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
 
 
 def begun(model, states):
-    return mop_plus.begin(CONFIG, Material(model, states, TASKS), START)
+    return mop_plus.initialize(CONFIG, AdapterInputs(model, states, TASKS), START)
 
 
 @pytest.mark.parametrize("percentile", [0.0, 10.0, 50.0])
@@ -46,7 +46,7 @@ def test_a_gate_that_has_no_gradient_at_first_still_learns(tiny_llama, states, p
     """Its gradient is 0 until paths and scales have moved: norms of 0 must not become what it is clipped to."""
     adapter = begun(tiny_llama, states)
     before = [weight.detach().clone() for weight in adapter.gate.parameters()]
-    settings = Training(
+    settings = TrainingConfig(
         steps=4,
         batch_size=4,
         learning_rate=1e-2,
@@ -93,7 +93,7 @@ def nats(model, states, adapter, rows=ALL):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_begins_at_the_bare_model_exactly(family):
     model = tiny_model(family)
-    states = CachedStates(model, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(model, DOCUMENTS, LAYER, batch_size=4)
     bare = score_responses(model, states.batch(ALL), LAYER).nats
     assert torch.equal(nats(model, states, begun(model, states)), bare)
 
@@ -105,7 +105,7 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
     The neurons that an MLP's last linear reads are scaled for the linear, not for what stands beside it.
     """
     model = tiny_model(family)
-    states = CachedStates(model, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(model, DOCUMENTS, LAYER, batch_size=4)
     adapter = trained(model, states)
     expected = []
     for row in ALL:
@@ -207,7 +207,7 @@ def test_training_reaches_all_of_it_and_leaves_the_model_bitwise_as_it_was(state
     modules = [type(module) for module in model.network.modules()]
     adapter = begun(model, states)
     started = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
-    settings = Training(
+    settings = TrainingConfig(
         steps=8,
         batch_size=6,
         learning_rate=0.01,
@@ -242,9 +242,9 @@ def test_the_gate_has_a_rate_of_its_own(tiny_llama, states):
 
 def test_it_begins_with_a_gate_that_knows_the_tasks_and_is_tempered(tiny_llama, states):
     full, tempered = (
-        mop_plus.begin(
+        mop_plus.initialize(
             CONFIG,
-            Material(tiny_llama, states, TASKS),
+            AdapterInputs(tiny_llama, states, TASKS),
             replace(START, gate_pretraining_steps=50, gate_temper=temper),
         ).gate
         for temper in (1.0, 0.25)
@@ -284,7 +284,7 @@ def test_it_trains_at_most_what_mop_does_and_a_rank_more_would_not_fit(tiny_llam
 def test_within_the_budget_neurons_go_before_attention_that_before_ranks_and_ranks_before_a_wider_gate():
     def sizes(budget: int, **more: int) -> tuple[int, int, bool, bool]:
         costs = {"of_a_rank": 300, "of_attention": 350, "of_neurons": 400, "of_a_width": 10, "fixed": 5, "most": 9}
-        return astuple(fitted(budget, **(costs | more)))  # rank, width of the gate, neurons, attention
+        return astuple(split_budget(budget, **(costs | more)))  # rank, width of the gate, neurons, attention
 
     assert sizes(465) == (1, 16, False, False)
     assert sizes(814) == (2, 20, False, False)
@@ -308,14 +308,14 @@ def test_no_path_has_a_higher_rank_than_its_linear_can_have(tiny_llama):
 
 def test_a_budget_without_room_for_a_rank_is_refused():
     with pytest.raises(DataError, match="leaves 1664"):
-        fitted(1664, of_a_rank=1500, of_attention=0, of_neurons=0, of_a_width=10, fixed=5, most=9)
+        split_budget(1664, of_a_rank=1500, of_attention=0, of_neurons=0, of_a_width=10, fixed=5, most=9)
 
 
 # --- as an arm
 
 
 def test_a_recipe_knows_the_arms_that_can_be_trained():
-    assert ARMS.keys() == TRAINED.keys()
+    assert RECOVERY_METHODS.keys() == ARM_DEFAULTS.keys()
 
 
 def test_it_comes_back_as_it_was(tiny_llama, states, tmp_path):

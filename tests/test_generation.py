@@ -5,7 +5,7 @@ import torch
 from tiny import HIDDEN, generate, instructions_of, tiny_model, word_tokenizer
 
 from mopcompress.errors import DataError
-from mopcompress.models.attention import attending_to
+from mopcompress.models.attention import attend_to
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
@@ -27,7 +27,7 @@ def step_by_step(model: LanguageModel, prompts: MixtureOfPrompts, context: list[
     with torch.inference_mode():
         read = instructions_of(model, torch.tensor([context]), LAYER)
         for _ in range(count):
-            with attending_to(prompts.prefix(model, read)):
+            with attend_to(prompts.prefix(model, read)):
                 left = model.resume(model.enter(torch.tensor([tokens]), LAYER), LAYER)
             tokens.append(int(model.logits(left[0, -1:]).argmax()))
     return tokens[len(context) :]

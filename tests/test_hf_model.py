@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 
 from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError, UsageError
-from mopcompress.evaluation.hidden_states import CachedStates, Instructions
+from mopcompress.evaluation.hidden_states import HiddenStateDataset, InstructionStates
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.hf import MopConfig, MopForCausalLM
 from mopcompress.hf.adapter_loading import one_device
@@ -27,18 +27,18 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import weights_hash
 from mopcompress.models.modules import weight_of
 from mopcompress.models.repair import write_repairs
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.save_and_load import save_adapter
 from mopcompress.storage import artifacts
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2", "opt", "gpt_neox")
 LAYER, NEW = 1, 6
 CONTEXTS = [random_tokens(length, seed=length).tolist() for length in (9, 4, 6)]
-GENERATING = [arm for arm in ARMS if not TRAINED[arm].needs_tasks]
+GENERATING = [arm for arm in RECOVERY_METHODS if not ARM_DEFAULTS[arm].needs_tasks]
 BEAMS = [{"num_beams": 4, "num_return_sequences": 2}, {"num_beams": 2, "use_cache": False}]
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
 
@@ -61,11 +61,11 @@ def begun(model: LanguageModel, arm: str, base_sha256: str, **changes: Any) -> t
     config = AdapterConfig(
         arm=arm, experts=3, prompts_per_expert=8, layer=0, hidden_size=HIDDEN, base_sha256=base_sha256, tasks=tasks
     )
-    config = replace(config, layer=0 if TRAINED[arm].at_input else LAYER, **changes)
-    states = CachedStates(model, random_documents(9), config.layer, batch_size=4)
-    start = Start(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
-    adapter = ARMS[arm].begin(
-        config, Material(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
+    config = replace(config, layer=0 if ARM_DEFAULTS[arm].at_input else LAYER, **changes)
+    states = HiddenStateDataset(model, random_documents(9), config.layer, batch_size=4)
+    start = AdapterInit(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
+    adapter = RECOVERY_METHODS[arm].begin(
+        config, AdapterInputs(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def by_definition(model: MopForCausalLM, context: list[int]) -> list[int]:
     """Greedy decoding as evaluation scores it: one row, no cache, all states anew for each token."""
     network, tokens = model.language_model, list(context)
     hidden = network.enter(torch.tensor([context]), LAYER)
-    read = Instructions(hidden, torch.tensor([len(context)]), hidden.mean(1))
+    read = InstructionStates(hidden, torch.tensor([len(context)]), hidden.mean(1))
     for _ in range(NEW):
         with model.adapter.applied(network, read):
             left = network.resume(network.enter(torch.tensor([tokens]), LAYER), LAYER)
@@ -332,7 +332,7 @@ DOCUMENTS = random_documents(4)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_loss_is_that_of_training_and_evaluation(family: str, side: str) -> None:
     model = made(family)
-    batch = CachedStates(model.language_model, DOCUMENTS, LAYER, batch_size=2).batch(range(len(DOCUMENTS)))
+    batch = HiddenStateDataset(model.language_model, DOCUMENTS, LAYER, batch_size=2).batch(range(len(DOCUMENTS)))
     with torch.no_grad(), model.adapter.applied(model.language_model, batch.instructions):
         expected = score_responses(model.language_model, batch, LAYER).nats.mean()
     for mode in (False, True):

@@ -9,22 +9,22 @@ import torch
 from tiny import BLOCKS, HIDDEN, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs, trained_parameters
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.prefix_tuning import TrainedPrefix
-from mopcompress.recover.methods.prompt_kv import zeros_of
+from mopcompress.recover.methods.prompt_kv import zero_prompt_kv
 from mopcompress.recover.methods.prompt_tuning import InputPrompt
 from mopcompress.recover.methods.smop import RoutedPrompts
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.training import Training, fit
+from mopcompress.recover.training import TrainingConfig, fit
 from mopcompress.storage import artifacts
 
 TASKS = ("add", "sort", "tell")
@@ -50,14 +50,14 @@ def config_of_arm(arm, model, *, experts=EXPERTS, prompts=PROMPTS, deep=False):
 def begun(arm, model, states, *, seed=0, **changes):
     """An adapter before its first step, and its config."""
     config = config_of_arm(arm, model, **changes)
-    start = Start(gate_pretraining_steps=20, gate_temper=3.0, log_opening=-1.0, seed=seed)
-    return ARMS[arm].begin(config, Material(model, states, TASKS), start), config
+    start = AdapterInit(gate_pretraining_steps=20, gate_temper=3.0, log_opening=-1.0, seed=seed)
+    return RECOVERY_METHODS[arm].begin(config, AdapterInputs(model, states, TASKS), start), config
 
 
 @pytest.fixture(scope="module")
 def states_of(tiny_llama):
     """The states that an arm reads."""
-    cached = {layer: CachedStates(tiny_llama, DOCUMENTS, layer, batch_size=4) for layer in (0, MIDDLE)}
+    cached = {layer: HiddenStateDataset(tiny_llama, DOCUMENTS, layer, batch_size=4) for layer in (0, MIDDLE)}
     return lambda arm: cached[0 if arm in AT_INPUT else MIDDLE]
 
 
@@ -77,7 +77,7 @@ def test_a_prompt_at_the_input_is_longer_input(family):
     """The definition: embeddings put before the text's own, and the whole network run on both (Lester et al.)."""
     model, count = tiny_model(family, sliding_window=32) if family == "gemma3" else tiny_model(family), 5
     prompts = torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(0))
-    states = CachedStates(model, DOCUMENTS, 0, batch_size=4)
+    states = HiddenStateDataset(model, DOCUMENTS, 0, batch_size=4)
     found = nats(model, states, InputPrompt(prompts)).split([len(d.tokens) - d.context_tokens for d in DOCUMENTS])
     for document, ours in zip(DOCUMENTS, found, strict=True):
         text = model.network.get_input_embeddings()(torch.tensor([document.tokens]))
@@ -90,12 +90,12 @@ def test_a_prompt_at_the_input_is_longer_input(family):
 def test_embedded_text_before_the_text_is_that_text(tiny_llama):
     """Prompts that are embeddings of tokens do what those tokens do."""
     tokens = random_tokens(1, 12)
-    longer = Encoded("add", tuple(tokens[0].tolist()), 8)
-    shorter = Encoded("add", tuple(tokens[0, 4:].tolist()), 4)
+    longer = Document("add", tuple(tokens[0].tolist()), 8)
+    shorter = Document("add", tuple(tokens[0, 4:].tolist()), 4)
     with torch.no_grad():
         before = InputPrompt(tiny_llama.enter(tokens[:, :4], 0)[0])
-        found = nats(tiny_llama, CachedStates(tiny_llama, [shorter], 0, batch_size=1), before)
-        states = CachedStates(tiny_llama, [longer], 0, batch_size=1)
+        found = nats(tiny_llama, HiddenStateDataset(tiny_llama, [shorter], 0, batch_size=1), before)
+        states = HiddenStateDataset(tiny_llama, [longer], 0, batch_size=1)
         expected = score_responses(tiny_llama, states.batch([0]), 0).nats
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_embedded_text_before_the_text_is_that_text(tiny_llama):
 def test_families_without_rotary_positions_are_refused(arm, family):
     model = tiny_model(family)
     with pytest.raises(DataError, match="no rotary positions"):
-        ARMS[arm].build(model, config_of_arm(arm, model))
+        RECOVERY_METHODS[arm].build(model, config_of_arm(arm, model))
 
 
 @pytest.mark.parametrize(("arm", "groups"), [("input", 1), ("smop", EXPERTS), ("single", 1), ("mop", 1)])
@@ -195,7 +195,8 @@ def test_noise_multiplies_the_routers_scores_in_training_alone(tiny_llama, state
 def test_with_a_shared_expert_there_is_one_more_group_of_prompts_as_in_a_mixture(tiny_llama, arm):
     config = config_of_arm(arm, tiny_llama)
     sizes = [
-        ARMS[arm].build(tiny_llama, replace(config, shared_expert=shared)).prompts.numel() for shared in (False, True)
+        RECOVERY_METHODS[arm].build(tiny_llama, replace(config, shared_expert=shared)).prompts.numel()
+        for shared in (False, True)
     ]
     assert sizes == [groups * PROMPTS * HIDDEN for groups in (EXPERTS, EXPERTS + 1)]
 
@@ -208,7 +209,9 @@ def test_with_a_shared_expert_there_is_one_more_group_of_prompts_as_in_a_mixture
 def test_a_prefix_is_worth_as_many_parameters_as_mop_and_not_more(tiny_llama, prompts, deep):
     """As the mop whose states flow, also in a bench whose other arms are deep."""
     sizes = {
-        arm: trained_parameters(ARMS[arm].build(tiny_llama, config_of_arm(arm, tiny_llama, prompts=prompts, deep=also)))
+        arm: trained_parameters(
+            RECOVERY_METHODS[arm].build(tiny_llama, config_of_arm(arm, tiny_llama, prompts=prompts, deep=also))
+        )
         for arm, also in (("prefix", deep), ("mop", False))
     }
     token = 2 * BLOCKS * 2 * 8  # keys and values, layers, heads, numbers
@@ -220,7 +223,7 @@ def test_a_prefix_that_cannot_be_small_enough_is_refused(tiny_llama, monkeypatch
     narrow = partial(Gate, width=1)
     monkeypatch.setattr("mopcompress.recover.methods.mixture_of_prompts.gates.Gate", narrow)
     with pytest.raises(DataError, match="one token has 128 parameters here, and mop with the same settings"):
-        ARMS["prefix"].build(tiny_llama, config_of_arm("prefix", tiny_llama, experts=1, prompts=1))
+        RECOVERY_METHODS["prefix"].build(tiny_llama, config_of_arm("prefix", tiny_llama, experts=1, prompts=1))
 
 
 def test_a_prefix_begins_as_the_prompt_of_the_same_tokens(tiny_llama, states_of):
@@ -233,7 +236,7 @@ def test_a_prefix_begins_as_the_prompt_of_the_same_tokens(tiny_llama, states_of)
 
 def test_a_prefix_needs_no_rotary_positions():
     model = tiny_model("gpt2")
-    states = CachedStates(model, DOCUMENTS, 0, batch_size=4)
+    states = HiddenStateDataset(model, DOCUMENTS, 0, batch_size=4)
     adapter, _ = begun("prefix", model, states)
     assert sorted(adapter.prefix()[0]) == list(range(BLOCKS))
     bare = score_responses(model, states.batch(range(len(DOCUMENTS))), 0).nats
@@ -241,7 +244,7 @@ def test_a_prefix_needs_no_rotary_positions():
 
 
 def test_a_prefix_has_the_keys_of_every_layer_in_their_shapes(tiny_llama):
-    keys, values = TrainedPrefix(*zeros_of(tiny_llama, 0, 7)).prefix()
+    keys, values = TrainedPrefix(*zero_prompt_kv(tiny_llama, 0, 7)).prefix()
     assert {layer: key.shape for layer, key in keys.items()} == dict.fromkeys(range(BLOCKS), (2, 7, 8))
     assert {layer: value.shape for layer, value in values.items()} == dict.fromkeys(range(BLOCKS), (2, 7, 8))
 
@@ -281,7 +284,7 @@ def test_a_deep_mixtures_layers_are_trained_by_themselves(tiny_llama, states_of)
 
 
 def test_arms_that_can_be_named_are_arms_that_can_be_built():
-    assert list(TRAINED) == list(ARMS)
+    assert list(ARM_DEFAULTS) == list(RECOVERY_METHODS)
 
 
 @pytest.mark.parametrize(("arm", "deep"), EVERY)
@@ -324,7 +327,7 @@ def test_input_and_smop_begin_with_the_same_tokens(tiny_llama, states_of):
 def test_a_small_problem_is_learnt_by_heart(tiny_llama, states_of, arm, deep):
     states = states_of(arm)
     adapter, _ = begun(arm, tiny_llama, states, deep=deep)
-    settings = Training(
+    settings = TrainingConfig(
         steps=40,
         batch_size=9,
         learning_rate=0.1,

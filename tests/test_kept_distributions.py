@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from tiny import config_of, network_of, random_documents, saved, tiny_model
 
-from mopcompress.entrypoints.teacher import taught_by
+from mopcompress.entrypoints.teacher import build_distillation
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.progress import silent
 from mopcompress.recipe import PromptRecoveryModifier
@@ -32,7 +32,7 @@ def folder(tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """One entry a batch that a teacher was run on."""
-    seen, keep = [], distillation.keep
+    seen, keep = [], distillation.top_k_distribution
     monkeypatch.setattr(distillation, "keep", lambda *given, **more: seen.append(given) or keep(*given, **more))
     return seen
 
@@ -40,7 +40,7 @@ def asked(monkeypatch):
 def said(folder, model, *, documents=DOCUMENTS, **fields):
     """All that a teacher says, and its hidden states if it was asked for them."""
     modifier = PromptRecoveryModifier(**{"distill": 0.5, "teacher": str(folder)} | fields)
-    teacher = taught_by(modifier, folder, model, documents, 4, silent).teacher
+    teacher = build_distillation(modifier, folder, model, documents, 4, silent).teacher
     return teacher.of(range(len(documents)), model.device), teacher.states
 
 

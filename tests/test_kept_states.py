@@ -12,7 +12,7 @@ from tiny import BLOCKS, config_of, network_of, random_documents, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.evaluation.perplexity import evaluate
-from mopcompress.evaluation.state_cache import cache_states
+from mopcompress.evaluation.state_cache import load_or_compute_states
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.progress import silent
 from mopcompress.storage import cache as storage_cache
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def states_of(model, *, sha256="of the weights", documents=DOCUMENTS, layer=LAYER, dtype=torch.float32):
-    return cache_states(model, sha256, documents, layer, 4, "rows", silent, dtype=dtype)
+    return load_or_compute_states(model, sha256, documents, layer, 4, "rows", silent, dtype=dtype)
 
 
 @pytest.fixture

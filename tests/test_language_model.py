@@ -19,9 +19,9 @@ from torch.testing import assert_close
 from transformers import AutoConfig
 
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.models.attention import recording
-from mopcompress.models.language_model import LanguageModel, Standin
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.models.attention import record_kv
+from mopcompress.models.language_model import BlockPlaceholder, LanguageModel
 from mopcompress.models.sampling import sample_text
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 
@@ -63,13 +63,13 @@ def test_blocks_that_read_the_tokens_too_are_refused(layer):
     with pytest.raises(DataError, match=f"Gemma4ForCausalLM: blocks from {layer} up read more"):
         model.check_divisible(layer)
     with pytest.raises(DataError, match="read more"):
-        CachedStates(model, random_documents(3), layer, batch_size=2)
+        HiddenStateDataset(model, random_documents(3), layer, batch_size=2)
 
 
 def test_nothing_can_act_on_embeddings_that_are_widened_on_their_way():
     model = tiny_model("opt", word_embed_proj_dim=HIDDEN // 2)
     with pytest.raises(DataError, match="embeddings of 16 numbers are widened to 32"):
-        CachedStates(model, random_documents(3), 0, batch_size=2)
+        HiddenStateDataset(model, random_documents(3), 0, batch_size=2)
     model.check_divisible(1)
 
 
@@ -83,9 +83,9 @@ def test_rotary_positions_can_begin_anywhere_and_others_cannot(model):
     else:
         moved = model.resume(hidden, 2, first_position=-3)
         assert_close(moved, model.resume(hidden, 2), rtol=1e-4, atol=1e-4)
-        with recording() as seen:
+        with record_kv() as seen:
             model.resume(hidden, 2, first_position=-3)
-        with recording() as unmoved:
+        with record_kv() as unmoved:
             model.resume(hidden, 2)
         assert not torch.allclose(seen[2][0], unmoved[2][0], atol=1e-2)
 
@@ -125,7 +125,7 @@ def test_a_stand_in_answers_for_its_block_and_holds_none_of_its_weights():
     """Some decoders choose a mask by an attribute of the block."""
     block = torch.nn.Linear(2, 2)
     block.attention_type = "sliding_attention"
-    standin = Standin(block, gives_tuple=False)
+    standin = BlockPlaceholder(block, gives_tuple=False)
     assert standin.attention_type == "sliding_attention"
     assert not list(standin.parameters())
     with pytest.raises(AttributeError):

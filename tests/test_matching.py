@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mopcompress.algorithms.dense_targets import DenseSide, toward_dense
-from mopcompress.algorithms.input_statistics import input_drift
+from mopcompress.algorithms.dense_targets import DenseActivations, dense_target
+from mopcompress.algorithms.input_statistics import input_shift
 from mopcompress.errors import NumericalError
 
 
@@ -38,8 +38,8 @@ def test_the_target_is_the_least_squares_fit_of_the_dense_outputs(zeros, share):
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < zeros] = 0
     gram = gram_of(inputs)
     best = least_squares(weight, inputs, dense, weight != 0, 0.01 * float(gram.diagonal().mean()))
-    found = toward_dense(
-        weight, gram, weight @ input_drift(inputs, dense), share=share, keep_zeros=True, damping=0.01
+    found = dense_target(
+        weight, gram, weight @ input_shift(inputs, dense), share=share, keep_zeros=True, damping=0.01
     ).weight
     assert_close(found, weight + share * (best - weight), rtol=1e-6, atol=1e-6)
     assert torch.equal(found == 0, weight == 0)
@@ -50,8 +50,8 @@ def test_without_keeping_zeros_they_take_part():
     weight[:, 3:] = 0
     gram, everything = gram_of(inputs), torch.ones(weight.shape, dtype=torch.bool)
     best = least_squares(weight, inputs, dense, everything, 0.01 * float(gram.diagonal().mean()))
-    found = toward_dense(
-        weight, gram, weight @ input_drift(inputs, dense), share=1.0, keep_zeros=False, damping=0.01
+    found = dense_target(
+        weight, gram, weight @ input_shift(inputs, dense), share=1.0, keep_zeros=False, damping=0.01
     ).weight
     assert_close(found, best, rtol=1e-6, atol=1e-6)
 
@@ -61,37 +61,37 @@ def test_inputs_that_did_not_drift_ask_for_nothing(keep_zeros):
     weight, inputs, _ = problem()
     weight[0, 0] = 0
     gram = gram_of(inputs)
-    pull = DenseSide(inputs.clone(), are_outputs=False).pull(weight, inputs)
-    assert torch.equal(toward_dense(weight, gram, pull, share=1.0, keep_zeros=keep_zeros).weight, weight)
+    pull = DenseActivations(inputs.clone(), are_outputs=False).pull(weight, inputs)
+    assert torch.equal(dense_target(weight, gram, pull, share=1.0, keep_zeros=keep_zeros).weight, weight)
 
 
 def test_an_input_that_never_fires_keeps_its_weights():
     weight, inputs, dense = problem()
     inputs[:, 5] = 0
-    found = toward_dense(
-        weight, gram_of(inputs), weight @ input_drift(inputs, dense), share=1.0, keep_zeros=False, damping=0.01
+    found = dense_target(
+        weight, gram_of(inputs), weight @ input_shift(inputs, dense), share=1.0, keep_zeros=False, damping=0.01
     ).weight
     assert_close(found[:, 5], weight[:, 5])
 
 
 def test_how_the_drift_is_cut_into_pieces_does_not_matter():
     _, inputs, dense = problem(tokens=9001)
-    assert_close(input_drift(inputs, dense), (dense - inputs).T @ inputs / 9001)
+    assert_close(input_shift(inputs, dense), (dense - inputs).T @ inputs / 9001)
 
 
 def test_dense_inputs_that_are_not_finite_are_refused():
     _, inputs, dense = problem()
     dense[3, 4] = torch.inf
     with pytest.raises(NumericalError, match="dense"):
-        input_drift(inputs, dense)
+        input_shift(inputs, dense)
 
 
 def test_zeros_by_chance_stay_zero_and_leave_the_others_alone():
     weight, inputs, dense = problem()
     wide = torch.cat([weight] * 30)
     wide[0, 0] = 0
-    gram, pull = gram_of(inputs), wide @ input_drift(inputs, dense)
-    kept, plain = (toward_dense(wide, gram, pull, share=1.0, keep_zeros=keep).weight for keep in (True, False))
+    gram, pull = gram_of(inputs), wide @ input_shift(inputs, dense)
+    kept, plain = (dense_target(wide, gram, pull, share=1.0, keep_zeros=keep).weight for keep in (True, False))
     assert plain[0, 0] != 0
     plain[0, 0] = 0
     assert torch.equal(kept, plain)
@@ -99,7 +99,10 @@ def test_zeros_by_chance_stay_zero_and_leave_the_others_alone():
 
 def test_outputs_pull_as_inputs_do():
     weight, inputs, dense = problem()
-    by_inputs, by_outputs = DenseSide(dense, are_outputs=False), DenseSide(dense @ weight.T, are_outputs=True)
+    by_inputs, by_outputs = (
+        DenseActivations(dense, are_outputs=False),
+        DenseActivations(dense @ weight.T, are_outputs=True),
+    )
     expected = weight @ (dense - inputs).T @ inputs / len(inputs)
     assert_close(by_inputs.pull(weight, inputs), expected)
     assert_close(by_outputs.pull(weight, inputs), expected)
@@ -109,7 +112,7 @@ def test_outputs_pull_as_inputs_do():
 def test_the_first_tokens_alone_tell_the_drift_when_the_dense_model_saw_no_more(are_outputs):
     weight, inputs, dense = problem()
     seen = dense[: len(dense) // 3]
-    side = DenseSide(seen @ weight.T if are_outputs else seen, are_outputs=are_outputs)
+    side = DenseActivations(seen @ weight.T if are_outputs else seen, are_outputs=are_outputs)
     expected = weight @ (seen - inputs[: len(seen)]).T @ inputs[: len(seen)] / len(seen)
     assert_close(side.pull(weight, inputs), expected)
 
@@ -120,8 +123,8 @@ def test_outputs_that_did_not_move_ask_for_a_few_roundings():
     weight, inputs = weight.float(), inputs.float()
     inputs[:, 5] *= 1000
     gram = gram_of(inputs)
-    pull = DenseSide(inputs @ weight.T, are_outputs=True).pull(weight, inputs)
-    found = toward_dense(weight, gram, pull, share=1.0, keep_zeros=False).weight
+    pull = DenseActivations(inputs @ weight.T, are_outputs=True).pull(weight, inputs)
+    found = dense_target(weight, gram, pull, share=1.0, keep_zeros=False).weight
     assert float((found - weight).norm() / weight.norm()) < 1e-4
 
 
@@ -130,4 +133,4 @@ def test_dense_outputs_that_are_not_finite_are_refused():
     outputs = dense @ weight.T
     outputs[3, 4] = torch.inf
     with pytest.raises(NumericalError, match="dense"):
-        DenseSide(outputs, are_outputs=True).pull(weight, inputs)
+        DenseActivations(outputs, are_outputs=True).pull(weight, inputs)

@@ -9,12 +9,12 @@ from tiny import BLOCKS, HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.errors import DataError, InputNotFoundError
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.compat import CACHE
 from mopcompress.recover.adapter import AdapterConfig, trained_parameters
-from mopcompress.recover.methods.expert_weights import Mixing
+from mopcompress.recover.methods.expert_weights import ExpertWeighting
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
@@ -44,7 +44,7 @@ def plain_of(*, seed=0, log_opening=0.0):
 
 @pytest.fixture(scope="module")
 def states(tiny_llama):
-    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
 
 
 def everything(states):
@@ -102,7 +102,7 @@ def closed_but(expert, experts=EXPERTS):
     """What a gate says that wants one expert alone."""
     row = torch.full((experts,), -math.inf)
     row[expert] = math.log(EXPERTS)
-    return Mixing(weighing=lambda _gate, read: row.expand(len(read.summary), -1))
+    return ExpertWeighting(weighing=lambda _gate, read: row.expand(len(read.summary), -1))
 
 
 @pytest.mark.parametrize("expert", range(EXPERTS))

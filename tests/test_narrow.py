@@ -7,8 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BloomConfig, GemmaConfig, Phi3Config, PhiConfig, Qwen2Config
 
-from mopcompress.algorithms.structured import narrow
-from mopcompress.compress.structured import Narrowing, narrow_model
+from mopcompress.algorithms.structured import prune_input_groups
+from mopcompress.compress.structured import StructuredConfig, prune_structured
 from mopcompress.errors import DataError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 
@@ -23,8 +23,8 @@ MORE = {
 CHANNELS = {"gpt2": "n_inner", "opt": "ffn_dim"}  # otherwise intermediate_size
 WITH_CHANNELS = [*(family for family in FAMILIES if family != "mixtral"), *MORE]
 WITH_HEADS = ["llama", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", *MORE]
-QUARTER = Narrowing(mlp_sparsity=0.25)
-HALF_THE_HEADS = Narrowing(mlp_sparsity=0.0, head_sparsity=0.5)
+QUARTER = StructuredConfig(mlp_sparsity=0.25)
+HALF_THE_HEADS = StructuredConfig(mlp_sparsity=0.0, head_sparsity=0.5)
 
 
 def model_of(family, **changes):
@@ -56,7 +56,7 @@ def narrow_slowly(model, kind, groups, remove):
         inputs, weight = input_of(model, reader), weight_of(reader)
         centred = inputs if reader.bias is None else inputs - inputs.mean(0)
         gram = centred.T @ centred / len(centred)
-        kept = narrow(weight, gram, groups=groups, remove=remove).kept.tolist()
+        kept = prune_input_groups(weight, gram, groups=groups, remove=remove).kept.tolist()
         fitted = torch.zeros_like(weight)
         fitted[:, kept] = least_squares(weight, centred, kept)[0]
         if reader.bias is not None:
@@ -81,7 +81,7 @@ def test_one_pass_is_the_slow_definition(family, kind, groups, remove):
     fast, slow = model_of(family), model_of(family)
     fast.network.double()
     slow.network.double()
-    narrow_model(fast, WINDOWS, QUARTER if kind == "channels" else HALF_THE_HEADS)
+    prune_structured(fast, WINDOWS, QUARTER if kind == "channels" else HALF_THE_HEADS)
     with torch.no_grad():
         narrow_slowly(slow, kind, groups, remove)
     assert_close(logits_of(fast.network), logits_of(slow.network), rtol=1e-5, atol=1e-6)
@@ -92,7 +92,7 @@ def test_one_pass_is_the_slow_definition(family, kind, groups, remove):
 
 def test_the_error_that_is_told_is_the_measured_one():
     model, dense = tiny_model(), tiny_model()
-    rows = narrow_model(model, WINDOWS, QUARTER).rows
+    rows = prune_structured(model, WINDOWS, QUARTER).rows
     with torch.no_grad():
         inputs = input_of(dense, dense.blocks[0].mlp.down_proj)
         gated = input_of(model, model.blocks[0].mlp.down_proj)
@@ -104,7 +104,7 @@ def test_the_error_that_is_told_is_the_measured_one():
 @pytest.mark.parametrize("score", ["error", "norm"])
 def test_nothing_removed_is_the_same_model_to_the_bit(score):
     model, untouched = tiny_model(), tiny_model()
-    done = narrow_model(model, WINDOWS, Narrowing(mlp_sparsity=0.0, score=score))
+    done = prune_structured(model, WINDOWS, StructuredConfig(mlp_sparsity=0.0, score=score))
     assert (done.rows, done.sizes) == ([], {})
     for name, weight in model.network.state_dict().items():
         assert torch.equal(weight, untouched.network.state_dict()[name])
@@ -135,7 +135,7 @@ def test_what_stands_twice_goes_at_no_loss(reader, sizes, shares):
             weight[:, : weight.shape[1] // 2] *= 0.3
             weight[:, weight.shape[1] // 2 :] *= 0.7
     assert_close(logits_of(model.network), logits_of(original.network))
-    narrow_model(model, WINDOWS, Narrowing(**shares, damping=1e-9))
+    prune_structured(model, WINDOWS, StructuredConfig(**shares, damping=1e-9))
     assert total(model) == total(original)
     assert_close(logits_of(model.network), logits_of(original.network), rtol=1e-5, atol=1e-5)
 
@@ -151,7 +151,7 @@ def _times(weight, model, name):
 @pytest.mark.parametrize("family", WITH_CHANNELS)
 def test_channels_are_counted_exactly_and_stock_transformers_computes_the_same(family, tmp_path):
     model, dense = model_of(family), model_of(family)
-    done = narrow_model(model, WINDOWS, QUARTER)
+    done = prune_structured(model, WINDOWS, QUARTER)
     before = weight_of(next(iter(readers(dense, "channels").values()))).shape[1]
     after = before - before // 4
     assert done.sizes == {CHANNELS.get(family, "intermediate_size"): after}
@@ -169,7 +169,7 @@ def test_channels_are_counted_exactly_and_stock_transformers_computes_the_same(f
 def test_heads_go_in_whole_groups_and_stock_transformers_computes_the_same(family, tmp_path):
     model, dense = model_of(family), model_of(family)
     heads, groups = dense.config.num_attention_heads, dense.config.num_key_value_heads
-    done = narrow_model(model, WINDOWS, HALF_THE_HEADS)
+    done = prune_structured(model, WINDOWS, HALF_THE_HEADS)
     wanted = {"num_attention_heads": heads // 2, "num_key_value_heads": groups // 2, "head_dim": 8}
     assert done.sizes == wanted == {name: getattr(model.network.config, name) for name in wanted}
     assert [(row.kind, row.before, row.after) for row in done.rows] == [("kv_groups", groups, groups // 2)] * 4
@@ -180,10 +180,10 @@ def test_heads_go_in_whole_groups_and_stock_transformers_computes_the_same(famil
 
 def test_both_at_once_and_once_again(tmp_path):
     model = tiny_model(num_attention_heads=8, num_key_value_heads=4, head_dim=4)
-    both = Narrowing(mlp_sparsity=0.25, head_sparsity=0.5)
-    assert [row.kind for row in narrow_model(model, WINDOWS, both).rows] == ["kv_groups", "channels"] * 4
+    both = StructuredConfig(mlp_sparsity=0.25, head_sparsity=0.5)
+    assert [row.kind for row in prune_structured(model, WINDOWS, both).rows] == ["kv_groups", "channels"] * 4
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 27}
-    assert narrow_model(model, WINDOWS, both).sizes == sizes
+    assert prune_structured(model, WINDOWS, both).sizes == sizes
     check_stock(model, tmp_path)
 
 
@@ -206,13 +206,13 @@ def check_stock(model, folder):
 
 def test_progress_is_told_every_row_as_it_is_returned():
     told = []
-    assert narrow_model(tiny_model(), WINDOWS, QUARTER, progress=told.append).rows == told
+    assert prune_structured(tiny_model(), WINDOWS, QUARTER, progress=told.append).rows == told
     assert len(told) == 4
 
 
 def test_prompts_can_be_trained_through_a_narrowed_model():
     model = tiny_model()
-    narrow_model(model, WINDOWS, QUARTER)
+    prune_structured(model, WINDOWS, QUARTER)
     hidden = torch.randn(1, 5, 32, requires_grad=True)
     model.resume(hidden, 1).sum().backward()
     assert hidden.grad is not None
@@ -235,7 +235,7 @@ def test_prompts_can_be_trained_through_a_narrowed_model():
 def test_a_family_that_cannot_say_it_is_refused_and_untouched(family, narrowing, reason):
     model, untouched = model_of(family), model_of(family)
     with pytest.raises(DataError, match=reason):
-        narrow_model(model, WINDOWS, narrowing)
+        prune_structured(model, WINDOWS, narrowing)
     for name, weight in model.network.state_dict().items():
         assert torch.equal(weight, untouched.network.state_dict()[name])
 
@@ -243,27 +243,27 @@ def test_a_family_that_cannot_say_it_is_refused_and_untouched(family, narrowing,
 def test_a_number_of_heads_that_stock_transformers_refuses_is_refused():
     model = tiny_model(num_key_value_heads=4)
     with pytest.raises(DataError, match=r"num_attention_heads 3.*not a multiple"):
-        narrow_model(model, WINDOWS, Narrowing(mlp_sparsity=0.0, head_sparsity=0.25))
+        prune_structured(model, WINDOWS, StructuredConfig(mlp_sparsity=0.0, head_sparsity=0.25))
 
 
 @pytest.mark.parametrize(
     ("narrowing", "reason"),
     [
-        (Narrowing(mlp_sparsity=0.01), "0.01 of 48 channels is none"),
-        (Narrowing(mlp_sparsity=0.99), "0.99 of 48 channels is all"),
-        (Narrowing(mlp_sparsity=0.5, head_sparsity=0.2), "0.2 of 2 kv_groups is none"),
+        (StructuredConfig(mlp_sparsity=0.01), "0.01 of 48 channels is none"),
+        (StructuredConfig(mlp_sparsity=0.99), "0.99 of 48 channels is all"),
+        (StructuredConfig(mlp_sparsity=0.5, head_sparsity=0.2), "0.2 of 2 kv_groups is none"),
     ],
 )
 def test_a_share_that_is_none_or_all_is_refused(narrowing, reason):
     with pytest.raises(DataError, match=reason):
-        narrow_model(tiny_model(), WINDOWS, narrowing)
+        prune_structured(tiny_model(), WINDOWS, narrowing)
 
 
 def test_blocks_of_different_width_are_refused():
     model = tiny_model()
     model.blocks[2].mlp = tiny_model(intermediate_size=40).blocks[2].mlp
     with pytest.raises(DataError, match="between 40 and 48 channels"):
-        narrow_model(model, WINDOWS, QUARTER)
+        prune_structured(model, WINDOWS, QUARTER)
 
 
 def test_an_mlp_that_is_more_than_its_matrices_is_refused():
@@ -272,7 +272,7 @@ def test_an_mlp_that_is_more_than_its_matrices_is_refused():
     for block in model.blocks:
         block.mlp.act_fn = Sloping()
     with pytest.raises(DataError, match="computes something else"):
-        narrow_model(model, WINDOWS, QUARTER)
+        prune_structured(model, WINDOWS, QUARTER)
 
 
 class Sloping(nn.Module):
@@ -284,7 +284,7 @@ class Sloping(nn.Module):
 def test_no_hook_is_left(family):
     model = model_of(family)
     before = hooks(model.network)
-    narrow_model(model, WINDOWS, QUARTER)
+    prune_structured(model, WINDOWS, QUARTER)
     assert hooks(model.network) == before
 
 
@@ -293,5 +293,5 @@ def test_an_error_names_the_matrix_and_leaves_no_hook():
     model.blocks[2].mlp.up_proj.weight[5] = torch.inf
     before = hooks(model.network)
     with pytest.raises(NumericalError, match=r"^model\.layers\.2\.mlp\.down_proj: .*input 5"):
-        narrow_model(model, WINDOWS, QUARTER)
+        prune_structured(model, WINDOWS, QUARTER)
     assert hooks(model.network) == before

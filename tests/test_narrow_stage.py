@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from tiny import saved, tiny_model
 from transformers import AutoModelForCausalLM
 
-from mopcompress.compress.structured import narrow_model
+from mopcompress.compress.structured import prune_structured
 from mopcompress.entrypoints.compress import compress
-from mopcompress.entrypoints.from_recipe import narrowing_of
+from mopcompress.entrypoints.from_recipe import structured_config
 from mopcompress.entrypoints.inputs import calibration_tokens
 from mopcompress.errors import QualityGateError, RecipeError
 from mopcompress.models.model_loading import load_model, weights_bytes
 from mopcompress.recipe import StructuredPruningModifier, load_recipe
-from mopcompress.recipe.overrides import for_pruning
+from mopcompress.recipe.overrides import pruning_recipe
 from mopcompress.results import read_rows
 from mopcompress.storage import artifacts
 
@@ -59,7 +59,7 @@ def test_stock_transformers_computes_what_the_model_in_memory_does(stories: Path
     run = load_recipe(None, {"model": str(stories), "num_calibration_samples": "4", "max_seq_length": "32"}).run
     tokens, _ = calibration_tokens(run, stories, artifacts.read_manifest(narrowed)["base"]["sha256"], lambda *_: None)
     model = load_model(stories, device=CPU)
-    narrow_model(model, tokens, narrowing_of(StructuredPruningModifier(mlp_sparsity=0.25, head_sparsity=0.5)))
+    prune_structured(model, tokens, structured_config(StructuredPruningModifier(mlp_sparsity=0.25, head_sparsity=0.5)))
     stock = AutoModelForCausalLM.from_pretrained(narrowed)
     assert torch.equal(stock(input_ids=tokens).logits, model.network(input_ids=tokens).logits)
 
@@ -147,10 +147,12 @@ def test_a_family_that_cannot_say_it_leaves_nothing_behind(tmp_path: Path) -> No
 
 
 def test_too_much_damping_is_told(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mopcompress.entrypoints.from_recipe.narrowing_of", lambda _: narrowing_of(tiny_damping))
+    monkeypatch.setattr(
+        "mopcompress.entrypoints.from_recipe.structured_config", lambda _: structured_config(tiny_damping)
+    )
     tiny_damping = StructuredPruningModifier(mlp_sparsity=0.25, dampening_frac=1e-30)
     flags = {"model": str(stories), "num_calibration_samples": "1", "max_seq_length": "8", "max_fallback": "0"}
-    recipe = for_pruning(load_recipe(None, flags), method="structured")
+    recipe = pruning_recipe(load_recipe(None, flags), method="structured")
     with pytest.raises(QualityGateError, match="of 5 matrices"):
         compress(recipe, recipe.modifiers(StructuredPruningModifier), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -178,11 +180,11 @@ def test_a_bench_has_it_as_a_method(stories: Path, tmp_path: Path) -> None:
 def test_no_field_is_ignored(field: str, value: object) -> None:
     modifier = StructuredPruningModifier(mlp_sparsity=0.25)
     assert set(modifier.model_dump()) == {"mlp_sparsity", "head_sparsity", "score", "dampening_frac"}
-    assert narrowing_of(modifier.model_copy(update={field: value})) != narrowing_of(modifier)
+    assert structured_config(modifier.model_copy(update={field: value})) != structured_config(modifier)
 
 
 def test_flags_reach_the_modifier() -> None:
-    recipe = for_pruning(load_recipe(None), method="structured")
+    recipe = pruning_recipe(load_recipe(None), method="structured")
     [default] = recipe.modifiers(StructuredPruningModifier)
     assert (default.mlp_sparsity, default.head_sparsity) == (0.25, 0.0)
     outcome = invoke("prune", *BOTH, "--dry-run", "--json")

@@ -11,16 +11,16 @@ from test_hf_model import batch_of, begun
 from tiny import next_of, random_documents, recovered
 from torch import Tensor
 
-from mopcompress.data.encoding import Encoded
-from mopcompress.evaluation.hidden_states import CachedStates, Instructions
+from mopcompress.data.encoding import Document
+from mopcompress.evaluation.hidden_states import HiddenStateDataset, InstructionStates
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.registry import ARMS
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recover.registry import RECOVERY_METHODS
 
 DOCUMENTS = random_documents(3)
 ROW = 2  # the last is changed; `shuffled` reads the others
 
-ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {arm: (arm, {}) for arm in ARMS} | {
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {arm: (arm, {}) for arm in RECOVERY_METHODS} | {
     "mop, values": ("mop", {"gate_reading": "values"}),
     "mop, separate": ("mop", {"gate_reading": "separate"}),
     "mop, one expert": ("mop", {"top_k": 1}),
@@ -33,7 +33,7 @@ CASES = [
     (name, way)
     for name, (arm, _) in ADAPTERS.items()
     for way in WAYS
-    if not (TRAINED[arm].needs_tasks and "padded" in way)  # transformers knows no tasks
+    if not (ARM_DEFAULTS[arm].needs_tasks and "padded" in way)  # transformers knows no tasks
 ]
 
 
@@ -46,7 +46,7 @@ class Seen:
     logits: list[Tensor]  # a document
 
 
-def weights_of(adapter: Any, model: LanguageModel, instructions: Instructions) -> list[Tensor]:
+def weights_of(adapter: Any, model: LanguageModel, instructions: InstructionStates) -> list[Tensor]:
     """All that an adapter says about the instructions; for some there is nothing."""
     chosen = adapter.chosen(model, instructions) if hasattr(adapter, "chosen") else None
     trained = adapter.log_weights(instructions) if hasattr(adapter, "log_weights") else None
@@ -54,12 +54,12 @@ def weights_of(adapter: Any, model: LanguageModel, instructions: Instructions) -
     return [one for one in (chosen, trained, routed) if one is not None]
 
 
-def watch(adapter: Any) -> list[Instructions]:
+def watch(adapter: Any) -> list[InstructionStates]:
     """The instructions that an adapter acts on from now on."""
-    given: list[Instructions] = []
+    given: list[InstructionStates] = []
     applied, compiled = adapter.applied, adapter.compiled
 
-    def noted(instructions: Instructions) -> Instructions:
+    def noted(instructions: InstructionStates) -> InstructionStates:
         given.append(instructions)
         return instructions
 
@@ -73,7 +73,7 @@ def watch(adapter: Any) -> list[Instructions]:
 
 
 @torch.no_grad()
-def see(way: str, model: LanguageModel, adapter: Any, documents: Sequence[Encoded]) -> Seen:
+def see(way: str, model: LanguageModel, adapter: Any, documents: Sequence[Document]) -> Seen:
     adapter = copy.deepcopy(adapter)  # in training `smop` draws other noise every time
     given = watch(adapter)
     if "padded" in way:
@@ -81,7 +81,7 @@ def see(way: str, model: LanguageModel, adapter: Any, documents: Sequence[Encode
         logits = recovered(model, adapter).train("training" in way)(**batch).logits
         real = batch["attention_mask"].bool()
     else:
-        states = CachedStates(model, documents, adapter.layer, batch_size=2).batch(range(len(documents)))
+        states = HiddenStateDataset(model, documents, adapter.layer, batch_size=2).batch(range(len(documents)))
         acting = adapter.compiled(model) if way == "compiled" else lambda read: adapter.applied(model, read)
         with acting(states.instructions):
             left = model.resume(states.hidden, adapter.layer)
@@ -97,7 +97,7 @@ def see(way: str, model: LanguageModel, adapter: Any, documents: Sequence[Encode
     )
 
 
-def with_another(place: int) -> list[Encoded]:
+def with_another(place: int) -> list[Document]:
     """The documents with another token there."""
     tokens = list(DOCUMENTS[ROW].tokens)
     tokens[place] = int(next_of(torch.tensor(tokens[place])))

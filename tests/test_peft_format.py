@@ -15,12 +15,12 @@ from transformers import CohereConfig
 
 from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import CachedStates, Instructions
+from mopcompress.evaluation.hidden_states import HiddenStateDataset, InstructionStates
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.repair import put_beside
-from mopcompress.recover.methods.prompt_kv import recorded
+from mopcompress.models.repair import add_repair
+from mopcompress.recover.methods.prompt_kv import record_prompt_kv
 from mopcompress.recover.peft_export import FORMATS, moved_keys, write_peft
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),
@@ -36,7 +36,7 @@ def exported(arm, family, folder):
     """Our trained-looking adapter, its model, and PEFT's model of the same weights with the exported adapter."""
     changes = WINDOWS.get(family, {})
     model = tiny_model(family, **changes)
-    states = CachedStates(model, random_documents(6), 0, batch_size=4)
+    states = HiddenStateDataset(model, random_documents(6), 0, batch_size=4)
     adapter, config = begun(arm, model, states)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def exported(arm, family, folder):
 
 def instructions(model, rows):
     hidden = torch.zeros(rows, 2, model.hidden_size)
-    return Instructions(hidden=hidden, tokens=torch.full((rows,), 2), summary=hidden.mean(1))
+    return InstructionStates(hidden=hidden, tokens=torch.full((rows,), 2), summary=hidden.mean(1))
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_the_files_are_those_that_peft_writes(tmp_path, arm, kind):
 
 
 def test_an_arm_that_peft_does_not_have_is_refused(tmp_path, tiny_llama):
-    states = CachedStates(tiny_llama, random_documents(6), 0, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, random_documents(6), 0, batch_size=4)
     with pytest.raises(DataError, match="arm smop: PEFT has no such adapter, only input, prefix"):
         write_peft(*begun("smop", tiny_llama, states), tiny_llama, "somewhere", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -123,10 +123,10 @@ def test_an_arm_that_peft_does_not_have_is_refused(tmp_path, tiny_llama):
 
 def test_a_model_whose_repair_peft_would_leave_out_is_refused(tmp_path):
     model = tiny_model()
-    adapter, config = begun("lora", model, CachedStates(model, random_documents(6), 0, batch_size=4))
+    adapter, config = begun("lora", model, HiddenStateDataset(model, random_documents(6), 0, batch_size=4))
     linear = model.blocks[0].mlp.down_proj
     rows, columns = linear.weight.shape
-    put_beside(linear, LowRankFactors(torch.zeros(rows, 1), torch.zeros(1, columns)))
+    add_repair(linear, LowRankFactors(torch.zeros(rows, 1), torch.zeros(1, columns)))
     with pytest.raises(DataError, match="model somewhere has a low-rank repair"):
         write_peft(adapter, config, model, "somewhere", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -143,8 +143,8 @@ def test_moved_keys_are_those_that_the_model_makes_there(rope):
     """Yarn makes keys longer too, and that must not happen twice."""
     model = tiny_model("llama", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"} | rope)
     states = model.enter(random_tokens(1, 5), 0)
-    here, _ = recorded(model, states, 0)
-    there, _ = recorded(model, states, 0, first_position=3)
+    here, _ = record_prompt_kv(model, states, 0)
+    there, _ = record_prompt_kv(model, states, 0, first_position=3)
     for layer, key in moved_keys(model, here, 3).items():
         assert_close(key, there[layer], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(key, here[layer], atol=1e-2)
@@ -154,10 +154,10 @@ def test_pairs_that_are_not_halves_are_refused():
     """Cohere turns neighbouring numbers."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
     model = LanguageModel(network_of(CohereConfig(**TOKEN_IDS, **sizes, num_key_value_heads=2)), word_tokenizer())
-    keys, _ = recorded(model, model.enter(random_tokens(1, 5), 0), 0)
+    keys, _ = record_prompt_kv(model, model.enter(random_tokens(1, 5), 0), 0)
     with pytest.raises(DataError, match="CohereForCausalLM has positions that PEFT's prefixes cannot be moved to"):
         moved_keys(model, keys, 3)
 
 
 def test_every_format_is_of_an_arm():
-    assert FORMATS.keys() <= ARMS.keys()
+    assert FORMATS.keys() <= RECOVERY_METHODS.keys()

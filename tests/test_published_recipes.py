@@ -10,7 +10,7 @@ import torch
 from tiny import random_tokens, tiny_model
 
 from mopcompress.compress.sequential import compress_model
-from mopcompress.entrypoints.from_recipe import compression_of
+from mopcompress.entrypoints.from_recipe import method_config
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import GPTQModifier, load_recipe
 from mopcompress.recipe.field_types import Spec
@@ -426,7 +426,7 @@ def test_a_published_recipe_runs_and_gives_what_it_asks_for(title, write, dense)
     recipe = load_recipe(write(text))
     model = tiny_model(**SHAPE)
     compressing = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
-    compress_model(model, TOKENS, [compression_of(one) for one in compressing])
+    compress_model(model, TOKENS, [method_config(one) for one in compressing])
     touched = 0
     for name, weight in weights(model):
         wanted = [want for pattern, want in expected.items() if re.match(pattern, name)]

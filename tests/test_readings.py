@@ -9,10 +9,10 @@ from tiny import HIDDEN, generate, random_documents, random_tokens, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import score_responses
-from mopcompress.models.attention import attending_to, prompted_attention
-from mopcompress.recover.methods.expert_weights import Mixing, prefix_of, without_absent
+from mopcompress.models.attention import attend_to, prompted_attention
+from mopcompress.recover.methods.expert_weights import ExpertWeighting, drop_inactive_groups, to_prefix
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 
@@ -37,7 +37,7 @@ def keys_and_values(*, layers=(1,), seed=0, dtype=torch.float64, loudness=1.0):
 
 def prefix(reading, weights=WEIGHTS, *, opening=0.0, dtype=torch.float64, **made):
     weights = torch.tensor(weights, dtype=dtype)
-    return prefix_of(keys_and_values(dtype=dtype, **made), weights.log(), torch.tensor(opening, dtype=dtype), reading)
+    return to_prefix(keys_and_values(dtype=dtype, **made), weights.log(), torch.tensor(opening, dtype=dtype), reading)
 
 
 # --- the definitions
@@ -75,7 +75,7 @@ def test_a_reading_is_its_equation(reading, time, count):
         for heads, length in ((4, time), (KV_HEADS, count), (KV_HEADS, count))
     )
     keys, values = keys_and_values()
-    with attending_to(prefix(reading, opening=-0.7)):
+    with attend_to(prefix(reading, opening=-0.7)):
         attended, _ = prompted_attention(Layer(), query, key, value, None, scaling=0.3)
     for b in range(2):
         for h in range(4):
@@ -108,7 +108,7 @@ def test_a_reading_that_nobody_knows_is_refused():
 def logits(model, made=None):
     if made is None:
         return model.network(input_ids=TOKENS, use_cache=False).logits
-    with attending_to(made):
+    with attend_to(made):
         return model.network(input_ids=TOKENS, use_cache=False).logits
 
 
@@ -194,12 +194,14 @@ def mixture_of(
     gate = Gate(HIDDEN, experts, generator=seeded) if gated else None
     if gate is not None:
         gate.temper(temper)
-    return MixtureOfPrompts(groups, layer, gate, log_opening=log_opening, mixing=Mixing(reading=reading, **mixing))
+    return MixtureOfPrompts(
+        groups, layer, gate, log_opening=log_opening, mixing=ExpertWeighting(reading=reading, **mixing)
+    )
 
 
 @pytest.fixture(scope="module")
 def states(tiny_llama):
-    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
 
 
 def nats(model, states, mixture, *, compiled=False):
@@ -254,8 +256,8 @@ def test_only_the_strongest_act_and_only_at_inference(tiny_llama, states, readin
             expected[row, expert] = one[expert] * EXPERTS / math.fsum(one[other] for other in kept)
     assert_close(mixture.acting(read).exp(), expected)
     assert_close(mixture.chosen(tiny_llama, read), expected)
-    full = prefix_of(mixture.keys_and_values(tiny_llama), expected.log(), mixture.log_opening, reading)
-    with attending_to(full):
+    full = to_prefix(mixture.keys_and_values(tiny_llama), expected.log(), mixture.log_opening, reading)
+    with attend_to(full):
         slow = score_responses(tiny_llama, states.batch(range(len(DOCUMENTS))), LAYER).nats
     assert_close(nats(tiny_llama, states, mixture, compiled=True), slow)
     assert torch.equal(nats(tiny_llama, states, mixture), nats(tiny_llama, states, mixture_of(reading)))
@@ -270,14 +272,14 @@ def test_of_equal_experts_the_first_act(states):
 def test_groups_that_nobody_hears_are_dropped():
     made = keys_and_values(layers=(1, 2))
     weights = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.0, 3.0, 0.0, 0.0]])[:, :EXPERTS].log()
-    (keys, values), left = without_absent(made, weights, "renormalised")
+    (keys, values), left = drop_inactive_groups(made, weights, "renormalised")
     assert torch.equal(left, weights[:, 1:2])
     for layer in (1, 2):
         assert torch.equal(keys[layer], made[0][layer][:, PROMPTS : 2 * PROMPTS])
         assert torch.equal(values[layer], made[1][layer][:, PROMPTS : 2 * PROMPTS])
-    kept, same = without_absent(made, torch.zeros(2, EXPERTS), "renormalised")
+    kept, same = drop_inactive_groups(made, torch.zeros(2, EXPERTS), "renormalised")
     assert kept is made
-    assert without_absent(made, weights, "values") == (made, weights)  # there they take attention all the same
+    assert drop_inactive_groups(made, weights, "values") == (made, weights)  # there they take attention all the same
     assert same.shape == (2, EXPERTS)
 
 

@@ -21,10 +21,10 @@ from mopcompress.recipe import (
     WandaPruningModifier,
     dump_recipe,
     load_recipe,
-    resolved,
+    recipe_to_dict,
 )
-from mopcompress.recipe.arms import TRAINED, listeners
-from mopcompress.recipe.overrides import for_pruning, for_recovery
+from mopcompress.recipe.arms import ARM_DEFAULTS, arms_using
+from mopcompress.recipe.overrides import pruning_recipe, recovery_recipe
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TWO_FOUR_THEN_W4A16 = """
@@ -282,7 +282,7 @@ def test_a_dumped_recipe_is_plain_and_loads_as_the_same(write):
         recipe = load_recipe(write(text))
         dumped = dump_recipe(recipe)
         assert "!!" not in dumped
-        assert json.loads(json.dumps(resolved(recipe))) == yaml.safe_load(dumped) == resolved(recipe)
+        assert json.loads(json.dumps(recipe_to_dict(recipe))) == yaml.safe_load(dumped) == recipe_to_dict(recipe)
         assert load_recipe(write(dumped)) == recipe
 
 
@@ -325,7 +325,7 @@ def test_any_recipe_survives_dump_and_load(tmp_path_factory, modifiers, model, r
     again = path.with_suffix(".yaml")
     again.write_text(dump_recipe(recipe))
     assert load_recipe(again) == recipe
-    assert yaml.safe_load(dump_recipe(recipe)) == resolved(recipe)
+    assert yaml.safe_load(dump_recipe(recipe)) == recipe_to_dict(recipe)
 
 
 # Faults
@@ -769,9 +769,9 @@ def test_settings_cannot_be_changed_afterwards():
 def test_a_rank_is_told_by_the_flag_of_its_command() -> None:
     recipe = load_recipe(None)
     with pytest.raises(UsageError, match=r"^--rank: 0"):
-        for_recovery(recipe, {"rank": 0})
+        recovery_recipe(recipe, {"rank": 0})
     with pytest.raises(UsageError, match=r"^--repair-rank: 0"):
-        for_pruning(recipe, repair_rank=0)
+        pruning_recipe(recipe, repair_rank=0)
 
 
 @pytest.mark.parametrize(
@@ -786,11 +786,11 @@ def test_a_rank_is_told_by_the_flag_of_its_command() -> None:
 )
 def test_a_flag_that_would_change_nothing_is_refused(arm, flags, said) -> None:
     with pytest.raises(UsageError, match=f"^{said}"):
-        for_recovery(load_recipe(None), {"arm": arm, **flags})
+        recovery_recipe(load_recipe(None), {"arm": arm, **flags})
 
 
 def test_a_flag_that_says_what_is_so_anyway_is_no_mistake() -> None:
-    recipe = for_recovery(load_recipe(None), {"arm": "single", "deep": False, "gate_temper": 0.3, "top_k": None})
+    recipe = recovery_recipe(load_recipe(None), {"arm": "single", "deep": False, "gate_temper": 0.3, "top_k": None})
     assert recipe.recovery.arm == "single"
 
 
@@ -813,10 +813,10 @@ OTHERS = {  # another value than the default of each
 }
 
 
-@pytest.mark.parametrize("arm", TRAINED)
+@pytest.mark.parametrize("arm", ARM_DEFAULTS)
 def test_an_arm_takes_the_flags_that_say_something_to_it(arm) -> None:
-    own = {name: OTHERS[name] for name in TRAINED[arm].own}
-    found = for_recovery(load_recipe(None), {"arm": arm, **own}).recovery
+    own = {name: OTHERS[name] for name in ARM_DEFAULTS[arm].own}
+    found = recovery_recipe(load_recipe(None), {"arm": arm, **own}).recovery
     assert {name: getattr(found, name) for name in own} == own
 
 
@@ -830,13 +830,13 @@ def test_an_arm_takes_the_flags_that_say_something_to_it(arm) -> None:
 )
 def test_a_flag_that_leans_on_another_is_refused_without_it(flags, said) -> None:
     with pytest.raises(UsageError, match=f"^{said}"):
-        for_recovery(load_recipe(None), flags)
-    assert for_recovery(load_recipe(None), {**flags, "distill": 0.5, "sweep": True})
+        recovery_recipe(load_recipe(None), flags)
+    assert recovery_recipe(load_recipe(None), {**flags, "distill": 0.5, "sweep": True})
     if "teacher" in flags:
-        assert for_recovery(load_recipe(None), {**flags, "arm": "eora"})
+        assert recovery_recipe(load_recipe(None), {**flags, "arm": "eora"})
 
 
 def test_every_setting_of_a_recovery_says_something_to_some_arm() -> None:
     fields = PromptRecoveryModifier.model_fields
-    assert [name for name in fields if not listeners(name)] == []
-    assert {name for settings in TRAINED.values() for name in settings.own} <= fields.keys()
+    assert [name for name in fields if not arms_using(name)] == []
+    assert {name for settings in ARM_DEFAULTS.values() for name in settings.own} <= fields.keys()

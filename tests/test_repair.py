@@ -18,7 +18,7 @@ from mopcompress.models.model_loading import load_model, weights_bytes, weights_
 from mopcompress.models.packed_linears import use_sparse_linears
 from mopcompress.models.repair import read_repairs, repair_of
 from mopcompress.recipe import GPTQModifier, LowRankRepairModifier, StructuredPruningModifier, load_recipe
-from mopcompress.recipe.overrides import for_pruning, for_quantizing
+from mopcompress.recipe.overrides import pruning_recipe, quantization_recipe
 from mopcompress.storage import artifacts
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ REPAIR = "repair.safetensors"
 
 
 def recipe_of(rank=None, **run):
-    return for_pruning(load_recipe(None, {"device": "cpu", "model": "unused"} | run), repair_rank=rank)
+    return pruning_recipe(load_recipe(None, {"device": "cpu", "model": "unused"} | run), repair_rank=rank)
 
 
 def silent(*_progress):
@@ -100,15 +100,15 @@ def test_later_layers_were_calibrated_on_what_is_loaded(made, monkeypatch):
     """The hidden states that the job ended with are those of the loaded model."""
     source, _, folder = made
     seen = []
-    from mopcompress.compress.checkpoint import Unfinished
+    from mopcompress.compress.checkpoint import CompressionCheckpoint
 
-    finish = Unfinished.finish
+    finish = CompressionCheckpoint.finish
 
     def note(self, index, block, *rest):
         seen.append(block.leaving.compressed)
         return finish(self, index, block, *rest)
 
-    monkeypatch.setattr(Unfinished, "finish", note)
+    monkeypatch.setattr(CompressionCheckpoint, "finish", note)
     run(source, folder.parent / "again", recipe_of(4))
     model = load_model(folder.parent / "again", device=CPU)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, llama, tmp_p
         stop(patch, what, count)
         with pytest.raises(KilledError):
             run(source, tmp_path / "out", recipe_of(4))
-    assert len(list(artifacts.unfinished_folder(tmp_path / "out").glob("block-*.json"))) == 1
+    assert len(list(artifacts.job_folder(tmp_path / "out").glob("block-*.json"))) == 1
     run(source, tmp_path / "out", recipe_of(4))
     assert contents(tmp_path / "out") == contents(whole)
     assert "repair.safetensors" in contents(whole)[2]
@@ -178,7 +178,7 @@ def test_a_repair_that_is_damaged_in_unfinished_work_is_made_again(llama, tmp_pa
         stop(patch, "_save_whole", 5)
         with pytest.raises(KilledError):
             run(source, tmp_path / "out", recipe_of(4))
-    path = artifacts.unfinished_folder(tmp_path / "out") / "beside-00000.safetensors"
+    path = artifacts.job_folder(tmp_path / "out") / "beside-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 0xFF
     path.write_bytes(bytes(content))
@@ -231,7 +231,7 @@ def test_a_repaired_folder_is_not_compressed_again(llama, tmp_path):
 def test_what_makes_no_repair_says_so(llama, tmp_path):
     base = load_recipe(None, {"device": "cpu", "model": "unused"})
     with pytest.raises(UsageError, match="structured refits what it keeps"):
-        for_pruning(base, method="structured", repair_rank=4)
+        pruning_recipe(base, method="structured", repair_rank=4)
     with pytest.raises(UsageError, match="llmcompressor makes no repair"):
         recipe_of(4, backend="llmcompressor")
     with pytest.raises(UsageError, match="--repair-rank"):
@@ -259,17 +259,17 @@ def read(tmp_path, text):
 
 def test_a_recipe_can_ask_for_it_and_a_flag_wins(tmp_path):
     recipe = read(tmp_path, ORDER.format(first=SPARSE, second=LOW_RANK))
-    assert for_pruning(recipe).repair == LowRankRepairModifier(rank=3)
-    assert for_pruning(recipe, repair_rank=5).repair == LowRankRepairModifier(rank=5)
+    assert pruning_recipe(recipe).repair == LowRankRepairModifier(rank=3)
+    assert pruning_recipe(recipe, repair_rank=5).repair == LowRankRepairModifier(rank=5)
     assert recipe_of().repair is None
 
 
 def test_the_repair_of_pruning_and_rounding_is_that_of_the_whole_recipe(tmp_path):
     rounding = "  b_modifiers:\n    GPTQModifier: {scheme: W4A16}\n    LowRankRepairModifier: {rank: 3}\n"
     recipe = read(tmp_path, ORDER.format(first=SPARSE, second="") + rounding)
-    assert for_pruning(recipe).repair is None
-    assert for_quantizing(recipe).repair == LowRankRepairModifier(rank=3)
-    assert [type(one) for one in for_quantizing(recipe).modifiers(GPTQModifier, LowRankRepairModifier)] == [
+    assert pruning_recipe(recipe).repair is None
+    assert quantization_recipe(recipe).repair == LowRankRepairModifier(rank=3)
+    assert [type(one) for one in quantization_recipe(recipe).modifiers(GPTQModifier, LowRankRepairModifier)] == [
         GPTQModifier,
         LowRankRepairModifier,
     ]

@@ -17,7 +17,7 @@ import pytest
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError, StorageError
 from mopcompress.report import write_report
 from mopcompress.report.bootstrap import Interval, PairedBootstrap, scarce_tasks
-from mopcompress.report.content import cautions, headline, summary
+from mopcompress.report.content import caution_lines, headline, summary
 from mopcompress.report.cost_tables import costs_table, sweeps_table
 from mopcompress.report.gate_tables import confusion_tables, gates_table
 from mopcompress.report.metadata import command, data_facts, protocol_facts, recipe_text, title
@@ -25,7 +25,7 @@ from mopcompress.report.number_format import MINUS, change, change_with_interval
 from mopcompress.report.pivot import (
     best_arms,
     compare,
-    make_grid,
+    make_result_grid,
     perplexity_spread,
     recovery,
 )
@@ -37,14 +37,14 @@ from mopcompress.report.run_folder import Run, read_run
 from mopcompress.report.table import Text
 from mopcompress.report.task_tables import task_tables
 from mopcompress.results import (
+    AnswerSample,
     BenchRow,
     DocumentScores,
-    GateReading,
-    Sample,
+    GateStatistics,
+    GeneratedAnswers,
     Sweep,
     TaskScore,
     Trial,
-    Written,
     append_row,
     sweep_name,
     write_documents,
@@ -112,11 +112,11 @@ def documents(log_perplexity: float, *, seed: int, tasks: Sequence[str] = TASKS,
     return DocumentScores(tasks=names, nats=(rates * tokens).tolist(), scored_tokens=tokens.tolist(), exact=exact)
 
 
-def gate(tasks: Sequence[str], *, sharpness: float, experts: int = 8) -> GateReading:
+def gate(tasks: Sequence[str], *, sharpness: float, experts: int = 8) -> GateStatistics:
     logits = np.eye(len(tasks), experts) * sharpness + np.random.default_rng(5).normal(0, 0.3, (len(tasks), experts))
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     entropy = float(-(shares * np.log(shares)).sum(1).mean())
-    return GateReading(
+    return GateStatistics(
         tasks=list(tasks),
         weights=(experts * shares).tolist(),
         accuracy=0.93,
@@ -226,7 +226,7 @@ def small_run(
 
 def test_the_confusion_and_load_of_each_arm_that_chooses_are_shown(folder: Path) -> None:
     run = read_run(folder)
-    grid = make_grid(run.rows, run.spec)
+    grid = make_result_grid(run.rows, run.spec)
     tables = confusion_tables(grid)
     assert [table.title for table in tables] == [f"{setting}, mop" for setting in grid.settings if setting != "dense"]
     reading = grid.rows("gptq 3-bit", "mop")[0].gate
@@ -251,7 +251,7 @@ def test_rows_from_before_it_was_counted_have_no_such_table(folder: Path) -> Non
                 del row["gate"][name]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     run = read_run(folder)
-    assert confusion_tables(make_grid(run.rows, run.spec)) == ()
+    assert confusion_tables(make_result_grid(run.rows, run.spec)) == ()
     for path in write_report(folder)[1:]:
         assert "by the expert that weighs most" not in path.read_text()
 
@@ -269,7 +269,7 @@ def test_accuracy_entropy_and_load_of_each_arm_that_chooses_are_in_a_table(tmp_p
     for (arm, seed), reading in read.items():
         add(tmp_path, documents(2.0, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed, gate=reading)
     run = read_run(tmp_path)
-    table = gates_table(make_grid(run.rows, {}))
+    table = gates_table(make_result_grid(run.rows, {}))
     cells = [[(cell.main, cell.minor) for cell in line.cells] for line in table.lines]
     of_mop, of_ours, of_idp = (dict(zip(table.columns, line, strict=True)) for line in cells)
     assert (of_mop["setting"], of_ours["arm"]) == (("wanda 50%", ""), ("mop+", ""))
@@ -327,7 +327,7 @@ def test_bootstrap_is_its_slow_definition(macro: bool) -> None:
 
 def test_estimates_are_the_differences_of_the_rows_perplexities(tmp_path: Path) -> None:
     run = small_run(tmp_path, {"single": 2.0, "mop": 1.7})
-    one = compare(run, make_grid(run.rows, {}))[0]
+    one = compare(run, make_result_grid(run.rows, {}))[0]
     single, mop = run.rows
     assert (one.first, one.second) == ("mop", "single")
     assert one.micro.estimate == pytest.approx(math.log(mop.perplexity / single.perplexity), abs=1e-12)
@@ -366,7 +366,7 @@ def test_seeds_are_averaged_before_and_shown_beside_the_interval(tmp_path: Path)
         add(tmp_path, documents(level, seed=2), method="wanda", ratio=0.5, bits=None, arm="mop", seed=seed)
     add(tmp_path, documents(2.0, seed=6), method="wanda", ratio=0.5, bits=None, arm="single", seed=1)
     run = read_run(tmp_path)
-    one = compare(run, make_grid(run.rows, {}))[0]
+    one = compare(run, make_result_grid(run.rows, {}))[0]
     assert len(one.seeds) == 2
     assert one.seeds[1] - one.seeds[0] == pytest.approx(0.4, abs=0.02)
     assert one.micro.estimate == pytest.approx(sum(one.seeds) / 2)
@@ -377,7 +377,7 @@ def test_seeds_are_paired_by_number_not_by_place(tmp_path: Path) -> None:
     for (arm, seed), level in levels.items():
         add(tmp_path, documents(level, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
     run = read_run(tmp_path)
-    assert compare(run, make_grid(run.rows, {}))[0].seeds == pytest.approx((-0.1,), abs=0.01)
+    assert compare(run, make_result_grid(run.rows, {}))[0].seeds == pytest.approx((-0.1,), abs=0.01)
 
 
 def test_an_arm_with_fewer_seeds_is_held_against_the_same_seeds_of_the_other(tmp_path: Path) -> None:
@@ -386,18 +386,18 @@ def test_an_arm_with_fewer_seeds_is_held_against_the_same_seeds_of_the_other(tmp
     for (arm, seed), level in levels.items():
         add(tmp_path, documents(level, seed=1), method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
     run = read_run(tmp_path)
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     found = {(one.first, one.second): one for one in compare(run, grid)}
     assert found["mop+", "mop"].seeds == pytest.approx((-0.5,), abs=0.02)
     assert found["mop+", "mop"].micro.estimate == pytest.approx(-0.5, abs=0.02)
     assert found["mop", "none"].seeds == pytest.approx((-1.5, -1.1, -0.7), abs=0.02)
     assert found["mop", "none"].micro.estimate == pytest.approx(-1.1, abs=0.02)
-    assert any(line.startswith("One seed of mop+:") for line in cautions(run, grid, compare(run, grid)))
+    assert any(line.startswith("One seed of mop+:") for line in caution_lines(run, grid, compare(run, grid)))
     for seed in (1, 2):
         add(tmp_path, documents(1.0, seed=1), method="wanda", ratio=0.5, bits=None, arm="mop+", seed=seed)
     run = read_run(tmp_path)
-    grid = make_grid(run.rows, {})
-    assert not any("One seed" in line for line in cautions(run, grid, compare(run, grid)))
+    grid = make_result_grid(run.rows, {})
+    assert not any("One seed" in line for line in caution_lines(run, grid, compare(run, grid)))
 
 
 def run_of(folder: Path, levels: dict[tuple[str, int], float], *, ratio: float = 0.5) -> Run:
@@ -410,7 +410,7 @@ def run_of(folder: Path, levels: dict[tuple[str, int], float], *, ratio: float =
 def test_perplexities_beside_a_change_are_of_the_seeds_that_were_compared(tmp_path: Path) -> None:
     """Those of all seeds could be in the other order."""
     run = run_of(tmp_path, {("single", 0): 2.0, ("single", 1): 3.0, ("single", 2): 3.0, ("mop", 0): 2.2})
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     comparisons = compare(run, grid)
     of_first = {row.arm: row.perplexity for row in run.rows if row.seed == 0}
     assert comparisons[0].perplexities == pytest.approx((of_first["mop"], of_first["single"]))
@@ -420,17 +420,17 @@ def test_perplexities_beside_a_change_are_of_the_seeds_that_were_compared(tmp_pa
     assert told["mop"].endswith("of seed 0")
     assert told["single"] == ""
     run = run_of(tmp_path, {("mop", 1): 2.2, ("mop", 2): 2.2})
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     assert all("of seed" not in line.cells[-1].minor for line in results_table(grid, compare(run, grid)).lines)
 
 
 def test_arms_of_other_seeds_are_all_compared_and_that_is_told(tmp_path: Path) -> None:
     run = run_of(tmp_path, {("single", 0): 2.0, ("single", 1): 3.0, ("mop", 2): 2.2, ("mop", 3): 2.4, ("none", 0): 4.0})
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     comparisons = compare(run, grid)
     of_single = next(one for one in comparisons if (one.first, one.second) == ("mop", "single"))
     assert sorted(of_single.seeds) == pytest.approx([-0.8, -0.6, 0.2, 0.4], abs=0.02)
-    told = [line for line in cautions(run, grid, comparisons) if "no seed in common" in line]
+    told = [line for line in caution_lines(run, grid, comparisons) if "no seed in common" in line]
     assert len(told) == 1
     assert told[0].startswith("wanda 50%: mop and single have no seed in common")
 
@@ -438,8 +438,8 @@ def test_arms_of_other_seeds_are_all_compared_and_that_is_told(tmp_path: Path) -
 def test_one_seed_is_told_of_where_it_is_one(tmp_path: Path) -> None:
     def once() -> list[str]:
         run = read_run(tmp_path)
-        grid = make_grid(run.rows, {})
-        return [line.partition(":")[0] for line in cautions(run, grid, compare(run, grid)) if "One seed" in line]
+        grid = make_result_grid(run.rows, {})
+        return [line.partition(":")[0] for line in caution_lines(run, grid, compare(run, grid)) if "One seed" in line]
 
     run_of(tmp_path, {("none", 0): 4.0, ("single", 0): 3.0, ("mop", 0): 2.5, ("eora", 0): 3.5})
     assert once() == ["One seed of each arm"]
@@ -489,7 +489,7 @@ def test_scarce_tasks_are_those_below_five_with_their_counts() -> None:
 
 def test_settings_and_arms_are_in_reading_order(folder: Path) -> None:
     run = read_run(folder)
-    grid = make_grid(tuple(reversed(run.rows)), run.spec)
+    grid = make_result_grid(tuple(reversed(run.rows)), run.spec)
     named = ("dense", "magnitude 50%", "magnitude 85%", "sparsegpt 50%", "sparsegpt 85%", "gptq 4-bit", "gptq 3-bit")
     assert grid.settings == named
     assert grid.arms == ("none", "single", "mop")
@@ -500,7 +500,7 @@ def test_settings_and_arms_are_in_reading_order(folder: Path) -> None:
 def test_recovery_is_nought_at_none_and_one_at_dense(tmp_path: Path) -> None:
     run = small_run(tmp_path, {"none": 3.0, "single": 2.0, "mop": 1.0}, dense=2.0)
     dense, none, single, mop = run.rows
-    grid = make_grid([dense, none, replace(single, perplexity=dense.perplexity), mop], {})
+    grid = make_result_grid([dense, none, replace(single, perplexity=dense.perplexity), mop], {})
     assert recovery(grid, "wanda 50%", "none") == 0.0
     assert recovery(grid, "wanda 50%", "single") == 1.0
     assert recovery(grid, "wanda 50%", "mop") == pytest.approx(
@@ -512,7 +512,7 @@ def test_recovery_is_nought_at_none_and_one_at_dense(tmp_path: Path) -> None:
 def test_recovery_is_held_against_the_dense_model_with_the_same_arm_too(tmp_path: Path) -> None:
     dense, none, single = small_run(tmp_path, {"none": 3.0, "single": 2.0}, dense=1.0).rows
     trained = replace(dense, arm="single", perplexity=dense.perplexity / 2)
-    grid = make_grid([dense, trained, none, single], {})
+    grid = make_result_grid([dense, trained, none, single], {})
     found = recovery(grid, "wanda 50%", "single", dense_arm="single")
     lost = math.log(none.perplexity / trained.perplexity)
     assert found == pytest.approx(math.log(none.perplexity / single.perplexity) / lost)
@@ -523,11 +523,11 @@ def test_recovery_is_held_against_the_dense_model_with_the_same_arm_too(tmp_path
 
 def test_recovery_is_not_available_without_dense_or_with_infinity_or_where_nothing_was_lost(tmp_path: Path) -> None:
     dense, none, mop = small_run(tmp_path, {"none": 3.0, "mop": 2.0}, dense=1.0).rows
-    assert recovery(make_grid([none, mop], {}), "wanda 50%", "mop") is None
-    assert recovery(make_grid([dense, replace(none, perplexity=math.inf), mop], {}), "wanda 50%", "mop") is None
+    assert recovery(make_result_grid([none, mop], {}), "wanda 50%", "mop") is None
+    assert recovery(make_result_grid([dense, replace(none, perplexity=math.inf), mop], {}), "wanda 50%", "mop") is None
     for lost in (1.0, 0.99):  # nothing, or less than nothing
         unharmed = replace(none, perplexity=lost * dense.perplexity)
-        assert recovery(make_grid([dense, unharmed, mop], {}), "wanda 50%", "mop") is None
+        assert recovery(make_result_grid([dense, unharmed, mop], {}), "wanda 50%", "mop") is None
 
 
 def test_the_mean_over_seeds_agrees_with_differences_of_logs(tmp_path: Path) -> None:
@@ -540,30 +540,30 @@ def test_the_mean_over_seeds_agrees_with_differences_of_logs(tmp_path: Path) -> 
 
 def test_the_best_arm_has_the_least_perplexity(tmp_path: Path) -> None:
     rows = small_run(tmp_path, {"none": 3.0, "single": 1.5, "mop": 2.0}).rows
-    assert best_arms(make_grid(rows, {}), "wanda 50%") == {"single"}
-    assert best_arms(make_grid(rows[:1], {}), "wanda 50%") == set()
+    assert best_arms(make_result_grid(rows, {}), "wanda 50%") == {"single"}
+    assert best_arms(make_result_grid(rows[:1], {}), "wanda 50%") == set()
 
 
 def test_missing_cells_are_those_the_recipe_asks_for(folder: Path) -> None:
     run = read_run(folder)
     kept = [row for row in run.rows if row.cell not in {("gptq 3-bit", "mop", 2), ("wanda 50%", "none", 0)}]
     spec = dict(run.spec) | {"methods": ["magnitude", "sparsegpt", "wanda"], "ratios": [0, 0.5]}
-    missing = set(make_grid(kept, spec).missing)
+    missing = set(make_result_grid(kept, spec).missing)
     wanda = {("wanda 50%", arm, seed) for arm in ("single", "mop") for seed in (0, 1, 2)} | {("wanda 50%", "none", 0)}
     assert missing == {("gptq 3-bit", "mop", 2)} | wanda
-    assert not make_grid(run.rows, {}).missing
+    assert not make_result_grid(run.rows, {}).missing
 
 
 def test_an_arm_without_training_is_not_missing_under_other_seeds(folder: Path) -> None:
     run = read_run(folder)
     spec = dict(run.spec) | {"seeds": [7, 0, 1, 2], "arms": ["none"]}
-    assert not make_grid(run.rows, spec).missing
+    assert not make_result_grid(run.rows, spec).missing
 
 
 def test_rivals_are_compared_with_our_arms_and_the_baselines_alone(tmp_path: Path) -> None:
     arms = {"none": 4.0, "single": 3.0, "lora": 2.8, "norms": 2.9, "mop": 2.5, "mop+": 2.2}
     run = small_run(tmp_path, arms)
-    pairs = [(one.first, one.second) for one in compare(run, make_grid(run.rows, {}))]
+    pairs = [(one.first, one.second) for one in compare(run, make_result_grid(run.rows, {}))]
     ours = [("mop+", other) for other in ("mop", "lora", "norms", "single", "none")]
     ours += [("mop", other) for other in ("lora", "norms", "single", "none")]
     rivals = [(arm, other) for arm in ("lora", "norms") for other in ("single", "none")]
@@ -572,7 +572,7 @@ def test_rivals_are_compared_with_our_arms_and_the_baselines_alone(tmp_path: Pat
 
 def test_results_stand_in_their_columns(tmp_path: Path) -> None:
     run = small_run(tmp_path, {"none": 4.0, "single": 3.0, "mop": 2.5}, dense=1.0)
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     comparisons = compare(run, grid)
     table = results_table(grid, comparisons)
     mop = run.rows[-1]
@@ -589,7 +589,7 @@ def test_results_stand_in_their_columns(tmp_path: Path) -> None:
 
 
 def test_costs_stand_in_their_columns(tmp_path: Path) -> None:
-    table = costs_table(make_grid(small_run(tmp_path, {"mop": 2.5}).rows, {}))
+    table = costs_table(make_result_grid(small_run(tmp_path, {"mop": 2.5}).rows, {}))
     shown = {name: cell.main for name, cell in zip(table.columns, table.lines[-1].cells, strict=True)}
     values = ("120,968", "240", "296 kB", "269 MB", "3 min 32 s", "1 min 36 s", "14.2 s", "2.4 GB", "0")
     assert tuple(text.replace("\N{NO-BREAK SPACE}", " ") for text in shown.values())[2:] == values
@@ -614,7 +614,7 @@ def test_what_every_sweep_tried_and_took_is_a_row_of_the_report(tmp_path: Path) 
     small_run(tmp_path, {"none": 4.0, "single": 3.0, "mop": 2.5, "lora": 2.4})
     keep_sweeps(tmp_path, sweep_of("mop"), sweep_of("lora", at_edge=True, learning_rate=1e-2, seconds=59.0))
     run = read_run(tmp_path)
-    table = sweeps_table(make_grid(run.rows, {}), run.sweeps)
+    table = sweeps_table(make_result_grid(run.rows, {}), run.sweeps)
     texts = [[cell.main.replace("\N{NO-BREAK SPACE}", " ") for cell in line.cells] for line in table.lines]
     tried = "0.167: 2.750, 0.5: 2.500, 1.5: broke down"
     assert texts == [
@@ -643,7 +643,7 @@ def test_a_file_that_is_no_sweep_is_refused_by_name(tmp_path: Path, text: str) -
 
 def test_task_tables_hold_perplexity_and_exact_match_beside_dense(tmp_path: Path) -> None:
     run = small_run(tmp_path, {"single": 3.0, "mop": 2.5}, dense=1.0)
-    (table,) = task_tables(make_grid(run.rows, {}))
+    (table,) = task_tables(make_result_grid(run.rows, {}))
     assert (table.title, table.columns) == ("wanda 50%", ("task", "dense", "single", "mop"))
     assert [line.cells[0].main for line in table.lines] == list(TASKS)
     score = run.rows[-1].per_task[TASKS[2]]
@@ -652,7 +652,7 @@ def test_task_tables_hold_perplexity_and_exact_match_beside_dense(tmp_path: Path
 
 def test_headline_says_what_the_mixture_does(tmp_path: Path) -> None:
     run = small_run(tmp_path, {"none": 4.0, "single": 3.0, "mop": 2.5})
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     comparisons = compare(run, grid)
     (sentence,) = headline(grid, comparisons)
     none, single, mop = (number(row.perplexity) for row in run.rows)
@@ -666,7 +666,7 @@ def test_headline_shows_no_difference_where_the_interval_covers_nought(tmp_path:
     run = small_run(tmp_path, {"single": 3.0})
     add(tmp_path, documents(3.0, seed=44), method="wanda", ratio=0.5, bits=None, arm="mop", seed=0)
     run = read_run(tmp_path)
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     comparisons = compare(run, grid)
     assert "no difference shown" in headline(grid, comparisons)[0].text
     assert "no difference is shown in 1" in summary(comparisons)
@@ -779,7 +779,7 @@ def test_html_is_self_contained_and_its_figures_are_wellformed(folder: Path) -> 
 
 def test_both_panels_of_the_change_say_their_own_interval(tmp_path: Path) -> None:
     run = small_run(tmp_path, {"single": 3.0, "mop": 2.5})
-    grid = make_grid(run.rows, {})
+    grid = make_result_grid(run.rows, {})
     comparisons = compare(run, grid)
     figure = delta_bars(comparisons)
     assert figure
@@ -793,7 +793,7 @@ def test_a_run_with_few_documents_a_task_shows_the_macro_change_alone_and_says_w
         scores = documents(level, seed=len(arm), count=38)  # 8 tasks, of which the last two have 4 each
         add(tmp_path, scores, method="wanda", ratio=0.5, bits=None, arm=arm, seed=0)
     run = read_run(tmp_path)
-    (one,) = compare(run, make_grid(run.rows, {}))
+    (one,) = compare(run, make_result_grid(run.rows, {}))
     plain = change(one.macro.estimate)
     assert interval_text(one.macro) == plain
     assert comparisons_table([one]).lines[0].cells[4] == Text(plain, "too few documents a task for an interval")
@@ -904,7 +904,7 @@ def test_a_run_without_a_manifest_says_what_was_not_recorded(tmp_path: Path) -> 
 @pytest.mark.parametrize("part", sorted(manifest()))
 def test_every_part_of_the_manifest_may_be_missing(tmp_path: Path, part: str, empty: object) -> None:
     run = replace(small_run(tmp_path, {"mop": 2.0}), manifest=manifest(**{part: empty}))
-    assert make_grid(run.rows, run.spec).arms
+    assert make_result_grid(run.rows, run.spec).arms
     facts = [title(run), *data_facts(run), *protocol_facts(run), recipe_text(run.manifest), command(run.manifest)]
     assert all(facts) or part == "command"
 
@@ -981,12 +981,12 @@ def test_the_report_never_imports_torch(folder: Path) -> None:
 
 def written_run(folder: Path, *, seeds: Sequence[int] = (0,)) -> Run:
     """Documents of 4 tasks, 6 each; mop writes better than single by what the document's number says."""
-    sample = Sample(task="reverse", instruction="say <b>it</b> | once", reference="it", answer="it " * 200)
+    sample = AnswerSample(task="reverse", instruction="say <b>it</b> | once", reference="it", answer="it " * 200)
     for arm, gain in (("none", 0.0), ("single", 0.1), ("mop", 0.3)):
         for seed in (0,) if arm == "none" else seeds:
             scores = documents(1.0 - gain, seed=5, tasks=TASKS[:4], count=24)
             rouge = [gain + 0.02 * place * (1 + gain) + 0.05 * seed for place in range(24)]
-            written = Written(answers=["it"] * 24, rouge_l=rouge, exact=[value > 0.5 for value in rouge])
+            written = GeneratedAnswers(answers=["it"] * 24, rouge_l=rouge, exact=[value > 0.5 for value in rouge])
             scores = replace(scores, written=written)
             by_task = {task: [rouge[place] for place in range(24) if scores.tasks[place] == task] for task in TASKS[:4]}
             row = bench_row(scores, method="wanda", ratio=0.5, bits=None, arm=arm, seed=seed)
@@ -1017,7 +1017,7 @@ def test_rows_with_answers_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_rouge_has_the_paired_interval_of_documents_that_count_alike(tmp_path: Path) -> None:
     run = written_run(tmp_path, seeds=(0, 1))
-    grid = make_grid(run.rows, run.spec)
+    grid = make_result_grid(run.rows, run.spec)
     (one,) = (one for one in compare(run, grid) if (one.first, one.second) == ("mop", "none"))
     means = {
         arm: np.mean([run.documents[row.cell].written.rouge_l for row in grid.rows("wanda 50%", arm)], axis=0)

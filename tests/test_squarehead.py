@@ -8,12 +8,12 @@ from tiny import BLOCKS, FAMILIES, random_documents, tiny_model
 from torch.testing import assert_close
 from transformers import AutoConfig, LlamaForCausalLM
 
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import response_logits
 from mopcompress.recover.distillation import Distillation, Teacher
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
-from mopcompress.recover.squarehead import TeacherStates, squarehead, watched
-from mopcompress.recover.training import Training, fit, losses_of
+from mopcompress.recover.squarehead import TeacherStates, record_outputs, squarehead
+from mopcompress.recover.training import TrainingConfig, compute_losses, fit
 
 LAYER = 2
 DOCUMENTS = random_documents(9)
@@ -32,7 +32,7 @@ def prompt():
 def after_each_block(model, row):
     """One document, without padding, from the whole network: [blocks, response tokens, hidden]."""
     document = DOCUMENTS[row]
-    with torch.no_grad(), watched(model.blocks) as seen:
+    with torch.no_grad(), record_outputs(model.blocks) as seen:
         model.network(torch.tensor([document.tokens]))
     return torch.stack(seen)[:, 0, document.context_tokens - 1 : -1]
 
@@ -55,7 +55,7 @@ def slow(student, teacher, first):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_the_definition_over_the_blocks_from_the_adapters_layer_on(family):
     student, teacher = tiny_model(family), tiny_model(family, seed=1)
-    states = CachedStates(student, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(student, DOCUMENTS, LAYER, batch_size=4)
     taught = Distillation(teacher_of(teacher), share=0.0, squarehead=1.0)
     batch = states.batch(ROWS)
     with torch.no_grad(), taught.watched(student, LAYER) as seen:
@@ -65,7 +65,7 @@ def test_the_loss_is_the_definition_over_the_blocks_from_the_adapters_layer_on(f
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_llama):
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     batch = states.batch(ROWS)
     taught = Distillation(teacher_of(tiny_llama), share=0.0, squarehead=1.0)
     with torch.no_grad(), taught.watched(tiny_llama, LAYER) as seen:
@@ -74,7 +74,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_llama):
 
 
 def test_states_too_large_for_float16_are_kept(tiny_llama):
-    batch = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
+    batch = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
     kept = TeacherStates(tiny_llama, [len(one.tokens) - one.context_tokens for one in DOCUMENTS])
     huge = [torch.full_like(batch.hidden, 1e6) for _ in range(BLOCKS)]
     kept.keep(ROWS, batch, huge)
@@ -91,7 +91,7 @@ def test_no_block_weighs_more_for_having_larger_states():
 
 def fitted(model, states, taught, *, steps=4, accumulate=1):
     adapter = prompt()
-    settings = Training(
+    settings = TrainingConfig(
         steps=steps,
         batch_size=9,
         learning_rate=0.1,
@@ -108,12 +108,12 @@ def fitted(model, states, taught, *, steps=4, accumulate=1):
 
 
 def test_hidden_states_of_a_taught_student_come_closer(tiny_llama):
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     teacher = teacher_of(tiny_model(seed=1))
     rows = range(len(DOCUMENTS))
 
     def far(adapter):
-        loss, nats = losses_of(adapter, tiny_llama, states, rows, Distillation(teacher, share=0.0, squarehead=1.0))
+        loss, nats = compute_losses(adapter, tiny_llama, states, rows, Distillation(teacher, share=0.0, squarehead=1.0))
         return float((loss - nats).detach())
 
     reading = fitted(tiny_llama, states, None, steps=30)
@@ -122,7 +122,7 @@ def test_hidden_states_of_a_taught_student_come_closer(tiny_llama):
 
 
 def test_a_step_in_parts_is_the_same_step(tiny_llama):
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     taught = Distillation(teacher_of(tiny_model(seed=1)), share=0.3, squarehead=2.0)
     whole, parts = (fitted(tiny_llama, states, taught, accumulate=parts) for parts in (1, 3))
     assert_close(whole.prompts, parts.prompts, rtol=1e-3, atol=1e-4)

@@ -6,11 +6,11 @@ import torch
 from tiny import HIDDEN, random_documents
 from torch.testing import assert_close
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.errors import StorageError
 from mopcompress.evaluation.batching import batches_by_length
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.storage.memmap import reserve, unseen
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.storage.memmap import map_anonymous, reserve
 
 DOCUMENTS = random_documents(10)
 LAYER = 2
@@ -18,7 +18,7 @@ LAYER = 2
 
 @pytest.fixture(scope="module")
 def states(tiny_llama):
-    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
 
 
 def test_a_batch_holds_the_states_of_each_document_alone(tiny_llama, states):
@@ -61,7 +61,7 @@ def test_every_response_token_is_predicted_from_the_position_before_it(states):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_how_documents_were_batched_does_not_matter(tiny_llama, states, batch_size):
-    again = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=batch_size)
+    again = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=batch_size)
     assert_close(again.summaries, states.summaries, rtol=1e-5, atol=1e-5)
     everything = range(len(DOCUMENTS))
     assert_close(again.batch(everything).hidden, states.batch(everything).hidden, rtol=1e-5, atol=1e-5)
@@ -69,13 +69,13 @@ def test_how_documents_were_batched_does_not_matter(tiny_llama, states, batch_si
 
 def test_progress_counts_documents(tiny_llama):
     told = []
-    CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4, progress=told.append)
+    HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4, progress=told.append)
     assert told == [4, 8, 10]
 
 
 def test_nothing_is_left_on_the_disk(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    states = CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     assert not list(tmp_path.iterdir())
     assert bool(states.batch([0]).hidden.any())
 
@@ -96,8 +96,8 @@ def test_some_states_are_those_of_instructions_never_the_first_token(tiny_llama,
 
 
 def test_the_state_of_an_instruction_of_one_token_is_never_one_of_its_response(tiny_llama):
-    short = Encoded(task="", tokens=(5, 9, 11, 13), context_tokens=1)
-    states = CachedStates(tiny_llama, [short], LAYER, batch_size=1)
+    short = Document(task="", tokens=(5, 9, 11, 13), context_tokens=1)
+    states = HiddenStateDataset(tiny_llama, [short], LAYER, batch_size=1)
     first = tiny_llama.enter(torch.tensor([short.tokens]), LAYER)[0, :1]
     assert_close(states.some_states([0], 5, torch.Generator().manual_seed(0)), first.expand(5, -1))
 
@@ -144,7 +144,7 @@ def test_shuffled_batches_are_of_similar_length_and_in_no_order_of_length():
 def test_less_than_a_tenth_of_a_training_is_padding():
     """Of rows of 16 to 128 tokens, 8 a batch; in random order it is a third."""
     lengths = torch.randint(16, 129, (960,), generator=torch.Generator().manual_seed(0)).tolist()
-    documents = [Encoded("add", (1,) * length, 8) for length in lengths]
+    documents = [Document("add", (1,) * length, 8) for length in lengths]
     batches = batches_by_length(documents, 8, generator=torch.Generator().manual_seed(0))
     padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
     assert sum(lengths) > 0.9 * padded
@@ -153,7 +153,7 @@ def test_less_than_a_tenth_of_a_training_is_padding():
 def test_states_without_room_are_refused_in_words(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(StorageError, match=r"bytes of hidden states find no room in .*; free some, or set TMPDIR"):
-        unseen(2**50, 2**8, torch.float32)
+        map_anonymous(2**50, 2**8, torch.float32)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from tiny import BLOCKS, FAMILIES, config_of, network_of, random_tokens, saved, 
 
 from mopcompress.errors import DataError, StorageError
 from mopcompress.models.model_loading import load_model
-from mopcompress.models.safetensors_io import overwrite, places, read, read_rows
+from mopcompress.models.safetensors_io import overwrite, read, read_rows, tensor_locations
 from mopcompress.models.streaming import StreamedModel
 
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_a_damaged_folder_is_a_data_error(whole, damage, message, tmp_path):
 
 def test_a_tensor_is_read_as_safetensors_reads_it(whole):
     for name, tensor in load_file(whole / WEIGHTS).items():
-        assert torch.equal(read(whole, places(whole)[name]), tensor)
+        assert torch.equal(read(whole, tensor_locations(whole)[name]), tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -151,7 +151,7 @@ def test_overwriting_changes_one_tensor_and_nothing_else(dtype, tmp_path):
     tensors = {name: torch.randn(4, 5).to(dtype) for name in "abc"}
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     new = torch.randn(4, 5)
-    overwrite(tmp_path, places(tmp_path)["b"], new)
+    overwrite(tmp_path, tensor_locations(tmp_path)["b"], new)
     after = load_file(tmp_path / WEIGHTS)
     assert torch.equal(after["b"], new.to(dtype))
     assert torch.equal(after["a"], tensors["a"])
@@ -161,7 +161,7 @@ def test_overwriting_changes_one_tensor_and_nothing_else(dtype, tmp_path):
 def test_rows_are_read_from_where_they_are(tmp_path):
     tensors = {"a": torch.randn(3), "b": torch.randn(6, 5).half()}
     save_file(tensors, tmp_path / WEIGHTS)
-    found = read_rows(tmp_path, places(tmp_path)["b"], [1, 4, 5])
+    found = read_rows(tmp_path, tensor_locations(tmp_path)["b"], [1, 4, 5])
     assert torch.equal(found[[1, 4, 5]], tensors["b"][[1, 4, 5]].float())
 
 
@@ -169,4 +169,4 @@ def test_what_is_not_there_as_it_was_written_is_an_error(tmp_path):
     save_file({"a": torch.zeros(4)}, tmp_path / WEIGHTS)
     (tmp_path / "null").symlink_to("/dev/null")
     with pytest.raises(StorageError):
-        overwrite(tmp_path, replace(places(tmp_path)["a"], file="null"), torch.ones(4))
+        overwrite(tmp_path, replace(tensor_locations(tmp_path)["a"], file="null"), torch.ones(4))

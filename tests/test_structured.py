@@ -4,7 +4,7 @@ import torch
 from test_solvers import gram_of, problem
 from torch.testing import assert_close
 
-from mopcompress.algorithms.structured import narrow
+from mopcompress.algorithms.structured import prune_input_groups
 from mopcompress.errors import DataError
 
 DAMPING = 0.01
@@ -41,7 +41,7 @@ def remove_slowly(weight, inputs, groups, remove):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_goes_is_what_leaves_the_least_error_after_refitting_all_others(groups, remove, seed):
     weight, inputs = problem(seed=seed)
-    found = narrow(weight, gram_of(inputs), groups=groups, remove=remove, damping=DAMPING)
+    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, damping=DAMPING)
     assert found.kept.tolist() == remove_slowly(weight, inputs, groups, remove)
 
 
@@ -50,7 +50,7 @@ def test_what_goes_is_what_leaves_the_least_error_after_refitting_all_others(gro
 @pytest.mark.parametrize("damping", [1e-6, 0.01, 1.0])
 def test_what_stays_is_the_least_squares_fit(score, groups, remove, damping):
     weight, inputs = problem()
-    found = narrow(weight, gram_of(inputs), groups=groups, remove=remove, score=score, damping=damping)
+    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score=score, damping=damping)
     expected, _ = least_squares(weight, inputs, found.kept.tolist(), damping=damping)
     assert_close(found.weight, expected, rtol=1e-6, atol=1e-6)
 
@@ -62,7 +62,7 @@ def test_by_norm_those_go_that_say_least_on_average(groups, remove):
     said = [float((weight[:, [j]] * inputs[:, j]).square().sum()) for j in range(40)]
     totals = [sum(said[g * width : (g + 1) * width]) for g in range(groups)]
     gone = sorted(range(groups), key=lambda g: totals[g])[:remove]
-    found = narrow(weight, gram_of(inputs), groups=groups, remove=remove, score="norm")
+    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score="norm")
     assert found.kept[::width].div(width, rounding_mode="floor").tolist() == sorted(set(range(groups)) - set(gone))
 
 
@@ -70,7 +70,7 @@ def test_centred_inputs_give_the_fit_with_an_intercept():
     weight, inputs = problem()
     inputs = inputs + torch.linspace(-2, 2, 40, dtype=inputs.dtype)
     mean = inputs.mean(0)
-    found = narrow(weight, gram_of(inputs - mean), groups=40, remove=15, damping=1e-9)
+    found = prune_input_groups(weight, gram_of(inputs - mean), groups=40, remove=15, damping=1e-9)
     intercept = weight @ mean - found.weight @ mean[found.kept]
     columns = np.concatenate([inputs.numpy()[:, found.kept.tolist()], np.ones((len(inputs), 1))], axis=1)
     expected = np.linalg.lstsq(columns, (inputs @ weight.T).numpy(), rcond=None)[0].T
@@ -81,7 +81,7 @@ def test_centred_inputs_give_the_fit_with_an_intercept():
 @pytest.mark.parametrize(("groups", "remove"), [(40, 7), (8, 3), (4, 1)])
 def test_counts_are_exact_and_groups_stay_whole(score, groups, remove):
     weight, inputs = problem()
-    found = narrow(weight, gram_of(inputs), groups=groups, remove=remove, score=score)
+    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score=score)
     width = 40 // groups
     assert found.weight.shape == (6, (groups - remove) * width)
     kept = found.kept.view(-1, width)
@@ -93,7 +93,7 @@ def test_counts_are_exact_and_groups_stay_whole(score, groups, remove):
 @pytest.mark.parametrize("score", ["error", "norm"])
 def test_nothing_removed_is_the_weight_itself(score):
     weight, inputs = problem()
-    found = narrow(weight, gram_of(inputs), groups=40, remove=0, score=score)
+    found = prune_input_groups(weight, gram_of(inputs), groups=40, remove=0, score=score)
     assert torch.equal(found.weight, weight)
     assert found.kept.tolist() == list(range(40))
 
@@ -105,7 +105,7 @@ def test_of_twins_one_goes_and_nothing_is_lost(groups, width):
     order = torch.randperm(2 * groups, generator=torch.Generator().manual_seed(3))
     twice = torch.arange(20).view(groups, width).repeat(2, 1)[order].flatten()
     doubled = weight[:, twice] * torch.linspace(0.5, 1.5, 40, dtype=weight.dtype)
-    found = narrow(doubled, gram_of(inputs[:, twice]), groups=2 * groups, remove=groups, damping=1e-10)
+    found = prune_input_groups(doubled, gram_of(inputs[:, twice]), groups=2 * groups, remove=groups, damping=1e-10)
     assert sorted(twice[found.kept].tolist()) == list(range(20))
     assert_close(inputs[:, twice[found.kept]] @ found.weight.T, inputs[:, twice] @ doubled.T, rtol=1e-5, atol=1e-5)
 
@@ -114,15 +114,15 @@ def test_inputs_that_never_fire_go_first_whatever_their_weight():
     weight, inputs = problem()
     inputs[:, [3, 30]] = 0
     weight[:, [3, 30]] = 100
-    found = narrow(weight, gram_of(inputs), groups=40, remove=2)
+    found = prune_input_groups(weight, gram_of(inputs), groups=40, remove=2)
     assert sorted(set(range(40)) - set(found.kept.tolist())) == [3, 30]
     assert torch.equal(found.weight, weight[:, found.kept])
 
 
 def test_single_precision_is_enough():
     weight, inputs = problem(rows=12, size=120)
-    exact = narrow(weight, gram_of(inputs), groups=120, remove=60)
-    rough = narrow(weight.float(), gram_of(inputs).float(), groups=120, remove=60)
+    exact = prune_input_groups(weight, gram_of(inputs), groups=120, remove=60)
+    rough = prune_input_groups(weight.float(), gram_of(inputs).float(), groups=120, remove=60)
     assert torch.equal(rough.kept, exact.kept)
     assert_close(rough.weight.double(), exact.weight, rtol=1e-3, atol=1e-3)
 
@@ -131,4 +131,4 @@ def test_single_precision_is_enough():
 def test_impossible_counts_are_refused(groups, remove):
     weight, inputs = problem()
     with pytest.raises(DataError, match="cannot"):
-        narrow(weight, gram_of(inputs), groups=groups, remove=remove)
+        prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove)

@@ -3,11 +3,11 @@ import torch
 from test_walk import TOKENS, input_of, linears, weight_of
 from tiny import hooks, tiny_model
 
-from mopcompress.compress.layer_profile import errors_of, survey_model
+from mopcompress.compress.layer_profile import errors_of, profile_layers
 
 
 def surveyed(model):
-    return survey_model(model, TOKENS, linears(model), multiple=5.0)
+    return profile_layers(model, TOKENS, linears(model), multiple=5.0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -44,5 +44,5 @@ def test_a_trial_is_the_pruned_models_distance_and_leaves_the_model_alone(family
 
 def test_only_the_named_linears_are_surveyed():
     model = tiny_model("llama")
-    surveys, norms = survey_model(model, TOKENS, ["model.layers.1.mlp.up_proj"], multiple=5.0)
+    surveys, norms = profile_layers(model, TOKENS, ["model.layers.1.mlp.up_proj"], multiple=5.0)
     assert list(surveys) == list(norms) == ["model.layers.1.mlp.up_proj"]

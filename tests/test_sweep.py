@@ -8,17 +8,17 @@ from invoking import TINY, invoke, write_data
 from safetensors.torch import load_file
 from tiny import random_documents
 
-from mopcompress.data.dataset import Documents
+from mopcompress.data.dataset import EncodedDataset
 from mopcompress.entrypoints.bench.protocol import protocol
 from mopcompress.entrypoints.bench.runner import bench
-from mopcompress.entrypoints.lr_sweep import check_validation, read_trials, sweep_rate, told, write_trials
-from mopcompress.entrypoints.train_adapter import train_arm
+from mopcompress.entrypoints.lr_sweep import check_validation, describe_sweep, read_trials, sweep_rate, write_trials
+from mopcompress.entrypoints.train_adapter import train_adapter
 from mopcompress.errors import DataError, NumericalError
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.recipe import PromptRecoveryModifier, load_recipe
-from mopcompress.recipe.overrides import with_recovery
-from mopcompress.recover.adapter import AdapterConfig, Recovered
+from mopcompress.recipe.overrides import override_recovery
+from mopcompress.recover.adapter import AdapterConfig, TrainedAdapter
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.results import Trial, read_rows
 
@@ -27,7 +27,7 @@ LAYER = 2
 
 @pytest.fixture(scope="module")
 def validation(tiny_llama):
-    return CachedStates(tiny_llama, random_documents(6), LAYER, batch_size=4)
+    return HiddenStateDataset(tiny_llama, random_documents(6), LAYER, batch_size=4)
 
 
 def prompt(number):
@@ -39,7 +39,7 @@ def recovered(adapter):
     config = AdapterConfig(
         arm="single", experts=1, prompts_per_expert=2, layer=LAYER, hidden_size=32, base_sha256="", tasks=()
     )
-    return Recovered(adapter, config, [], 2.5)
+    return TrainedAdapter(adapter, config, [], 2.5)
 
 
 def sweep_and_winner(
@@ -97,7 +97,7 @@ def test_a_grid_that_never_ends_is_cut_and_says_so(tiny_llama, validation):
     found = swept(tiny_llama, validation, lambda modifier: prompt(0), learning_rate=0.3)
     assert len(found.trials) == 6
     assert found.at_edge
-    assert "edge of the grid" in told(found)
+    assert "edge of the grid" in describe_sweep(found)
 
 
 def test_each_trial_is_the_same_arm_as_short_as_asked_for(tiny_llama, validation):
@@ -167,7 +167,7 @@ def test_a_rate_that_breaks_down_is_noted_and_not_chosen(tiny_llama, validation)
     found = swept(tiny_llama, validation, lambda one: broken(one, above=0.5), learning_rate=0.3)
     assert [trial.learning_rate for trial in found.trials if trial.validation_nats is None] == pytest.approx([0.9])
     assert found.learning_rate < 0.9
-    assert "0.9: broke down" in told(found)
+    assert "0.9: broke down" in describe_sweep(found)
 
 
 def test_a_sweep_may_try_more_than_a_recipe_may_ask_for(tiny_llama, validation):
@@ -207,7 +207,7 @@ def test_without_validation_rows_there_is_nothing_to_choose_by():
 
 
 def documents_of(validation, *, tasks):
-    return Documents(train=(), validation=tuple(validation), test=(), text=(), tasks=tasks, facts={})
+    return EncodedDataset(train=(), validation=tuple(validation), test=(), text=(), tasks=tasks, facts={})
 
 
 def test_recover_trains_with_the_rate_that_it_found_and_keeps_what_it_tried(stories, tmp_path, monkeypatch):
@@ -258,13 +258,13 @@ def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypat
 
 def recipe_of(stories, **run):
     recipe = load_recipe(TINY, {"model": str(stories), "group_size": "4", **run})
-    return with_recovery(recipe, {"sweep": True, "sweep_steps": 1, "steps": 2})
+    return override_recovery(recipe, {"sweep": True, "sweep_steps": 1, "steps": 2})
 
 
 def test_a_bench_that_was_stopped_in_a_sweep_does_not_repeat_its_trials(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
-    whole = with_recovery(recipe_of(stories, seeds=(0,)), {"sweep_steps": 2})
-    rates, train = [], train_arm
+    whole = override_recovery(recipe_of(stories, seeds=(0,)), {"sweep_steps": 2})
+    rates, train = [], train_adapter
 
     def stopped(modifier, **named):
         rates.append(modifier.learning_rate)
@@ -294,7 +294,7 @@ def test_arms_have_the_rates_that_a_recipe_gives_them() -> None:
     given = PromptRecoveryModifier(learning_rate=0.1, learning_rates={"mop": 0.2})
     assert [given.with_arm(arm).rate for arm in ("single", "mop", "eora")] == [0.1, 0.2, None]
     assert given.at_rate(0.7).rate == 0.7
-    recipe = with_recovery(load_recipe(None), {"learning_rates": {"mop": 0.2}})
+    recipe = override_recovery(load_recipe(None), {"learning_rates": {"mop": 0.2}})
     assert recipe.recovery.rate == 0.2
-    assert with_recovery(recipe, {"learning_rate": 0.3}).recovery.rate == 0.3
+    assert override_recovery(recipe, {"learning_rate": 0.3}).recovery.rate == 0.3
     assert "(mop 0.2)" in " ".join(protocol(recipe, ("add",)))

@@ -5,16 +5,16 @@ import torch
 from tiny import HIDDEN, random_documents, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.entrypoints.from_recipe import adapter_config, first_layer, start_of, training_of
+from mopcompress.entrypoints.from_recipe import adapter_config, adapter_init, first_layer, training_config
 from mopcompress.errors import NumericalError, UsageError
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.perplexity import evaluate, micro
-from mopcompress.models.attention import attending_to
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.perplexity import evaluate, micro_average
+from mopcompress.models.attention import attend_to
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
 from mopcompress.recover.distributed import Workers
-from mopcompress.recover.methods.mixture_of_prompts import begin
-from mopcompress.recover.training import Training, _backward, _rate, fit
+from mopcompress.recover.methods.mixture_of_prompts import initialize
+from mopcompress.recover.training import TrainingConfig, _backward, _lr_factor, fit
 
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(12, tasks=TASKS)
@@ -24,7 +24,7 @@ MODEL = tiny_model()
 
 @pytest.fixture(scope="module")
 def states(tiny_llama):
-    return CachedStates(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
+    return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
 
 
 def training(**changes):
@@ -39,7 +39,7 @@ def training(**changes):
         "gate_apart": True,
         "seed": 0,
     }
-    return Training(**settings | changes)
+    return TrainingConfig(**settings | changes)
 
 
 def begun(states, arm="mop", *, seed=0):
@@ -52,16 +52,16 @@ def begun(states, arm="mop", *, seed=0):
         base_sha256="",
         tasks=TASKS,
     )
-    start = Start(gate_pretraining_steps=5, gate_temper=0.3, log_opening=-1.0, seed=seed)
-    return begin(config, Material(MODEL, states, TASKS), start)
+    start = AdapterInit(gate_pretraining_steps=5, gate_temper=0.3, log_opening=-1.0, seed=seed)
+    return initialize(config, AdapterInputs(MODEL, states, TASKS), start)
 
 
 @pytest.mark.parametrize("arm", ["single", "mop"])
 def test_a_small_problem_is_learnt_by_heart(tiny_llama, states, arm):
     mixture = begun(states, arm)
-    before = micro(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
+    before = micro_average(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
     fit(mixture, tiny_llama, states, training(steps=150, batch_size=12, learning_rate=0.3))
-    after = micro(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
+    after = micro_average(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
     assert math.log(after) < 0.6 * math.log(before)
 
 
@@ -114,7 +114,7 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
     second = [torch.zeros_like(weight) for weight in weights]
     for step, rows in enumerate(order, start=1):
         batch = states.batch(rows)
-        with attending_to(mixture.prefix(tiny_llama, batch.instructions)):
+        with attend_to(mixture.prefix(tiny_llama, batch.instructions)):
             left = tiny_llama.resume(batch.hidden, LAYER)
         logits = tiny_llama.network.lm_head(left[batch.example, batch.position])
         loss = -logits.log_softmax(-1)[range(len(batch.target)), batch.target].mean()
@@ -156,8 +156,8 @@ def norm_of(gradients, groups, group):
 def order_of(states, model, arm, monkeypatch, **changes):
     """The rows of each step."""
     seen = []
-    whole = CachedStates.batch
-    monkeypatch.setattr(CachedStates, "batch", lambda self, rows: seen.append(list(rows)) or whole(self, rows))
+    whole = HiddenStateDataset.batch
+    monkeypatch.setattr(HiddenStateDataset, "batch", lambda self, rows: seen.append(list(rows)) or whole(self, rows))
     fit(begun(states, arm), model, states, training(**changes))
     monkeypatch.undo()
     return seen
@@ -212,18 +212,18 @@ def test_a_gradient_that_is_not_finite_stops_training_before_it_does_harm(tiny_l
 
 def test_the_rate_rises_in_equal_steps_then_falls_as_a_cosine_to_zero():
     ten = training(steps=110, warmup_fraction=1 / 11)
-    assert [_rate(step, ten) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert _rate(10, ten) == 1
-    assert _rate(60, ten) == pytest.approx(0.5)
-    assert _rate(35, ten) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
-    assert _rate(110, ten) == pytest.approx(0, abs=1e-12)
-    assert 0 < _rate(109, ten) < 0.001
+    assert [_lr_factor(step, ten) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert _lr_factor(10, ten) == 1
+    assert _lr_factor(60, ten) == pytest.approx(0.5)
+    assert _lr_factor(35, ten) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))
+    assert _lr_factor(110, ten) == pytest.approx(0, abs=1e-12)
+    assert 0 < _lr_factor(109, ten) < 0.001
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 1.0])
 def test_no_step_is_lost_whatever_the_warm_up(steps, fraction):
-    assert all(0 < _rate(step, training(steps=steps, warmup_fraction=fraction)) <= 1 for step in range(steps))
+    assert all(0 < _lr_factor(step, training(steps=steps, warmup_fraction=fraction)) <= 1 for step in range(steps))
 
 
 def test_gate_and_prompts_have_their_own_rates(tiny_llama, states):
@@ -316,7 +316,7 @@ ASKED = {
 def test_a_recipe_says_how_an_arm_is_trained():
     modifier = PromptRecoveryModifier(**ASKED)
     assert all(getattr(modifier, name) != getattr(PromptRecoveryModifier(), name) for name in ASKED if name != "arm")
-    assert training_of(modifier, 0.25, seed=8) == Training(
+    assert training_config(modifier, 0.25, seed=8) == TrainingConfig(
         steps=7,
         batch_size=3,
         accumulate=3,
@@ -328,12 +328,12 @@ def test_a_recipe_says_how_an_arm_is_trained():
         gate_apart=False,
         seed=8,
     )
-    assert training_of(PromptRecoveryModifier(), 0.25, seed=8).gate_apart
+    assert training_config(PromptRecoveryModifier(), 0.25, seed=8).gate_apart
 
 
 def test_a_recipe_says_how_an_arm_begins():
-    start = Start(gate_pretraining_steps=11, gate_temper=0.7, log_opening=-1.5, seed=8)
-    assert start_of(PromptRecoveryModifier(**ASKED), 8) == start
+    start = AdapterInit(gate_pretraining_steps=11, gate_temper=0.7, log_opening=-1.5, seed=8)
+    assert adapter_init(PromptRecoveryModifier(**ASKED), 8) == start
 
 
 def test_a_recipe_says_what_an_arm_is(tiny_llama):

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from mopcompress.compress.sequential import compress_block, compress_model
 from mopcompress.entrypoints.compress import compress_into
-from mopcompress.entrypoints.from_recipe import compression_of
+from mopcompress.entrypoints.from_recipe import method_config
 from mopcompress.errors import DataError, NumericalError, OutputError, QualityGateError, StorageError
 from mopcompress.models.quantization_grid import read_grid
-from mopcompress.models.safetensors_io import places
+from mopcompress.models.safetensors_io import tensor_locations
 from mopcompress.recipe import GPTQModifier, SparseGPTModifier, load_recipe
 from mopcompress.storage import artifacts
 
@@ -90,7 +90,7 @@ def stop(monkeypatch, what, count):
 def test_the_result_is_what_compressing_in_memory_gives(source, whole):
     model = tiny_model()
     model.network.load_state_dict(load_file(source / "model.safetensors"), strict=False)
-    rows = compress_model(model, TOKENS, [compression_of(PRUNE), compression_of(ROUND)], dtype=torch.float16)
+    rows = compress_model(model, TOKENS, [method_config(PRUNE), method_config(ROUND)], dtype=torch.float16)
     stored, before = load_file(whole / "model.safetensors"), load_file(source / "model.safetensors")
     for name, weight in model.network.state_dict().items():
         assert stored[name].dtype == torch.float16
@@ -171,7 +171,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, source, whol
         with pytest.raises(KilledError):
             run(source, target, recipe)
     assert not target.exists()
-    finished = len(list(artifacts.unfinished_folder(target).glob("block-*.json")))
+    finished = len(list(artifacts.job_folder(target).glob("block-*.json")))
     with monkeypatch.context() as patch:
         computed = []
 
@@ -184,14 +184,14 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, source, whol
     assert computed == list(range(finished, BLOCKS))
     assert any(f"going on after {finished} finished" in line for line in told) == bool(finished)
     assert contents(target) == contents(whole)
-    assert not artifacts.unfinished_folder(target).exists()
+    assert not artifacts.job_folder(target).exists()
 
 
 def test_stopped_while_matching_the_dense_model_it_goes_on_to_the_same_bytes(source, recipe, tmp_path, monkeypatch):
     def matching(modifier):
-        return compression_of(modifier).__class__(**vars(compression_of(modifier)) | {"match_dense": 1.0})
+        return method_config(modifier).__class__(**vars(method_config(modifier)) | {"match_dense": 1.0})
 
-    monkeypatch.setattr("mopcompress.entrypoints.from_recipe.compression_of", matching)
+    monkeypatch.setattr("mopcompress.entrypoints.from_recipe.method_config", matching)
     run(source, tmp_path / "whole", recipe)
     with monkeypatch.context() as patch:
         stop(patch, "_save_whole", 6)
@@ -207,14 +207,14 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_unfinished import run
 from mopcompress.recipe import load_recipe
-from mopcompress.compress.checkpoint import Unfinished
+from mopcompress.compress.checkpoint import CompressionCheckpoint
 
-finish = Unfinished.finish
+finish = CompressionCheckpoint.finish
 def act(self, index, *rest):
     finish(self, index, *rest)
     if index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-Unfinished.finish = act
+CompressionCheckpoint.finish = act
 run(Path({source!r}), Path({target!r}), load_recipe(None, {{"device": "cpu", "model": "unused"}}))
 """
 
@@ -242,7 +242,7 @@ def stopped(source, target, recipe, monkeypatch):
         stop(patch, "_save_whole", 5)
         with pytest.raises(KilledError):
             run(source, target, recipe)
-    return artifacts.unfinished_folder(target)
+    return artifacts.job_folder(target)
 
 
 @pytest.mark.parametrize("damaged", ["model.layers.0.mlp.up_proj.weight", "states", "cut"])
@@ -255,7 +255,7 @@ def test_work_that_is_damaged_is_begun_again(damaged, source, whole, recipe, tmp
     elif damaged == "cut":
         weights.write_bytes(weights.read_bytes()[:20_000])
     else:
-        flip(weights, places(source)[damaged].offset + 3)
+        flip(weights, tensor_locations(source)[damaged].offset + 3)
     run(source, target, recipe, told=told)
     assert "is damaged: beginning again" in told[0]
     assert contents(target) == contents(whole)
@@ -263,7 +263,7 @@ def test_work_that_is_damaged_is_begun_again(damaged, source, whole, recipe, tmp
 
 def test_a_copy_of_what_is_not_compressed_that_is_damaged_is_an_error(source, recipe, tmp_path, monkeypatch):
     folder = stopped(source, tmp_path / "out", recipe, monkeypatch)
-    flip(folder / "model.safetensors.unfinished", places(source)["model.embed_tokens.weight"].offset + 3)
+    flip(folder / "model.safetensors.unfinished", tensor_locations(source)["model.embed_tokens.weight"].offset + 3)
     with pytest.raises(StorageError, match=r"embed_tokens\.weight was not copied whole"):
         run(source, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
@@ -286,11 +286,11 @@ def test_unfinished_work_of_another_job_is_refused(changed, says, source, recipe
     with pytest.raises(OutputError, match="unfinished work of another job") as caught:
         run(source, target, recipe, **changed)
     assert says in str(caught.value)
-    assert len(list(artifacts.unfinished_folder(target).glob("block-*.json"))) == 1
+    assert len(list(artifacts.job_folder(target).glob("block-*.json"))) == 1
 
 
 def test_two_processes_do_not_work_on_one_output(source, recipe, tmp_path):
-    with artifacts.locked(artifacts.unfinished_folder(tmp_path / "out")), pytest.raises(OutputError, match="in use"):
+    with artifacts.locked(artifacts.job_folder(tmp_path / "out")), pytest.raises(OutputError, match="in use"):
         run(source, tmp_path / "out", recipe)
 
 

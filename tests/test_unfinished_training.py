@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from invoking import TINY, TRAINED, write_data
+from invoking import ARM_DEFAULTS, TINY, write_data
 from safetensors.torch import load_file, save_file
 
 from mopcompress.entrypoints.bench.runner import bench
@@ -17,9 +17,9 @@ from mopcompress.entrypoints.recover import recover
 from mopcompress.environment import provenance
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
-from mopcompress.recipe.overrides import for_recovery, with_recovery
+from mopcompress.recipe.overrides import override_recovery, recovery_recipe
 from mopcompress.recover.adapter import TrainRow
-from mopcompress.recover.checkpoint import Standing, UnfinishedTraining
+from mopcompress.recover.checkpoint import CheckpointFolder, TrainingState
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.storage import artifacts
 
@@ -51,7 +51,7 @@ def data(tmp_path_factory):
 def recipe(stories, data):
     loaded = load_recipe(None, {"device": "cpu", "model": str(stories), "data": str(data)})
     flags = {"steps": STEPS, "prompts_per_expert": 2, "gate_pretraining_steps": 3, "batch_size": 4}
-    return for_recovery(loaded, flags)
+    return recovery_recipe(loaded, flags)
 
 
 def weights(folder):
@@ -82,7 +82,7 @@ def equal(left, right):
 )
 def test_every_kind_of_arm_goes_on_to_the_same_adapter(recipe, stories, tmp_path, flags):
     teacher = {"teacher": str(stories)} if "distill" in flags else {}
-    chosen, told = for_recovery(recipe, flags | teacher), []
+    chosen, told = recovery_recipe(recipe, flags | teacher), []
     recover(chosen, tmp_path / "whole", seed=0)
     with pytest.raises(KilledError):
         recover(chosen, tmp_path / "out", seed=0, progress=stop_after(3, f"training {flags['arm']}"))
@@ -105,7 +105,7 @@ def test_a_stopped_training_goes_on_to_the_same_adapter(recipe, whole, tmp_path,
 
 
 def test_a_process_that_is_killed_goes_on_to_the_same_adapter(stories, data, tmp_path):
-    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *map(str, TRAINED)]
+    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *map(str, ARM_DEFAULTS)]
     words[words.index("--steps") + 1] = "12"
     script = (
         "from mopcompress.recover import checkpoint as u; u.SECONDS = 0.0; from mopcompress.cli import main; main()"
@@ -160,14 +160,14 @@ def test_another_job_in_its_place_is_refused(recipe, tmp_path, flags, seed, said
     with pytest.raises(KilledError):
         recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
     with pytest.raises(OutputError, match=f"another job .*{said}"):
-        recover(for_recovery(recipe, flags), tmp_path / "out", seed=seed)
+        recover(recovery_recipe(recipe, flags), tmp_path / "out", seed=seed)
 
 
 @pytest.mark.parametrize("text", ["{half", "[1]", "caf\udce9"])
 def test_a_damaged_job_is_another_one(recipe, tmp_path, text):
     with pytest.raises(KilledError):
         recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
-    job = artifacts.unfinished_folder(tmp_path / "out") / "job.json"
+    job = artifacts.job_folder(tmp_path / "out") / "job.json"
     job.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(OutputError, match=r"another job \(job.json is damaged\); .*remove the folder"):
         recover(recipe, tmp_path / "out", seed=0)
@@ -178,7 +178,7 @@ def test_of_many_differences_some_are_told(recipe, tmp_path):
         recover(recipe, tmp_path / "out", seed=0, progress=stop_after(2))
     changed = {"learning_rate": 0.25, "gate_temper": 0.5, "steps": 9, "batch_size": 3, "warmup_fraction": 0.5}
     with pytest.raises(OutputError) as caught:
-        recover(for_recovery(recipe, changed | {"clip_norm": 2.0, "log_opening": -1.0}), tmp_path / "out", seed=1)
+        recover(recovery_recipe(recipe, changed | {"clip_norm": 2.0, "log_opening": -1.0}), tmp_path / "out", seed=1)
     assert str(caught.value).count(", is ") == 6
     assert "; and 3 more" in str(caught.value)
 
@@ -186,7 +186,7 @@ def test_of_many_differences_some_are_told(recipe, tmp_path):
 @pytest.mark.parametrize(("sweep_steps", "finished"), [(None, 1), (None, 2), (2, 0), (2, 3)])
 def test_a_stopped_sweep_goes_on_where_it_was(recipe, tmp_path, sweep_steps, finished):
     """In the middle of a training, after so many finished ones."""
-    swept = for_recovery(recipe, {"sweep": True, "sweep_steps": sweep_steps})
+    swept = recovery_recipe(recipe, {"sweep": True, "sweep_steps": sweep_steps})
     whole, begun, told = recover(swept, tmp_path / "whole", seed=0), [], []
 
     def stop(what, done, _total):
@@ -224,7 +224,7 @@ def test_seconds_of_a_stopped_training_are_those_of_all_its_steps(recipe, tmp_pa
 @pytest.fixture
 def grid(stories):
     run = {"model": str(stories), "group_size": "4", "arms": ("mop",), "seeds": (0,)}
-    return with_recovery(load_recipe(TINY, run), {"steps": STEPS})
+    return override_recovery(load_recipe(TINY, run), {"steps": STEPS})
 
 
 def test_a_bench_that_was_stopped_in_a_training_goes_on_in_it(grid, tmp_path):
@@ -260,7 +260,7 @@ def test_a_teacher_with_other_weights_is_another_job(recipe, stories, tmp_path):
     """Under the same name: the folder's content was changed between two runs."""
     teacher = tmp_path / "teacher"
     shutil.copytree(stories, teacher)
-    taught = for_recovery(recipe, {"distill": 0.5, "teacher": str(teacher)})
+    taught = recovery_recipe(recipe, {"distill": 0.5, "teacher": str(teacher)})
     with pytest.raises(KilledError):
         recover(taught, tmp_path / "stopped", seed=0, progress=stop_after(2))
     recover(taught, tmp_path / "whole", seed=0)
@@ -275,10 +275,10 @@ def test_a_teacher_with_other_weights_is_another_job(recipe, stories, tmp_path):
 
 
 def test_a_training_that_could_only_fail_again_is_not_kept(recipe, tmp_path):
-    wild = for_recovery(recipe, {"learning_rate": 10.0, "clip_norm": 1e6, "steps": 60, "log_opening": 30.0})
+    wild = recovery_recipe(recipe, {"learning_rate": 10.0, "clip_norm": 1e6, "steps": 60, "log_opening": 30.0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "mopcompress.recover.training.losses_of", lambda *_: torch.full((2,), torch.nan, requires_grad=True)
+            "mopcompress.recover.training.compute_losses", lambda *_: torch.full((2,), torch.nan, requires_grad=True)
         )
         with pytest.raises(NumericalError):
             recover(wild, tmp_path / "out", seed=0)
@@ -287,18 +287,18 @@ def test_a_training_that_could_only_fail_again_is_not_kept(recipe, tmp_path):
 
 def test_after_settings_that_cannot_be_others_are_taken_in_its_place(recipe, tmp_path):
     with pytest.raises(UsageError, match="oracle"):
-        recover(for_recovery(recipe, {"arm": "oracle", "experts": 3}), tmp_path / "out", seed=0)
-    assert recover(for_recovery(recipe, {"arm": "oracle"}), tmp_path / "out", seed=0)["train_steps"] == STEPS
+        recover(recovery_recipe(recipe, {"arm": "oracle", "experts": 3}), tmp_path / "out", seed=0)
+    assert recover(recovery_recipe(recipe, {"arm": "oracle"}), tmp_path / "out", seed=0)["train_steps"] == STEPS
 
 
 def standing_of(rows=()):
     mixture = MixtureOfPrompts(torch.zeros(1, 2, 4), 1, None)
-    return Standing(mixture, torch.optim.AdamW(mixture.parameters()), list(rows))
+    return TrainingState(mixture, torch.optim.AdamW(mixture.parameters()), list(rows))
 
 
 def test_it_writes_no_more_often_than_it_should(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SECONDS", 1000.0)
-    keeping = UnfinishedTraining(tmp_path, print).at(0.5, 2)
+    keeping = CheckpointFolder(tmp_path, print).at(0.5, 2)
     keeping.keep(standing_of())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
@@ -308,4 +308,4 @@ def test_it_writes_no_more_often_than_it_should(tmp_path, monkeypatch):
 
 def test_a_disk_that_fails_is_named(tmp_path):
     with pytest.raises(StorageError, match=r"2-steps-at-0\.5\.safetensors failed"):
-        UnfinishedTraining(tmp_path / "nowhere", print).at(0.5, 2).keep(standing_of())
+        CheckpointFolder(tmp_path / "nowhere", print).at(0.5, 2).keep(standing_of())

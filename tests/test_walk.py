@@ -6,11 +6,11 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from mopcompress.algorithms import METHODS
-from mopcompress.compress.dense_pass import dense_sides
-from mopcompress.compress.plan import Compression
+from mopcompress.compress.dense_pass import dense_activations
+from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import compress_model, linears_of
 from mopcompress.errors import DataError, NumericalError
-from mopcompress.models.targets import chosen
+from mopcompress.models.targets import select_targets
 
 TOKENS = random_tokens(6, 20)
 OPTIONS = {
@@ -24,7 +24,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def compression(method="sparsegpt", **changes):
-    return [Compression(**{"method": method, "options": OPTIONS[method]} | changes)]
+    return [MethodConfig(**{"method": method, "options": OPTIONS[method]} | changes)]
 
 
 def linears(model):
@@ -199,7 +199,7 @@ def test_when_all_is_ignored_nothing_is_left():
 
 def test_a_linear_belongs_to_the_first_target_that_means_it():
     names = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
-    found = chosen(names, ["re:.*up$", "layers.1", "Linear"], ["layers.0.up"])
+    found = select_targets(names, ["re:.*up$", "layers.1", "Linear"], ["layers.0.up"])
     assert found == {"layers.0.down": 2, "layers.1.up": 0, "layers.1.down": 1}
     assert list(found) == names[1:]
 
@@ -274,7 +274,7 @@ def test_a_recipe_of_several_compressions_is_one_pass_of_each_linear_in_turn():
     for name, linear in linears(slow).items():
         inputs = input_of(slow, linear)
         for step in steps:
-            if name in chosen(list(linears(slow)), step.targets, step.ignore):
+            if name in select_targets(list(linears(slow)), step.targets, step.ignore):
                 gram = inputs.T @ inputs / len(inputs)
                 linear.weight.copy_(METHODS[step.method].solve(linear.weight.clone(), gram, **step.options).weight)
     for name, linear in linears(fast).items():
@@ -358,7 +358,7 @@ def test_outputs_are_noted_where_they_are_fewer():
     model = tiny_model("gpt2")  # its linears have biases
     up, down = model.blocks[0].mlp.c_fc, model.blocks[0].mlp.c_proj
     down.bias.normal_()
-    _, sides = dense_sides(model, TOKENS, None, 0, [[up], [down]])
+    _, sides = dense_activations(model, TOKENS, None, 0, [[up], [down]])
     inputs = input_of(model, down)
     assert not sides[up].are_outputs
     assert_close(sides[up].values, input_of(model, up))
@@ -409,7 +409,7 @@ def test_the_dense_model_sees_as_many_samples_as_it_is_asked_to(monkeypatch, mat
 
     def noted(model, tokens, hidden, index, groups):
         seen.append((len(tokens), None if hidden is None else len(hidden)))
-        return dense_sides(model, tokens, hidden, index, groups)
+        return dense_activations(model, tokens, hidden, index, groups)
 
     monkeypatch.setattr("mopcompress.compress.sequential.dense_sides", noted)
     models = [tiny_model() for _ in range(3)]

@@ -13,17 +13,17 @@ from torch.testing import assert_close
 
 from mopcompress.entrypoints.from_recipe import first_layer
 from mopcompress.errors import DataError, UsageError
-from mopcompress.evaluation.hidden_states import CachedStates, Instructions
+from mopcompress.evaluation.hidden_states import HiddenStateDataset, InstructionStates
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.evaluation.perplexity import evaluate
 from mopcompress.models.modules import set_weight, weight_of
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
-from mopcompress.recover.methods.module_patches import Changes
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs, trained_parameters
+from mopcompress.recover.methods.module_patches import PatchedModules
 from mopcompress.recover.peft_export import FORMATS, write_peft
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.save_and_load import load_adapter, save_adapter
-from mopcompress.recover.training import Training, fit
+from mopcompress.recover.training import TrainingConfig, fit
 from mopcompress.storage import artifacts
 
 WEIGHTS = ("lora", "masklora", "ia3", "norms")
@@ -31,8 +31,8 @@ KNOWN = ("llama", "qwen3", "mistral", "gemma", "gpt2", "gpt_neox", "opt")
 LAYER = 2
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(6, tasks=TASKS)
-START = Start(gate_pretraining_steps=0, gate_temper=1.0, log_opening=0.0, seed=0)
-NOTHING = Instructions(torch.zeros(1, 1, HIDDEN), torch.ones(1, dtype=torch.long), torch.zeros(1, HIDDEN))
+START = AdapterInit(gate_pretraining_steps=0, gate_temper=1.0, log_opening=0.0, seed=0)
+NOTHING = InstructionStates(torch.zeros(1, 1, HIDDEN), torch.ones(1, dtype=torch.long), torch.zeros(1, HIDDEN))
 
 
 def config_for(arm, **changes):
@@ -41,12 +41,14 @@ def config_for(arm, **changes):
 
 
 def states_of(model, layer=LAYER, documents=DOCUMENTS):
-    return CachedStates(model, documents, layer, batch_size=4)
+    return HiddenStateDataset(model, documents, layer, batch_size=4)
 
 
 def begun(model, arm, *, seed=0, **changes):
     config = config_for(arm, **changes)
-    return ARMS[arm].begin(config, Material(model, states_of(model, config.layer), TASKS), replace(START, seed=seed))
+    return RECOVERY_METHODS[arm].begin(
+        config, AdapterInputs(model, states_of(model, config.layer), TASKS), replace(START, seed=seed)
+    )
 
 
 def moved(model, arm, *, seed=0, size=0.2, **changes):
@@ -217,7 +219,7 @@ def test_a_linear_that_does_more_than_its_weight_says_does_so_still(arm):
 def training(**changes):
     settings = {"steps": 4, "batch_size": 4, "learning_rate": 0.05, "gate_learning_rate": 0.0}
     settings |= {"warmup_fraction": 0.1, "seed": 0, "clip_norm": 1.0, "clip_percentile": 100.0, "gate_apart": True}
-    return Training(**settings | changes)
+    return TrainingConfig(**settings | changes)
 
 
 @pytest.mark.parametrize("arm", WEIGHTS)
@@ -272,11 +274,13 @@ def test_generation_with_a_cache_is_generation_without(family, arm):
 
 
 def test_without_a_rank_it_is_the_largest_that_trains_no_more_than_mop(tiny_llama):
-    budget = trained_parameters(ARMS["mop"].build(tiny_llama, config_for("mop")))
+    budget = trained_parameters(RECOVERY_METHODS["mop"].build(tiny_llama, config_for("mop")))
     targets = ["Linear"]  # with these the budget decides, not the smallest linear
     for arm in ("lora", "masklora"):
         trained = {
-            rank: trained_parameters(ARMS[arm].build(tiny_llama, config_for(arm, rank=rank, targets=targets)))
+            rank: trained_parameters(
+                RECOVERY_METHODS[arm].build(tiny_llama, config_for(arm, rank=rank, targets=targets))
+            )
             for rank in (*range(1, 8), None)
         }
         assert trained[None] == max(count for count in trained.values() if count <= budget)
@@ -284,14 +288,16 @@ def test_without_a_rank_it_is_the_largest_that_trains_no_more_than_mop(tiny_llam
 
 
 def test_without_a_rank_no_linear_has_more_than_it_can(tiny_llama):
-    adapter = ARMS["lora"].build(tiny_llama, config_for("lora", rank=None, targets=["v_proj"]))
+    adapter = RECOVERY_METHODS["lora"].build(tiny_llama, config_for("lora", rank=None, targets=["v_proj"]))
     assert {len(change.down) for change in adapter.by_name().values()} == {16}  # a value projection is 16 x 32
 
 
 def test_the_budget_grows_with_the_experts(tiny_llama):
     sizes = [
         trained_parameters(
-            ARMS["lora"].build(tiny_llama, config_for("lora", rank=None, targets=["Linear"], experts=experts))
+            RECOVERY_METHODS["lora"].build(
+                tiny_llama, config_for("lora", rank=None, targets=["Linear"], experts=experts)
+            )
         )
         for experts in (1, 40)
     ]
@@ -312,14 +318,14 @@ def test_the_budget_grows_with_the_experts(tiny_llama):
 def test_what_cannot_be_is_an_error_that_says_why(changes, message):
     model = tiny_model(intermediate_size=400) if changes.get("layer") == 0 else tiny_model()
     with pytest.raises(DataError, match=message):
-        ARMS["lora"].build(model, config_for("lora", **changes))
+        RECOVERY_METHODS["lora"].build(model, config_for("lora", **changes))
 
 
 def test_a_family_without_mop_needs_a_rank():
     model = tiny_model("bloom")
     with pytest.raises(DataError, match=r"trains as much as mop where no rank is given; .*; or give one"):
-        ARMS["lora"].build(model, config_for("lora", rank=None))
-    adapter = ARMS["lora"].build(model, config_for("lora", rank=1))
+        RECOVERY_METHODS["lora"].build(model, config_for("lora", rank=None))
+    adapter = RECOVERY_METHODS["lora"].build(model, config_for("lora", rank=1))
     writers = ("self_attention.dense", "mlp.dense_4h_to_h")
     assert set(adapter.by_name()) == {f"transformer.h.{block}.{name}" for block in (2, 3) for name in writers}
 
@@ -327,12 +333,12 @@ def test_a_family_without_mop_needs_a_rank():
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_stacked_experts_have_no_linear_that_ia3_could_scale(family):
     with pytest.raises(DataError, match="no linears down_proj, or fc2"):
-        ARMS["ia3"].build(tiny_model(family), config_for("ia3"))
+        RECOVERY_METHODS["ia3"].build(tiny_model(family), config_for("ia3"))
 
 
 def test_targets_are_ends_of_names_or_patterns(tiny_llama):
     def changed(*targets):
-        names = ARMS["lora"].build(tiny_llama, config_for("lora", targets=list(targets))).by_name()
+        names = RECOVERY_METHODS["lora"].build(tiny_llama, config_for("lora", targets=list(targets))).by_name()
         return {name.removeprefix("model.layers.") for name in names}
 
     assert changed("q_proj") == {"2.self_attn.q_proj", "3.self_attn.q_proj"}
@@ -365,15 +371,15 @@ def test_trained_parameters_are_those_of_the_paper(tiny_llama, arm):
     ],
 )
 def test_norms_are_those_from_the_layer_up_with_the_last(family, count):
-    assert trained_parameters(ARMS["norms"].build(tiny_model(family), config_for("norms"))) == count
+    assert trained_parameters(RECOVERY_METHODS["norms"].build(tiny_model(family), config_for("norms"))) == count
 
 
 def test_norms_of_what_stands_beside_the_decoder_are_not_trained():
     """Such as of a tower for images."""
     model = tiny_model()
-    count = trained_parameters(ARMS["norms"].build(model, config_for("norms")))
+    count = trained_parameters(RECOVERY_METHODS["norms"].build(model, config_for("norms")))
     model.network.tower = torch.nn.LayerNorm(HIDDEN)
-    assert trained_parameters(ARMS["norms"].build(model, config_for("norms"))) == count
+    assert trained_parameters(RECOVERY_METHODS["norms"].build(model, config_for("norms"))) == count
 
 
 def test_the_low_rank_start_is_that_of_a_linear(tiny_llama):
@@ -396,7 +402,7 @@ def test_an_adapter_comes_back_as_it_was(tiny_llama, tmp_path, arm):
         save_adapter(adapter, config, scratch)
     again, stored = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert stored == config
-    assert isinstance(again, Changes)
+    assert isinstance(again, PatchedModules)
     assert again.layer == LAYER
     assert torch.equal(logits(tiny_llama, again), logits(tiny_llama, adapter))
     states = states_of(tiny_llama)
@@ -453,7 +459,7 @@ def test_what_peft_does_not_have_is_refused(tiny_llama, tmp_path, arm):
 
 
 def test_every_arm_has_a_learning_rate():
-    assert TRAINED.keys() == ARMS.keys()
+    assert ARM_DEFAULTS.keys() == RECOVERY_METHODS.keys()
 
 
 @pytest.mark.parametrize(("arm", "flags"), [("masklora", ("--rank", 2)), ("norms", ())])

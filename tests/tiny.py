@@ -26,9 +26,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.evaluation import generation
-from mopcompress.evaluation.hidden_states import Instructions
+from mopcompress.evaluation.hidden_states import InstructionStates
 from mopcompress.hf import MopForCausalLM
 from mopcompress.models.attention import NAME
 from mopcompress.models.language_model import LanguageModel
@@ -155,21 +155,21 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def random_documents(
     count: int, *, seed: int = 0, tasks: tuple[str, ...] = ("add", "sort", "tell")
-) -> tuple[Encoded, ...]:
+) -> tuple[Document, ...]:
     """Documents of 5 to 14 tokens, task after task; the response is 2 to 5 tokens long and ends with </s>."""
     generator = torch.Generator().manual_seed(seed)
     documents = []
     for index in range(count):
         context, response = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((3, 10), (1, 5)))
         words = torch.randint(len(SPECIAL), VOCABULARY, (context + response,), generator=generator).tolist()
-        documents.append(Encoded(tasks[index % len(tasks)], (*words, 2), context))
+        documents.append(Document(tasks[index % len(tasks)], (*words, 2), context))
     return tuple(documents)
 
 
-def instructions_of(model: LanguageModel, tokens: torch.Tensor, layer: int, **known: object) -> Instructions:
+def instructions_of(model: LanguageModel, tokens: torch.Tensor, layer: int, **known: object) -> InstructionStates:
     """What an adapter may read of instructions of equal length."""
     hidden = model.enter(tokens, layer)
-    return Instructions(hidden, torch.full((len(tokens),), tokens.shape[1]), hidden.mean(1), **known)
+    return InstructionStates(hidden, torch.full((len(tokens),), tokens.shape[1]), hidden.mean(1), **known)
 
 
 def saved(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

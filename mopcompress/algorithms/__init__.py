@@ -11,20 +11,20 @@ from torch import Tensor
 from mopcompress.algorithms.alps import alps
 from mopcompress.algorithms.gptq import gptq
 from mopcompress.algorithms.gram import InputGram
-from mopcompress.algorithms.input_statistics import InputNorms, Nothing, Statistic
+from mopcompress.algorithms.input_statistics import InputNorms, NoStatistic, Statistic
 from mopcompress.algorithms.magnitude import magnitude
-from mopcompress.algorithms.solution import Quantised, Solved
+from mopcompress.algorithms.solution import QuantizedWeight, Solution
 from mopcompress.algorithms.sparsegpt import sparsegpt
 from mopcompress.algorithms.wanda import wanda
 
-__all__ = ["METHODS", "Method", "Quantised", "Solved"]
+__all__ = ["METHODS", "Method", "QuantizedWeight", "Solution"]
 
 
 @dataclass(frozen=True)
 class Method:
     """`solve(weight, statistic(inputs), **options)` compresses one matrix, or several stacked by rows."""
 
-    solve: Callable[..., Solved]
+    solve: Callable[..., Solution]
     accumulator: Callable[[], Statistic]
     stacks: bool = False  # `solve` takes `row_groups`: several matrices with the same inputs in one sweep
 
@@ -34,7 +34,7 @@ class Method:
         seen.update(inputs)
         return seen.mean()
 
-    def solve_together(self, weights: Sequence[Tensor], statistic: Tensor | None, **options: Any) -> list[Solved]:
+    def solve_together(self, weights: Sequence[Tensor], statistic: Tensor | None, **options: Any) -> list[Solution]:
         """Compress matrices that share their inputs in one go: the same result as one by one, but faster.
 
         `sparsity`, for methods that have it, may be one share a matrix.
@@ -46,11 +46,11 @@ class Method:
             return [self.solve(weight, statistic, **options | mine) for weight, mine in pairs]
         sizes = [len(weight) for weight in weights]
         stack = self.solve(torch.cat(list(weights)), statistic, row_groups=sizes, **options)
-        return [Solved(weight, stack.escalations) for weight in torch.split(stack.weight, sizes)]
+        return [Solution(weight, stack.escalations) for weight in torch.split(stack.weight, sizes)]
 
 
 METHODS = {
-    "magnitude": Method(magnitude, Nothing),
+    "magnitude": Method(magnitude, NoStatistic),
     "wanda": Method(wanda, InputNorms),
     "sparsegpt": Method(sparsegpt, InputGram, stacks=True),
     "alps": Method(alps, InputGram, stacks=True),

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mopcompress.algorithms.gram import check_gram
 from mopcompress.algorithms.input_statistics import with_ridge
-from mopcompress.algorithms.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, share_of_each
+from mopcompress.algorithms.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, split_count
 from mopcompress.algorithms.refit import refit
-from mopcompress.algorithms.solution import Solved
+from mopcompress.algorithms.solution import Solution
 
 _FIRST_PENALTY = 0.2  # the Gram matrix has a unit diagonal; 0.1 in the paper, which takes more steps
 _GROWTH = 1.7  # of the penalty
@@ -41,7 +41,7 @@ def alps(
     refit_steps: int = 6,
     keep_zeros: bool = False,
     row_groups: Sequence[int] | None = None,
-) -> Solved:
+) -> Solution:
     """Zero exactly `round(sparsity * weights)` weights; mask and values solve one problem over all columns.
 
     The ridge is `damping` times the Gram matrix's mean diagonal. With `pattern` (n, m): n zeros in every m inputs of a
@@ -53,9 +53,9 @@ def alps(
     check_gram(gram)
     zeros = weight == 0 if keep_zeros else None
     groups = groups_of_rows(weight, row_groups)
-    counts = [round(s * weight[g].numel()) for g, s in zip(groups, share_of_each(sparsity, groups), strict=True)]
+    counts = [round(s * weight[g].numel()) for g, s in zip(groups, split_count(sparsity, groups), strict=True)]
     if not any(counts) and not pattern:
-        return Solved(weight.detach().clone())
+        return Solution(weight.detach().clone())
     hessian = with_ridge(gram.to(weight), damping)
     scale = hessian.diagonal().sqrt()
     hessian, scaled = hessian / scale / scale[:, None], weight.detach() * scale
@@ -69,7 +69,7 @@ def alps(
 
     free = _draw_together(scaled, hessian, shrink, steps)
     mask = _mask(free, zeros, groups, counts, pattern)
-    return Solved(refit(scaled, hessian, mask, free, steps=refit_steps) / scale)
+    return Solution(refit(scaled, hessian, mask, free, steps=refit_steps) / scale)
 
 
 def _draw_together(

@@ -15,17 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.algorithms.input_statistics import cross_mean, input_drift, with_ridge
+from mopcompress.algorithms.input_statistics import cross_moment, input_shift, with_ridge
 from mopcompress.algorithms.obs import cholesky
 from mopcompress.algorithms.refit import refit
-from mopcompress.algorithms.solution import Solved
+from mopcompress.algorithms.solution import Solution
 
 _PRUNED = 0.01  # fewer zeros than this are kept without a refit of the others, which would hardly move
 _STEPS = 30  # of the refit, when some weights must stay zero
 
 
 @dataclass(frozen=True)
-class DenseSide:
+class DenseActivations:
     """What the dense model had where linears share their inputs, for the first tokens of the calibration or all.
 
     Their inputs; or their outputs side by side, biases left out, where these are fewer: W C = mean (W x_dense) xᵀ.
@@ -42,11 +42,11 @@ class DenseSide:
         """
         same = inputs[: len(self.values)]
         if self.are_outputs:
-            return cross_mean(self.values - same @ weight.T, same)
-        return weight @ input_drift(same, self.values).to(weight)
+            return cross_moment(self.values - same @ weight.T, same)
+        return weight @ input_shift(same, self.values).to(weight)
 
 
-def toward_dense(
+def dense_target(
     weight: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
     pull: Float[Tensor, "out in"],
@@ -54,7 +54,7 @@ def toward_dense(
     share: float,
     keep_zeros: bool,
     damping: float = 0.1,
-) -> Solved:
+) -> Solution:
     """W + share (V* - W): 0 asks for the linear's own outputs, 1 for the dense model's.
 
     `pull` is W (C - G) = mean W (x_dense - x) xᵀ. The ridge, `damping` times the Gram matrix's mean diagonal, draws
@@ -69,4 +69,4 @@ def toward_dense(
         best = weight + change
         steps = _STEPS if float(zeros.float().mean()) >= _PRUNED else 0
         change = refit(best, with_ridge(gram.to(weight), damping), zeros, best, steps=steps) - weight
-    return Solved(weight + share * change, escalations)
+    return Solution(weight + share * change, escalations)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.algorithms.obs import Factor, Reject, inverse_factor, sweep
-from mopcompress.algorithms.solution import Quantised
-from mopcompress.algorithms.sparsegpt import Choose, removals
+from mopcompress.algorithms.obs import InverseFactor, LossFn, inverse_factor, sweep
+from mopcompress.algorithms.solution import QuantizedWeight
+from mopcompress.algorithms.sparsegpt import ChooseMask, removals
 from mopcompress.errors import DataError
 
 _SHRINKS = [1 - 0.05 * step for step in range(15)]  # of the scale that just reaches the largest weight
@@ -30,7 +30,7 @@ def gptq(
     keep_zeros: bool = False,
     sparsity: float = 0.0,
     pattern: tuple[int, int] | None = None,
-) -> Quantised:
+) -> QuantizedWeight:
     """Round every weight to a grid with one scale per row and `group_size` consecutive inputs (None: all of them).
 
     The scales of a group are chosen when the sweep reaches it, from the weights as they are then. With `act_order` the
@@ -50,14 +50,14 @@ def gptq(
     scales = weight.new_empty(size // group_size, len(weight))
     order = torch.arange(size, device=weight.device)
     if act_order:
-        scales = _scales_beforehand(weight, importance, bits, group_size)
+        scales = _initial_scales(weight, importance, bits, group_size)
         order = importance.argsort(descending=True, stable=True)
         weight, gram = weight[:, order], gram[order][:, order]
     factor = inverse_factor(gram, damping=damping)
     group_of = (order // group_size).tolist()
     choose = _removals(weight, factor, act_order, group_size, keep_zeros, sparsity, pattern)
 
-    def settle(first: int, panel: Tensor) -> Reject:
+    def settle(first: int, panel: Tensor) -> LossFn:
         removed = choose(first, panel)
         if not act_order:
             here = slice(first, first + group_size)
@@ -79,13 +79,13 @@ def gptq(
 
 def _removals(
     weight: Tensor,
-    factor: Factor,
+    factor: InverseFactor,
     act_order: bool,
     group_size: int,
     keep_zeros: bool,
     sparsity: float,
     pattern: tuple[int, int] | None,
-) -> Choose:
+) -> ChooseMask:
     """Which weights of a panel become zero, whatever the grid."""
     if not sparsity:
         zeros = (weight.T == 0) & keep_zeros
@@ -96,11 +96,13 @@ def _removals(
     return removals(weight, salience, sparsity=sparsity, pattern=pattern, block_size=group_size, keep_zeros=keep_zeros)
 
 
-def _on_grid(settled: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], escalations: int) -> Quantised:
+def _on_grid(
+    settled: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], escalations: int
+) -> QuantizedWeight:
     """Take the float residue off weights that are integers times their scale, up to that residue."""
     spread = scales.repeat_interleave(settled.shape[1] // scales.shape[1], dim=1)
     codes = (settled / spread).round().to(torch.int8)  # an integer has one zero: no weight becomes -0.0
-    return Quantised(codes * spread, escalations, codes=codes, scales=scales)
+    return QuantizedWeight(codes * spread, escalations, codes=codes, scales=scales)
 
 
 def _codes(column: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -121,7 +123,7 @@ def _best_scales(
     return best
 
 
-def _scales_beforehand(
+def _initial_scales(
     weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], bits: int, group_size: int
 ) -> Float[Tensor, "groups out"]:
     panels = zip(torch.split(weight.T, group_size), torch.split(importance, group_size), strict=True)

@@ -35,7 +35,7 @@ class InputGram:
 
     def mean(self) -> Float[Tensor, "in in"]:
         """The symmetric mean. Raises `NumericalError` when there were no tokens."""
-        upper = seen(self._upper, self._tokens).triu() / self._tokens
+        upper = input_gram(self._upper, self._tokens).triu() / self._tokens
         return upper + upper.triu(1).T
 
 
@@ -64,7 +64,7 @@ def check_finite(sums_of_squares: Float[Tensor, " in"]) -> None:
         )
 
 
-def seen(total: Tensor | None, tokens: int) -> Tensor:
+def input_gram(total: Tensor | None, tokens: int) -> Tensor:
     """The sum over `tokens`. Raises `NumericalError` when there were none."""
     if total is None or tokens == 0:
         raise NumericalError("no calibration token reached this layer; calibrate on more tokens")

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.algorithms.gram import at_least_float32, check_finite, seen
+from mopcompress.algorithms.gram import at_least_float32, check_finite, input_gram
 from mopcompress.errors import NumericalError
 
 _CHUNK = 4096  # tokens whose difference is held at a time
@@ -20,7 +20,7 @@ class Statistic(Protocol):
     def mean(self) -> Tensor | None: ...
 
 
-class Nothing:
+class NoStatistic:
     """For methods that look at the weights only."""
 
     def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
@@ -49,7 +49,7 @@ class InputNorms:
 
     def mean(self) -> Float[Tensor, " in"]:
         """The root mean square. Raises `NumericalError` when there were no tokens."""
-        return (seen(self._squares, self._tokens) / self._tokens).sqrt()
+        return (input_gram(self._squares, self._tokens) / self._tokens).sqrt()
 
 
 def with_ridge(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
@@ -60,7 +60,7 @@ def with_ridge(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "i
     return gram + ridge * torch.eye(len(gram)).to(gram)
 
 
-def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"]) -> Float[Tensor, "in in"]:
+def input_shift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"]) -> Float[Tensor, "in in"]:
     """Mean of (x_dense - x) xᵀ: how the inputs of a layer moved since the layers before it were compressed.
 
     Raises `NumericalError` when an input is not finite.
@@ -74,7 +74,7 @@ def input_drift(inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens
     return drift / len(inputs)
 
 
-def cross_mean(outputs: Float[Tensor, "tokens out"], inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "out in"]:
+def cross_moment(outputs: Float[Tensor, "tokens out"], inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "out in"]:
     """Mean of y xᵀ. Raises `NumericalError` when an output is not finite."""
     mean = at_least_float32(outputs).T @ at_least_float32(inputs) / len(inputs)
     if not bool(mean.sum().isfinite()):

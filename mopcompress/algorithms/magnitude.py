@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mopcompress.algorithms.masks import check_pattern, lowest_overall, n_of_m
-from mopcompress.algorithms.solution import Solved
+from mopcompress.algorithms.solution import Solution
 
 
 def magnitude(
@@ -17,14 +17,14 @@ def magnitude(
     *,
     sparsity: float,
     pattern: tuple[int, int] | None = None,
-) -> Solved:
+) -> Solution:
     """Zero exactly `round(sparsity * weights)` of the smallest weights of the matrix; the rest are untouched.
 
     With `pattern` (n, m): the n smallest of every m consecutive inputs.
     """
     check_pattern(sparsity, pattern)
     mask = n_of_m(weight.abs(), *pattern) if pattern else lowest_overall(weight.abs(), sparsity)
-    return Solved(weight.masked_fill(mask, 0.0))
+    return Solution(weight.masked_fill(mask, 0.0))
 
 
 def one_threshold(weights: Callable[[], Iterable[tuple[str, Tensor]]], sparsity: float) -> dict[str, float]:

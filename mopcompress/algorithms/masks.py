@@ -68,7 +68,7 @@ def groups_of_rows(weight: Float[Tensor, "out in"], row_groups: Sequence[int] | 
     return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def share_of_each(sparsity: float | Sequence[float], groups: Sequence[slice]) -> list[float]:
+def split_count(sparsity: float | Sequence[float], groups: Sequence[slice]) -> list[float]:
     """The sparsity of each matrix in a stack: one for all, or one a matrix."""
     if not isinstance(sparsity, Sequence):
         return [sparsity] * len(groups)

@@ -15,9 +15,9 @@ from torch import Tensor
 from mopcompress.algorithms.gram import check_gram
 from mopcompress.errors import NumericalError
 
-Reject = Callable[[int, Tensor, Tensor], None]
+LossFn = Callable[[int, Tensor, Tensor], None]
 """(column index, column as it is now, error): writes into `error` what the column loses when it is settled."""
-Settle = Callable[[int, Tensor], Reject]
+ColumnSolver = Callable[[int, Tensor], LossFn]
 """(index of a panel's first column, panel [columns, rows] up to date) -> how to settle each of its columns."""
 
 _STRIP = 16  # columns settled one by one between two small matrix products
@@ -26,14 +26,14 @@ _FIRST_DAMPING = 1e-4  # where the ladder starts when no damping was asked for
 
 
 @dataclass(frozen=True)
-class Factor:
+class InverseFactor:
     """Upper triangular `upper` with upperᵀ upper = (gram + ridge I)⁻¹; `escalations` counts raises of the ridge."""
 
     upper: Float[Tensor, "in in"]
     escalations: int
 
 
-def inverse_factor(gram: Float[Tensor, "in in"], *, damping: float, max_escalations: int = 4) -> Factor:
+def inverse_factor(gram: Float[Tensor, "in in"], *, damping: float, max_escalations: int = 4) -> InverseFactor:
     """Upper Cholesky factor of the inverse of `gram + damping * mean(diag) I`, without forming the inverse.
 
     Reverse rows and columns, factorise as L Lᵀ, reverse back: gram = R Rᵀ with R upper triangular, hence
@@ -41,7 +41,7 @@ def inverse_factor(gram: Float[Tensor, "in in"], *, damping: float, max_escalati
     by `cholesky`.
     """
     lower, escalations = cholesky(gram, damping=damping, max_escalations=max_escalations, backwards=True)
-    return Factor(_triangular_inverse(lower).flip(0, 1), escalations)
+    return InverseFactor(_triangular_inverse(lower).flip(0, 1), escalations)
 
 
 def cholesky(
@@ -78,8 +78,8 @@ def cholesky(
 
 def sweep(
     weight: Float[Tensor, "out in"],
-    factor: Factor,
-    settle: Settle,
+    factor: InverseFactor,
+    settle: ColumnSolver,
     *,
     panel_columns: int,
     block_columns: int = 128,
@@ -111,14 +111,14 @@ def sweep(
             for strip_first in range(first, last, _STRIP):
                 strip = slice(strip_first, min(strip_first + _STRIP, last))
                 catch_up(first, strip.start, strip.stop)
-                _settle_strip(columns[strip], errors[strip], shares[strip, strip], reject, strip_first)
+                _solve_strip(columns[strip], errors[strip], shares[strip, strip], reject, strip_first)
     settled = (columns - errors).T.contiguous()
     if not bool(settled.isfinite().all()):
         raise NumericalError("error feedback overflowed; raise damping or check the weights")
     return settled
 
 
-def _settle_strip(columns: Tensor, errors: Tensor, shares: Tensor, reject: Reject, first: int) -> None:
+def _solve_strip(columns: Tensor, errors: Tensor, shares: Tensor, reject: LossFn, first: int) -> None:
     """Settle a few columns one by one, in place: the only loop that runs once a column, so it makes no slices."""
     errors_by_row = errors.T
     for offset, (column, error, share) in enumerate(

@@ -29,7 +29,7 @@ class LowRankFactors:
 
 
 @dataclass(frozen=True)
-class Solved:
+class Solution:
     """A compressed weight. `escalations` counts how often damping had to be raised to factorise the Gram matrix.
 
     `repair` is what is to be computed beside it, if that was asked for.
@@ -41,7 +41,7 @@ class Solved:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantised(Solved):
+class QuantizedWeight(Solution):
     """`weight` is exactly `codes * scales`, the scale of an input being that of its group of consecutive columns.
 
     Scales are numbers that fp16 can hold, as the GPTQ and compressed-tensors formats store them, so an export loses

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.algorithms.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, share_of_each
-from mopcompress.algorithms.obs import Reject, inverse_factor, sweep
-from mopcompress.algorithms.solution import Solved
+from mopcompress.algorithms.masks import check_pattern, groups_of_rows, lowest_count, n_of_m, split_count
+from mopcompress.algorithms.obs import LossFn, inverse_factor, sweep
+from mopcompress.algorithms.solution import Solution
 
-Choose = Callable[[int, Tensor], Tensor]
+ChooseMask = Callable[[int, Tensor], Tensor]
 """(index of a panel's first column, panel [columns, rows] up to date) -> which of its weights go."""
 
 
@@ -28,7 +28,7 @@ def sparsegpt(
     damping: float = 0.01,
     keep_zeros: bool = False,
     row_groups: Sequence[int] | None = None,
-) -> Solved:
+) -> Solution:
     """Zero exactly `round(sparsity * weights)` weights and let the later columns make up for each.
 
     The mask is chosen for `block_size` columns at a time; with `pattern` (n, m) for m columns, n in each row. The share
@@ -48,7 +48,7 @@ def sparsegpt(
         row_groups=row_groups,
     )
 
-    def settle(first: int, panel: Tensor) -> Reject:
+    def settle(first: int, panel: Tensor) -> LossFn:
         removed = choose(first, panel).to(panel).unbind()
 
         def reject(index: int, column: Tensor, error: Tensor) -> None:
@@ -57,7 +57,7 @@ def sparsegpt(
         return reject
 
     panel_columns = pattern[1] if pattern else block_size
-    return Solved(sweep(weight, factor, settle, panel_columns=panel_columns), factor.escalations)
+    return Solution(sweep(weight, factor, settle, panel_columns=panel_columns), factor.escalations)
 
 
 def removals(
@@ -69,7 +69,7 @@ def removals(
     block_size: int,
     keep_zeros: bool,
     row_groups: Sequence[int] | None = None,
-) -> Choose:
+) -> ChooseMask:
     """How a sweep chooses what goes: the lowest (w / salience)² of each panel, as the weights are when it is reached.
 
     `salience` is the diagonal of the inverse factor. Raises `DataError` when a pattern does not fit.
@@ -81,7 +81,7 @@ def removals(
     zeros = weight.T == 0 if keep_zeros else None
     quotas = []
     if not pattern:
-        shares = share_of_each(sparsity, groups)
+        shares = split_count(sparsity, groups)
         quotas = [_quotas(weight[g], share, block_size, keep_zeros) for g, share in zip(groups, shares, strict=True)]
 
     def choose(first: int, panel: Tensor) -> Tensor:

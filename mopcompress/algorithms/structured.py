@@ -22,7 +22,7 @@ from mopcompress.errors import DataError, NumericalError
 
 
 @dataclass(frozen=True)
-class Narrowed:
+class ReducedWeight:
     """A smaller matrix and the inputs that it still reads, ascending."""
 
     weight: Float[Tensor, "out kept"]
@@ -30,7 +30,7 @@ class Narrowed:
     escalations: int = 0  # how often the damping had to be raised
 
 
-def narrow(
+def prune_input_groups(
     weight: Float[Tensor, "out in"],
     gram: Float[Tensor, "in in"],
     *,
@@ -38,7 +38,7 @@ def narrow(
     remove: int,
     score: str = "error",
     damping: float = 0.01,
-) -> Narrowed:
+) -> ReducedWeight:
     """Remove exactly `remove` of the `groups` equal groups of consecutive inputs, and refit the columns that stay.
 
     `score` decides which: `error` takes those that cost least after the refit, `norm` those with the smallest sum of
@@ -47,16 +47,22 @@ def narrow(
     """
     _check(weight, groups, remove)
     if remove == 0:
-        return Narrowed(weight, torch.arange(weight.shape[1], device=weight.device))
+        return ReducedWeight(weight, torch.arange(weight.shape[1], device=weight.device))
     factor = inverse_factor(gram.to(weight), damping=damping)
     inverse = factor.upper.T @ factor.upper
     heard = weight * (gram.diagonal() > 0)  # what never fires costs nothing, whatever its weight
-    gone = cheapest(heard, inverse, groups, remove) if score == "error" else smallest(heard, gram, groups, remove)
+    gone = (
+        lowest_error_groups(heard, inverse, groups, remove)
+        if score == "error"
+        else lowest_norm_groups(heard, gram, groups, remove)
+    )
     kept = _columns(sorted(set(range(groups)) - set(gone)), weight, groups)
-    return Narrowed(refit_columns(heard, inverse, kept), kept, factor.escalations)
+    return ReducedWeight(refit_columns(heard, inverse, kept), kept, factor.escalations)
 
 
-def cheapest(weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], groups: int, remove: int) -> list[int]:
+def lowest_error_groups(
+    weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], groups: int, remove: int
+) -> list[int]:
     """The groups whose loss costs least, each given those that went before it, in that order.
 
     One pivoted Cholesky of `inverse` = H⁻¹: when the columns C are gone, D = H⁻¹ - H⁻¹_:C (H⁻¹_CC)⁻¹ H⁻¹_C: is left
@@ -92,7 +98,9 @@ def cheapest(weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], g
     return gone
 
 
-def smallest(weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], groups: int, remove: int) -> list[int]:
+def lowest_norm_groups(
+    weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], groups: int, remove: int
+) -> list[int]:
     """The groups with the smallest sum of squared weight times mean squared input: blind to what the others can do."""
     norms = (weight.square().sum(0) * gram.diagonal()).view(groups, -1).sum(1)
     return norms.argsort(stable=True)[:remove].tolist()

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.algorithms.masks import check_pattern, lowest, n_of_m
-from mopcompress.algorithms.solution import Solved
+from mopcompress.algorithms.solution import Solution
 
 
 def wanda(
@@ -13,7 +13,7 @@ def wanda(
     *,
     sparsity: float,
     pattern: tuple[int, int] | None = None,
-) -> Solved:
+) -> Solution:
     """Zero exactly `round(sparsity * in)` weights in every output row, those with the lowest |weight| * input norm.
 
     With `pattern` (n, m): the n lowest of every m consecutive inputs. The rest are untouched.
@@ -21,4 +21,4 @@ def wanda(
     check_pattern(sparsity, pattern)
     scores = weight.abs() * input_norms.to(weight)
     mask = n_of_m(scores, *pattern) if pattern else lowest(scores, sparsity)
-    return Solved(weight.masked_fill(mask, 0.0))
+    return Solution(weight.masked_fill(mask, 0.0))

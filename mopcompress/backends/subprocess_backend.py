@@ -69,7 +69,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class BackendResult:
     """What a library did, by its own word. `weights` is a file with a tensor for every linear of the job.
 
     A linear that was rounded has `<name>.scales`, [out, groups], beside it.
@@ -114,7 +114,7 @@ def run(
     model: Path,
     requests: Sequence[Request],
     tokens: Int[Tensor, "samples length"],
-) -> Answer:
+) -> BackendResult:
     """Have the library compress the linears of the model folder, in a child process; `folder` is an empty one.
 
     Raises `OutOfMemoryError` when the child was killed, `UnavailableError` when it ended in another way than well.
@@ -153,10 +153,10 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
         child.wait()
 
 
-def _answer(backend: Backend, folder: Path, process_seconds: float) -> Answer:
+def _answer(backend: Backend, folder: Path, process_seconds: float) -> BackendResult:
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        answer = Answer(
+        answer = BackendResult(
             weights=folder / "weights.safetensors",
             process_seconds=process_seconds,
             **facts | {"fallbacks": tuple(facts["fallbacks"])},

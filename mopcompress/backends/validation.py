@@ -9,7 +9,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mopcompress.backends.subprocess_backend import Answer, Backend, Request
+from mopcompress.backends.subprocess_backend import Backend, BackendResult, Request
 from mopcompress.errors import DataError, NumericalError, QualityGateError
 
 _SLACK = 0.01  # a share may be missed by so much, or by a weight a row: libraries round down, and scores tie
@@ -18,7 +18,7 @@ _SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
 
 
 @dataclass(frozen=True)
-class Given:
+class ReturnedLayer:
     """What came back, by the linear's name: its weight, and the scales [out, groups] of its grid if it was rounded."""
 
     weights: dict[str, Tensor]
@@ -26,14 +26,14 @@ class Given:
 
 
 def read_given(
-    backend: Backend, answer: Answer, shapes: Mapping[str, torch.Size], requests: Sequence[Request]
-) -> Given:
+    backend: Backend, answer: BackendResult, shapes: Mapping[str, torch.Size], requests: Sequence[Request]
+) -> ReturnedLayer:
     """The weights that came back, one for every name in `shapes`, after a look at each.
 
     Raises `NumericalError` when one is missing, misshapen or not finite, `QualityGateError` when a request was not
     carried out.
     """
-    given = Given({}, {})
+    given = ReturnedLayer({}, {})
     try:
         with safe_open(answer.weights, framework="pt") as file:
             there = set(file.keys())

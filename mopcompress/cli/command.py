@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from mopcompress.cli.exit_codes import plain_endings
+from mopcompress.cli.exit_codes import exit_cleanly
 from mopcompress.cli.options import RECOVERY, Options, Resume
 from mopcompress.cli.progress_display import progress_on
 from mopcompress.errors import UsageError
@@ -58,7 +58,7 @@ def command(app: typer.Typer, *groups: Options) -> Callable[[Body], Body]:
 
     def register(body: Body) -> Body:
         def call(**given: Any) -> None:
-            with plain_endings():
+            with exit_cleanly():
                 common = _common({name: given.pop(name) for name in shared})
                 body(common, **given)
 

@@ -14,7 +14,7 @@ from types import FrameType
 
 import typer
 
-from mopcompress.cli.progress_display import complain
+from mopcompress.cli.progress_display import print_error
 from mopcompress.errors import MopError, OutOfMemoryError, StoppedError, StorageError
 
 BUG = 1
@@ -24,7 +24,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def plain_endings() -> Iterator[None]:
+def exit_cleanly() -> Iterator[None]:
     """Inside the block every error, and a first Ctrl-C or SIGTERM, becomes a line and an exit code."""
     with _stoppable():
         try:
@@ -40,7 +40,7 @@ def plain_endings() -> Iterator[None]:
             raise typer.Exit(StoppedError.exit_code) from None
         except Exception as error:  # noqa: BLE001 (the last resort: a bug leaves a file behind, never a silent end)
             message, code = _ending(error)
-            complain(message)
+            print_error(message)
             raise typer.Exit(code) from None
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mopcompress.cli.command import Common, command
-from mopcompress.cli.model_commands import Adapter, app, tell_plan
+from mopcompress.cli.model_commands import Adapter, app, print_plan
 from mopcompress.cli.options import DRY_RUN, MACHINE, MODEL, SPEECH
 from mopcompress.cli.output import print_json
 from mopcompress.entrypoints import preflight
 from mopcompress.errors import UsageError
 
 if TYPE_CHECKING:
-    from mopcompress.entrypoints.generate import Answering
+    pass
 
 
 @command(app, MODEL, MACHINE, DRY_RUN, SPEECH)
@@ -35,14 +35,14 @@ def generate(
         except UnicodeEncodeError as error:  # bytes that are not UTF-8 come as lone surrogates
             raise UsageError(f"instruction {one!r}: not text at character {error.start}; give it as UTF-8") from error
     if common.dry_run:
-        tell_plan(
+        print_plan(
             common, recipe, None, False, {"model": preflight.model_facts(recipe.run.model), "prompts": len(prompts)}
         )
         return
     with common.working() as progress:
-        from mopcompress.entrypoints.generate import Answering
+        from mopcompress.entrypoints.generate import AnswerGenerator
 
-        answering = Answering(recipe.run, adapter, max_new_tokens=max_new_tokens, progress=progress)
+        answering = AnswerGenerator(recipe.run, adapter, max_new_tokens=max_new_tokens, progress=progress)
         answers = answering.answers(prompts)
     if chats:
         _chat(answering)
@@ -63,7 +63,7 @@ def _piped() -> list[str]:
     return lines
 
 
-def _chat(answering: "Answering") -> None:
+def _chat(answering: "AnswerGenerator") -> None:
     """Every line by itself: prompts are trained on single instructions, so there is no memory of earlier ones."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (makes `input` a line editor with a history)

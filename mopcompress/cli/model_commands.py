@@ -30,10 +30,10 @@ from mopcompress.cli.options import (
 from mopcompress.cli.output import print_bench, print_facts, print_harness, print_json, print_scores
 from mopcompress.entrypoints import preflight
 from mopcompress.errors import RecipeError, UsageError
-from mopcompress.recipe import GPTQModifier, Recipe, resolved
-from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe import GPTQModifier, Recipe, recipe_to_dict
+from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recipe.field_types import Spec
-from mopcompress.recipe.overrides import for_pruning, for_quantizing, for_recovery, with_recovery
+from mopcompress.recipe.overrides import override_recovery, pruning_recipe, quantization_recipe, recovery_recipe
 from mopcompress.recipe.pruning_modifiers import Pruning
 from mopcompress.recipe.run_spec import OURS
 
@@ -72,7 +72,7 @@ def prune(
 ) -> None:
     """Remove weights, block after block, into a normal Hugging Face folder."""
     recipe = common.load()
-    recipe = for_pruning(
+    recipe = pruning_recipe(
         recipe,
         method=method,
         sparsity=sparsity,
@@ -93,29 +93,33 @@ def quantize(
     repair_rank: RepairRank = None,
 ) -> None:
     """Round weights with GPTQ, block after block, into a normal Hugging Face folder."""
-    recipe = for_quantizing(common.load(), bits=bits, group_size=group_size, repair_rank=repair_rank)
+    recipe = quantization_recipe(common.load(), bits=bits, group_size=group_size, repair_rank=repair_rank)
     _compress(common, recipe, Path("runs/quantized"))
 
 
 def _compress(common: Common, recipe: Recipe, default: Path) -> None:
     target = _target(recipe, default)
     preflight.check_inputs(recipe.run, data=False, calibration=True)
-    done = preflight.is_done(target, recipe, common.resume)
+    done = preflight.completed_by_same_recipe(target, recipe, common.resume)
     modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
-    preflight.check_shapes(recipe, modifiers)
+    preflight.check_recipe_shapes(recipe, modifiers)
     if common.dry_run:
         model = preflight.model_facts(recipe.run.model)
         methods = "+".join([one.method for one in modifiers] + ([recipe.repair.method] if recipe.repair else []))
-        tell_plan(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
+        print_plan(common, recipe, target, done, {"model": model, "methods": methods, "disk_bytes": model["bytes"]})
         return
     with common.working() as progress:
         if recipe.run.backend == OURS:
             from mopcompress.entrypoints.compress import compress
         else:
-            from mopcompress.entrypoints.compress_external import compress_elsewhere as compress
-        from mopcompress.entrypoints.finished import finished
+            from mopcompress.entrypoints.compress_external import compress_external as compress
+        from mopcompress.entrypoints.finished import verify_finished
 
-        facts = finished(target, recipe, progress) if done else compress(recipe, modifiers, target, progress=progress)
+        facts = (
+            verify_finished(target, recipe, progress)
+            if done
+            else compress(recipe, modifiers, target, progress=progress)
+        )
     shown = ("method", "sparsity", "weights", *NARROWED, "repair", "fallbacks", "compress_seconds", "model_bytes")
     _print_result(common, target, facts, shown)
 
@@ -123,23 +127,23 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
 @command(app, MODEL, DATA, RECOVERY, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def recover(
     common: Common,
-    arm: Annotated[str | None, typer.Option(help=f"{', '.join(TRAINED)}; mop if not given.")] = None,
+    arm: Annotated[str | None, typer.Option(help=f"{', '.join(ARM_DEFAULTS)}; mop if not given.")] = None,
 ) -> None:
     """Train an arm (prompts, or a rival of theirs) for a compressed model, into an adapter folder; the model stays."""
-    recipe = for_recovery(common.load(), {"arm": arm, **common.recovery})
+    recipe = recovery_recipe(common.load(), {"arm": arm, **common.recovery})
     target = _target(recipe, Path("runs/recovered"))
     preflight.check_inputs(recipe.run, data=True, calibration=False)
-    done = preflight.is_done(target, recipe, common.resume)
+    done = preflight.completed_by_same_recipe(target, recipe, common.resume)
     if common.dry_run:
         run = {"model": preflight.model_facts(recipe.run.model), "data": recipe.run.data, "arm": recipe.recovery.arm}
-        tell_plan(common, recipe, target, done, {**run, "steps": recipe.recovery.least_steps})
+        print_plan(common, recipe, target, done, {**run, "steps": recipe.recovery.least_steps})
         return
     with common.working() as progress:
-        from mopcompress.entrypoints.finished import finished
+        from mopcompress.entrypoints.finished import verify_finished
         from mopcompress.entrypoints.recover import recover as train
 
         facts = (
-            finished(target, recipe, progress)
+            verify_finished(target, recipe, progress)
             if done
             else train(recipe, target, seed=recipe.run.seed, progress=progress)
         )
@@ -171,7 +175,7 @@ def evaluate(
     preflight.check_inputs(recipe.run, data=lm_eval is None, calibration=False)
     if common.dry_run:
         run = {"model": preflight.model_facts(recipe.run.model), "data": recipe.run.data}
-        tell_plan(common, recipe, None, False, {**run, "adapter": str(adapter) if adapter else None})
+        print_plan(common, recipe, None, False, {**run, "adapter": str(adapter) if adapter else None})
         return
     with common.working() as progress:
         if lm_eval is None:
@@ -193,7 +197,7 @@ def evaluate(
 @command(app, MODEL, GRID, JOINT, DATA, WRITING, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
 def bench(common: Common) -> None:
     """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
-    recipe = with_recovery(common.load(), common.recovery)
+    recipe = override_recovery(common.load(), common.recovery)
     if recipe.run.backend != OURS:
         raise RecipeError(f"run.backend: bench has no {recipe.run.backend}; prune with it, then evaluate its folder")
     folder = _target(recipe, Path("runs/bench"))
@@ -202,7 +206,7 @@ def bench(common: Common) -> None:
     preflight.check_grid(recipe)
     if common.dry_run:
         run = {"model": preflight.model_facts(recipe.run.model), "data": recipe.run.data}
-        tell_plan(common, recipe, folder, False, {**run, **preflight.bench_facts(recipe, folder)})
+        print_plan(common, recipe, folder, False, {**run, **preflight.bench_facts(recipe, folder)})
         return
     with common.working() as progress:
         from mopcompress.entrypoints.bench.runner import bench as run_grid
@@ -220,11 +224,11 @@ def _target(recipe: Recipe, default: Path) -> Path:
     return Path(recipe.run.output_dir).expanduser() if recipe.run.output_dir else default
 
 
-def tell_plan(common: Common, recipe: Recipe, target: Path | None, done: bool, facts: dict[str, Any]) -> None:
+def print_plan(common: Common, recipe: Recipe, target: Path | None, done: bool, facts: dict[str, Any]) -> None:
     """Print the plan; the resolved recipe only in JSON."""
     state = None if target is None else f"{target}, done already" if done else str(target)
     if common.json:
-        output = {"output": str(target) if target else None, "done": done, "recipe": resolved(recipe)}
+        output = {"output": str(target) if target else None, "done": done, "recipe": recipe_to_dict(recipe)}
         print_json({**facts, **output})
     else:
         print_facts({**facts, "output": state})

@@ -9,7 +9,7 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from mopcompress.recipe import PromptRecoveryModifier, RunSpec
-from mopcompress.recipe.arms import ARMS
+from mopcompress.recipe.arms import ARM_NAMES
 
 Options = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ GRID = _run_fields(
     methods=("NAMES", "sparsegpt, alps, wanda, magnitude, structured"),
     bits=("LIST", "Bit widths to quantize to, such as 3,4"),
     group_size=("N", "Weights that share a scale, with --bits; -1: the whole row"),
-    arms=("NAMES", ", ".join(ARMS)),
+    arms=("NAMES", ", ".join(ARM_NAMES)),
     dense_arms=("NAMES", "Arms of the dense model, which is always scored"),
     seeds=("LIST", "Seeds of the trained arms"),
 )

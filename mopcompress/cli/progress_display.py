@@ -44,7 +44,7 @@ def progress_on(stream: Stream, *, quiet: bool) -> Iterator[Progress]:
             yield lines
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Every line of `message` on stderr as `error: ...`, red on a terminal unless `NO_COLOR` is set."""
     colour = None if os.environ.get("NO_COLOR") else typer.colors.RED
     for line in message.splitlines():

@@ -22,37 +22,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mopcompress.algorithms.solution import LowRankFactors
-from mopcompress.compress.sequential import CompressedBlock, Hidden, LayerRow
+from mopcompress.compress.sequential import BlockInputs, CompressedBlock, LayerRow
 from mopcompress.errors import StorageError
-from mopcompress.models.repair import Repairs, repairs_in, tensors_of
-from mopcompress.models.safetensors_io import Place, digest, overwrite
+from mopcompress.models.repair import RepairsByName, repairs_from_tensors, repairs_to_tensors
+from mopcompress.models.safetensors_io import TensorLocation, overwrite, tensor_hash
 from mopcompress.models.weight_files import INDEX, weight_files
 from mopcompress.storage import artifacts
-from mopcompress.storage.resume import begun, clear, unfinished_work, write_job
+from mopcompress.storage.resume import clear_job, has_job, resumable_job, write_job
 
 _SCALES = ".scales"  # after a linear's name
 SUFFIX = ".unfinished"  # of the weight files, so that nobody takes them for finished ones
 
 
 @contextmanager
-def unfinished(
+def resumable_compression(
     target: Path,
     source: Path,
     facts: Mapping[str, Any],
-    places: Mapping[str, Place],
+    places: Mapping[str, TensorLocation],
     tell: Callable[[str], None],
     *,
     begin_again: bool = False,
-) -> Iterator["Unfinished"]:
+) -> Iterator["CompressionCheckpoint"]:
     """The job that is to become `target`, begun or gone on with; its folder is removed when the block ends well.
 
-    Raises `OutputError` as `unfinished_work` does, which says what `begin_again` means.
+    Raises `OutputError` as `resumable_job` does, which says what `begin_again` means.
     """
-    with unfinished_work(target, facts, tell, begin_again=begin_again) as folder:
-        yield Unfinished(folder, source, facts, places, tell)
+    with resumable_job(target, facts, tell, begin_again=begin_again) as folder:
+        yield CompressionCheckpoint(folder, source, facts, places, tell)
 
 
-class Unfinished:
+class CompressionCheckpoint:
     """`done` blocks are finished, and `hidden` enters the next one."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Unfinished:
         folder: Path,
         source: Path,
         facts: Mapping[str, Any],
-        places: Mapping[str, Place],
+        places: Mapping[str, TensorLocation],
         tell: Callable[[str], None],
     ) -> None:
         self._folder = folder
@@ -69,9 +69,9 @@ class Unfinished:
         self.scales: dict[str, Tensor] = {}
         self.repairs: dict[str, LowRankFactors] = {}
         self.seconds = 0.0
-        self.done, self.hidden = 0, Hidden()
+        self.done, self.hidden = 0, BlockInputs()
         self._source, self._changed = source, set[str]()
-        if not begun(folder):
+        if not has_job(folder):
             self._begin(facts)
         elif not self._go_on(facts["device"]):
             tell(f"{folder} is damaged: beginning again")
@@ -93,7 +93,7 @@ class Unfinished:
                 "states": _checksums(states),
                 "beside": _checksums(beside),
             }
-            artifacts.write_whole(self._folder / _block(index), json.dumps(facts))
+            artifacts.write_atomically(self._folder / _block(index), json.dumps(facts))
         except OSError as error:
             raise StorageError(f"writing {self._folder} failed: {error}; free some space and run again") from error
         (self._folder / _states(index - 1)).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ class Unfinished:
         """
         for name, place in self._places.items():
             before = replace(place, file=place.file.removesuffix(SUFFIX))
-            if name not in self._changed and digest(self._folder, place) != digest(self._source, before):
+            if name not in self._changed and tensor_hash(self._folder, place) != tensor_hash(self._source, before):
                 raise StorageError(f"{self._folder}: {name} was not copied whole; remove this folder and run again")
         for path in self._folder.glob(f"*{SUFFIX}"):
             there = folder / path.name.removesuffix(SUFFIX)
@@ -118,9 +118,9 @@ class Unfinished:
                 shutil.copyfile(path, there)
 
     def _begin(self, facts: Mapping[str, Any]) -> None:
-        clear(self._folder)
+        clear_job(self._folder)
         self.rows, self.scales, self.repairs, self._changed = [], {}, {}, set()
-        self.seconds, self.done, self.hidden = 0.0, 0, Hidden()
+        self.seconds, self.done, self.hidden = 0.0, 0, BlockInputs()
         try:
             for path in [*weight_files(self._source), *self._source.glob(INDEX)]:
                 shutil.copyfile(path, self._folder / f"{path.name}{SUFFIX}")
@@ -133,14 +133,16 @@ class Unfinished:
         try:
             while facts := _read_json(self._folder / _block(self.done)):
                 for name, expected in facts["tensors"].items():
-                    if digest(self._folder, self._places[name]) != expected:
+                    if tensor_hash(self._folder, self._places[name]) != expected:
                         return False
                 beside = load_file(self._folder / _beside_file(self.done))
                 if _checksums(beside) != facts["beside"]:
                     return False
                 rows = [LayerRow(**row) for row in facts["rows"]]
                 scales = {name.removesuffix(_SCALES): one for name, one in beside.items() if name.endswith(_SCALES)}
-                repairs = repairs_in({name: one for name, one in beside.items() if not name.endswith(_SCALES)})
+                repairs = repairs_from_tensors(
+                    {name: one for name, one in beside.items() if not name.endswith(_SCALES)}
+                )
                 self._add(rows, scales, repairs, facts["seconds"])
                 self._changed |= facts["tensors"].keys()
                 self.done += 1
@@ -149,26 +151,26 @@ class Unfinished:
                 states = load_file(self._folder / _states(self.done - 1), device=device)
                 if _checksums(states) != checksums:
                     return False
-                self.hidden = Hidden(**states)
+                self.hidden = BlockInputs(**states)
         except (OSError, StorageError, SafetensorError, KeyError, TypeError, ValueError):
             return False
         return True
 
-    def _add(self, rows: list[LayerRow], scales: Mapping[str, Tensor], repairs: Repairs, seconds: float) -> None:
+    def _add(self, rows: list[LayerRow], scales: Mapping[str, Tensor], repairs: RepairsByName, seconds: float) -> None:
         self.rows += rows
         self.scales |= scales
         self.repairs |= repairs
         self.seconds += seconds
 
 
-def _streams(hidden: Hidden) -> dict[str, Tensor]:
+def _streams(hidden: BlockInputs) -> dict[str, Tensor]:
     streams = {"compressed": hidden.compressed, "dense": hidden.dense}
     return {name: tensor for name, tensor in streams.items() if tensor is not None}
 
 
 def _beside(block: CompressedBlock) -> dict[str, Tensor]:
     """What is stored beside a block's weights: scales, and repairs."""
-    return {f"{name}{_SCALES}": one for name, one in block.scales.items()} | tensors_of(block.repairs)
+    return {f"{name}{_SCALES}": one for name, one in block.scales.items()} | repairs_to_tensors(block.repairs)
 
 
 def _block(index: int) -> str:

@@ -12,20 +12,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from mopcompress.algorithms.dense_targets import DenseSide
+from mopcompress.algorithms.dense_targets import DenseActivations
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
 
 _TOKENS = 2048  # that go through a block at a time, about
 
 
-def dense_sides(
+def dense_activations(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
     hidden: Float[Tensor, "samples time hidden"] | None,
     index: int,
     groups: Sequence[Sequence[Linear]],
-) -> tuple[Float[Tensor, "samples time hidden"], dict[Linear, DenseSide]]:
+) -> tuple[Float[Tensor, "samples time hidden"], dict[Linear, DenseActivations]]:
     """What leaves block `index`, and what each group of linears that share their input had, under its first linear.
 
     Tokens are paired by position: a group that only some of them reach, such as an expert's, is left out.
@@ -38,7 +38,7 @@ def dense_sides(
     for first in range(0, len(tokens), samples):
         here = slice(first, first + samples)
         firsts, every = [group[0] for group in inputs_of], [one for group in outputs_of for one in group]
-        with noting_inputs(firsts) as inputs, _noting_outputs(every) as outputs:
+        with record_inputs(firsts) as inputs, _record_outputs(every) as outputs:
             leaving = model.through(tokens[here], None if hidden is None else hidden[here], index)
         if first == 0:
             left = leaving.new_empty(len(tokens), *leaving.shape[1:])
@@ -59,19 +59,19 @@ def dense_sides(
         for one, rows in noted.items():
             rows[positions] = seen[one].flatten(0, -2)
     from_outputs = {group[0] for group in outputs_of}
-    return left, {one: DenseSide(rows, one in from_outputs) for one, rows in noted.items()}
+    return left, {one: DenseActivations(rows, one in from_outputs) for one, rows in noted.items()}
 
 
 @contextmanager
-def noting_inputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
+def record_inputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
     """Inside the block, note the first input of each linear."""
     seen: dict[Linear, Tensor] = {}
-    with before(linears, lambda linear, value: seen.setdefault(linear, value)):
+    with on_input(linears, lambda linear, value: seen.setdefault(linear, value)):
         yield seen
 
 
 @contextmanager
-def before(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -> Iterator[None]:
+def on_input(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -> Iterator[None]:
     """Inside the block, `act(linear, input)` runs before each linear. Narrowing has hooks of its own: they replace."""
     with _removed(
         linear.register_forward_pre_hook(lambda linear, inputs: _nothing(act(linear, inputs[0]))) for linear in linears
@@ -80,7 +80,7 @@ def before(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -
 
 
 @contextmanager
-def _noting_outputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
+def _record_outputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
     """Inside the block, note the first output of each linear, without its bias."""
     seen: dict[Linear, Tensor] = {}
 

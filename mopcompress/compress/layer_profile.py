@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mopcompress.algorithms.input_statistics import InputNorms
 from mopcompress.algorithms.masks import lowest_overall
-from mopcompress.algorithms.sparsity_allocation import Shares, Survey, survey_block
-from mopcompress.compress.dense_pass import noting_inputs
+from mopcompress.algorithms.sparsity_allocation import LayerProfile, LayerSparsities, profile_block
+from mopcompress.compress.dense_pass import record_inputs
 from mopcompress.compress.sequential import linears_of
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
@@ -21,37 +21,37 @@ Present = Callable[[int], AbstractContextManager[None]]
 Norms = dict[str, Float[Tensor, " _"]]
 
 
-def always(_index: int) -> AbstractContextManager[None]:
+def no_op(_index: int) -> AbstractContextManager[None]:
     """For a model that is in memory as a whole."""
     return nullcontext()
 
 
 @torch.inference_mode()
-def survey_model(
+def profile_layers(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
     names: Iterable[str],
     *,
     multiple: float,
-    present: Present = always,
-) -> tuple[dict[str, Survey], Norms]:
+    present: Present = no_op,
+) -> tuple[dict[str, LayerProfile], Norms]:
     """One dense pass: a survey of each named linear, and the root mean squares of its inputs.
 
     `multiple` of the mean score makes an outlier (OWL's M). Raises `DataError` when no token reaches a linear.
     """
-    wanted, surveys, norms = set(names), dict[str, Survey](), Norms()
+    wanted, surveys, norms = set(names), dict[str, LayerProfile](), Norms()
     hidden = None
     for index in range(len(model.blocks)):
         with present(index):
             linears = {name: one for one, name in linears_of(model, index).items() if name in wanted}
-            with noting_inputs(linears.values()) as inputs:
+            with record_inputs(linears.values()) as inputs:
                 hidden = model.through(tokens, hidden, index)
             unseen = [name for name, one in linears.items() if one not in inputs]
             if unseen:
                 raise DataError(f"{unseen[0]}: no calibration token reached it, so nothing can be allocated to it")
             here = {name: _norms(inputs[one]) for name, one in linears.items()}
             weights = {name: weight_of(one) for name, one in linears.items()}
-            surveys |= survey_block(weights, here, block=index, multiple=multiple) if here else {}
+            surveys |= profile_block(weights, here, block=index, multiple=multiple) if here else {}
             norms |= here
     return surveys, norms
 
@@ -60,10 +60,10 @@ def survey_model(
 def errors_of(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
-    candidates: Mapping[str, Shares],
+    candidates: Mapping[str, LayerSparsities],
     norms: Norms,
     *,
-    present: Present = always,
+    present: Present = no_op,
 ) -> dict[str, float]:
     """How far each allocation takes the states that the head reads from the dense ones, relative and squared.
 
@@ -87,7 +87,7 @@ def errors_of(
 
 
 @contextmanager
-def _pruned(model: LanguageModel, index: int, shares: Shares, norms: Norms) -> Iterator[None]:
+def _pruned(model: LanguageModel, index: int, shares: LayerSparsities, norms: Norms) -> Iterator[None]:
     """Inside, the linears of the block have lost their shares."""
     weights = {name: weight_of(one) for one, name in linears_of(model, index).items() if name in shares}
     before = {name: weight.clone() for name, weight in weights.items()}

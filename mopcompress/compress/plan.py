@@ -9,21 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mopcompress.algorithms import METHODS, Method, Solved
-from mopcompress.algorithms.dense_targets import DenseSide, toward_dense
+from mopcompress.algorithms import METHODS, Method, Solution
+from mopcompress.algorithms.dense_targets import DenseActivations, dense_target
 from mopcompress.algorithms.eora import eora
 from mopcompress.algorithms.input_statistics import Statistic, with_ridge
 from mopcompress.algorithms.refit import refit
 from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError
-from mopcompress.models.targets import chosen
+from mopcompress.models.targets import select_targets
 
 DAMPING = 0.01  # of the refit, for methods that have none
 REPAIR = "eora"  # the method that changes no weight: it makes what is computed beside those that others compressed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compression:
+class MethodConfig:
     """A method with its settings, and the linears that it goes to (SparseML's `targets` and `ignore`)."""
 
     method: str
@@ -41,10 +41,10 @@ class Compression:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedMethod:
     """A compression, and the linears of this model that it goes to, each with the place of the target that means it."""
 
-    compression: Compression
+    compression: MethodConfig
     place: Mapping[str, int]
 
     def options_for(self, names: Sequence[str]) -> dict[str, object]:
@@ -64,30 +64,30 @@ class Step:
         return options
 
 
-def steps_of(compressions: Sequence[Compression], names: Sequence[str]) -> list[Step]:
+def assign_targets(compressions: Sequence[MethodConfig], names: Sequence[str]) -> list[PlannedMethod]:
     """Which of a model's linears each compression goes to. Raises `DataError` when a target means none of them.
 
     A repair goes to linears that were compressed before, and is the last step: another would take no notice of it.
     """
     if REPAIR in [one.method for one in compressions[:-1]]:
         raise DataError("a repair is of all that was lost; put it after all that compresses")
-    steps: list[Step] = []
+    steps: list[PlannedMethod] = []
     for one in compressions:
-        place = chosen(names, one.targets, one.ignore)
+        place = select_targets(names, one.targets, one.ignore)
         if one.method == REPAIR:
             place = {name: index for name, index in place.items() if any(name in before.place for before in steps)}
             if not place:
                 raise DataError(f"nothing to repair: no linear of {list(one.targets)} is compressed; name others")
-        steps.append(Step(one, place))
+        steps.append(PlannedMethod(one, place))
     return steps
 
 
-def solve_in_turn(
+def apply_methods(
     linears: Mapping[str, Float[Tensor, "_ in"]],
     inputs: Float[Tensor, "tokens in"],
-    dense: DenseSide | None,
-    steps: Sequence[Step],
-) -> dict[str, Solved]:
+    dense: DenseActivations | None,
+    steps: Sequence[PlannedMethod],
+) -> dict[str, Solution]:
     """Compress linears that share `inputs`, each by those steps that go to it, one after the other.
 
     The inputs are looked at once, whatever the number of linears and steps. Before its first step a
@@ -96,10 +96,10 @@ def solve_in_turn(
     towards the dense weight, it would undo what the linear was moved for.
     """
     statistics = _Statistics(inputs)
-    solved = {name: Solved(weight) for name, weight in linears.items()}
+    solved = {name: Solution(weight) for name, weight in linears.items()}
     if dense is not None:
         pull = dense.pull(torch.cat(list(linears.values())), inputs)
-        solved |= _moved_towards_dense(linears, statistics.gram(), pull, steps)
+        solved |= _match_dense(linears, statistics.gram(), pull, steps)
     wanted = {name: one.weight for name, one in solved.items()}
     for step in steps:
         names = [name for name in linears if name in step.place]
@@ -115,15 +115,15 @@ def solve_in_turn(
         weights = [solved[name].weight for name in names]
         together = method.solve_together(weights, statistics.of(method), **step.options_for(names))
         if step.compression.refit_steps:
-            together = _refitted(weights, statistics.gram(), together, step.compression)
+            together = _refit(weights, statistics.gram(), together, step.compression)
         for name, one in zip(names, together, strict=True):
             solved[name] = replace(one, escalations=solved[name].escalations + one.escalations)
     return solved
 
 
-def _moved_towards_dense(
-    weights: Mapping[str, Tensor], gram: Tensor, pull: Float[Tensor, "rows in"], steps: Sequence[Step]
-) -> dict[str, Solved]:
+def _match_dense(
+    weights: Mapping[str, Tensor], gram: Tensor, pull: Float[Tensor, "rows in"], steps: Sequence[PlannedMethod]
+) -> dict[str, Solution]:
     """Those linears of which a step asks it; equal wishes are granted together. `pull` has the rows of all of them."""
     pulls = dict(zip(weights, torch.split(pull, [len(weight) for weight in weights.values()]), strict=True))
     wishes: dict[tuple[float, bool], list[str]] = {}
@@ -133,19 +133,19 @@ def _moved_towards_dense(
         if share:
             keep_zeros = any(one.options.get("keep_zeros") is True for one in going)
             wishes.setdefault((share, keep_zeros), []).append(name)
-    moved: dict[str, Solved] = {}
+    moved: dict[str, Solution] = {}
     for (share, keep_zeros), names in wishes.items():
         stack = torch.cat([weights[name] for name in names])
         pulled = torch.cat([pulls[name] for name in names])
-        target = toward_dense(stack, gram, pulled, share=share, keep_zeros=keep_zeros)
+        target = dense_target(stack, gram, pulled, share=share, keep_zeros=keep_zeros)
         parts = torch.split(target.weight, [len(weights[name]) for name in names])
-        moved |= {name: Solved(part, target.escalations) for name, part in zip(names, parts, strict=True)}
+        moved |= {name: Solution(part, target.escalations) for name, part in zip(names, parts, strict=True)}
     return moved
 
 
-def _refitted(
-    weights: Sequence[Tensor], gram: Float[Tensor, "in in"], pruned: Sequence[Solved], compression: Compression
-) -> list[Solved]:
+def _refit(
+    weights: Sequence[Tensor], gram: Float[Tensor, "in in"], pruned: Sequence[Solution], compression: MethodConfig
+) -> list[Solution]:
     """The least-squares values for the weights that pruning kept, with the method's own damping if it has one."""
     damping: Any = compression.options.get("damping", DAMPING)
     stack, found = torch.cat(list(weights)), torch.cat([one.weight for one in pruned])

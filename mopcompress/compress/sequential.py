@@ -19,15 +19,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mopcompress.algorithms.dense_targets import DenseSide
-from mopcompress.algorithms.solution import LowRankFactors, Quantised, Solved
-from mopcompress.compress.dense_pass import before, dense_sides, noting_inputs
-from mopcompress.compress.plan import Compression, Step, solve_in_turn, steps_of
+from mopcompress.algorithms.dense_targets import DenseActivations
+from mopcompress.algorithms.solution import LowRankFactors, QuantizedWeight, Solution
+from mopcompress.compress.dense_pass import dense_activations, on_input, record_inputs
+from mopcompress.compress.plan import MethodConfig, PlannedMethod, apply_methods, assign_targets
 from mopcompress.errors import MopError, NumericalError
 from mopcompress.models.experts import Unstacked, expert_by_expert, named_linears, unstacked
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
-from mopcompress.models.repair import attach, beside
+from mopcompress.models.repair import attach_repairs, temporary_repair
 
 Names = dict[Linear, str]
 
@@ -49,7 +49,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class Hidden:
+class BlockInputs:
     """What enters a block: from the compressed blocks below, and from the dense ones for the samples to be matched."""
 
     compressed: Float[Tensor, "samples time hidden"] | None = None  # None: nothing ran yet
@@ -60,7 +60,7 @@ class Hidden:
 class CompressedBlock:
     """What came of compressing a block, besides its weights."""
 
-    leaving: Hidden
+    leaving: BlockInputs
     rows: list[LayerRow]
     scales: dict[str, Float[Tensor, "_ _"]]  # [out, groups] of every linear that ended on a grid
     repairs: dict[str, LowRankFactors] = field(
@@ -71,7 +71,7 @@ class CompressedBlock:
 def compress_model(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
-    compressions: Sequence[Compression],
+    compressions: Sequence[MethodConfig],
     *,
     dtype: torch.dtype | None = None,
     progress: Callable[[LayerRow], None] = lambda row: None,
@@ -83,23 +83,23 @@ def compress_model(
     Raises `DataError` when a target means no linear, `NumericalError` naming the layer when its calibration is beyond
     repair.
     """
-    steps = planned(model, compressions)
+    steps = plan_methods(model, compressions)
     rows: list[LayerRow] = []
-    hidden = Hidden()
+    hidden = BlockInputs()
     for index in range(len(model.blocks)):
         block = compress_block(model, tokens, hidden, index, steps, dtype=dtype)
         hidden = block.leaving
-        attach(model, block.repairs)
+        attach_repairs(model, block.repairs)
         for row in block.rows:
             rows.append(row)
             progress(row)
     return rows
 
 
-def planned(model: LanguageModel, compressions: Sequence[Compression]) -> list[Step]:
+def plan_methods(model: LanguageModel, compressions: Sequence[MethodConfig]) -> list[PlannedMethod]:
     """Which linears each compression goes to. Raises `DataError` when a target means no linear of the blocks."""
     names = [name for index in range(len(model.blocks)) for name in linears_of(model, index).values()]
-    return steps_of(compressions, names)
+    return assign_targets(compressions, names)
 
 
 def linears_of(model: LanguageModel, index: int) -> Names:
@@ -115,9 +115,9 @@ def _named(model: LanguageModel, index: int, experts: Unstacked) -> Names:
 def compress_block(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
-    hidden: Hidden,
+    hidden: BlockInputs,
     index: int,
-    steps: Sequence[Step],
+    steps: Sequence[PlannedMethod],
     *,
     dtype: torch.dtype | None,
 ) -> CompressedBlock:
@@ -134,17 +134,17 @@ def compress_block(
         if any(name in step.place for step in steps)
     }
     entering, dense = hidden.compressed, hidden.dense
-    with expert_by_expert(experts), noting_inputs(names) as first_inputs:
+    with expert_by_expert(experts), record_inputs(names) as first_inputs:
         model.through(tokens[:1, :1], None if entering is None else entering[:1, :1], index)
     alone = [[linear] for linear in names if linear not in first_inputs]  # such as experts of another token
     groups = [*_sharing(first_inputs), *alone]
-    sides: dict[Linear, DenseSide] = {}
+    sides: dict[Linear, DenseActivations] = {}
     samples = max((step.compression.dense_samples(len(tokens)) for step in steps), default=0)
     if samples:
         matched = [group for group in groups if any(_is_matched(names[one], steps) for one in group)]
         with expert_by_expert(experts):
-            dense, sides = dense_sides(model, tokens[:samples], dense, index, matched)
-    arriving = compressing_on_arrival(names, groups, sides, steps, tokens=tokens.numel(), dtype=dtype)
+            dense, sides = dense_activations(model, tokens[:samples], dense, index, matched)
+    arriving = compress_on_input(names, groups, sides, steps, tokens=tokens.numel(), dtype=dtype)
     with expert_by_expert(experts), arriving as settled:
         entering = model.through(tokens, entering, index)
     reached = {linear for linear, _, _ in settled}
@@ -157,33 +157,33 @@ def compress_block(
         _row(names[linear], index, len(model.blocks), steps, linear, solved, seconds)
         for linear, solved, seconds in settled
     ]
-    rows += [_row(names[one], index, len(model.blocks), (), one, Solved(weight_of(one)), 0.0) for one in idle]
-    scales = {names[linear]: solved.scales for linear, solved, _ in settled if isinstance(solved, Quantised)}
+    rows += [_row(names[one], index, len(model.blocks), (), one, Solution(weight_of(one)), 0.0) for one in idle]
+    scales = {names[linear]: solved.scales for linear, solved, _ in settled if isinstance(solved, QuantizedWeight)}
     repairs = {names[linear]: solved.repair for linear, solved, _ in settled if solved.repair}
     kept = {name: repair if dtype is None else repair.rounded(dtype) for name, repair in repairs.items()}
-    return CompressedBlock(Hidden(entering, dense), rows, scales, kept)
+    return CompressedBlock(BlockInputs(entering, dense), rows, scales, kept)
 
 
-Settled = list[tuple[Linear, Solved, float]]
+SolvedLinears = list[tuple[Linear, Solution, float]]
 
 
 @contextmanager
-def compressing_on_arrival(
+def compress_on_input(
     names: Names,
     groups: Sequence[Sequence[Linear]],
-    sides: dict[Linear, DenseSide],
-    steps: Sequence[Step],
+    sides: dict[Linear, DenseActivations],
+    steps: Sequence[PlannedMethod],
     *,
     tokens: int,
     dtype: torch.dtype | None,
-) -> Iterator[Settled]:
+) -> Iterator[SolvedLinears]:
     """Inside the block, the linears of a group are compressed when the input that they share arrives at the first.
 
     `sides` has what the dense model had there under a group's first linear, and is emptied on the way; it is of no use
     to a group that fewer than all `tokens` reach, for tokens are paired by position.
     """
     waiting = {linear: group for group in groups for linear in group}
-    settled: Settled = []
+    settled: SolvedLinears = []
 
     def arrive(linear: Linear, inputs: Tensor) -> None:
         group = waiting.get(linear)
@@ -193,7 +193,7 @@ def compressing_on_arrival(
         flat, side = inputs.flatten(0, -2), sides.pop(group[0], None)
         weights = {names[one]: weight_of(one) for one in group}
         try:
-            solutions = solve_in_turn(weights, flat, side if len(flat) == tokens else None, steps)
+            solutions = apply_methods(weights, flat, side if len(flat) == tokens else None, steps)
         except MopError as error:
             raise type(error)(f"{names[linear]}: {error}") from error
         seconds = (time.perf_counter() - start) / len(group)
@@ -202,11 +202,11 @@ def compressing_on_arrival(
             weight_of(one).copy_(solved.weight if dtype is None else solved.weight.to(dtype))
             if solved.repair:
                 rounded = solved.repair if dtype is None else solved.repair.rounded(dtype).rounded(one.weight.dtype)
-                repaired.enter_context(beside(one, rounded))  # acts on the call that has just begun, too
+                repaired.enter_context(temporary_repair(one, rounded))  # acts on the call that has just begun, too
             settled.append((one, solved, seconds))
             del waiting[one]
 
-    with ExitStack() as repaired, before(waiting, arrive):
+    with ExitStack() as repaired, on_input(waiting, arrive):
         yield settled
 
 
@@ -218,7 +218,7 @@ def _sharing(inputs: Mapping[Linear, Tensor]) -> list[list[Linear]]:
     return list(groups.values())
 
 
-def _is_matched(name: str, steps: Sequence[Step]) -> bool:
+def _is_matched(name: str, steps: Sequence[PlannedMethod]) -> bool:
     return any(step.compression.match_dense and name in step.place for step in steps)
 
 
@@ -226,9 +226,9 @@ def _row(
     name: str,
     block: int,
     blocks: int,
-    steps: Sequence[Step],
+    steps: Sequence[PlannedMethod],
     linear: Linear,
-    solved: Solved,
+    solved: Solution,
     seconds: float,
 ) -> LayerRow:
     return LayerRow(

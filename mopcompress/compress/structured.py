@@ -17,26 +17,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mopcompress.algorithms.gram import InputGram
-from mopcompress.algorithms.structured import narrow
+from mopcompress.algorithms.structured import prune_input_groups
 from mopcompress.errors import DataError, MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, set_weight, weight_of
 from mopcompress.models.resizing import (
-    Part,
+    PrunableGroups,
+    adopt_sizes,
     attention_of,
+    build_resized,
     channel_sizes,
-    check_twin,
+    check_resized,
     head_sizes,
     mlp_of,
-    take_sizes,
-    twin,
 )
 
 _SAME = 1e-3  # how far, relative to their size, hidden states may lie apart that are computed in another order
 
 
 @dataclass(frozen=True, kw_only=True)
-class Narrowing:
+class StructuredConfig:
     """Shares of MLP channels and of key-value groups to remove from every block, and how to choose them."""
 
     mlp_sparsity: float
@@ -46,7 +46,7 @@ class Narrowing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NarrowRow:
+class StructuredRow:
     """What was done to the MLP or the attention of one block, counted afterwards."""
 
     name: str  # of the matrix that reads the channels or heads
@@ -63,56 +63,56 @@ class NarrowRow:
 
 
 @dataclass(frozen=True)
-class NarrowedModel:
+class StructuredResult:
     """The rows, and the keys of `config.json` that say how many channels and heads there are now."""
 
-    rows: list[NarrowRow]
+    rows: list[StructuredRow]
     sizes: dict[str, int]
 
 
 @dataclass(frozen=True)
-class Cut:
+class GroupPruning:
     """So many groups of one kind to remove from every block, chosen in one way."""
 
     kind: str
-    find: Callable[[LanguageModel, int], Part]
+    find: Callable[[LanguageModel, int], PrunableGroups]
     remove: int
     score: str
     damping: float
 
 
-def narrow_model(
+def prune_structured(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
-    narrowing: Narrowing,
+    narrowing: StructuredConfig,
     *,
-    progress: Callable[[NarrowRow], None] = lambda row: None,
-) -> NarrowedModel:
+    progress: Callable[[StructuredRow], None] = lambda row: None,
+) -> StructuredResult:
     """Remove channels and heads from all decoder blocks in place, in the network's configuration too.
 
     Raises `DataError`, before anything is changed, when the family cannot have fewer, or a share is none of them or
     all; `NumericalError` naming the matrix when its calibration is beyond repair.
     """
-    cuts, sizes = _planned(model, narrowing)
-    rows: list[NarrowRow] = []
+    cuts, sizes = _plan(model, narrowing)
+    rows: list[StructuredRow] = []
     if not cuts:
-        return NarrowedModel(rows, sizes)
-    narrower = _checked_twin(model, cuts, sizes)
+        return StructuredResult(rows, sizes)
+    narrower = _build_checked_resized(model, cuts, sizes)
     hidden = None
     with torch.no_grad():  # no inference tensors: prompts may be trained through the narrowed weights
         for index in range(len(model.blocks)):
-            hidden, done = _narrow_block(model, tokens, hidden, index, cuts)
+            hidden, done = _prune_block(model, tokens, hidden, index, cuts)
             for row in done:
                 rows.append(row)
                 progress(row)
         assert hidden is not None  # a model has blocks
-        take_sizes(model.network, narrower, sizes)
+        adopt_sizes(model.network, narrower, sizes)
         _check_same(model, tokens[:1], hidden[:1])
-    return NarrowedModel(rows, sizes)
+    return StructuredResult(rows, sizes)
 
 
-def _planned(model: LanguageModel, narrowing: Narrowing) -> tuple[list[Cut], dict[str, int]]:
-    cuts: list[Cut] = []
+def _plan(model: LanguageModel, narrowing: StructuredConfig) -> tuple[list[GroupPruning], dict[str, int]]:
+    cuts: list[GroupPruning] = []
     sizes: dict[str, int] = {}
     for kind, share, find, keys in (
         ("kv_groups", narrowing.head_sparsity, attention_of, head_sizes),
@@ -130,29 +130,31 @@ def _planned(model: LanguageModel, narrowing: Narrowing) -> tuple[list[Cut], dic
                 f"a share of {share:g} of {count} {kind} is {'none' if remove == 0 else 'all'} of them; ask for 0, or "
                 f"for a whole number of {count}ths, with one left"
             )
-        cuts.append(Cut(kind, find, remove, narrowing.score, narrowing.damping))
+        cuts.append(GroupPruning(kind, find, remove, narrowing.score, narrowing.damping))
         sizes |= keys(model, count - remove)
     return cuts, sizes
 
 
-def _checked_twin(model: LanguageModel, cuts: Sequence[Cut], sizes: Mapping[str, int]) -> PreTrainedModel:
+def _build_checked_resized(
+    model: LanguageModel, cuts: Sequence[GroupPruning], sizes: Mapping[str, int]
+) -> PreTrainedModel:
     parts = [(cut.find(model, index), cut.remove) for index in range(len(model.blocks)) for cut in cuts]
-    narrower = twin(model.network, sizes)
+    narrower = build_resized(model.network, sizes)
     shapes = {linear: shape for part, remove in parts for linear, shape in part.shapes(part.groups - remove).items()}
-    check_twin(model.network, narrower, shapes, sizes)
+    check_resized(model.network, narrower, shapes, sizes)
     return narrower
 
 
-def _narrow_block(
+def _prune_block(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
     hidden: Float[Tensor, "samples time hidden"] | None,
     index: int,
-    cuts: Sequence[Cut],
-) -> tuple[Float[Tensor, "samples time hidden"], list[NarrowRow]]:
+    cuts: Sequence[GroupPruning],
+) -> tuple[Float[Tensor, "samples time hidden"], list[StructuredRow]]:
     parts = {part.reader: (part, cut) for cut in cuts for part in [cut.find(model, index)]}
     before = {reader: part.weights for reader, (part, _) in parts.items()}
-    with narrowing_on_arrival(parts) as done:
+    with prune_on_input(parts) as done:
         hidden = model.through(tokens, hidden, index)
     for part, _ in parts.values():
         if part.reader not in done:
@@ -163,7 +165,7 @@ def _narrow_block(
         width = len(settled.kept) // (part.groups - cut.remove)
         part.cut_writers(settled.kept[::width] // width)
         rows.append(
-            NarrowRow(
+            StructuredRow(
                 name=part.name,
                 block=index,
                 blocks=len(model.blocks),
@@ -181,7 +183,7 @@ def _narrow_block(
 
 
 @dataclass(frozen=True)
-class Settled:
+class ReducedInput:
     """Which inputs a matrix still reads, and what that cost."""
 
     kept: Int[Tensor, " kept"]
@@ -191,15 +193,15 @@ class Settled:
 
 
 @contextmanager
-def narrowing_on_arrival(parts: Mapping[Linear, tuple[Part, Cut]]) -> Iterator[dict[Linear, Settled]]:
+def prune_on_input(parts: Mapping[Linear, tuple[PrunableGroups, GroupPruning]]) -> Iterator[dict[Linear, ReducedInput]]:
     """Inside the block, each of these matrices is narrowed when its input arrives, and then reads what is left."""
-    done: dict[Linear, Settled] = {}
+    done: dict[Linear, ReducedInput] = {}
 
     def arrive(reader: Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if reader not in done:
             part, cut = parts[reader]
             try:
-                done[reader] = _settle(reader, inputs[0].flatten(0, -2), part.groups, cut)
+                done[reader] = _reduce(reader, inputs[0].flatten(0, -2), part.groups, cut)
             except MopError as error:
                 raise type(error)(f"{part.name}: {error}") from error
         return (inputs[0][..., done[reader].kept], *inputs[1:])
@@ -212,20 +214,20 @@ def narrowing_on_arrival(parts: Mapping[Linear, tuple[Part, Cut]]) -> Iterator[d
             handle.remove()
 
 
-def _settle(reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, cut: Cut) -> Settled:
+def _reduce(reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, cut: GroupPruning) -> ReducedInput:
     """Narrow the matrix in place; its bias, if it has one, takes over the mean of what goes."""
     start = time.perf_counter()
     weight, bias = weight_of(reader), reader.bias
     seen = InputGram()
     seen.update(inputs if bias is None else inputs - inputs.mean(0))
     gram = seen.mean()
-    solved = narrow(weight, gram, groups=groups, remove=cut.remove, score=cut.score, damping=cut.damping)
+    solved = prune_input_groups(weight, gram, groups=groups, remove=cut.remove, score=cut.score, damping=cut.damping)
     lost = weight.clone()
     lost[:, solved.kept] -= solved.weight
     size = float((weight @ gram * weight).sum())
     error = float((lost @ gram * lost).sum()) / size if size > 0 else 0.0
     set_weight(reader, solved.weight, None if bias is None else bias + lost @ inputs.mean(0))
-    return Settled(solved.kept, error, solved.escalations, time.perf_counter() - start)
+    return ReducedInput(solved.kept, error, solved.escalations, time.perf_counter() - start)
 
 
 def _check_same(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mopcompress.data.columns import NO_TASK
-from mopcompress.data.encoding import Encoded, encode, template_name
+from mopcompress.data.encoding import Document, encode, template_name
 from mopcompress.data.examples import load_examples
 from mopcompress.data.splits import Example, Splits, subset
 from mopcompress.data.text_windows import read_text, text_windows
@@ -19,34 +19,34 @@ TEXT_TASK = "plain text"
 
 
 @dataclass(frozen=True)
-class Documents:
+class EncodedDataset:
     """Encoded splits, and windows of plain text if there are any. `facts` is what a report says of them.
 
     `train` holds the windows that are trained on, too, as rows of one more task. `tasks` are those of `train`; none
     where no row names one.
     """
 
-    train: tuple[Encoded, ...]
-    validation: tuple[Encoded, ...]
-    test: tuple[Encoded, ...]
-    text: tuple[Encoded, ...]
+    train: tuple[Document, ...]
+    validation: tuple[Document, ...]
+    test: tuple[Document, ...]
+    text: tuple[Document, ...]
     tasks: tuple[str, ...]
     facts: dict[str, Any]
 
 
-def load_documents(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def load_dataset(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> EncodedDataset:
     """Load, encode and thin the splits that `run` names; the rows depend on `run.seed` alone.
 
     Raises `DataError` when a task of the test split has no training rows.
     """
     splits = load_examples(run.data, rename=run.map, seed=run.seed)
-    return encode_documents(splits, run, tokenizer)
+    return encode_splits(splits, run, tokenizer)
 
 
-def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def encode_splits(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> EncodedDataset:
     """Encode and thin splits that are loaded already."""
     limits = {"train": run.train_rows, "validation": run.validation_rows, "test": run.test_rows}
-    kept: dict[str, tuple[Encoded, ...]] = {}
+    kept: dict[str, tuple[Document, ...]] = {}
     dropped = passed_over = 0
     for name, count in limits.items():
         kept[name], too_long, not_chosen = _thinned(getattr(splits, name), count, run, tokenizer)
@@ -90,12 +90,12 @@ def encode_documents(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenize
         kept["train"], tasks = (*kept["train"], *trained), tuple(sorted({*tasks, TEXT_TASK}))
     if tasks == (NO_TASK,):
         tasks = ()
-    return Documents(**kept, text=scored_text, tasks=tasks, facts=facts)
+    return EncodedDataset(**kept, text=scored_text, tasks=tasks, facts=facts)
 
 
 def _windows(
     field: str, source: str | None, samples: int, length: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Encoded, ...]:
+) -> tuple[Document, ...]:
     """Windows of plain text: the first tokens stand for an instruction, the others for its response."""
     if source is None:
         return ()
@@ -103,7 +103,7 @@ def _windows(
     windows = text_windows(
         read_text(source), tokenizer, samples=samples, length=length, what=f"text of {flag}", flags=f"{flag}-samples"
     )
-    return tuple(Encoded(TEXT_TASK, tuple(window), min(TEXT_CONTEXT, length // 2)) for window in windows.tolist())
+    return tuple(Document(TEXT_TASK, tuple(window), min(TEXT_CONTEXT, length // 2)) for window in windows.tolist())
 
 
 def _digest(tokens: list[tuple[int, ...]]) -> str:
@@ -112,14 +112,14 @@ def _digest(tokens: list[tuple[int, ...]]) -> str:
 
 def _thinned(
     examples: tuple[Example, ...], count: int | None, run: RunSpec, tokenizer: PreTrainedTokenizerBase
-) -> tuple[tuple[Encoded, ...], int, int]:
+) -> tuple[tuple[Document, ...], int, int]:
     """`count` encoded rows in the balanced order of `subset`; how many were dropped as too long; and passed over.
 
     Rows are passed over as they come: a set of a million rows is not encoded to use a hundred.
     """
     order = subset(examples, len(examples) if count is not None else None, seed=run.seed)
     wanted = len(order) if count is None else count
-    kept: list[Encoded] = []
+    kept: list[Document] = []
     dropped = passed_over = start = 0
     while start < len(order) and len(kept) < wanted:
         some = order[start : start + max(256, wanted)]

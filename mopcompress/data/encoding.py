@@ -22,7 +22,7 @@ from mopcompress.errors import DataError
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Document:
     """One document. `tokens[context_tokens:]` is the response; that of an instruction ends with EOS or its turn."""
 
     task: str
@@ -34,7 +34,7 @@ class Encoded:
 class EncodedSplit:
     """The documents that fit, in their order, and how many did not."""
 
-    documents: tuple[Encoded, ...]
+    documents: tuple[Document, ...]
     dropped: int
 
 
@@ -69,7 +69,7 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, m
                 f"{where}: the response alone has {len(response)} tokens and the limit is {max_length}; "
                 "raise --max-length or shorten the response"
             )
-        documents.append(Encoded(example.task, (*context, *response), len(context)))
+        documents.append(Document(example.task, (*context, *response), len(context)))
     kept = tuple(document for document in documents if len(document.tokens) <= max_length)
     if not kept:
         shortest = min(len(document.tokens) for document in documents)

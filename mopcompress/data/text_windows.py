@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.data.sources import hub_splits, local_path, read_rows, read_utf8
 from mopcompress.errors import DataError
 
@@ -38,7 +38,7 @@ def text_windows(
     return _windows(tokens, samples, length, what, flags)
 
 
-def document_windows(documents: Sequence[Encoded], *, samples: int, length: int) -> Int[Tensor, "samples length"]:
+def document_windows(documents: Sequence[Document], *, samples: int, length: int) -> Int[Tensor, "samples length"]:
     """Windows of the documents' tokens, prompts and responses, one after another with nothing between.
 
     Raises `DataError` when there are too few.

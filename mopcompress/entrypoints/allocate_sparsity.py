@@ -8,32 +8,34 @@ from torch import Tensor
 
 from mopcompress.algorithms import sparsity_allocation
 from mopcompress.algorithms.magnitude import one_threshold
-from mopcompress.algorithms.sparsity_allocation import Shares, Survey
-from mopcompress.compress.layer_profile import Present, always, errors_of, survey_model
-from mopcompress.compress.plan import Compression
-from mopcompress.compress.sequential import linears_of, planned
+from mopcompress.algorithms.sparsity_allocation import LayerProfile, LayerSparsities
+from mopcompress.compress.layer_profile import Present, errors_of, no_op, profile_layers
+from mopcompress.compress.plan import MethodConfig
+from mopcompress.compress.sequential import linears_of, plan_methods
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import weight_of
 from mopcompress.recipe import GPTQModifier, MagnitudePruningModifier
 from mopcompress.recipe.pruning_modifiers import Masking
 
-ALLOCATIONS: dict[str, Callable[[dict[str, Survey], float, float], Shares]] = {
+ALLOCATIONS: dict[str, Callable[[dict[str, LayerProfile], float, float], LayerSparsities]] = {
     "uniform": lambda surveys, sparsity, _spread: sparsity_allocation.uniform(surveys, sparsity),
     "owl": lambda surveys, sparsity, spread: sparsity_allocation.owl(surveys, sparsity, spread=spread),
     "ramp": lambda surveys, sparsity, spread: sparsity_allocation.ramp(surveys, sparsity, rise=2 * spread),
-    "error": lambda surveys, sparsity, spread: sparsity_allocation.equal_cost(surveys, sparsity, spread=spread),
+    "error": lambda surveys, sparsity, spread: sparsity_allocation.equal_marginal_error(
+        surveys, sparsity, spread=spread
+    ),
 }
 
 
-def with_shares(
-    compression: Compression,
+def allocate_sparsity(
+    compression: MethodConfig,
     modifier: Masking | GPTQModifier,
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
     *,
-    present: Present = always,
-) -> Compression:
+    present: Present = no_op,
+) -> MethodConfig:
     """The compression with a share for each linear; as it is when all lose the same, or one is given a target.
 
     `model` is as it was before any compression.
@@ -43,7 +45,7 @@ def with_shares(
     globally = isinstance(modifier, MagnitudePruningModifier) and modifier.apply_globally
     if modifier.allocation == "uniform" and not globally:
         return compression
-    [step] = planned(model, [compression])
+    [step] = plan_methods(model, [compression])
     assert isinstance(modifier.sparsity, float)  # for mypy: a list is one share a target already
 
     def weights() -> Iterator[tuple[str, Tensor]]:
@@ -56,21 +58,21 @@ def with_shares(
     if globally:
         shares = one_threshold(weights, modifier.sparsity)
     else:
-        allocated, shares = _allocated(modifier, model, tokens, step.place, present)
+        allocated, shares = _best_allocation(modifier, model, tokens, step.place, present)
         compression = replace(compression, allocation=allocated)
     return replace(compression, options={**compression.options, "sparsity": shares})
 
 
-def _allocated(
+def _best_allocation(
     modifier: Masking, model: LanguageModel, tokens: Int[Tensor, "samples time"], names: Iterable[str], present: Present
-) -> tuple[str, Shares]:
+) -> tuple[str, LayerSparsities]:
     """The name of an allocation and its shares; for `best` an eighth of the text is kept for trying them all."""
     trying = modifier.allocation == "best"
     held_out = max(1, len(tokens) // 8) if trying else 0
     if held_out == len(tokens):
         raise DataError("allocation: best tries allocations on text that it has not surveyed; calibrate on 2 samples")
     seen, unseen = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
-    surveys, norms = survey_model(model, seen, names, multiple=modifier.owl_m, present=present)
+    surveys, norms = profile_layers(model, seen, names, multiple=modifier.owl_m, present=present)
     assert isinstance(modifier.sparsity, float)  # for mypy: a recipe with a list has no allocation
     shares = {
         name: allocate(surveys, modifier.sparsity, modifier.allocation_spread)

@@ -9,22 +9,22 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from mopcompress.compress.checkpoint import Unfinished, unfinished
-from mopcompress.compress.plan import Step
-from mopcompress.compress.sequential import LayerRow, compress_block, linears_of, planned
-from mopcompress.entrypoints.allocate_sparsity import with_shares
-from mopcompress.entrypoints.compress_structured import narrow_into
+from mopcompress.compress.checkpoint import CompressionCheckpoint, resumable_compression
+from mopcompress.compress.plan import PlannedMethod
+from mopcompress.compress.sequential import LayerRow, compress_block, linears_of, plan_methods
+from mopcompress.entrypoints.allocate_sparsity import allocate_sparsity
+from mopcompress.entrypoints.compress_structured import compress_structured_into
 from mopcompress.entrypoints.compressed_folder import (
     check_fallbacks,
-    keep_repairs,
-    keep_scales,
     mask_facts,
     published,
     request_facts,
+    write_repair_file,
+    write_scales,
 )
-from mopcompress.entrypoints.from_recipe import compression_of, repairing
+from mopcompress.entrypoints.from_recipe import method_config, repair_config
 from mopcompress.entrypoints.inputs import calibration_tokens, check_calibration
-from mopcompress.entrypoints.shape_checks import check_fit, check_not_repaired
+from mopcompress.entrypoints.shape_checks import check_not_repaired, check_shapes
 from mopcompress.environment import choose_device, peak_bytes, provenance
 from mopcompress.errors import RecipeError
 from mopcompress.models.language_model import LanguageModel
@@ -82,23 +82,23 @@ def compress_into(
     if structured and repair:
         raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
     if structured:
-        return narrow_into(target, source, structured, tokens, calibration, recipe, progress=progress)
+        return compress_structured_into(target, source, structured, tokens, calibration, recipe, progress=progress)
     device = choose_device(recipe.run.device)
     masking = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
     streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
     check_calibration(tokens, streamed.model)
-    check_fit(_shapes_of(streamed.model), masking, recipe.repair)
+    check_shapes(_shapes_of(streamed.model), masking, recipe.repair)
     compressions = [
-        with_shares(compression_of(one), one, streamed.model, tokens.to(device), present=streamed.block)
+        allocate_sparsity(method_config(one), one, streamed.model, tokens.to(device), present=streamed.block)
         for one in masking
     ]
-    steps = planned(streamed.model, [*compressions, *map(repairing, repair)])
+    steps = plan_methods(streamed.model, [*compressions, *map(repair_config, repair)])
     requested, made_by = request_facts(source, [*modifiers, *repair], calibration, recipe), provenance(device)
     asked = _job(requested, made_by, steps)
-    with unfinished(
+    with resumable_compression(
         target, source, asked, streamed.places, lambda line: progress(line, 0, 0), begin_again=begin_again
     ) as job:
-        _run(streamed, tokens.to(device), steps, job, _told(progress, requested["method"]))
+        _run(streamed, tokens.to(device), steps, job, _block_progress(progress, requested["method"]))
         facts: dict[str, Any] = {
             **requested,
             "allocation": "+".join(one.allocation for one in compressions),
@@ -112,14 +112,14 @@ def compress_into(
         with published(target, facts, job.rows) as scratch:
             job.give(scratch)
             copy_other_files(source, scratch)
-            keep_scales(
+            write_scales(
                 scratch, job.scales, [(one.bits, one.group_size) for one in masking if isinstance(one, GPTQModifier)]
             )
-            facts["repair"] = keep_repairs(scratch, job.repairs)
+            facts["repair"] = write_repair_file(scratch, job.repairs)
     return facts
 
 
-def _job(requested: dict[str, Any], made_by: dict[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+def _job(requested: dict[str, Any], made_by: dict[str, Any], steps: Sequence[PlannedMethod]) -> dict[str, Any]:
     """All that a block's result depends on: work that was stopped goes on only where this is the same."""
     return {
         "model": requested["base"]["sha256"],
@@ -134,8 +134,8 @@ def _job(requested: dict[str, Any], made_by: dict[str, Any], steps: Sequence[Ste
 def _run(
     streamed: StreamedModel,
     tokens: Int[Tensor, "samples length"],
-    steps: Sequence[Step],
-    job: Unfinished,
+    steps: Sequence[PlannedMethod],
+    job: CompressionCheckpoint,
     told: Callable[[LayerRow], None],
 ) -> None:
     """Compress the blocks that are not finished yet."""
@@ -154,6 +154,6 @@ def _shapes_of(model: LanguageModel) -> dict[str, tuple[int, int]]:
     return {name: (weight_of(one).shape[0], weight_of(one).shape[1]) for name, one in every}
 
 
-def _told(progress: Progress, method: str) -> Callable[[LayerRow], None]:
+def _block_progress(progress: Progress, method: str) -> Callable[[LayerRow], None]:
     what = f"{method}: calibrating and compressing block by block"
     return lambda row: progress(what, row.block + 1, row.blocks)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopcompress.backends.subprocess_backend import BACKENDS, Answer, Backend, Request, python_for, run
+from mopcompress.backends.subprocess_backend import BACKENDS, Backend, BackendResult, Request, python_for, run
 from mopcompress.backends.validation import read_given, with_fp16_scales
-from mopcompress.compress.plan import Compression
-from mopcompress.compress.sequential import LayerRow, linears_of, planned
-from mopcompress.entrypoints.allocate_sparsity import with_shares
-from mopcompress.entrypoints.compressed_folder import keep_scales, mask_facts, published, request_facts
-from mopcompress.entrypoints.from_recipe import Compressing, compression_of
+from mopcompress.compress.plan import MethodConfig
+from mopcompress.compress.sequential import LayerRow, linears_of, plan_methods
+from mopcompress.entrypoints.allocate_sparsity import allocate_sparsity
+from mopcompress.entrypoints.compressed_folder import mask_facts, published, request_facts, write_scales
+from mopcompress.entrypoints.from_recipe import Compressing, method_config
 from mopcompress.entrypoints.inputs import calibration_tokens
 from mopcompress.entrypoints.shape_checks import check_not_repaired
 from mopcompress.environment import provenance
@@ -33,10 +33,10 @@ from mopcompress.recipe import GPTQModifier, Recipe, StructuredPruningModifier
 from mopcompress.recipe.pruning_modifiers import Pruning
 
 CPU = torch.device("cpu")
-COMMON = ("method", "options", "targets", "ignore")  # what every library has of a `Compression`
+COMMON = ("method", "options", "targets", "ignore")  # what every library has of a `MethodConfig`
 
 
-def compress_elsewhere(
+def compress_external(
     recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier], target: Path, *, progress: Progress = silent
 ) -> dict[str, Any]:
     """Have the recipe's backend compress the model by `modifiers`, in order, into `target`; returns the manifest.
@@ -48,7 +48,7 @@ def compress_elsewhere(
     if recipe.repair:
         raise UsageError(f"--backend: {backend.name} makes no low-rank repair; leave one of them out")
     known = _without_structured(backend, modifiers)
-    compressions = [compression_of(modifier) for modifier in known]
+    compressions = [method_config(modifier) for modifier in known]
     _check_methods(backend, compressions)
     python = python_for(backend, recipe.run.backend_python)
     source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
@@ -57,7 +57,7 @@ def compress_elsewhere(
     model = load_model(source, device=CPU)
     tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
     pairs = zip(compressions, known, strict=True)
-    requests = requests_of(backend, model, [with_shares(one, modifier, model, tokens) for one, modifier in pairs])
+    requests = requests_of(backend, model, [allocate_sparsity(one, modifier, model, tokens) for one, modifier in pairs])
     with tempfile.TemporaryDirectory(prefix="mopcompress-") as folder:
         progress(f"{backend.name} is compressing, in {python}", 0, 0)
         answer = run(backend, python, Path(folder), model=source, requests=requests, tokens=tokens)
@@ -74,20 +74,20 @@ def compress_elsewhere(
         "fallbacks": len(answer.fallbacks),
         "compress_seconds": answer.seconds,
         "peak_bytes": answer.peak_bytes,
-        "backend": {"name": backend.name, "python": str(python), **_told(answer)},
+        "backend": {"name": backend.name, "python": str(python), **_backend_facts(answer)},
         **provenance(CPU),
     }
     with published(target, facts, rows) as scratch:
         save_model(model, source, scratch)
-        keep_scales(scratch, scales, [(one.bits, one.group_size) for one in known if isinstance(one, GPTQModifier)])
+        write_scales(scratch, scales, [(one.bits, one.group_size) for one in known if isinstance(one, GPTQModifier)])
     return facts
 
 
-def requests_of(backend: Backend, model: LanguageModel, compressions: Sequence[Compression]) -> list[Request]:
+def requests_of(backend: Backend, model: LanguageModel, compressions: Sequence[MethodConfig]) -> list[Request]:
     """The steps with their linears by name, so that every library compresses exactly those that ours would."""
     kinds = {name: linear for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()}
     requests = []
-    for step in planned(model, compressions):
+    for step in plan_methods(model, compressions):
         names = [name for name in kinds if name in step.place]
         strange = next((name for name in names if not isinstance(kinds[name], nn.Linear)), None)
         if strange:
@@ -103,7 +103,7 @@ def _without_structured(backend: Backend, modifiers: Sequence[Pruning | GPTQModi
     return known
 
 
-def _check_methods(backend: Backend, compressions: Sequence[Compression]) -> None:
+def _check_methods(backend: Backend, compressions: Sequence[MethodConfig]) -> None:
     for one in compressions:
         if one.method not in backend.methods:
             known = ", ".join(backend.methods)
@@ -116,7 +116,7 @@ def _check_methods(backend: Backend, compressions: Sequence[Compression]) -> Non
 
 
 def _take_over(
-    model: LanguageModel, backend: Backend, answer: Answer, requests: Sequence[Request]
+    model: LanguageModel, backend: Backend, answer: BackendResult, requests: Sequence[Request]
 ) -> tuple[list[LayerRow], dict[str, Tensor]]:
     """Put what came back into the model, in place, once it is checked; a row for every linear, and its scales."""
     asked = {name: [one.method for one in requests if name in one.linears] for one in requests for name in one.linears}
@@ -146,7 +146,7 @@ def _take_over(
     return rows, given.scales
 
 
-def _told(answer: Answer) -> dict[str, Any]:
+def _backend_facts(answer: BackendResult) -> dict[str, Any]:
     facts = asdict(answer)
     del facts["weights"]  # a file that is gone by now
     return facts

@@ -13,20 +13,20 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mopcompress.compress.sequential import linears_of
-from mopcompress.compress.structured import NarrowRow, narrow_model
+from mopcompress.compress.structured import StructuredRow, prune_structured
 from mopcompress.entrypoints.compressed_folder import check_fallbacks, published, request_facts
-from mopcompress.entrypoints.from_recipe import narrowing_of
+from mopcompress.entrypoints.from_recipe import structured_config
 from mopcompress.entrypoints.inputs import check_calibration
 from mopcompress.environment import choose_device, peak_bytes, provenance
 from mopcompress.errors import StorageError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, save_model, stored_dtype, weights_bytes
-from mopcompress.models.resizing import write_sizes
+from mopcompress.models.resizing import write_config_sizes
 from mopcompress.progress import Progress
 from mopcompress.recipe import Recipe, StructuredPruningModifier
 
 
-def narrow_into(
+def compress_structured_into(
     target: Path,
     source: Path,
     modifier: StructuredPruningModifier,
@@ -45,7 +45,7 @@ def narrow_into(
     check_calibration(tokens, model)
     parameters, weights = model.network.num_parameters(), _weights(model)
     start = time.perf_counter()
-    done = narrow_model(model, tokens.to(device), narrowing_of(modifier), progress=_told(progress))
+    done = prune_structured(model, tokens.to(device), structured_config(modifier), progress=_block_progress(progress))
     seconds = time.perf_counter() - start
     facts: dict[str, Any] = {
         **request_facts(source, [modifier], calibration, recipe),
@@ -63,7 +63,7 @@ def narrow_into(
     with published(target, facts, done.rows) as scratch:
         save_model(model, source, scratch)
         if done.sizes:
-            write_sizes(scratch, done.sizes)
+            write_config_sizes(scratch, done.sizes)
         _check_written(scratch, model)
     return facts
 
@@ -74,7 +74,7 @@ def _weights(model: LanguageModel) -> int:
     return sum(linear.weight.numel() for index in blocks for linear in linears_of(model, index))
 
 
-def _counted(rows: Sequence[NarrowRow], kind: str, share: float) -> dict[str, Any] | None:
+def _counted(rows: Sequence[StructuredRow], kind: str, share: float) -> dict[str, Any] | None:
     """How many a block had and has, and the share that was asked for; None when none were to go."""
     counts = {(row.before, row.after) for row in rows if row.kind == kind}
     if not counts:
@@ -83,7 +83,7 @@ def _counted(rows: Sequence[NarrowRow], kind: str, share: float) -> dict[str, An
     return {"before": before, "after": after, "removed_share": 1 - after / before, "asked_share": share}
 
 
-def _told(progress: Progress) -> Callable[[NarrowRow], None]:
+def _block_progress(progress: Progress) -> Callable[[StructuredRow], None]:
     return lambda row: progress("structured: calibrating and narrowing block by block", row.block + 1, row.blocks)
 
 

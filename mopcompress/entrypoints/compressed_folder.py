@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from mopcompress.compress.sequential import LayerRow
-from mopcompress.compress.structured import NarrowRow
+from mopcompress.compress.structured import StructuredRow
 from mopcompress.errors import QualityGateError
 from mopcompress.models.model_loading import weights_bytes, weights_hash
 from mopcompress.models.quantization_grid import FILE, write_grid
-from mopcompress.models.repair import Repairs, read_repairs, write_repairs
+from mopcompress.models.repair import RepairsByName, read_repairs, write_repairs
 from mopcompress.models.weight_files import REPAIR
-from mopcompress.recipe import GPTQModifier, LowRankRepairModifier, Recipe, resolved
+from mopcompress.recipe import GPTQModifier, LowRankRepairModifier, Recipe, recipe_to_dict
 from mopcompress.recipe.pruning_modifiers import Pruning
 from mopcompress.storage import artifacts
 
@@ -33,7 +33,7 @@ def request_facts(
         "method": "+".join(modifier.method for modifier in modifiers),
         "base": {"folder": str(source), "sha256": weights_hash(source)},
         "calibration": calibration,
-        "recipe": resolved(recipe),
+        "recipe": recipe_to_dict(recipe),
     }
 
 
@@ -43,7 +43,7 @@ def mask_facts(rows: Sequence[LayerRow]) -> dict[str, Any]:
     return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights}
 
 
-def check_fallbacks(rows: Sequence[LayerRow | NarrowRow], allowed: float, hint: str = "") -> int:
+def check_fallbacks(rows: Sequence[LayerRow | StructuredRow], allowed: float, hint: str = "") -> int:
     """How many matrices needed more damping than asked for.
 
     Raises `QualityGateError` when that is more than this share of them; `hint` says what became of the work.
@@ -58,16 +58,16 @@ def check_fallbacks(rows: Sequence[LayerRow | NarrowRow], allowed: float, hint: 
 
 
 @contextmanager
-def published(target: Path, facts: dict[str, Any], rows: Sequence[LayerRow | NarrowRow]) -> Iterator[Path]:
+def published(target: Path, facts: dict[str, Any], rows: Sequence[LayerRow | StructuredRow]) -> Iterator[Path]:
     """Yield a scratch folder for the model's files, which becomes `target`; rows, bytes and hash are added."""
     with artifacts.publish(target, facts) as scratch:
         yield scratch
-        artifacts.write_whole(scratch / "layers.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        artifacts.write_atomically(scratch / "layers.jsonl", "".join(json.dumps(asdict(row)) + "\n" for row in rows))
         facts["model_bytes"] = weights_bytes(scratch)
         facts["sha256"] = weights_hash(scratch)
 
 
-def keep_scales(folder: Path, scales: Mapping[str, Tensor], grids: Sequence[tuple[int, int | None]]) -> None:
+def write_scales(folder: Path, scales: Mapping[str, Tensor], grids: Sequence[tuple[int, int | None]]) -> None:
     """Write the scales of what was rounded, unless to several grids: such a model cannot be exported as it is.
 
     `grids` are the bits and group sizes that were asked for.
@@ -77,7 +77,7 @@ def keep_scales(folder: Path, scales: Mapping[str, Tensor], grids: Sequence[tupl
         write_grid(folder / FILE, scales, bits=bits, group_size=group_size)
 
 
-def keep_repairs(folder: Path, repairs: Repairs) -> dict[str, Any] | None:
+def write_repair_file(folder: Path, repairs: RepairsByName) -> dict[str, Any] | None:
     """Write the repairs, if there are any; what is counted in the file as it is read again."""
     if not repairs:
         return None

@@ -15,10 +15,10 @@ from transformers import AutoConfig
 from mopcompress.environment import provenance
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, StorageError
 from mopcompress.formats import LAYOUTS
-from mopcompress.formats.model_reader import Sizes, Stored, digests, open_stored, write_file
-from mopcompress.models.meta_model import skeleton_of
+from mopcompress.formats.model_reader import ByteCounts, ModelReader, open_model, tensor_hashes, write_file
+from mopcompress.models.meta_model import load_meta_model
 from mopcompress.models.model_loading import check_output, copy_other_files, resolve_model
-from mopcompress.models.quantization_grid import FILE, Grid, write_grid
+from mopcompress.models.quantization_grid import FILE, QuantizationGrid, write_grid
 from mopcompress.models.repair import read_repairs
 from mopcompress.models.weight_files import INDEX, REPAIR, SINGLE
 from mopcompress.progress import Progress, silent
@@ -36,7 +36,7 @@ def export(
     Raises `DataError` when the format cannot hold them, `StorageError` when they do not read back as they were.
     """
     folder = resolve_model(model, progress=lambda line: progress(line, 0, 0))
-    source, origin = open_stored(folder), _origin(folder)
+    source, origin = open_model(folder), _origin(folder)
     if target.exists() or resume == "required":
         return _finished(target, format, origin, resume, progress)
     check_output(target, folder)
@@ -46,7 +46,7 @@ def export(
         copy_other_files(folder, scratch)
         facts["repair"] = _carry_repair(folder, scratch, progress)
         _write_config(scratch, settings, source.format)
-        sizes = Sizes()
+        sizes = ByteCounts()
         weight_map: dict[str, str] = {}
         for number, path in enumerate(source.files):
             progress(f"writing {format}", number, len(source.files))
@@ -58,7 +58,7 @@ def export(
         if format == "dense" and grid is not None:
             write_grid(scratch / FILE, grid.scales, bits=grid.bits, group_size=grid.group_size)
         facts["tensors"] = _compared(source, scratch, progress)
-        facts |= {"source_bytes": source.bytes, "model_bytes": open_stored(scratch).bytes, **sizes.facts()}
+        facts |= {"source_bytes": source.bytes, "model_bytes": open_model(scratch).bytes, **sizes.facts()}
     return facts
 
 
@@ -67,9 +67,9 @@ def _origin(folder: Path) -> dict[str, Any]:
     manifest = artifacts.read_manifest(folder)
     if manifest is not None:
         artifacts.verify(folder)
-    stored = open_stored(folder)
+    stored = open_model(folder)
     sha256 = artifacts.fingerprint(
-        {path.name: artifacts.sha256(path) for path in (*stored.files, *folder.glob(REPAIR))}
+        {path.name: artifacts.sha256_file(path) for path in (*stored.files, *folder.glob(REPAIR))}
     )
     made = {name: value for name, value in (manifest or {}).items() if name not in ("files", "tensors")}
     dense = sha256 if stored.format == "dense" else made.get("dense_sha256")
@@ -91,7 +91,7 @@ def _finished(target: Path, format: str, origin: Mapping[str, Any], resume: str,
     return manifest
 
 
-def _fitted(folder: Path, source: Stored, format: str) -> tuple[Grid | None, dict[str, Any]]:
+def _fitted(folder: Path, source: ModelReader, format: str) -> tuple[QuantizationGrid | None, dict[str, Any]]:
     layout = LAYOUTS[format]
     if source.grid is None:
         if layout.needs_grid:
@@ -100,7 +100,7 @@ def _fitted(folder: Path, source: Stored, format: str) -> tuple[Grid | None, dic
                 "quantize` first (it keeps the zeros of a pruned folder), or choose --format sparse"
             )
         return None, {}
-    skeleton = skeleton_of(folder)
+    skeleton = load_meta_model(folder)
     grid = layout.fit(source.grid, skeleton)
     return grid, layout.settings(grid, skeleton)
 
@@ -135,13 +135,13 @@ def _carry_repair(folder: Path, scratch: Path, progress: Progress) -> dict[str, 
     return {"linears": len(repairs), "bytes": (scratch / REPAIR).stat().st_size}
 
 
-def _compared(source: Stored, scratch: Path, progress: Progress) -> dict[str, str]:
+def _compared(source: ModelReader, scratch: Path, progress: Progress) -> dict[str, str]:
     """Read both folders and compare them tensor by tensor; the hashes of the tensors."""
-    written = open_stored(scratch)
+    written = open_model(scratch)
     hashes: dict[str, str] = {}
     for number, (before, after) in enumerate(zip(source.files, written.files, strict=True)):
         progress("reading it back", number, len(source.files))
-        was, now = digests(source.tensors(before)), digests(written.tensors(after))
+        was, now = tensor_hashes(source.tensors(before)), tensor_hashes(written.tensors(after))
         wrong = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         if wrong:
             raise StorageError(f"{after}: {wrong[0]} does not read back as it was; run again, or choose another format")

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from mopcompress.data.dataset import load_documents
+from mopcompress.data.dataset import load_dataset
 from mopcompress.entrypoints.inputs import calibration_tokens
-from mopcompress.entrypoints.teacher import named_teacher
+from mopcompress.entrypoints.teacher import teacher_hash
 from mopcompress.errors import OutputError
 from mopcompress.models.model_loading import load_tokenizer, resolve_model, weights_hash
 from mopcompress.progress import Progress
@@ -13,7 +13,7 @@ from mopcompress.recipe import Recipe
 from mopcompress.storage import artifacts
 
 
-def finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:
+def verify_finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """The manifest of `target`, whose recipe is known to be the same, after a look at all else it came from.
 
     Raises `DataError` when a file of it changed, `OutputError` when the model or the data are others by now.
@@ -24,9 +24,9 @@ def finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]
     now: dict[str, Any] = {"model": weights_hash(base)}
     before = {"model": manifest["base"]["sha256"]}
     if "teacher" in manifest:
-        now["teacher"], before["teacher"] = named_teacher(recipe.recovery), manifest["teacher"]
+        now["teacher"], before["teacher"] = teacher_hash(recipe.recovery), manifest["teacher"]
     if "data" in manifest:
-        facts = load_documents(recipe.run, load_tokenizer(base)).facts
+        facts = load_dataset(recipe.run, load_tokenizer(base)).facts
         for what, field in (("data", "sha256"), ("training text", "train_text")):
             now[what], before[what] = facts.get(field), manifest["data"].get(field)
     if "calibration" in manifest and recipe.run.calibration != "self":  # the model's own text is the model's

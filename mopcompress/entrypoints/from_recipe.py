@@ -1,7 +1,7 @@
 """Settings of a recipe as configurations of algorithms and adapters."""
 
-from mopcompress.compress.plan import REPAIR, Compression
-from mopcompress.compress.structured import Narrowing
+from mopcompress.compress.plan import REPAIR, MethodConfig
+from mopcompress.compress.structured import StructuredConfig
 from mopcompress.errors import UsageError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import (
@@ -12,15 +12,15 @@ from mopcompress.recipe import (
     SparseGPTModifier,
     StructuredPruningModifier,
 )
-from mopcompress.recipe.arms import NONE, TRAINED
+from mopcompress.recipe.arms import ARM_DEFAULTS, NO_ADAPTER
 from mopcompress.recipe.pruning_modifiers import Masking
-from mopcompress.recover.adapter import AdapterConfig, Start
-from mopcompress.recover.training import Training
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit
+from mopcompress.recover.training import TrainingConfig
 
 Compressing = Masking | GPTQModifier
 
 
-def compression_of(modifier: Compressing) -> Compression:
+def method_config(modifier: Compressing) -> MethodConfig:
     """A modifier's settings in the words of the method's function."""
     options: dict[str, object]
     if isinstance(modifier, GPTQModifier):
@@ -49,7 +49,7 @@ def compression_of(modifier: Compressing) -> Compression:
             "refit_steps": modifier.refit_steps,
             "keep_zeros": modifier.preserve_sparsity_mask,
         }
-    return Compression(
+    return MethodConfig(
         method=modifier.method,
         options=options,
         targets=modifier.targets,
@@ -60,14 +60,16 @@ def compression_of(modifier: Compressing) -> Compression:
     )
 
 
-def repairing(modifier: LowRankRepairModifier) -> Compression:
+def repair_config(modifier: LowRankRepairModifier) -> MethodConfig:
     """The last step, in the words of its function."""
-    return Compression(method=REPAIR, options={"rank": modifier.rank}, targets=modifier.targets, ignore=modifier.ignore)
+    return MethodConfig(
+        method=REPAIR, options={"rank": modifier.rank}, targets=modifier.targets, ignore=modifier.ignore
+    )
 
 
-def narrowing_of(modifier: StructuredPruningModifier) -> Narrowing:
+def structured_config(modifier: StructuredPruningModifier) -> StructuredConfig:
     """A modifier's settings in the words of the walk."""
-    return Narrowing(
+    return StructuredConfig(
         mlp_sparsity=modifier.mlp_sparsity,
         head_sparsity=modifier.head_sparsity,
         score=modifier.score,
@@ -75,9 +77,9 @@ def narrowing_of(modifier: StructuredPruningModifier) -> Narrowing:
     )
 
 
-def start_of(modifier: PromptRecoveryModifier, seed: int) -> Start:
+def adapter_init(modifier: PromptRecoveryModifier, seed: int) -> AdapterInit:
     """How the recipe's arm begins."""
-    return Start(
+    return AdapterInit(
         gate_pretraining_steps=modifier.gate_pretraining_steps,
         gate_temper=modifier.gate_temper,
         log_opening=modifier.log_opening,
@@ -85,9 +87,9 @@ def start_of(modifier: PromptRecoveryModifier, seed: int) -> Start:
     )
 
 
-def training_of(modifier: PromptRecoveryModifier, learning_rate: float, seed: int) -> Training:
+def training_config(modifier: PromptRecoveryModifier, learning_rate: float, seed: int) -> TrainingConfig:
     """How the recipe's arm is trained."""
-    return Training(
+    return TrainingConfig(
         steps=modifier.steps,
         batch_size=modifier.batch_size,
         learning_rate=learning_rate,
@@ -130,7 +132,7 @@ def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
 
     Raises `UsageError` when the model has no such block.
     """
-    blocks, settings = len(model.blocks), TRAINED.get(arm, NONE)
+    blocks, settings = len(model.blocks), ARM_DEFAULTS.get(arm, NO_ADAPTER)
     alone = layer is None and blocks == 1  # there is no middle
     if settings.at_input or (settings.whole and (layer == 0 or alone)):
         return 0

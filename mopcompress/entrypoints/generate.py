@@ -14,7 +14,7 @@ from mopcompress.recipe import RunSpec
 from mopcompress.recover.save_and_load import load_adapter
 
 
-class Answering:
+class AnswerGenerator:
     """The run's model, with an adapter if one is named, loaded once."""
 
     def __init__(self, run: RunSpec, adapter: Path | None, *, max_new_tokens: int, progress: Progress = silent) -> None:

@@ -9,8 +9,8 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mopcompress.data.dataset import Documents, load_documents
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.dataset import EncodedDataset, load_dataset
+from mopcompress.data.encoding import Document
 from mopcompress.data.text_windows import document_windows, read_text, text_windows
 from mopcompress.environment import choose_device
 from mopcompress.evaluation.generation import check_fits
@@ -36,7 +36,7 @@ def calibration_tokens(
     if run.calibration == "self":
         tokens = _own_text(run, source, model_sha256, progress)
     elif run.calibration == "data":
-        tokens = document_windows(load_documents(run, load_tokenizer(source)).train, samples=samples, length=length)
+        tokens = document_windows(load_dataset(run, load_tokenizer(source)).train, samples=samples, length=length)
     else:
         tokens = text_windows(read_text(run.calibration), load_tokenizer(source), samples=samples, length=length)
     facts = {
@@ -79,12 +79,12 @@ def _own_text(run: RunSpec, source: Path, model_sha256: str, progress: Progress)
     return load_file(folder / FILE)["tokens"]
 
 
-def documents_for(model: LanguageModel, run: RunSpec) -> Documents:
+def load_dataset_for(model: LanguageModel, run: RunSpec) -> EncodedDataset:
     """The same for a model that is to run on them.
 
     Raises `DataError`, besides, when a row, a window of text, or an answer that the run asks for exceeds its context.
     """
-    documents = load_documents(run, model.tokenizer)
+    documents = load_dataset(run, model.tokenizer)
     rows = (*documents.train, *documents.validation, *documents.test)
     model.check_context(_longest(rows), f"data {run.data}: a row", "lower --max-length")
     model.check_context(_longest(documents.text), "--text: a window", "leave it out")
@@ -93,5 +93,5 @@ def documents_for(model: LanguageModel, run: RunSpec) -> Documents:
     return documents
 
 
-def _longest(rows: Sequence[Encoded]) -> int:
+def _longest(rows: Sequence[Document]) -> int:
     return max((len(row.tokens) for row in rows), default=0)

@@ -14,16 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mopcompress.data.dataset import Documents
+from mopcompress.data.dataset import EncodedDataset
 from mopcompress.errors import DataError, NumericalError
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.perplexity import evaluate, micro
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.perplexity import evaluate, micro_average
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recipe import PromptRecoveryModifier
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recipe.pruning_modifiers import changed
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recipe.pruning_modifiers import replace_checked
 from mopcompress.recipe.recovery_modifier import SWEPT
-from mopcompress.recover.adapter import Recovered
+from mopcompress.recover.adapter import TrainedAdapter
 from mopcompress.results import Sweep, Trial
 from mopcompress.storage import artifacts
 
@@ -31,20 +31,20 @@ FACTOR = 3.0  # from a rate to the next; the grid begins around the recipe's rat
 MOST = 6  # rates tried
 TRIALS = "trials.json"
 
-Train = Callable[[PromptRecoveryModifier], Recovered]
+Train = Callable[[PromptRecoveryModifier], TrainedAdapter]
 
 
 def sweep_rate(
     modifier: PromptRecoveryModifier,
     model: LanguageModel,
-    validation: CachedStates,
+    validation: HiddenStateDataset,
     train: Train,
     *,
     batch_size: int,
     known: Mapping[float, Trial] | None = None,
     keep: Callable[[Sequence[Trial]], None] = lambda trials: None,
     agreed: Callable[[Trial], Trial] = lambda trial: trial,
-) -> tuple[Sweep, Recovered | None]:
+) -> tuple[Sweep, TrainedAdapter | None]:
     """Train with every rate by `train`, and score on the validation rows; the training too, if a trial is as long.
 
     Trials in `known`, by their rates, are not repeated; `keep` is given all trials after each; `agreed` is what all
@@ -53,9 +53,9 @@ def sweep_rate(
     """
     middle = modifier.rate
     assert middle is not None  # for mypy: arms without a rate are not swept
-    shortened = changed(modifier, steps=modifier.sweep_steps or modifier.steps)
+    shortened = replace_checked(modifier, steps=modifier.sweep_steps or modifier.steps)
     grid: dict[int, Trial] = {}
-    winner: Recovered | None = None
+    winner: TrainedAdapter | None = None
     exponents = sorted(SWEPT, reverse=True)
     while exponents:
         exponent = exponents.pop()
@@ -86,15 +86,19 @@ def sweep_rate(
 
 
 def _trial(
-    modifier: PromptRecoveryModifier, model: LanguageModel, validation: CachedStates, train: Train, batch_size: int
-) -> tuple[Trial, Recovered | None]:
+    modifier: PromptRecoveryModifier,
+    model: LanguageModel,
+    validation: HiddenStateDataset,
+    train: Train,
+    batch_size: int,
+) -> tuple[Trial, TrainedAdapter | None]:
     """What came of one rate; too high a one is what a sweep is there to find."""
     start = time.perf_counter()
     nats, recovered = None, None
     try:
         recovered = train(modifier)
         applied = recovered.adapter.compiled(model)
-        loss = math.log(micro(evaluate(model, validation, applied, batch_size=batch_size)).perplexity)
+        loss = math.log(micro_average(evaluate(model, validation, applied, batch_size=batch_size)).perplexity)
         nats = loss if math.isfinite(loss) else None
     except NumericalError:
         pass
@@ -122,7 +126,7 @@ def _beyond(grid: Mapping[int, Trial]) -> int | None:
     return {min(grid): best - 1, max(grid): best + 1}.get(best)
 
 
-def told(sweep: Sweep) -> str:
+def describe_sweep(sweep: Sweep) -> str:
     """One line for a person."""
     found = [trial.validation_nats for trial in sweep.trials]
     words = ["broke down" if nats is None else f"{nats:.4f}" for nats in found]
@@ -134,7 +138,7 @@ def told(sweep: Sweep) -> str:
     )
 
 
-def check_validation(documents: Documents, data: str, modifiers: Sequence[PromptRecoveryModifier]) -> None:
+def check_validation(documents: EncodedDataset, data: str, modifiers: Sequence[PromptRecoveryModifier]) -> None:
     """Raise `DataError` when one of `modifiers` sweeps, and validation rows are none, or unknown to its oracle."""
     swept = [one for one in modifiers if one.sweeps]
     if swept and not documents.validation:
@@ -142,7 +146,7 @@ def check_validation(documents: Documents, data: str, modifiers: Sequence[Prompt
             f"data {data}: --sweep chooses by validation rows, and there are none; add some, or leave it out"
         )
     strangers = sorted({row.task for row in documents.validation} - set(documents.tasks))
-    if strangers and any(TRAINED[one.arm].needs_tasks for one in swept):
+    if strangers and any(ARM_DEFAULTS[one.arm].needs_tasks for one in swept):
         raise DataError(
             f"data {data}: validation rows are of {strangers[0]!r}, which no training row is, so oracle has no expert "
             "for them in a sweep; raise --train-rows, or leave --sweep or those rows out"
@@ -152,13 +156,13 @@ def check_validation(documents: Documents, data: str, modifiers: Sequence[Prompt
 def write_sweep(sweep: Sweep, path: Path) -> dict[str, Any]:
     """Keep what was found, so that a run that goes on does not sweep again."""
     path.parent.mkdir(exist_ok=True)
-    artifacts.write_whole(path, json.dumps(asdict(sweep), indent=1) + "\n")
+    artifacts.write_atomically(path, json.dumps(asdict(sweep), indent=1) + "\n")
     return asdict(sweep)
 
 
 def write_trials(trials: Sequence[Trial], folder: Path) -> None:
     """Keep, in the folder of a training that goes on, what a sweep for it has tried."""
-    artifacts.write_whole(folder / TRIALS, json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
+    artifacts.write_atomically(folder / TRIALS, json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
 
 
 def read_trials(folder: Path) -> dict[float, Trial]:

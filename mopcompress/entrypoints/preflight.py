@@ -8,12 +8,12 @@ from typing import Any
 
 from mopcompress.data.sources import local_path
 from mopcompress.entrypoints.bench.manifest import check_settings
-from mopcompress.entrypoints.shape_checks import check_fit, check_not_repaired, shapes_on_disk
+from mopcompress.entrypoints.shape_checks import check_not_repaired, check_shapes, shapes_on_disk
 from mopcompress.errors import InputNotFoundError, OutputError
 from mopcompress.grid import Cell, cells_of, modifiers_of, settings_of
 from mopcompress.models.weight_files import weight_files
-from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, resolved
-from mopcompress.recipe.arms import TRAINED
+from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, recipe_to_dict
+from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recipe.pruning_modifiers import Pruning
 from mopcompress.results import read_rows, read_sweeps, sweep_name
 from mopcompress.storage import artifacts
@@ -50,7 +50,7 @@ def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
         local_path(run.calibration)
 
 
-def check_shapes(recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier]) -> None:
+def check_recipe_shapes(recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier]) -> None:
     """Raise `RecipeError` when groups, structures or ranks do not fit the model, as far as its files here tell.
 
     Raises `DataError` for a model that cannot be compressed again.
@@ -58,13 +58,13 @@ def check_shapes(recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier]) ->
     folder = model_facts(recipe.run.model)["folder"]
     if folder is not None:
         check_not_repaired(Path(folder))
-        check_fit(shapes_on_disk(Path(folder)), modifiers, recipe.repair)
+        check_shapes(shapes_on_disk(Path(folder)), modifiers, recipe.repair)
 
 
 def check_grid(recipe: Recipe) -> None:
     """The same for every setting of a bench."""
     for setting in settings_of(recipe):
-        check_shapes(recipe, modifiers_of(recipe, setting))
+        check_recipe_shapes(recipe, modifiers_of(recipe, setting))
 
 
 def check_model(name: str) -> None:
@@ -89,7 +89,7 @@ def check_creatable(target: Path) -> None:
         raise _not_creatable(target, os.strerror(errno.EACCES))
 
 
-def is_done(target: Path, recipe: Recipe, resume: str) -> bool:
+def completed_by_same_recipe(target: Path, recipe: Recipe, resume: str) -> bool:
     """Whether `target` was finished by the same recipe, the model and the grid apart.
 
     Raises `OutputError` when something else is there or `resume` is never, `InputNotFoundError` when there is nothing,
@@ -97,7 +97,7 @@ def is_done(target: Path, recipe: Recipe, resume: str) -> bool:
     """
     check_creatable(target)
     manifest = artifacts.read_manifest(target) if target.is_dir() else None
-    begun = artifacts.unfinished_folder(target)
+    begun = artifacts.job_folder(target)
     if resume == "required" and manifest is None and not begun.exists():
         raise InputNotFoundError(f"--resume required: nothing finished in {target}; name its folder, or use auto")
     if resume == "never" and begun.exists():
@@ -108,7 +108,7 @@ def is_done(target: Path, recipe: Recipe, resume: str) -> bool:
         raise OutputError(f"output {target} exists already and --resume is never; remove it or name another")
     if manifest is None:
         raise OutputError(f"output {target} exists already and holds no result of this; name another --output-dir")
-    found = differences(_request(manifest.get("recipe", {})), _request(resolved(recipe)))
+    found = differences(_request(manifest.get("recipe", {})), _request(recipe_to_dict(recipe)))
     if found:
         raise OutputError(
             f"output {target} was made with other settings ({'; '.join(found)}); remove it or name another --output-dir"
@@ -140,7 +140,7 @@ def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     settings = settings_of(recipe)
     cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(), setting)}
     done = {Cell(*row.cell) for row in read_rows(folder / "rows.jsonl")} & cells
-    stepping = {arm for arm, settings in TRAINED.items() if settings.learning_rate is not None}
+    stepping = {arm for arm, settings in ARM_DEFAULTS.items() if settings.learning_rate is not None}
     trained = [cell for cell in cells - done if cell.arm in stepping]
     sweeps = read_sweeps(folder / "sweeps")
     unswept = {(cell.setting, cell.arm) for cell in trained if sweep_name(cell.setting, cell.arm) not in sweeps}

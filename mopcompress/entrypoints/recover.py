@@ -7,20 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress.entrypoints.from_recipe import first_layer
-from mopcompress.entrypoints.inputs import documents_for
-from mopcompress.entrypoints.lr_sweep import Train, check_validation, read_trials, sweep_rate, told, write_trials
-from mopcompress.entrypoints.teacher import dense_weights, named_teacher, taught_by
-from mopcompress.entrypoints.train_adapter import tell_of_experts, train_arm
+from mopcompress.entrypoints.inputs import load_dataset_for
+from mopcompress.entrypoints.lr_sweep import (
+    Train,
+    check_validation,
+    describe_sweep,
+    read_trials,
+    sweep_rate,
+    write_trials,
+)
+from mopcompress.entrypoints.teacher import build_distillation, dense_weights, teacher_hash
+from mopcompress.entrypoints.train_adapter import log_expert_count, train_adapter
 from mopcompress.environment import choose_device, provenance
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.state_cache import TRAINING, cache_states
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.state_cache import TRAINING_DTYPE, load_or_compute_states
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import check_output, load_model, resolve_model, weights_hash
 from mopcompress.progress import Progress, silent
-from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
-from mopcompress.recover.adapter import Material, Recovered, trained_parameters
-from mopcompress.recover.checkpoint import UnfinishedTraining, unfinished_training
-from mopcompress.recover.distributed import Workers, joined
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, recipe_to_dict
+from mopcompress.recover.adapter import AdapterInputs, TrainedAdapter, trained_parameters
+from mopcompress.recover.checkpoint import CheckpointFolder, resumable_training
+from mopcompress.recover.distributed import Workers, join_workers
 from mopcompress.recover.save_and_load import adapter_bytes, save_adapter
 from mopcompress.results import Sweep
 from mopcompress.storage import artifacts
@@ -31,35 +38,37 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
     check_output(target, base)
     device, size = choose_device(recipe.run.device), recipe.run.batch_size
-    with joined(device) as workers:
+    with join_workers(device) as workers:
         tell = progress if workers.first else silent
         model = load_model(base, device=device)
-        documents = documents_for(model, recipe.run)
+        documents = load_dataset_for(model, recipe.run)
         layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
         modifier, recovered = recipe.recovery, None
-        tell_of_experts([modifier], documents.tasks, tell)
-        teacher, dense = named_teacher(modifier), dense_weights(modifier, base, model)
+        log_expert_count([modifier], documents.tasks, tell)
+        teacher, dense = teacher_hash(modifier), dense_weights(modifier, base, model)
         check_validation(documents, recipe.run.data, [modifier])
         with workers.first_alone():
-            states = cache_states(model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING)
+            states = load_or_compute_states(
+                model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING_DTYPE
+            )
         # hidden states are not kept: with them every process runs the teacher, all at once
         with nullcontext() if modifier.squarehead else workers.first_alone():
-            taught = None if dense else taught_by(modifier, base, model, documents.train, size, tell)
+            taught = None if dense else build_distillation(modifier, base, model, documents.train, size, tell)
         facts = {
             "learning_rate": modifier.rate,
             "sweep": None,
             "base": {"folder": str(base), "sha256": sha256},
             "teacher": teacher,
             "data": documents.facts,
-            "recipe": resolved(recipe),
+            "recipe": recipe_to_dict(recipe),
             "seed": seed,
             "processes": workers.count,
             **provenance(model.device),
         }
         with _kept(target, facts, tell) if workers.first else nullcontext() as unfinished:
             train = partial(
-                train_arm,
-                material=Material(model, states, documents.tasks, dense),
+                train_adapter,
+                material=AdapterInputs(model, states, documents.tasks, dense),
                 base_sha256=sha256,
                 seed=seed,
                 progress=tell,
@@ -69,11 +78,13 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             )
             if modifier.sweeps:
                 with workers.first_alone():
-                    rows = cache_states(model, sha256, documents.validation, layer, size, "validation rows", tell)
+                    rows = load_or_compute_states(
+                        model, sha256, documents.validation, layer, size, "validation rows", tell
+                    )
                 sweep, recovered = _swept(
                     modifier, model, rows, train, batch_size=size, unfinished=unfinished, workers=workers
                 )
-                tell(told(sweep), 0, 0)
+                tell(describe_sweep(sweep), 0, 0)
                 modifier = modifier.at_rate(sweep.learning_rate)
                 facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}
             recovered = recovered or train(modifier)
@@ -83,13 +94,13 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
 def _swept(
     modifier: PromptRecoveryModifier,
     model: LanguageModel,
-    validation: CachedStates,
+    validation: HiddenStateDataset,
     train: Train,
     *,
     batch_size: int,
-    unfinished: UnfinishedTraining | None,
+    unfinished: CheckpointFolder | None,
     workers: Workers,
-) -> tuple[Sweep, Recovered | None]:
+) -> tuple[Sweep, TrainedAdapter | None]:
     """The rate that all processes found, which one of them keeps; the training too, where a trial was as long."""
     return sweep_rate(
         modifier,
@@ -103,16 +114,16 @@ def _swept(
     )
 
 
-def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractContextManager[UnfinishedTraining]:
+def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractContextManager[CheckpointFolder]:
     """The training so far that is to become `target`, if it was of the same model, data, settings and machine."""
     recipe = facts["recipe"]
     run = {name: setting for name, setting in recipe["run"].items() if name not in ("model", "output_dir")}
     same = ("data", "teacher", "seed", "learning_rate", "processes", "versions", "commit", "device", "threads")
     job = {name: facts[name] for name in same} | {"model": facts["base"]["sha256"], "recipe": recipe | {"run": run}}
-    return unfinished_training(target, job, lambda line: progress(line, 0, 0))
+    return resumable_training(target, job, lambda line: progress(line, 0, 0))
 
 
-def publish_adapter(recovered: Recovered, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def publish_adapter(recovered: TrainedAdapter, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write an adapter folder; returns its manifest."""
     manifest = {
         "kind": "adapter",

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from mopcompress.errors import DataError, RecipeError
 from mopcompress.models.families import NETWORK_NAMES, TRANSPOSED
-from mopcompress.models.targets import meant
+from mopcompress.models.targets import matching_names
 from mopcompress.models.weight_files import REPAIR, weight_files
 from mopcompress.recipe import GPTQModifier, LowRankRepairModifier
 from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier
@@ -18,7 +18,7 @@ GROUP_SIZES = (32, 64, 128)
 Shapes = Mapping[str, tuple[int, int]]  # (out, in) of each linear of the blocks, by name
 
 
-def check_fit(
+def check_shapes(
     shapes: Shapes, modifiers: Sequence[Pruning | GPTQModifier], repair: LowRankRepairModifier | None = None
 ) -> None:
     """Raises `RecipeError` saying which linear does not fit, and what does."""
@@ -81,8 +81,8 @@ def shapes_on_disk(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _aimed(shapes: Shapes, targets: Sequence[str], ignore: Sequence[str]) -> set[str]:
     names = [*shapes]
-    ignored = {name for pattern in ignore for name in meant(names, pattern)}
-    return {name for pattern in targets for name in meant(names, pattern)} - ignored
+    ignored = {name for pattern in ignore for name in matching_names(names, pattern)}
+    return {name for pattern in targets for name in matching_names(names, pattern)} - ignored
 
 
 def _misfits(sizes: Mapping[str, int], divisor: int) -> str:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.errors import DataError, InputNotFoundError
-from mopcompress.models.dense_weights import weights_in
+from mopcompress.models.dense_weights import open_dense_weights
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.progress import Progress
@@ -15,11 +15,11 @@ from mopcompress.recover.distillation import Distillation, Teacher, store_of
 from mopcompress.storage import artifacts
 
 
-def taught_by(
+def build_distillation(
     modifier: PromptRecoveryModifier,
     base: Path,
     model: LanguageModel,
-    documents: Sequence[Encoded],
+    documents: Sequence[Document],
     batch_size: int,
     progress: Progress,
 ) -> Distillation | None:
@@ -57,7 +57,7 @@ def taught_by(
     return Distillation(taught, modifier.distill, modifier.squarehead)
 
 
-def named_teacher(modifier: PromptRecoveryModifier) -> str | None:
+def teacher_hash(modifier: PromptRecoveryModifier) -> str | None:
     """The hash of the weights of the teacher that the recipe names; None where it names none."""
     return weights_hash(resolve_model(modifier.teacher)) if modifier.teacher else None
 
@@ -70,7 +70,7 @@ def dense_weights(modifier: PromptRecoveryModifier, base: Path, model: LanguageM
     if modifier.rate is not None:
         return None
     folder = resolve_model(modifier.teacher) if modifier.teacher else dense_folder(base)
-    return weights_in(folder, model.tokenizer, device=model.device)
+    return open_dense_weights(folder, model.tokenizer, device=model.device)
 
 
 def dense_folder(base: Path) -> Path:

@@ -3,29 +3,29 @@
 import time
 from collections.abc import Sequence
 
-from mopcompress.entrypoints.from_recipe import adapter_config, start_of, training_of
+from mopcompress.entrypoints.from_recipe import adapter_config, adapter_init, training_config
 from mopcompress.progress import Progress
 from mopcompress.recipe import PromptRecoveryModifier
-from mopcompress.recipe.arms import TRAINED
-from mopcompress.recover.adapter import Material, Recovered, TrainRow
-from mopcompress.recover.checkpoint import UnfinishedTraining
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.recover.adapter import AdapterInputs, TrainedAdapter, TrainRow
+from mopcompress.recover.checkpoint import CheckpointFolder
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.distributed import Workers
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.recover.training import fit
 
 
-def train_arm(
+def train_adapter(
     modifier: PromptRecoveryModifier,
-    material: Material,
+    material: AdapterInputs,
     base_sha256: str,
     *,
     seed: int,
     progress: Progress,
     distillation: Distillation | None = None,
-    unfinished: UnfinishedTraining | None = None,
+    unfinished: CheckpointFolder | None = None,
     workers: Workers | None = None,
-) -> Recovered:
+) -> TrainedAdapter:
     """Begin and train one arm on cached states; go on with what `unfinished` kept.
 
     Raises `UsageError` when more experts are to act than there are.
@@ -34,7 +34,7 @@ def train_arm(
     config = adapter_config(modifier, material.model, material.tasks, base_sha256)
     if modifier.rate is None:
         progress(f"{modifier.arm} has a closed form: no steps, and no learning rate to give or to sweep", 0, 0)
-    adapter = ARMS[modifier.arm].begin(config, material, start_of(modifier, seed))
+    adapter = RECOVERY_METHODS[modifier.arm].begin(config, material, adapter_init(modifier, seed))
     seconds, what = time.perf_counter() - start, f"training {modifier.arm}, seed {seed}"
     rows: list[TrainRow] = []
     if modifier.rate is not None:
@@ -42,7 +42,7 @@ def train_arm(
             adapter,
             material.model,
             material.states,
-            training_of(modifier, modifier.rate, seed),
+            training_config(modifier, modifier.rate, seed),
             distillation=distillation,
             progress=lambda row: progress(what, row.step, row.steps),
             keeping=unfinished.at(modifier.rate, modifier.steps) if unfinished else None,
@@ -51,12 +51,14 @@ def train_arm(
     for group in adapter.learned().values():
         for parameter in group:
             parameter.requires_grad_(False)
-    return Recovered(adapter, config, rows, seconds + sum(row.seconds for row in rows))
+    return TrainedAdapter(adapter, config, rows, seconds + sum(row.seconds for row in rows))
 
 
-def tell_of_experts(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[str, ...], progress: Progress) -> None:
+def log_expert_count(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[str, ...], progress: Progress) -> None:
     """Say so where experts are not one a task: when the rows name none, or the recipe wants another number."""
-    counted = [one for one in modifiers if "gate_labels" in TRAINED[one.arm].own or TRAINED[one.arm].needs_tasks]
+    counted = [
+        one for one in modifiers if "gate_labels" in ARM_DEFAULTS[one.arm].own or ARM_DEFAULTS[one.arm].needs_tasks
+    ]
     others = [one.experts for one in counted if one.experts not in (None, len(tasks)) and one.gate_labels == "tasks"]
     if others and tasks:
         progress(

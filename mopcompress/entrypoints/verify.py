@@ -9,9 +9,9 @@ from transformers import AutoConfig
 
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.formats import LAYOUTS
-from mopcompress.formats.model_reader import digest, open_stored, opened
+from mopcompress.formats.model_reader import open_model, opened, tensor_hash
 from mopcompress.formats.weight_format import on_grid
-from mopcompress.models.meta_model import skeleton_of
+from mopcompress.models.meta_model import load_meta_model
 from mopcompress.models.repair import read_repairs
 from mopcompress.progress import Progress, silent
 from mopcompress.storage import artifacts
@@ -40,15 +40,15 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{folder / 'config.json'} cannot be loaded: {reason}; make the folder again") from error
-    stored = open_stored(folder)
+    stored = open_model(folder)
     grid = None
     if stored.format == "dense" and stored.grid:  # the other formats decode from their grid, so are on it
-        grid = LAYOUTS["sparse"].fit(stored.grid, skeleton_of(folder))
+        grid = LAYOUTS["sparse"].fit(stored.grid, load_meta_model(folder))
     found: set[str] = set()
     for number, path in enumerate(stored.files):
         progress("decoding tensors", number, len(stored.files))
         for name, tensor in stored.tensors(path):
-            if expected is not None and expected.get(name) != digest(tensor):
+            if expected is not None and expected.get(name) != tensor_hash(tensor):
                 raise DataError(f"{path}: {name} is not what was exported; make the folder again")
             _check_finite(path, name, tensor)
             module = on_grid(name, grid)

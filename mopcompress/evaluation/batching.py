@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 
 POOL = 16  # batches that rows of one length are gathered from
 
 
 def batches_by_length(
-    documents: Sequence[Encoded], batch_size: int, *, generator: torch.Generator | None
+    documents: Sequence[Document], batch_size: int, *, generator: torch.Generator | None
 ) -> list[list[int]]:
     """Rows in batches of similar length, so that little is padding.
 

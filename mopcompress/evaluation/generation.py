@@ -66,13 +66,13 @@ def answer_contexts(
             input_ids=tokens,
             attention_mask=real.long(),
             generation_config=settings,
-            streamer=None if told is None else _Told(tokenizer, told),
+            streamer=None if told is None else _TextStreamer(tokenizer, told),
         )
     answers = [itertools.takewhile(lambda token: token not in ends, row[tokens.shape[1] :]) for row in written.tolist()]
     return [str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip() for answer in answers]
 
 
-class _Told(TextStreamer):
+class _TextStreamer(TextStreamer):
     """Gives whole words to a function, without the white space before the first."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, told: Callable[[str], None]) -> None:

@@ -11,23 +11,23 @@ from itertools import takewhile
 
 import torch
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.evaluation.batching import batches_by_length
 from mopcompress.evaluation.generation import answer_contexts, check_fits, contexts_of
-from mopcompress.evaluation.hidden_states import Applied, CachedStates
+from mopcompress.evaluation.hidden_states import ApplyAdapter, HiddenStateDataset
 from mopcompress.evaluation.rouge import rouge_l, same_words
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.progress import Progress
-from mopcompress.results import DocumentScores, Sample, Written
+from mopcompress.results import AnswerSample, DocumentScores, GeneratedAnswers
 
-SHOWN = 3  # samples of an arm; rows come task after task, so they are of as many tasks
+SAMPLES = 3  # samples of an arm; rows come task after task, so they are of as many tasks
 
 
-def with_answers(
+def score_generation(
     scores: DocumentScores,
     model: LanguageModel,
-    states: CachedStates,
-    apply_adapter: Applied | None,
+    states: HiddenStateDataset,
+    apply_adapter: ApplyAdapter | None,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -37,11 +37,11 @@ def with_answers(
 
     Raises `DataError` when an instruction and its answer exceed the model's context.
     """
-    answers = write(
+    answers = generate_answers(
         model, states, apply_adapter, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
     pairs = [(answer, _reference(model, document)) for answer, document in zip(answers, states.documents, strict=True)]
-    written = Written(
+    written = GeneratedAnswers(
         answers=answers,
         rouge_l=[rouge_l(*pair) for pair in pairs],
         exact=[same_words(*pair) for pair in pairs],
@@ -49,10 +49,10 @@ def with_answers(
     return replace(scores, written=written)
 
 
-def write(
+def generate_answers(
     model: LanguageModel,
-    states: CachedStates,
-    apply_adapter: Applied | None,
+    states: HiddenStateDataset,
+    apply_adapter: ApplyAdapter | None,
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -75,23 +75,25 @@ def write(
     return answers
 
 
-def samples(model: LanguageModel, documents: Sequence[Encoded], scores: DocumentScores) -> tuple[Sample, ...]:
+def sample_answers(
+    model: LanguageModel, documents: Sequence[Document], scores: DocumentScores
+) -> tuple[AnswerSample, ...]:
     """The first answers, with what they answer; none where none were written."""
     if scores.written is None:
         return ()
     (template,), _ = contexts_of(model.network, model.tokenizer, ["x"])
     return tuple(
-        Sample(
+        AnswerSample(
             task=document.task,
             instruction=_decoded(model, _without(template, document.tokens[: document.context_tokens])),
             reference=_reference(model, document),
             answer=answer,
         )
-        for document, answer in zip(documents[:SHOWN], scores.written.answers, strict=False)
+        for document, answer in zip(documents[:SAMPLES], scores.written.answers, strict=False)
     )
 
 
-def _reference(model: LanguageModel, document: Encoded) -> str:
+def _reference(model: LanguageModel, document: Document) -> str:
     return _decoded(model, document.tokens[document.context_tokens :])
 
 

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.evaluation.batching import derangement
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.storage.memmap import unseen
+from mopcompress.storage.memmap import map_anonymous
 
 
 @dataclass(frozen=True)
-class Instructions:
+class InstructionStates:
     """All that an adapter may read of its examples: nothing of it depends on a response."""
 
     hidden: Float[Tensor, "batch time hidden"]  # instruction tokens at the adapter's layer; zeros after their end
@@ -30,7 +30,7 @@ class Instructions:
     strangers: Float[Tensor, "batch hidden"] | None = None  # summaries of other documents, whatever the batch
 
 
-Applied = Callable[[Instructions], AbstractContextManager[object]]
+ApplyAdapter = Callable[[InstructionStates], AbstractContextManager[object]]
 """Inside `applied(instructions)`, a trained adapter acts on the network."""
 
 
@@ -42,23 +42,23 @@ Store = Callable[[int, int, Fill], tuple[Float[Tensor, "tokens hidden"], Float[T
 
 
 @dataclass(frozen=True)
-class Batch:
+class ResponseBatch:
     """Right-padded documents at an adapter's layer, with what is to be predicted from them."""
 
     hidden: Float[Tensor, "batch time hidden"]
-    instructions: Instructions
+    instructions: InstructionStates
     example: Int[Tensor, " scored"]  # which document of the batch each scored token belongs to
     position: Int[Tensor, " scored"]  # the position that predicts it: one before its own
     target: Int[Tensor, " scored"]  # the response token itself
 
 
-class CachedStates:
+class HiddenStateDataset:
     """The states of all documents that enter block `layer`, memory-mapped so that they need not fit in memory."""
 
     def __init__(
         self,
         model: LanguageModel,
-        documents: Sequence[Encoded],
+        documents: Sequence[Document],
         layer: int,
         *,
         batch_size: int,
@@ -92,12 +92,12 @@ class CachedStates:
 
         size = int(lengths.sum()), model.hidden_size
         if store is None:
-            self.summaries = fill(unseen(*size, torch.float32))
+            self.summaries = fill(map_anonymous(*size, torch.float32))
         else:
             self._hidden, summaries = store(*size, fill)
             self.summaries = summaries.to(model.device)
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int]) -> ResponseBatch:
         """Gather some documents."""
         documents = [self.documents[row] for row in rows]
         longest = max(len(document.tokens) for document in documents)
@@ -115,14 +115,14 @@ class CachedStates:
             position += [time - 1 for time in scored]
             target += document.tokens[document.context_tokens :]
         indices = torch.tensor([example, position, target], device=self.device)
-        read = Instructions(
+        read = InstructionStates(
             hidden=instructions.to(self.device),
             tokens=torch.tensor(contexts, device=self.device),
             summary=self.summaries[list(rows)],
             tasks=[document.task for document in documents],
             strangers=self.summaries[[self._strangers[row] for row in rows]] if self._strangers else None,
         )
-        return Batch(hidden.to(self.device), read, *indices)
+        return ResponseBatch(hidden.to(self.device), read, *indices)
 
     def some_states(self, rows: Sequence[int], count: int, generator: torch.Generator) -> Float[Tensor, "count hidden"]:
         """States at `count` random instruction positions; not the first, which attention uses as a sink, of several."""

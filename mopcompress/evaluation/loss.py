@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mopcompress.evaluation.hidden_states import Batch
+from mopcompress.evaluation.hidden_states import ResponseBatch
 from mopcompress.models.language_model import LanguageModel
 
 
@@ -18,22 +18,22 @@ class TokenScores:
     greedy: Bool[Tensor, " scored"]  # it is the most likely token
 
 
-def score_responses(model: LanguageModel, batch: Batch, layer: int) -> TokenScores:
+def score_responses(model: LanguageModel, batch: ResponseBatch, layer: int) -> TokenScores:
     """Run the blocks from `layer` on, and score the response tokens. The head sees no other position."""
-    return scores_of(response_logits(model, batch, layer), batch)
+    return token_scores(response_logits(model, batch, layer), batch)
 
 
-def response_logits(model: LanguageModel, batch: Batch, layer: int) -> Float[Tensor, "scored vocab"]:
+def response_logits(model: LanguageModel, batch: ResponseBatch, layer: int) -> Float[Tensor, "scored vocab"]:
     """What the blocks from `layer` on and the head say before each response token."""
     left = model.resume(batch.hidden, layer)
     return model.logits(left[batch.example, batch.position])
 
 
-def scores_of(logits: Float[Tensor, "scored vocab"], batch: Batch) -> TokenScores:
+def token_scores(logits: Float[Tensor, "scored vocab"], batch: ResponseBatch) -> TokenScores:
     """The scores of response tokens whose logits are known."""
-    return TokenScores(nats_of(logits, batch), logits.argmax(-1) == batch.target)
+    return TokenScores(token_nll(logits, batch), logits.argmax(-1) == batch.target)
 
 
-def nats_of(logits: Float[Tensor, "scored vocab"], batch: Batch) -> Float[Tensor, " scored"]:
+def token_nll(logits: Float[Tensor, "scored vocab"], batch: ResponseBatch) -> Float[Tensor, " scored"]:
     """The negative log-likelihood of each response token."""
     return torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")

@@ -12,7 +12,7 @@ import torch
 
 from mopcompress.errors import NumericalError
 from mopcompress.evaluation.batching import batches_by_length
-from mopcompress.evaluation.hidden_states import Applied, CachedStates
+from mopcompress.evaluation.hidden_states import ApplyAdapter, HiddenStateDataset
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.results import DocumentScores, TaskScore
@@ -20,8 +20,8 @@ from mopcompress.results import DocumentScores, TaskScore
 
 def evaluate(
     model: LanguageModel,
-    states: CachedStates,
-    applied: Applied | None = None,
+    states: HiddenStateDataset,
+    applied: ApplyAdapter | None = None,
     *,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
@@ -63,7 +63,7 @@ def task_scores(scores: DocumentScores) -> dict[str, TaskScore]:
     return {task: _score(scores, [name == task for name in scores.tasks]) for task in sorted(set(scores.tasks))}
 
 
-def micro(scores: DocumentScores) -> TaskScore:
+def micro_average(scores: DocumentScores) -> TaskScore:
     """Over all documents: perplexity is exp of mean nats over all scored tokens."""
     return _score(scores, [True] * len(scores.tasks))
 

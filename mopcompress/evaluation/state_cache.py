@@ -15,19 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from mopcompress.data.encoding import Encoded
-from mopcompress.evaluation.hidden_states import CachedStates, Fill
+from mopcompress.data.encoding import Document
+from mopcompress.evaluation.hidden_states import Fill, HiddenStateDataset
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.progress import Progress
 from mopcompress.storage import artifacts
-from mopcompress.storage.cache import kept
-from mopcompress.storage.memmap import mapped, reserve, unseen
+from mopcompress.storage.cache import cached
+from mopcompress.storage.memmap import map_anonymous, map_file, reserve
 
 STATES, SUMMARIES = "states", "summaries.safetensors"
-TRAINING = torch.float16  # of states that nothing is scored on
+TRAINING_DTYPE = torch.float16  # of states that nothing is scored on
 
 
-def cache_states(
+def load_or_compute_states(
     model: LanguageModel,
     base_sha256: str,
     documents: tuple[Any, ...],
@@ -37,16 +37,16 @@ def cache_states(
     progress: Progress,
     *,
     dtype: torch.dtype = torch.float32,
-) -> CachedStates:
+) -> HiddenStateDataset:
     """The states that enter `layer` for every document: those kept from another run, or computed and kept."""
     what = f"lower blocks, once for all arms: {which}"
-    facts = facts_of(model, base_sha256, documents) | {
+    facts = cache_key(model, base_sha256, documents) | {
         "kind": "states that enter a block",
         "layer": layer,
         "dtype": str(dtype).removeprefix("torch."),
     }
     with torch.inference_mode():
-        return CachedStates(
+        return HiddenStateDataset(
             model,
             documents,
             layer,
@@ -68,22 +68,22 @@ def _kept(
         def into(dtype: torch.dtype) -> Tensor:
             reserve(scratch / STATES, rows * columns * dtype.itemsize)
             manifest["stored"] = str(dtype).removeprefix("torch.")
-            return mapped(scratch / STATES, rows, columns, dtype)
+            return map_file(scratch / STATES, rows, columns, dtype)
 
         _, summaries = _filled(into, fill, dtype)
         save_file({"summaries": summaries.cpu()}, scratch / SUMMARIES)
 
     def read(folder: Path) -> tuple[Tensor, Tensor]:
         stored = json.loads((folder / artifacts.MANIFEST).read_text(encoding="utf-8"))["stored"]
-        hidden = mapped(folder / STATES, rows, columns, getattr(torch, stored))
+        hidden = map_file(folder / STATES, rows, columns, getattr(torch, stored))
         return hidden, load_file(folder / SUMMARIES)["summaries"]
 
-    return kept(
+    return cached(
         facts,
         size=rows * columns * dtype.itemsize,
         write=write,
         read=read,
-        otherwise=lambda: _filled(functools.partial(unseen, rows, columns), fill, dtype),
+        otherwise=lambda: _filled(functools.partial(map_anonymous, rows, columns), fill, dtype),
     )
 
 
@@ -96,24 +96,24 @@ def _filled(make: Callable[[torch.dtype], Tensor], fill: Fill, dtype: torch.dtyp
     return hidden, summaries
 
 
-def facts_of(model: LanguageModel, sha256: str, documents: Sequence[Encoded]) -> dict[str, Any]:
+def cache_key(model: LanguageModel, sha256: str, documents: Sequence[Document]) -> dict[str, Any]:
     """What anything that a model of these weights computes from these rows depends on."""
     return {
         "model": sha256,
-        "config": config_digest(model.network.config),
-        "documents": digest(documents),
+        "config": config_hash(model.network.config),
+        "documents": tokens_hash(documents),
         "device": model.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
-def digest(documents: Sequence[Encoded]) -> str:
+def tokens_hash(documents: Sequence[Document]) -> str:
     """A hash of the tokens of these rows, and of where responses begin."""
     return hashlib.sha256(repr([(one.tokens, one.context_tokens) for one in documents]).encode()).hexdigest()
 
 
-def config_digest(config: PretrainedConfig) -> str:
+def config_hash(config: PretrainedConfig) -> str:
     """A hash of what a network computes with besides its weights, such as the base of its rotary positions."""
     fields = json.loads(config.to_json_string(use_diff=False))
     return artifacts.fingerprint({name: one for name, one in fields.items() if name != "_name_or_path"})

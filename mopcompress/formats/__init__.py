@@ -9,13 +9,13 @@ runtime              linears that compute from their survivors alone
 """
 
 from mopcompress.formats import compressed_tensors, gptq, sparse
-from mopcompress.formats.weight_format import DENSE, Layout
+from mopcompress.formats.weight_format import DENSE, WeightFormat
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, WeightFormat] = {
     "dense": DENSE,
-    "gptq": gptq.LAYOUT,
-    "compressed-tensors": compressed_tensors.LAYOUT,
-    "sparse": sparse.LAYOUT,
+    "gptq": gptq.FORMAT,
+    "compressed-tensors": compressed_tensors.FORMAT,
+    "sparse": sparse.FORMAT,
 }
 
 __all__ = ["LAYOUTS", "Layout"]

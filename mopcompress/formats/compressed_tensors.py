@@ -20,28 +20,28 @@ from mopcompress import __version__
 from mopcompress.formats.packing import pack_bits, unpack_bits
 from mopcompress.formats.weight_format import (
     WEIGHT,
-    Encoded,
-    Layout,
+    EncodedTensor,
     OpenFile,
+    WeightFormat,
     check_linears,
     dtype_name,
     on_grid,
     plain,
-    quantised,
+    quantized,
 )
-from mopcompress.models.meta_model import Skeleton
-from mopcompress.models.quantization_grid import Grid
+from mopcompress.models.meta_model import MetaModel
+from mopcompress.models.quantization_grid import QuantizationGrid
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
-def fit(grid: Grid, skeleton: Skeleton) -> Grid:
+def fit(grid: QuantizationGrid, skeleton: MetaModel) -> QuantizationGrid:
     """Any grid of linears can be held."""
     check_linears(grid, skeleton, "compressed-tensors")
     return grid
 
 
-def settings(grid: Grid, skeleton: Skeleton) -> dict[str, Any]:
+def settings(grid: QuantizationGrid, skeleton: MetaModel) -> dict[str, Any]:
     """Our keys of config.json; every linear that is not quantised, whatever the reason, is on the ignore list."""
     weights = {"num_bits": grid.bits, "type": "int", "symmetric": True, "dynamic": False}
     weights |= (
@@ -59,7 +59,7 @@ def settings(grid: Grid, skeleton: Skeleton) -> dict[str, Any]:
     }
 
 
-def encode(name: str, tensor: Tensor, grid: Grid | None) -> Encoded:
+def encode(name: str, tensor: Tensor, grid: QuantizationGrid | None) -> EncodedTensor:
     """A quantised weight as three tensors; any other tensor as it is."""
     module = on_grid(name, grid)
     if grid is None or module is None:
@@ -67,13 +67,13 @@ def encode(name: str, tensor: Tensor, grid: Grid | None) -> Encoded:
     unsigned = grid.codes(module, tensor).short() + 2 ** (grid.bits - 1)
     stored = (pack_bits(unsigned, grid.bits), grid.scales[module].contiguous(), torch.tensor(tensor.shape))
     tensors = {f"{module}.{part}": one for part, one in zip(PARTS, stored, strict=True)}
-    return Encoded(tensors, {name: dtype_name(tensor)})
+    return EncodedTensor(tensors, {name: dtype_name(tensor)})
 
 
 def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the dense folder, by the formula above."""
     names = set(file.keys())
-    for name, dtype in quantised(file).items():
+    for name, dtype in quantized(file).items():
         stored = [f"{name.removesuffix(WEIGHT)}.{part}" for part in PARTS]
         names -= set(stored)
         packed, scales, shape = (file.get_tensor(part) for part in stored)
@@ -87,8 +87,10 @@ def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
 
 def scales_of(file: OpenFile) -> dict[str, Tensor]:
     """Scales [out, groups] of the quantised linears."""
-    modules = [name.removesuffix(WEIGHT) for name in quantised(file)]
+    modules = [name.removesuffix(WEIGHT) for name in quantized(file)]
     return {module: file.get_tensor(f"{module}.weight_scale") for module in modules}
 
 
-LAYOUT = Layout(prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=scales_of)
+FORMAT = WeightFormat(
+    prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=scales_of
+)

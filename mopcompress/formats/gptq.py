@@ -26,17 +26,17 @@ from mopcompress.errors import DataError
 from mopcompress.formats.packing import pack_bits, unpack_bits
 from mopcompress.formats.weight_format import (
     WEIGHT,
-    Encoded,
-    Layout,
+    EncodedTensor,
     OpenFile,
+    WeightFormat,
     check_linears,
     dtype_name,
     on_grid,
     plain,
-    quantised,
+    quantized,
 )
-from mopcompress.models.meta_model import Skeleton
-from mopcompress.models.quantization_grid import Grid
+from mopcompress.models.meta_model import MetaModel
+from mopcompress.models.quantization_grid import QuantizationGrid
 
 GROUPS = (128, 64, 32)
 BITS = (2, 3, 4, 8)
@@ -44,7 +44,7 @@ WORD = 32
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def fit(grid: Grid, skeleton: Skeleton) -> Grid:
+def fit(grid: QuantizationGrid, skeleton: MetaModel) -> QuantizationGrid:
     """The same grid in groups that loaders take."""
     check_linears(grid, skeleton, "gptq")
     if grid.bits not in BITS:
@@ -70,7 +70,7 @@ def fit(grid: Grid, skeleton: Skeleton) -> Grid:
     return replace(grid, group_size=size, scales=scales)
 
 
-def settings(grid: Grid, skeleton: Skeleton) -> dict[str, Any]:
+def settings(grid: QuantizationGrid, skeleton: MetaModel) -> dict[str, Any]:
     """Our keys of config.json; linears of the blocks that are not quantised are named to each loader in its way."""
     in_blocks = [name for name in skeleton.linears if name.startswith(f"{skeleton.blocks}.")]
     left_out = [name for name in in_blocks if name not in grid.scales]
@@ -96,7 +96,7 @@ def settings(grid: Grid, skeleton: Skeleton) -> dict[str, Any]:
     }
 
 
-def encode(name: str, tensor: Tensor, grid: Grid | None) -> Encoded:
+def encode(name: str, tensor: Tensor, grid: QuantizationGrid | None) -> EncodedTensor:
     """A quantised weight as four tensors; any other tensor as it is."""
     module = on_grid(name, grid)
     if grid is None or module is None:
@@ -112,13 +112,13 @@ def encode(name: str, tensor: Tensor, grid: Grid | None) -> Encoded:
         "scales": scales.T.contiguous(),
         "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
     }
-    return Encoded({f"{module}.{part}": one for part, one in stored.items()}, {name: dtype_name(tensor)})
+    return EncodedTensor({f"{module}.{part}": one for part, one in stored.items()}, {name: dtype_name(tensor)})
 
 
 def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the dense folder, by the formula above."""
     names = set(file.keys())
-    for name, dtype in quantised(file).items():
+    for name, dtype in quantized(file).items():
         stored = [f"{name.removesuffix(WEIGHT)}.{part}" for part in PARTS]
         names -= set(stored)
         weight, zeros, scales, group = (file.get_tensor(part) for part in stored)
@@ -132,8 +132,10 @@ def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
 
 def scales_of(file: OpenFile) -> dict[str, Tensor]:
     """Scales [out, groups] of the quantised linears."""
-    modules = [name.removesuffix(WEIGHT) for name in quantised(file)]
+    modules = [name.removesuffix(WEIGHT) for name in quantized(file)]
     return {module: file.get_tensor(f"{module}.scales").T.contiguous() for module in modules}
 
 
-LAYOUT = Layout(prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=scales_of)
+FORMAT = WeightFormat(
+    prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=scales_of
+)

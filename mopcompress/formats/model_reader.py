@@ -17,7 +17,7 @@ from torch import Tensor
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.formats import LAYOUTS
 from mopcompress.formats.weight_format import OpenFile, dtype_name
-from mopcompress.models.quantization_grid import Grid, read_grid
+from mopcompress.models.quantization_grid import QuantizationGrid, read_grid
 from mopcompress.models.weight_files import SPARSE, weight_files
 
 FORMAT, BITS, GROUP_SIZE = "mopcompress", "bits", "group_size"  # entries of a file's header
@@ -25,12 +25,12 @@ _WHOLE_ROW = "-1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class ModelReader:
     """The weights of a folder; `grid` is that of the quantised ones, wherever its scales are kept."""
 
     format: str
     files: tuple[Path, ...]
-    grid: Grid | None
+    grid: QuantizationGrid | None
 
     @property
     def bytes(self) -> int:
@@ -47,7 +47,7 @@ class Stored:
             yield from LAYOUTS[self.format].decode(file, self.grid.bits if self.grid else 0)
 
 
-def open_stored(folder: Path) -> Stored:
+def open_model(folder: Path) -> ModelReader:
     """See how a folder's weights are stored. Raises `DataError` for a damaged one, `InputNotFoundError` for none."""
     files = tuple(sorted(folder.glob(f"{SPARSE}*.safetensors")) or weight_files(folder))
     if not files:
@@ -58,11 +58,11 @@ def open_stored(folder: Path) -> Stored:
         raise DataError(f"model {folder}: its files are in the formats {', '.join(sorted(formats))}; export it again")
     (format,) = formats
     if format == "dense":
-        return Stored(format=format, files=files, grid=read_grid(folder))
-    return Stored(format=format, files=files, grid=_grid(format, files, headers[0]))
+        return ModelReader(format=format, files=files, grid=read_grid(folder))
+    return ModelReader(format=format, files=files, grid=_grid(format, files, headers[0]))
 
 
-def _grid(format: str, files: tuple[Path, ...], header: dict[str, str]) -> Grid | None:
+def _grid(format: str, files: tuple[Path, ...], header: dict[str, str]) -> QuantizationGrid | None:
     if BITS not in header:
         return None
     scales: dict[str, Tensor] = {}
@@ -70,11 +70,11 @@ def _grid(format: str, files: tuple[Path, ...], header: dict[str, str]) -> Grid 
         with opened(path) as file:
             scales |= LAYOUTS[format].scales(file)
     size = header[GROUP_SIZE]
-    return Grid(bits=int(header[BITS]), group_size=None if size == _WHOLE_ROW else int(size), scales=scales)
+    return QuantizationGrid(bits=int(header[BITS]), group_size=None if size == _WHOLE_ROW else int(size), scales=scales)
 
 
 @dataclass
-class Sizes:
+class ByteCounts:
     """Bytes of the tensors that a format stores otherwise than a dense folder does, there and here."""
 
     dense: int = 0
@@ -86,7 +86,7 @@ class Sizes:
 
 
 def write_file(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], format: str, grid: Grid | None, sizes: Sizes
+    path: Path, tensors: Iterable[tuple[str, Tensor]], format: str, grid: QuantizationGrid | None, sizes: ByteCounts
 ) -> list[str]:
     """Write one weight file from dense tensors and add to `sizes`; returns the names of what is stored.
 
@@ -105,7 +105,7 @@ def write_file(
     return sorted(stored)
 
 
-def _header(format: str, grid: Grid | None) -> dict[str, str]:
+def _header(format: str, grid: QuantizationGrid | None) -> dict[str, str]:
     """What a weight file says of all its tensors. A dense one has nothing of ours."""
     header = {"format": "pt"}
     if format == "dense":
@@ -116,12 +116,12 @@ def _header(format: str, grid: Grid | None) -> dict[str, str]:
     return header | {FORMAT: format}
 
 
-def digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """A hash of each tensor: its dtype, shape and numbers. The sign of a zero is no part of them."""
-    return {name: digest(tensor) for name, tensor in tensors}
+    return {name: tensor_hash(tensor) for name, tensor in tensors}
 
 
-def digest(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
     """SHA-256, hexadecimal."""
     numbers = tensor + 0 if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
     about = f"{dtype_name(tensor)} {list(tensor.shape)} ".encode()

@@ -32,20 +32,20 @@ from mopcompress.formats.packing import (
     unpack_bits,
     unpack_mask,
 )
-from mopcompress.formats.weight_format import WEIGHT, Encoded, Layout, OpenFile, dtype_name, on_grid, plain
-from mopcompress.models.meta_model import Skeleton
-from mopcompress.models.quantization_grid import Grid
+from mopcompress.formats.weight_format import WEIGHT, EncodedTensor, OpenFile, WeightFormat, dtype_name, on_grid, plain
+from mopcompress.models.meta_model import MetaModel
+from mopcompress.models.quantization_grid import QuantizationGrid
 from mopcompress.models.weight_files import SPARSE
 
 PARTS = ("bitmask", "gaps", "values", "codes", "scales")
 
 
-def fit(grid: Grid, skeleton: Skeleton) -> Grid:
+def fit(grid: QuantizationGrid, skeleton: MetaModel) -> QuantizationGrid:
     """Any grid can be held; GPT-2's Conv1D is noted, whose scales go with its columns."""
     return replace(grid, transposed=skeleton.transposed.intersection(grid.scales))
 
 
-def encode(name: str, tensor: Tensor, grid: Grid | None) -> Encoded:
+def encode(name: str, tensor: Tensor, grid: QuantizationGrid | None) -> EncodedTensor:
     """The smallest of the ways to store a tensor."""
     if tensor.ndim < 2 or not tensor.is_floating_point():
         return plain(name, tensor)
@@ -68,7 +68,7 @@ def encode(name: str, tensor: Tensor, grid: Grid | None) -> Encoded:
         values = {"values": matrix[survives]}
     facts |= {"shape": list(tensor.shape), "dtype": dtype_name(tensor)}
     parts = {f"{name}.{part}": one for part, one in (places | values).items()}
-    return Encoded(parts, {name: json.dumps(facts)})
+    return EncodedTensor(parts, {name: json.dumps(facts)})
 
 
 def _places(survives: Bool[Tensor, "rows columns"], value_bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -139,7 +139,7 @@ def _has_a_bit(matrix: Tensor) -> Bool[Tensor, "rows columns"]:
     return raw.view(*matrix.shape, matrix.dtype.itemsize).bool().any(-1)
 
 
-LAYOUT = Layout(
+FORMAT = WeightFormat(
     prefix=SPARSE,
     needs_grid=False,
     fit=fit,

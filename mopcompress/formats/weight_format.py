@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mopcompress.errors import DataError
-from mopcompress.models.meta_model import Skeleton
-from mopcompress.models.quantization_grid import Grid
+from mopcompress.models.meta_model import MetaModel
+from mopcompress.models.quantization_grid import QuantizationGrid
 
 WEIGHT = ".weight"
 
@@ -26,7 +26,7 @@ class OpenFile(Protocol):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedTensor:
     """One weight as its format stores it: tensors, and entries of the file's header."""
 
     tensors: Mapping[str, Tensor]
@@ -34,7 +34,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class WeightFormat:
     """One format.
 
     `fit` gives the grid as the format can hold it, which is the same numbers, or raises `DataError` saying what cannot
@@ -45,25 +45,25 @@ class Layout:
 
     prefix: str  # what stands before the name of a dense weight file
     needs_grid: bool
-    fit: Callable[[Grid, Skeleton], Grid]
-    settings: Callable[[Grid, Skeleton], dict[str, Any]]
-    encode: Callable[[str, Tensor, Grid | None], Encoded]
+    fit: Callable[[QuantizationGrid, MetaModel], QuantizationGrid]
+    settings: Callable[[QuantizationGrid, MetaModel], dict[str, Any]]
+    encode: Callable[[str, Tensor, QuantizationGrid | None], EncodedTensor]
     decode: Callable[[OpenFile, int], Iterator[tuple[str, Tensor]]]
     scales: Callable[[OpenFile], dict[str, Tensor]]
 
 
-def plain(name: str, tensor: Tensor) -> Encoded:
+def plain(name: str, tensor: Tensor) -> EncodedTensor:
     """A tensor that stays as it is."""
-    return Encoded({name: tensor.contiguous()}, {})
+    return EncodedTensor({name: tensor.contiguous()}, {})
 
 
-def on_grid(name: str, grid: Grid | None) -> str | None:
+def on_grid(name: str, grid: QuantizationGrid | None) -> str | None:
     """The linear whose weight the tensor `name` is, if it lies on the grid."""
     module = name.removesuffix(WEIGHT)
     return module if grid is not None and name != module and module in grid.scales else None
 
 
-def quantised(file: OpenFile) -> dict[str, torch.dtype]:
+def quantized(file: OpenFile) -> dict[str, torch.dtype]:
     """The dense names and dtypes of a file's quantised weights, as `encode` notes them in the header."""
     header = sorted((file.metadata() or {}).items())
     return {name: getattr(torch, dtype) for name, dtype in header if name.endswith(WEIGHT)}
@@ -74,7 +74,7 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_linears(grid: Grid, skeleton: Skeleton, format: str) -> None:
+def check_linears(grid: QuantizationGrid, skeleton: MetaModel, format: str) -> None:
     """Raise `DataError` when something is on the grid that is no `nn.Linear`."""
     other = [name for name in grid.scales if name not in skeleton.linears]
     if other:
@@ -86,7 +86,7 @@ def _decode(file: OpenFile, _bits: int) -> Iterator[tuple[str, Tensor]]:
         yield name, file.get_tensor(name)
 
 
-DENSE = Layout(
+DENSE = WeightFormat(
     prefix="",
     needs_grid=False,
     fit=lambda grid, _skeleton: grid,

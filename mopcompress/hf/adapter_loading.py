@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from mopcompress.errors import DataError
 from mopcompress.models.attention import with_our_attention
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.repair import attach, read_repairs
+from mopcompress.models.repair import attach_repairs, read_repairs
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 
 NETWORK, ADAPTER = "network.", "adapter."  # what the names of the weights begin with
 HUB = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})  # of what is fetched from it
@@ -66,7 +66,7 @@ def network_of(config: PretrainedConfig) -> PreTrainedModel:
 
 def adapter_of(model: LanguageModel, config: AdapterConfig) -> Adapter:
     """An adapter whose values are yet to be loaded."""
-    return ARMS[config.arm].build(model, config)
+    return RECOVERY_METHODS[config.arm].build(model, config)
 
 
 def load_whole(
@@ -88,7 +88,7 @@ def load_whole(
     if (folder / "generation_config.json").exists():
         network.generation_config = GenerationConfig.from_pretrained(folder)
     model = LanguageModel(network)
-    attach(model, read_repairs(folder))
+    attach_repairs(model, read_repairs(folder))
     made = adapter_of(model, adapter)
     assert isinstance(made, nn.Module)  # for mypy: a protocol cannot ask for it
     made = made.to(network.dtype)

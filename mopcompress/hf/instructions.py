@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import Instructions
+from mopcompress.evaluation.hidden_states import InstructionStates
 from mopcompress.models.language_model import LanguageModel
 
 UNSCORED = -100  # transformers' label of a token that is no part of the response
@@ -31,7 +31,7 @@ def instruction_mask_of(
     return mask if labels is None else mask & ((labels != UNSCORED).cumsum(1) == 0)
 
 
-def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]) -> Instructions:
+def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]) -> InstructionStates:
     """Instruction tokens of states that enter the adapter's layer, wherever in the row they stand.
 
     Raises `DataError` for a row that has none.
@@ -43,7 +43,7 @@ def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tenso
             "read; give the instruction's tokens the label -100, and put it first"
         )
     rows = [states[real] for states, real in zip(hidden, mask, strict=True)]
-    return Instructions(
+    return InstructionStates(
         hidden=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
         tokens=counts,
         summary=torch.stack([row.mean(0) for row in rows]),
@@ -53,7 +53,7 @@ def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tenso
 @torch.no_grad()
 def read_by_itself(
     model: LanguageModel, tokens: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], layer: int
-) -> Instructions:
+) -> InstructionStates:
     """The same where the network does not run on the whole instruction: the lower blocks run for it alone."""
     rows = [row[real] for row, real in zip(tokens, mask, strict=True)]
     together = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -20,14 +20,14 @@ from transformers.utils.generic import ModelOutput
 
 from mopcompress.errors import DataError
 from mopcompress.evaluation.batching import positions
-from mopcompress.evaluation.hidden_states import Applied, Instructions
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
 from mopcompress.hf.adapter_loading import adapter_of, hub_settings, load_whole, network_of, one_device
 from mopcompress.hf.config import MopConfig
 from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, read_by_itself
 from mopcompress.models.compat import CACHE
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
-from mopcompress.models.repair import Repairs, read_repairs, repair_of, write_repairs
+from mopcompress.models.repair import RepairsByName, read_repairs, repair_of, write_repairs
 from mopcompress.models.weight_files import REPAIR
 from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.save_and_load import load_adapter
@@ -45,7 +45,7 @@ class _Generation:
 
 _generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
 # what was read of the prompt that a cache begins with, for loops that callers write themselves
-_read: WeakKeyDictionary[Cache, Instructions] = WeakKeyDictionary()
+_read: WeakKeyDictionary[Cache, InstructionStates] = WeakKeyDictionary()
 
 
 class MopForCausalLM(PreTrainedModel, GenerationMixin):
@@ -68,8 +68,8 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         assert isinstance(adapter, nn.Module)  # for mypy: a protocol cannot ask for it
         self.adapter = adapter.requires_grad_(True)
         self.generation_config = self.network.generation_config
-        self._compiled: tuple[object, Applied] | None = None
-        self._repairs: Repairs = {}
+        self._compiled: tuple[object, ApplyAdapter] | None = None
+        self._repairs: RepairsByName = {}
         self.post_init()  # type: ignore[no-untyped-call]
         self.train(False)
 
@@ -235,7 +235,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if mask is None:
             mask = instruction_mask_of(tokens, inputs["attention_mask"], inputs["labels"])
-        read: list[Instructions] = []
+        read: list[InstructionStates] = []
 
         def act(hidden: Tensor) -> None:
             read.append(instructions_of(hidden, mask))
@@ -251,7 +251,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
             _read[begun] = read[0]
         return output
 
-    def _applied(self, instructions: Instructions) -> Any:
+    def _applied(self, instructions: InstructionStates) -> Any:
         """The adapter with gradients where they are wanted; otherwise compiled, once for as long as nothing changes."""
         if self.training or (torch.is_grad_enabled() and any(one.requires_grad for one in self.adapter.parameters())):
             return self.adapter.applied(self.language_model, instructions)

@@ -52,7 +52,7 @@ _watching: ContextVar[Watched | None] = ContextVar("watching", default=None)
 
 
 @contextmanager
-def attending_to(prefix: Prefix) -> Iterator[None]:
+def attend_to(prefix: Prefix) -> Iterator[None]:
     """Inside the block every layer that `prefix` knows also attends to the prompts."""
     token = _prefix.set(prefix)
     try:
@@ -62,7 +62,7 @@ def attending_to(prefix: Prefix) -> Iterator[None]:
 
 
 @contextmanager
-def recording() -> Iterator[Recording]:
+def record_kv() -> Iterator[Recording]:
     """Inside the block every layer notes the keys and values that it attends to, with their gradients."""
     seen: Recording = {}
     token = _recording.set(seen)
@@ -73,7 +73,7 @@ def recording() -> Iterator[Recording]:
 
 
 @contextmanager
-def watching() -> Iterator[Watched]:
+def record_attention() -> Iterator[Watched]:
     """Inside the block every layer notes how much each position attends to each prompt: the mean over heads."""
     seen: Watched = {}
     token = _watching.set(seen)

@@ -14,7 +14,7 @@ from mopcompress.models.repair import read_repairs
 from mopcompress.models.streaming import StreamedModel
 
 
-def weights_in(
+def open_dense_weights(
     folder: Path, tokenizer: PreTrainedTokenizerBase, *, device: torch.device
 ) -> Callable[[str], Float[Tensor, "out in"]]:
     """The weight of a linear of the blocks by its dotted name, in fp32, with its repair if it has one.

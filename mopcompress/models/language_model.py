@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mopcompress.errors import DataError
-from mopcompress.models.attention import NAME, recording
+from mopcompress.models.attention import NAME, record_kv
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -99,13 +99,13 @@ class LanguageModel:
 
     def logits(self, hidden: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocab"]:
         """The network's own head (scaling and soft-capping included) on normed hidden states at chosen positions."""
-        network = _with_submodule(self.network, self._decoder_name, _Given(hidden[None]))
+        network = _with_submodule(self.network, self._decoder_name, _FixedDecoderOutput(hidden[None]))
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         # not [0]: the gradient of a selection is a whole tensor of zeros, filled anew
         return network(input_ids=tokens, use_cache=False).logits.squeeze(0)
 
-    def _standins(self, first: int, last: int) -> "list[Standin]":
-        return [Standin(block, self._block_gives_tuple) for block in self.blocks[first:last]]
+    def _standins(self, first: int, last: int) -> "list[BlockPlaceholder]":
+        return [BlockPlaceholder(block, self._block_gives_tuple) for block in self.blocks[first:last]]
 
     def _decoder(self, blocks: list[nn.Module]) -> nn.Module:
         decoder = _view(self.network.get_submodule(self._decoder_name))
@@ -170,7 +170,7 @@ class LanguageModel:
     def _probe_block(self) -> tuple[bool, bool]:
         """Run block 0 alone on one token: whether a block gives a tuple, and whether it calls our attention."""
         outputs: list[object] = []
-        above = [Standin(block, gives_tuple=False) for block in self.blocks[1:]]
+        above = [BlockPlaceholder(block, gives_tuple=False) for block in self.blocks[1:]]
 
         def note(_block: nn.Module, _inputs: object, output: object) -> None:
             outputs.append(output)
@@ -179,7 +179,7 @@ class LanguageModel:
 
         handle = self.blocks[0].register_forward_hook(note)
         try:
-            with torch.no_grad(), recording() as attended:
+            with torch.no_grad(), record_kv() as attended:
                 tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
                 self._decoder([self.blocks[0], *above])(input_ids=tokens, use_cache=False)
         finally:
@@ -187,7 +187,7 @@ class LanguageModel:
         return isinstance(outputs[0], tuple), bool(attended)
 
 
-class Standin(nn.Module):
+class BlockPlaceholder(nn.Module):
     """Takes a block's place: notes the hidden states that come in and hands on `replacement`, or the same."""
 
     def __init__(self, block: nn.Module, gives_tuple: bool) -> None:
@@ -209,7 +209,7 @@ class Standin(nn.Module):
         return (handed_on,) if self.gives_tuple else handed_on
 
 
-class _Given(nn.Module):
+class _FixedDecoderOutput(nn.Module):
     """Takes the decoder's place and answers with hidden states that are known already."""
 
     def __init__(self, hidden: Tensor) -> None:

@@ -14,7 +14,7 @@ from mopcompress.models.language_model import locate_blocks
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class MetaModel:
     """The linears of a network by dotted name, on the meta device, and the dotted name of its list of blocks."""
 
     linears: Mapping[str, nn.Linear]
@@ -22,7 +22,7 @@ class Skeleton:
     blocks: str
 
 
-def skeleton_of(folder: Path) -> Skeleton:
+def load_meta_model(folder: Path) -> MetaModel:
     """The skeleton of a folder's network. Raises `DataError` when its config cannot be loaded."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -33,7 +33,7 @@ def skeleton_of(folder: Path) -> Skeleton:
         raise DataError(f"model {folder} cannot be loaded: {reason}; check that the folder is whole") from error
     decoder, blocks = locate_blocks(network)
     modules = dict(network.named_modules())
-    return Skeleton(
+    return MetaModel(
         linears={name: module for name, module in modules.items() if isinstance(module, nn.Linear)},
         transposed=frozenset(name for name, module in modules.items() if isinstance(module, Conv1D)),
         blocks=f"{decoder}.{blocks}",

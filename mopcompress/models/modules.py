@@ -23,7 +23,7 @@ def set_weight(linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 @contextmanager
-def replacing(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def replaced_modules(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside it `modules` stand at these dotted names, in every view too; afterwards, whatever happens, the old ones.
 
     Raises `AttributeError` for a name that is not there, with nothing changed.

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mopcompress.algorithms.solution import LowRankFactors
-from mopcompress.models.repair import put_beside, repair_of
+from mopcompress.models.repair import add_repair, repair_of
 
 
 class SparseLinear(nn.Module):
@@ -45,6 +45,6 @@ def use_sparse_linears(network: nn.Module, *, sparsity: float) -> int:
         parent, _, child = name.rpartition(".")
         sparse, repair = SparseLinear(linear), repair_of(linear)
         if repair is not None:
-            put_beside(sparse, LowRankFactors(repair.up, repair.down))
+            add_repair(sparse, LowRankFactors(repair.up, repair.down))
         setattr(network.get_submodule(parent), child, sparse)
     return len(chosen)

@@ -21,7 +21,7 @@ _SUFFIX, _WHOLE_ROW = ".scales", "-1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class QuantizationGrid:
     """A symmetric grid: every weight of a linear in `scales` is an integer of `bits` bits times its group's scale."""
 
     bits: int
@@ -44,7 +44,7 @@ def write_grid(path: Path, scales: Mapping[str, Tensor], *, bits: int, group_siz
     save_file(tensors, path, {"format": "pt", "bits": str(bits), "group_size": size})
 
 
-def read_grid(folder: Path) -> Grid | None:
+def read_grid(folder: Path) -> QuantizationGrid | None:
     """The grid of a compressed folder; None when it has none. Raises `DataError` when the file is damaged."""
     path = folder / FILE
     if not path.exists():
@@ -59,7 +59,7 @@ def read_grid(folder: Path) -> Grid | None:
     for name, scale in scales.items():
         if scale.dtype != torch.float16 or scale.ndim != 2 or not bool((scale > 0).all() and scale.isfinite().all()):
             raise DataError(f"{path}: {name}{_SUFFIX} is no matrix of positive fp16 numbers; make the folder again")
-    return Grid(bits=bits, group_size=None if size == -1 else size, scales=scales)
+    return QuantizationGrid(bits=bits, group_size=None if size == -1 else size, scales=scales)
 
 
 def codes_of(

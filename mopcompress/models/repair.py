@@ -26,7 +26,7 @@ from mopcompress.models.weight_files import REPAIR
 _PLACE = "repair"  # the submodule of a linear
 
 
-class LowRank(nn.Module):
+class LowRankRepair(nn.Module):
     """x -> B (A x). Its matrices are no part of the network's own weights: not trained, not in its state."""
 
     up: Tensor
@@ -45,20 +45,20 @@ class LowRank(nn.Module):
         return len(self.down)
 
 
-Repairs = Mapping[str, LowRankFactors]
+RepairsByName = Mapping[str, LowRankFactors]
 """By the dotted name of the linear."""
 
 
-def put_beside(linear: nn.Module, factors: LowRankFactors) -> RemovableHandle:
+def add_repair(linear: nn.Module, factors: LowRankFactors) -> RemovableHandle:
     """Add the repair to the linear's outputs from now on, in place; weight, name and state stay as they are."""
-    linear.add_module(_PLACE, LowRank(factors.up, factors.down))
+    linear.add_module(_PLACE, LowRankRepair(factors.up, factors.down))
     return linear.register_forward_hook(_add)
 
 
 @contextmanager
-def beside(linear: Linear, factors: LowRankFactors) -> Iterator[None]:
+def temporary_repair(linear: Linear, factors: LowRankFactors) -> Iterator[None]:
     """Inside the block, the repair is added to the linear's outputs."""
-    handle = put_beside(linear, factors)
+    handle = add_repair(linear, factors)
     try:
         yield
     finally:
@@ -66,12 +66,12 @@ def beside(linear: Linear, factors: LowRankFactors) -> Iterator[None]:
         delattr(linear, _PLACE)
 
 
-def repair_of(linear: nn.Module) -> LowRank | None:
+def repair_of(linear: nn.Module) -> LowRankRepair | None:
     """What stands beside a linear; None when nothing does."""
     return linear._modules.get(_PLACE)  # type: ignore[return-value]
 
 
-def attach(model: LanguageModel, repairs: Repairs) -> None:
+def attach_repairs(model: LanguageModel, repairs: RepairsByName) -> None:
     """Put repairs beside the model's linears, in place; stacked experts are called one by one from then on.
 
     Raises `DataError` when a name is no linear of the blocks, or a repair does not fit it.
@@ -86,16 +86,16 @@ def attach(model: LanguageModel, repairs: Repairs) -> None:
             shape = (len(repair.up), repair.down.shape[1])
             if shape != tuple(weight_of(linear).shape):
                 raise DataError(f"{REPAIR}: {name} is {tuple(weight_of(linear).shape)}, and its repair {shape}")
-            put_beside(linear, repair.rounded(linear.weight.dtype))
+            add_repair(linear, repair.rounded(linear.weight.dtype))
             linear.to(linear.weight.device)
         call_one_by_one({name: found for name, found in experts.items() if any(map(_is_repaired, found[1]))})
     if left:
         raise DataError(f"{REPAIR}: the model has no linear {min(left)}; make the folder again")
 
 
-def write_repairs(path: Path, repairs: Repairs) -> None:
+def write_repairs(path: Path, repairs: RepairsByName) -> None:
     """Write the file, each matrix in its own dtype."""
-    save_file(tensors_of(repairs), path, {"format": "pt"})
+    save_file(repairs_to_tensors(repairs), path, {"format": "pt"})
 
 
 def read_repairs(folder: Path) -> dict[str, LowRankFactors]:
@@ -104,7 +104,7 @@ def read_repairs(folder: Path) -> dict[str, LowRankFactors]:
     if not path.exists():
         return {}
     try:
-        repairs = repairs_in(load_file(path))
+        repairs = repairs_from_tensors(load_file(path))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); make the folder again") from error
     for name, repair in repairs.items():
@@ -113,15 +113,15 @@ def read_repairs(folder: Path) -> dict[str, LowRankFactors]:
     return repairs
 
 
-def tensors_of(repairs: Repairs) -> dict[str, Tensor]:
+def repairs_to_tensors(repairs: RepairsByName) -> dict[str, Tensor]:
     """Both matrices of each, as the file names them."""
     found = {f"{name}.B": one.up for name, one in repairs.items()}
     found |= {f"{name}.A": one.down for name, one in repairs.items()}
     return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
-def repairs_in(tensors: Mapping[str, Tensor]) -> dict[str, LowRankFactors]:
-    """What `tensors_of` made the tensors of. Raises `ValueError` when they are no pairs of matrices that fit."""
+def repairs_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, LowRankFactors]:
+    """Return the repairs of a file. Raises `ValueError` when they are no pairs of matrices that fit."""
     names = sorted({name[: -len(".B")] for name in tensors})
     if {f"{name}.{part}" for name in names for part in "AB"} != tensors.keys():
         raise ValueError("not a B and an A for each linear")

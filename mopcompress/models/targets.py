@@ -13,28 +13,28 @@ from mopcompress.errors import DataError
 ALL = ("Linear", "__ALL__", "__ALL_PRUNABLE__")
 
 
-def chosen(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) -> dict[str, int]:
+def select_targets(names: Sequence[str], targets: Sequence[str], ignore: Sequence[str]) -> dict[str, int]:
     """The linears to compress, in order, each with the place of the first target that means it.
 
     Raises `DataError` when a target means no linear at all, or none is left.
     """
     place: dict[str, int] = {}
     for index, target in enumerate(targets):
-        found = meant(names, target)
+        found = matching_names(names, target)
         if not found:
             near = get_close_matches(target.removeprefix("re:"), names, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; name one, a module that holds some, or Linear"
             raise DataError(f"targets: no linear of the decoder blocks matches {target!r}{hint}")
         for name in found:
             place.setdefault(name, index)
-    ignored = {name for pattern in ignore for name in meant(names, pattern)}
+    ignored = {name for pattern in ignore for name in matching_names(names, pattern)}
     left = {name: place[name] for name in names if name in place and name not in ignored}
     if not left:
         raise DataError(f"no linear is left of targets {list(targets)}: ignore takes them all")
     return left
 
 
-def meant(names: Sequence[str], pattern: str) -> list[str]:
+def matching_names(names: Sequence[str], pattern: str) -> list[str]:
     """The linears that one pattern means."""
     if pattern in ALL:
         return list(names)

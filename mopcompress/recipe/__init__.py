@@ -8,7 +8,7 @@ from mopcompress.recipe.pruning_modifiers import (
     StructuredPruningModifier,
     WandaPruningModifier,
 )
-from mopcompress.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_of, resolved
+from mopcompress.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict, recipe_to_dict
 from mopcompress.recipe.recovery_modifier import ConstantPruningModifier, PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
 from mopcompress.recipe.run_spec import RunSpec
@@ -30,6 +30,6 @@ __all__ = [
     "WandaPruningModifier",
     "dump_recipe",
     "load_recipe",
-    "recipe_of",
-    "resolved",
+    "recipe_from_dict",
+    "recipe_to_dict",
 ]

@@ -19,7 +19,7 @@ LOW_RANK = BUDGET | {"layer", "rank", "adapter_targets"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmSettings:
+class ArmDefaults:
     """What is different from arm to arm unless a recipe says otherwise."""
 
     learning_rate: float | None  # None: found in closed form, without a step
@@ -31,41 +31,41 @@ class ArmSettings:
     revision: int = 1  # higher than in older rows where what an arm of that name is unless told otherwise has changed
 
 
-TRAINED = {
-    "single": ArmSettings(learning_rate=0.5, own=MIXED, deep_learning_rate=3e-2),
-    "mop": ArmSettings(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
-    "uniform": ArmSettings(learning_rate=0.5, own=MIXED | {"gate_reading"}, deep_learning_rate=3e-2),
-    "oracle": ArmSettings(
+ARM_DEFAULTS = {
+    "single": ArmDefaults(learning_rate=0.5, own=MIXED, deep_learning_rate=3e-2),
+    "mop": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
+    "uniform": ArmDefaults(learning_rate=0.5, own=MIXED | {"gate_reading"}, deep_learning_rate=3e-2),
+    "oracle": ArmDefaults(
         learning_rate=0.5, own=MIXED - {"gate_labels"} | {"gate_reading"}, needs_tasks=True, deep_learning_rate=3e-2
     ),
-    "shuffled": ArmSettings(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
-    "idp": ArmSettings(learning_rate=0.5, own=OPENED),
+    "shuffled": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
+    "idp": ArmDefaults(learning_rate=0.5, own=OPENED),
     # not swept: AdamW's rate for prompt and prefix tuning in PEFT's own guide to prompt-based methods, which deep
     # prompts are too; Xu et al. take 1e-3 after 500 warm-up steps, more than ours are in all
-    "input": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
-    "smop": ArmSettings(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate", "gate_clipping"}, at_input=True),
-    "prefix": ArmSettings(learning_rate=3e-2, own=BUDGET, at_input=True),
-    "lora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
-    "masklora": ArmSettings(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
-    "eora": ArmSettings(learning_rate=None, own=LOW_RANK, whole=True),
-    "ia3": ArmSettings(learning_rate=3e-2, own=frozenset({"layer"}), whole=True),
-    "norms": ArmSettings(learning_rate=1e-2, own=frozenset({"layer"}), whole=True),
-    "mop+": ArmSettings(learning_rate=3e-3, own=BUDGET | GATE | {"layer"}, revision=2),
+    "input": ArmDefaults(learning_rate=3e-2, own=BUDGET, at_input=True),
+    "smop": ArmDefaults(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate", "gate_clipping"}, at_input=True),
+    "prefix": ArmDefaults(learning_rate=3e-2, own=BUDGET, at_input=True),
+    "lora": ArmDefaults(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
+    "masklora": ArmDefaults(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
+    "eora": ArmDefaults(learning_rate=None, own=LOW_RANK, whole=True),
+    "ia3": ArmDefaults(learning_rate=3e-2, own=frozenset({"layer"}), whole=True),
+    "norms": ArmDefaults(learning_rate=1e-2, own=frozenset({"layer"}), whole=True),
+    "mop+": ArmDefaults(learning_rate=3e-3, own=BUDGET | GATE | {"layer"}, revision=2),
 }
-NONE = ArmSettings(learning_rate=None, whole=True)  # of `none`, which changes nothing, from whatever block on
-ARMS = ("none", *TRAINED)
+NO_ADAPTER = ArmDefaults(learning_rate=None, whole=True)  # of `none`, which changes nothing, from whatever block on
+ARM_NAMES = ("none", *ARM_DEFAULTS)
 
 
 def revision_of(arm: str) -> int:
     """Which of the arms that ever had this name."""
-    return TRAINED[arm].revision if arm in TRAINED else 1
+    return ARM_DEFAULTS[arm].revision if arm in ARM_DEFAULTS else 1
 
 
-def listeners(field: str) -> tuple[str, ...]:
+def arms_using(field: str) -> tuple[str, ...]:
     """The arms to which a field of a recovery says something."""
     return tuple(
         arm
-        for arm, settings in TRAINED.items()
+        for arm, settings in ARM_DEFAULTS.items()
         if field in settings.own
         or field in {"arm", "teacher"}
         or (field in TRAINING and settings.learning_rate is not None)
@@ -74,13 +74,13 @@ def listeners(field: str) -> tuple[str, ...]:
 
 def known_arm(name: str) -> str:
     """The name, if a bench can have it."""
-    if name not in ARMS:
-        raise fault(f"not one of {', '.join(ARMS)}", nearest(name, ARMS))
+    if name not in ARM_NAMES:
+        raise fault(f"not one of {', '.join(ARM_NAMES)}", nearest(name, ARM_NAMES))
     return name
 
 
 def trained_arm(name: str) -> str:
     """The name, if there is something to train."""
-    if name not in TRAINED:
-        raise fault(f"not one of {', '.join(TRAINED)}", nearest(name, tuple(TRAINED)))
+    if name not in ARM_DEFAULTS:
+        raise fault(f"not one of {', '.join(ARM_DEFAULTS)}", nearest(name, tuple(ARM_DEFAULTS)))
     return name

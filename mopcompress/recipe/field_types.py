@@ -76,7 +76,7 @@ def _bits(number: int) -> int:
     return number
 
 
-def refusing(reason: str) -> BeforeValidator:
+def reject_with(reason: str) -> BeforeValidator:
     """For a field of another tool that would change a result: only null or false is accepted."""
 
     def refuse(given: Any) -> None:
@@ -111,27 +111,29 @@ OneOrEach = Discriminator(lambda given: EACH if isinstance(given, list | tuple) 
 Name = Annotated[str, AfterValidator(_name)]
 Target = Annotated[Name, AfterValidator(_target)]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(_named)]
-Aims = Annotated[tuple[Annotated[Target, AfterValidator(_inside_blocks)], ...], BeforeValidator(_named)]
+BlockTargets = Annotated[tuple[Annotated[Target, AfterValidator(_inside_blocks)], ...], BeforeValidator(_named)]
 Bits = Annotated[int, AfterValidator(_bits)]
 Listed = BeforeValidator(_listed)
 Shares = Annotated[Annotated[Share, Tag(ONE)] | Annotated[tuple[Share, ...], Listed, Tag(EACH)], OneOrEach]
 Distinct = AfterValidator(_distinct)
 Steps = Annotated[int, Field(ge=0, le=1000)]
-Towards = Annotated[float, Field(ge=0, le=1)]
-Part = Annotated[float, Field(gt=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+PartialShare = Annotated[float, Field(gt=0, le=1)]
 Structure = Annotated[str, AfterValidator(_structure)]
 Damping = Annotated[float, Field(gt=0, le=10)]
 BlockSize = Annotated[int, Field(ge=1, le=65536)]
 FilePath = Annotated[Name, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
 
 # Accepted from other tools' recipes but without effect here: forgotten at once, so never in a resolved recipe.
-Forgotten = AfterValidator(lambda given: None)
-Switch = Annotated[bool | None, Forgotten, Field(exclude=True)]
-Layers = Annotated[Targets | None, Forgotten, Field(exclude=True)]
-Time = Annotated[float | None, Forgotten, Field(exclude=True)]
-Schedule = Annotated[str | None, Forgotten, Field(exclude=True)]
-ScheduleFields = Annotated[dict[str, Any] | None, Forgotten, Field(exclude=True)]
-Unsupported = Annotated[None, refusing("not supported yet"), Field(exclude=True)]
-Rounding = Annotated[None, refusing("weights are rounded by a GPTQModifier in a later stage"), Field(exclude=True)]
-KeysAndValues = Annotated[None, refusing("the cache of keys and values is not rounded here"), Field(exclude=True)]
-Activations = Annotated[None, refusing("activations are not rounded here"), Field(exclude=True)]
+IgnoredAny = AfterValidator(lambda given: None)
+IgnoredSwitch = Annotated[bool | None, IgnoredAny, Field(exclude=True)]
+IgnoredLayers = Annotated[Targets | None, IgnoredAny, Field(exclude=True)]
+IgnoredTime = Annotated[float | None, IgnoredAny, Field(exclude=True)]
+IgnoredSchedule = Annotated[str | None, IgnoredAny, Field(exclude=True)]
+IgnoredScheduleFields = Annotated[dict[str, Any] | None, IgnoredAny, Field(exclude=True)]
+Unsupported = Annotated[None, reject_with("not supported yet"), Field(exclude=True)]
+Rounding = Annotated[None, reject_with("weights are rounded by a GPTQModifier in a later stage"), Field(exclude=True)]
+UnsupportedKVCache = Annotated[
+    None, reject_with("the cache of keys and values is not rounded here"), Field(exclude=True)
+]
+Activations = Annotated[None, reject_with("activations are not rounded here"), Field(exclude=True)]

@@ -6,22 +6,22 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from mopcompress.recipe.field_types import (
     Activations,
-    Aims,
     Bits,
-    KeysAndValues,
-    Layers,
-    Part,
+    BlockTargets,
+    IgnoredLayers,
+    IgnoredSwitch,
+    PartialShare,
     Share,
     Spec,
     Structure,
-    Switch,
     Targets,
-    Towards,
+    UnitInterval,
     Unsupported,
+    UnsupportedKVCache,
     fault,
     parse_structure,
 )
-from mopcompress.recipe.pruning_modifiers import BlockSize, Damping, changed, check_share
+from mopcompress.recipe.pruning_modifiers import BlockSize, Damping, check_share, replace_checked
 from mopcompress.recipe.unsupported import other_scheme
 from mopcompress.recipe.validation_errors import nearest
 
@@ -103,7 +103,7 @@ class WeightQuantization(Spec):
 class QuantizationGroup(Spec):
     """One entry of `config_groups`."""
 
-    targets: Aims = ("Linear",)
+    targets: BlockTargets = ("Linear",)
     weights: WeightQuantization
     input_activations: Activations = None
     output_activations: Activations = None
@@ -123,13 +123,15 @@ class GPTQModifier(Spec):
     actorder: Annotated[Literal["static"] | None, BeforeValidator(_known_order)] = "static"
     mask_structure: Structure = "0:0"
     sparsity: Share = Field(0.0, validate_default=True)  # removed in the same sweep, as SparseGPT does
-    match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
-    match_samples: Part = 1.0  # share of the calibration samples that the dense model sees for it
+    match_dense: UnitInterval = (
+        0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
+    )
+    match_samples: PartialShare = 1.0  # share of the calibration samples that the dense model sees for it
     scheme: Unsupported = None
-    sequential_update: Switch = None
-    sequential_targets: Layers = None
-    offload_hessians: Switch = None
-    kv_cache_scheme: KeysAndValues = None
+    sequential_update: IgnoredSwitch = None
+    sequential_targets: IgnoredLayers = None
+    offload_hessians: IgnoredSwitch = None
+    kv_cache_scheme: UnsupportedKVCache = None
 
     @model_validator(mode="before")
     @classmethod
@@ -193,7 +195,7 @@ class GPTQModifier(Spec):
         """The same settings at another precision; raises `RecipeError` for impossible ones."""
         strategy = "channel" if group_size is None else "group"
         weights = {"num_bits": bits, "group_size": group_size, "strategy": strategy}
-        return changed(self, config_groups={"group_0": {"targets": self.targets, "weights": weights}})
+        return replace_checked(self, config_groups={"group_0": {"targets": self.targets, "weights": weights}})
 
 
 def _spell_out(fields: dict[str, Any]) -> dict[str, Any]:

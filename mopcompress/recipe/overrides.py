@@ -10,10 +10,10 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from mopcompress.errors import RecipeError, UsageError
-from mopcompress.recipe.arms import listeners
+from mopcompress.recipe.arms import arms_using
 from mopcompress.recipe.field_types import Spec, parse_structure
 from mopcompress.recipe.gptq_modifier import GPTQModifier
-from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier, changed
+from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier, replace_checked
 from mopcompress.recipe.recipe import DEFAULT_STAGES, DEFAULTS, Recipe
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
@@ -38,7 +38,7 @@ NEEDS = {  # fields that say nothing unless one of others is set
 REPAIR_FLAG_OF = {"rank": "repair_rank"}  # recovery has a `--rank` of its own
 
 
-def for_pruning(
+def pruning_recipe(
     recipe: Recipe,
     *,
     method: str | None = None,
@@ -49,7 +49,7 @@ def for_pruning(
 ) -> Recipe:
     """The recipe's pruning modifiers alone, in order; `method` picks one (ALPS without a recipe), flags go into each.
 
-    The recipe's repair belongs to them unless it rounds, too: then it is of both, and `for_quantizing` has it.
+    The recipe's repair belongs to them unless it rounds, too: then it is of both, and `quantization_recipe` has it.
 
     Raises `RecipeError` when the recipe compresses, but not by pruning.
     """
@@ -69,7 +69,7 @@ def for_pruning(
     return _oneshot(recipe, given, None if recipe.modifiers(GPTQModifier) else recipe.repair, repair_rank)
 
 
-def for_quantizing(
+def quantization_recipe(
     recipe: Recipe, *, bits: int | None = None, group_size: int | None = None, repair_rank: int | None = None
 ) -> Recipe:
     """The recipe's compressing modifiers, in order, the flags in its GPTQ ones; 4 bits in groups of 64 without any.
@@ -84,14 +84,14 @@ def for_quantizing(
     return _oneshot(recipe, [_quantized(one, bits, group_size) for one in chosen], recipe.repair, repair_rank)
 
 
-def for_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
+def recovery_recipe(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
     """The recipe's prompt recovery alone; `flags` are fields of `PromptRecoveryModifier`.
 
     A flag that would change nothing is refused, too.
     """
     modifier = _recovery_with(recipe, flags)
     for name, given in flags.items():
-        heard = listeners(name)
+        heard = arms_using(name)
         idle = given is None or given == PromptRecoveryModifier.model_fields[name].default
         flag = FLAG_OF.get(name, name).replace("_", "-")
         if not idle and modifier.arm not in heard:
@@ -103,7 +103,7 @@ def for_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
     return replace(recipe, stages=(_recovery_stage(modifier),))
 
 
-def with_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
+def override_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
     """The whole recipe with these fields in its prompt recovery; the same recipe when no flag was given.
 
     A flag that no arm of the grid hears is not refused: the grid may grow, and then its settings must be the same.
@@ -126,7 +126,7 @@ def _default(recipe: Recipe, method: str) -> Pruning | GPTQModifier:
     if recipe.run.backend == OURS:
         return DEFAULTS[method]
     known = DEFAULTS["sparsegpt" if method == "alps" else method]
-    return changed(known, match_dense=0.0)
+    return replace_checked(known, match_dense=0.0)
 
 
 def _pruned(modifier: Pruning, sparsity: float | None, pattern: str | None, head_sparsity: float | None) -> Pruning:

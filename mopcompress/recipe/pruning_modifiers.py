@@ -11,21 +11,21 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator, mode
 
 from mopcompress.errors import RecipeError
 from mopcompress.recipe.field_types import (
-    Aims,
-    Layers,
-    Part,
+    BlockTargets,
+    IgnoredLayers,
+    IgnoredSchedule,
+    IgnoredScheduleFields,
+    IgnoredSwitch,
+    IgnoredTime,
+    PartialShare,
     Rounding,
-    Schedule,
-    ScheduleFields,
     Share,
     Shares,
     Spec,
     Steps,
     Structure,
-    Switch,
     Targets,
-    Time,
-    Towards,
+    UnitInterval,
     fault,
     parse_structure,
 )
@@ -38,7 +38,7 @@ BlockSize = Annotated[int, Field(ge=1, le=65536)]
 Damping = Annotated[float, Field(gt=0, le=10, validation_alias=AliasChoices("dampening_frac", "percdamp"))]
 
 
-def changed(modifier: AnyModifier, **changes: object) -> AnyModifier:
+def replace_checked(modifier: AnyModifier, **changes: object) -> AnyModifier:
     """A checked copy; raises `RecipeError` when a recipe with these values would be refused too."""
     kind = type(modifier)
     try:
@@ -62,10 +62,12 @@ class PruningModifier(Spec):
     share_field: ClassVar[str] = "sparsity"
 
     mask_structure: Structure = "0:0"
-    targets: Aims = ("Linear",)
+    targets: BlockTargets = ("Linear",)
     refit_steps: Steps = 0  # of conjugate gradients on the mask, towards its least-squares values
-    match_dense: Towards = 0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
-    match_samples: Part = 1.0  # share of the calibration samples that the dense model sees for it
+    match_dense: UnitInterval = (
+        0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
+    )
+    match_samples: PartialShare = 1.0  # share of the calibration samples that the dense model sees for it
     allocation: Literal["uniform", "owl", "ramp", "error", "best"] = "uniform"  # best: by a trial of the others
     owl_m: Annotated[float, Field(gt=0, le=1e6)] = 5.0  # an outlier has this many times the mean score of its block
     allocation_spread: Annotated[
@@ -121,7 +123,7 @@ class PruningModifier(Spec):
 
     def with_sparsity(self: AnyPruning, ratio: float) -> AnyPruning:
         """The same settings at another share; raises `RecipeError` when an N:M structure contradicts it."""
-        return changed(self, **{self.share_field: ratio})
+        return replace_checked(self, **{self.share_field: ratio})
 
 
 class SparseGPTModifier(PruningModifier):
@@ -134,10 +136,10 @@ class SparseGPTModifier(PruningModifier):
     block_size: BlockSize = 128
     dampening_frac: Damping = 0.01
     preserve_sparsity_mask: bool = False
-    sequential_update: Switch = None
-    sequential_targets: Layers = None
-    target_ids: Layers = None
-    offload_hessians: Switch = None
+    sequential_update: IgnoredSwitch = None
+    sequential_targets: IgnoredLayers = None
+    target_ids: IgnoredLayers = None
+    offload_hessians: IgnoredSwitch = None
     quantize: Rounding = None
 
     @model_validator(mode="before")
@@ -162,8 +164,8 @@ class ALPSModifier(PruningModifier):
     dampening_frac: Damping = 0.01
     iterations: Annotated[int, Field(ge=1, le=1000)] = 12
     refit_steps: Steps = 6
-    match_dense: Towards = 1.0
-    match_samples: Part = 0.5  # what half of them tell of the drift is nearly all
+    match_dense: UnitInterval = 1.0
+    match_samples: PartialShare = 0.5  # what half of them tell of the drift is nearly all
     preserve_sparsity_mask: bool = False
 
 
@@ -174,8 +176,8 @@ class WandaPruningModifier(PruningModifier):
 
     sparsity: Shares
     ignore: Targets = ()
-    sequential_update: Switch = None
-    sequential_targets: Layers = None
+    sequential_update: IgnoredSwitch = None
+    sequential_targets: IgnoredLayers = None
 
 
 class MagnitudePruningModifier(PruningModifier):
@@ -186,14 +188,14 @@ class MagnitudePruningModifier(PruningModifier):
     ignore: ClassVar[tuple[str, ...]] = ()
 
     final_sparsity: Share
-    init_sparsity: Time = None
-    start: Time = None
-    end: Time = None
-    update: Time = None
-    update_frequency: Time = None
-    update_scheduler: Schedule = None
-    scheduler_args: ScheduleFields = None
-    leave_enabled: Switch = None
+    init_sparsity: IgnoredTime = None
+    start: IgnoredTime = None
+    end: IgnoredTime = None
+    update: IgnoredTime = None
+    update_frequency: IgnoredTime = None
+    update_scheduler: IgnoredSchedule = None
+    scheduler_args: IgnoredScheduleFields = None
+    leave_enabled: IgnoredSwitch = None
     apply_globally: bool = False  # one threshold for all layers, instead of the same share of each
 
     @field_validator("apply_globally")
@@ -232,7 +234,7 @@ class StructuredPruningModifier(Spec):
 
     def with_sparsity(self, ratio: float) -> "StructuredPruningModifier":
         """The same settings at another share of channels."""
-        return changed(self, mlp_sparsity=ratio)
+        return replace_checked(self, mlp_sparsity=ratio)
 
 
 Masking = SparseGPTModifier | ALPSModifier | WandaPruningModifier | MagnitudePruningModifier

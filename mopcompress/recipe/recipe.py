@@ -32,7 +32,7 @@ from mopcompress.recipe.pruning_modifiers import (
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
 from mopcompress.recipe.run_spec import RunSpec, check_flags
-from mopcompress.recipe.stages import Group, Stage, check_order, read_stage, stranger
+from mopcompress.recipe.stages import Group, Stage, check_order, read_stage, unknown_key
 from mopcompress.recipe.validation_errors import Fault, faults_of, lines
 from mopcompress.recipe.yaml_loader import PlainDumper, read_document
 
@@ -92,11 +92,11 @@ def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Re
     """
     if path is None:
         return Recipe(DEFAULT_STAGES, RunSpec.model_validate(check_flags(flags)))
-    return recipe_of(read_document(path), str(path), flags)
+    return recipe_from_dict(read_document(path), str(path), flags)
 
 
-def recipe_of(document: Mapping[str, Any], name_of_file: str, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
-    """The same from what a file holds, or from what `resolved` gave: fields that came later get their defaults."""
+def recipe_from_dict(document: Mapping[str, Any], name_of_file: str, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
+    """Check a recipe that a file holds or `recipe_to_dict` gave; fields that are missing get their defaults."""
     faults: list[Fault] = []
     stages, run = [], {}
     for name, content in document.items():
@@ -105,7 +105,7 @@ def recipe_of(document: Mapping[str, Any], name_of_file: str, flags: Mapping[str
         elif name.endswith("_stage"):
             stages.append(read_stage(name, content, faults))
         elif name not in FOREIGN:
-            faults.append(stranger(name, content))
+            faults.append(unknown_key(name, content))
     check_order(stages, faults)
     if faults:
         raise RecipeError(lines(found.in_recipe(name_of_file) for found in faults))
@@ -115,10 +115,10 @@ def recipe_of(document: Mapping[str, Any], name_of_file: str, flags: Mapping[str
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of plain scalars, maps and lists that `yaml.safe_load` reads, and `load_recipe` reads to an equal recipe."""
-    return yaml.dump(resolved(recipe), Dumper=PlainDumper, sort_keys=False)
+    return yaml.dump(recipe_to_dict(recipe), Dumper=PlainDumper, sort_keys=False)
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every default written out, as data that JSON can hold."""
     stages: dict[str, Any] = {}
     for stage in recipe.stages:

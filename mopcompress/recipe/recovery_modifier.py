@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from mopcompress.errors import UsageError
-from mopcompress.recipe.arms import TRAINED, trained_arm
-from mopcompress.recipe.field_types import FilePath, Spec, Targets, Time
-from mopcompress.recipe.pruning_modifiers import changed
+from mopcompress.recipe.arms import ARM_DEFAULTS, trained_arm
+from mopcompress.recipe.field_types import FilePath, IgnoredTime, Spec, Targets
+from mopcompress.recipe.pruning_modifiers import replace_checked
 
 TrainedArm = Annotated[str, AfterValidator(trained_arm)]
 UNLABELLED = 7  # experts for rows that name no task, as in Dun et al. (2310.02842)
@@ -19,9 +19,9 @@ class ConstantPruningModifier(Spec):
     """Keep zeros while training. Always so here: recovery never touches a weight."""
 
     targets: Targets = ("__ALL__",)
-    start: Time = None
-    end: Time = None
-    update: Time = None
+    start: IgnoredTime = None
+    end: IgnoredTime = None
+    update: IgnoredTime = None
 
 
 class PromptRecoveryModifier(Spec):
@@ -63,7 +63,7 @@ class PromptRecoveryModifier(Spec):
     @property
     def rate(self) -> float | None:
         """The learning rate: the recipe's, or the arm's own; None where the arm takes no steps."""
-        settings = TRAINED[self.arm]
+        settings = ARM_DEFAULTS[self.arm]
         if settings.learning_rate is None:
             return None
         given = self.learning_rates.get(self.arm, self.learning_rate)
@@ -86,7 +86,7 @@ class PromptRecoveryModifier(Spec):
 
     def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """The task of each expert, one to one; empty when experts are found by clustering, or stand for nothing."""
-        settings = TRAINED[self.arm]
+        settings = ARM_DEFAULTS[self.arm]
         labelled = settings.needs_tasks or ("gate_labels" in settings.own and self.gate_labels == "tasks")
         return tasks if labelled and self.experts in (None, len(tasks)) else ()
 
@@ -103,4 +103,4 @@ class PromptRecoveryModifier(Spec):
 
     def with_arm(self, arm: str) -> "PromptRecoveryModifier":
         """The same settings for another arm: equal prompts in all, steps and data."""
-        return changed(self, arm=arm)
+        return replace_checked(self, arm=arm)

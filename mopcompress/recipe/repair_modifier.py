@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from mopcompress.recipe.field_types import Aims, Spec, Targets
+from mopcompress.recipe.field_types import BlockTargets, Spec, Targets
 from mopcompress.recipe.gptq_modifier import GPTQModifier
 from mopcompress.recipe.pruning_modifiers import Pruning
 from mopcompress.recipe.validation_errors import Fault
@@ -23,7 +23,7 @@ class LowRankRepairModifier(Spec):
     method: ClassVar[str] = "eora"
 
     rank: Rank
-    targets: Aims = ("Linear",)  # of those linears that a modifier before it compresses
+    targets: BlockTargets = ("Linear",)  # of those linears that a modifier before it compresses
     ignore: Targets = ()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mopcompress.errors import UsageError
-from mopcompress.recipe.arms import TRAINED, known_arm
+from mopcompress.recipe.arms import ARM_DEFAULTS, known_arm
 from mopcompress.recipe.field_types import Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
 from mopcompress.recipe.validation_errors import Fault, faults_of, lines, nearest
 
@@ -105,7 +105,7 @@ class RunSpec(Spec):
     @property
     def computed_arms(self) -> tuple[str, ...]:
         """Those of them that have a closed form: the dense model's weights say all, and no seed is drawn from."""
-        return tuple(arm for arm in self.trained_arms if TRAINED[arm].learning_rate is None)
+        return tuple(arm for arm in self.trained_arms if ARM_DEFAULTS[arm].learning_rate is None)
 
 
 LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}

@@ -117,7 +117,7 @@ def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
     faults += [Fault(path, f"{trained[0][0]} has one already, and a recipe has one recovery") for path in trained[1:]]
 
 
-def stranger(name: str, content: Any) -> Fault:
+def unknown_key(name: str, content: Any) -> Fault:
     """The fault of a name at the top of a recipe that is neither a stage nor ours."""
     if isinstance(content, list) and name.endswith("modifiers"):
         return Fault(

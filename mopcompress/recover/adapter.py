@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Applied, CachedStates, Instructions
+from mopcompress.evaluation.hidden_states import ApplyAdapter, HiddenStateDataset, InstructionStates
 from mopcompress.models.language_model import LanguageModel
 
 DenseWeights = Callable[[str], Float[Tensor, "out in"]]
@@ -25,11 +25,11 @@ class Adapter(Protocol):
     layer: int
     """The first block that it changes: the states below are the same for every step."""
 
-    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[object]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[object]:
         """Inside it the adapter acts on these examples, with gradients to its parameters."""
         ...
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """The same for an adapter that is trained no more: what no example changes is computed here, once."""
         ...
 
@@ -84,17 +84,17 @@ class TrainRow:
 
 
 @dataclass(frozen=True)
-class Material:
+class AdapterInputs:
     """What there is to begin with."""
 
     model: LanguageModel
-    states: CachedStates  # of the training documents, at the adapter's layer
+    states: HiddenStateDataset  # of the training documents, at the adapter's layer
     tasks: tuple[str, ...]
     dense: DenseWeights | None = None  # where it is known from what the model was compressed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class AdapterInit:
     """The choices that an adapter's first values depend on, and its shapes do not."""
 
     gate_pretraining_steps: int
@@ -104,15 +104,15 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Arm:
+class RecoveryMethod:
     """One line of a comparison."""
 
     build: Callable[[LanguageModel, AdapterConfig], Adapter]  # its shapes; the values are loaded into it
-    begin: Callable[[AdapterConfig, Material, Start], Adapter]  # as it is before the first step
+    begin: Callable[[AdapterConfig, AdapterInputs, AdapterInit], Adapter]  # as it is before the first step
 
 
 @dataclass(frozen=True)
-class Recovered:
+class TrainedAdapter:
     """A trained adapter, and how it was trained."""
 
     adapter: Adapter

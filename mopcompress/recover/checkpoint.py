@@ -21,44 +21,44 @@ from torch import Tensor
 
 from mopcompress.errors import StorageError
 from mopcompress.recover.adapter import Adapter, TrainRow
-from mopcompress.storage.resume import unfinished_work, write_job
+from mopcompress.storage.resume import resumable_job, write_job
 
-SECONDS = 20.0  # between two standings on disk: what a kill can cost
+INTERVAL_SECONDS = 20.0  # between two standings on disk: what a kill can cost
 
 
 @contextmanager
-def unfinished_training(
+def resumable_training(
     target: Path, facts: Mapping[str, Any], tell: Callable[[str], None], *, begin_again: bool = False
-) -> Iterator["UnfinishedTraining"]:
+) -> Iterator["CheckpointFolder"]:
     """The training that is to become `target`; its folder is removed when the block ends well, or could only end so.
 
-    Raises `OutputError` as `unfinished_work` does, which says what `begin_again` means.
+    Raises `OutputError` as `resumable_job` does, which says what `begin_again` means.
     """
-    with unfinished_work(target, facts, tell, begin_again=begin_again) as folder:
+    with resumable_job(target, facts, tell, begin_again=begin_again) as folder:
         write_job(facts, folder)
-        yield UnfinishedTraining(folder, tell)
+        yield CheckpointFolder(folder, tell)
 
 
 @dataclass(frozen=True)
-class UnfinishedTraining:
+class CheckpointFolder:
     """What is kept of a training, or of a sweep of trainings."""
 
     folder: Path
     tell: Callable[[str], None]
 
-    def at(self, learning_rate: float, steps: int) -> "KeptStanding":
+    def at(self, learning_rate: float, steps: int) -> "TrainingCheckpoint":
         """The training with this rate and length."""
-        return KeptStanding(self.folder / f"{steps}-steps-at-{learning_rate:.9g}.safetensors", self.tell)
+        return TrainingCheckpoint(self.folder / f"{steps}-steps-at-{learning_rate:.9g}.safetensors", self.tell)
 
 
-class KeptStanding:
-    """Keeps a standing in a file, at most every `SECONDS`."""
+class TrainingCheckpoint:
+    """Keeps a standing in a file, at most every `INTERVAL_SECONDS`."""
 
     def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
         self._path, self._tell = path, tell
         self._kept = time.monotonic()
 
-    def restore(self, standing: Standing) -> None:
+    def restore(self, standing: TrainingState) -> None:
         """Bring `standing`, in place, to what the file holds; a damaged file is told of and not used."""
         if not self._path.exists():
             return
@@ -70,9 +70,9 @@ class KeptStanding:
         standing.restore(tensors, rows)
         self._tell(f"going on after {len(rows)} finished steps, from {self._path.parent}")
 
-    def keep(self, standing: Standing) -> None:
+    def keep(self, standing: TrainingState) -> None:
         """Write `standing` if the last one is old enough. Raises `StorageError` when that fails."""
-        if time.monotonic() - self._kept < SECONDS:
+        if time.monotonic() - self._kept < INTERVAL_SECONDS:
             return
         try:
             _write(self._path, standing)
@@ -81,7 +81,7 @@ class KeptStanding:
         self._kept = time.monotonic()
 
 
-def _write(path: Path, standing: Standing) -> None:
+def _write(path: Path, standing: TrainingState) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in standing.tensors().items()}
     rows = json.dumps([asdict(row) for row in standing.rows])
     # through memory: only the bytes that were meant can tell later whether the file still has them
@@ -109,7 +109,7 @@ def _checksum(tensors: Mapping[str, Tensor], rows: str) -> int:
 
 
 @dataclass
-class Standing:
+class TrainingState:
     """The adapter, AdamW's means, and the steps that are done."""
 
     adapter: Adapter
@@ -145,10 +145,10 @@ class Standing:
 class Keeping(Protocol):
     """Keeps a training, so that it can be stopped anywhere and go on."""
 
-    def restore(self, standing: Standing) -> None:
+    def restore(self, standing: TrainingState) -> None:
         """Bring `standing`, in place, to where the training stood; leave it alone when there was none."""
         ...
 
-    def keep(self, standing: Standing) -> None:
+    def keep(self, standing: TrainingState) -> None:
         """Take note of it, or not yet."""
         ...

@@ -18,14 +18,14 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.evaluation.batching import batches_by_length
-from mopcompress.evaluation.hidden_states import Batch, CachedStates
-from mopcompress.evaluation.state_cache import facts_of
+from mopcompress.evaluation.hidden_states import HiddenStateDataset, ResponseBatch
+from mopcompress.evaluation.state_cache import cache_key
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover import distillation
-from mopcompress.recover.squarehead import TeacherStates, watched
-from mopcompress.storage.cache import kept
+from mopcompress.recover.squarehead import TeacherStates, record_outputs
+from mopcompress.storage.cache import cached
 
 FILE = "distributions.safetensors"
 
@@ -34,14 +34,14 @@ TOP = 64
 
 
 @dataclass(frozen=True)
-class Kept:
+class TopKDistribution:
     """What is kept of a teacher's distributions, an entry a scored token."""
 
     tokens: Int[Tensor, "scored top"]
     log_shares: Float[Tensor, "scored top+1"]  # of those tokens, and of all others together
 
 
-Store = Callable[[Callable[[], Kept]], Kept]
+Store = Callable[[Callable[[], TopKDistribution]], TopKDistribution]
 """`store(run)`: the distributions of all documents, from where they are kept or by calling `run`."""
 
 
@@ -54,7 +54,7 @@ class Teacher:
     def __init__(
         self,
         model: LanguageModel,
-        documents: Sequence[Encoded],
+        documents: Sequence[Document],
         *,
         temperature: float,
         batch_size: int,
@@ -75,29 +75,35 @@ class Teacher:
         self._kept = run() if hidden or store is None else store(run)
 
     def _run(
-        self, model: LanguageModel, documents: Sequence[Encoded], batch_size: int, progress: Callable[[int], None]
-    ) -> Kept:
-        found: dict[int, Kept] = {}
-        states = CachedStates(model, documents, 0, batch_size=batch_size)
+        self, model: LanguageModel, documents: Sequence[Document], batch_size: int, progress: Callable[[int], None]
+    ) -> TopKDistribution:
+        found: dict[int, TopKDistribution] = {}
+        states = HiddenStateDataset(model, documents, 0, batch_size=batch_size)
         for rows in batches_by_length(documents, batch_size, generator=None):
             batch = states.batch(rows)
-            with torch.inference_mode(), watched(model.blocks if self.states else ()) as seen:
+            with torch.inference_mode(), record_outputs(model.blocks if self.states else ()) as seen:
                 left = model.resume(batch.hidden, 0)
-                kept = keep(model.logits(left[batch.example, batch.position]), temperature=self.temperature)
+                kept = top_k_distribution(
+                    model.logits(left[batch.example, batch.position]), temperature=self.temperature
+                )
             if self.states is not None:
                 self.states.keep(rows, batch, seen)
             for index, row in enumerate(rows):
                 own = batch.example == index
-                found[row] = Kept(kept.tokens[own].int().cpu(), kept.log_shares[own].cpu())
+                found[row] = TopKDistribution(kept.tokens[own].int().cpu(), kept.log_shares[own].cpu())
             progress(len(found))
         in_order = [found[row] for row in range(len(documents))]
-        return Kept(torch.cat([one.tokens for one in in_order]), torch.cat([one.log_shares for one in in_order]))
+        return TopKDistribution(
+            torch.cat([one.tokens for one in in_order]), torch.cat([one.log_shares for one in in_order])
+        )
 
-    def of(self, rows: Sequence[int], device: torch.device) -> Kept:
+    def of(self, rows: Sequence[int], device: torch.device) -> TopKDistribution:
         """Of these documents, in the order in which a batch scores them."""
         places = [slice(self._ends[row] - self._scored[row], self._ends[row]) for row in rows]
         tokens = torch.cat([self._kept.tokens[place] for place in places]).long()
-        return Kept(tokens.to(device), torch.cat([self._kept.log_shares[place] for place in places]).to(device))
+        return TopKDistribution(
+            tokens.to(device), torch.cat([self._kept.log_shares[place] for place in places]).to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -113,21 +119,21 @@ class Distillation:
 
     def watched(self, model: LanguageModel, layer: int) -> AbstractContextManager[list[Tensor]]:
         """Inside it, what the blocks from `layer` on give is noted, if it is part of the loss."""
-        return watched(model.blocks[layer:] if self.squarehead else ())
+        return record_outputs(model.blocks[layer:] if self.squarehead else ())
 
     def loss(
         self,
         nats: Float[Tensor, ""],
         logits: Float[Tensor, "scored vocab"],
         seen: Sequence[Tensor],
-        batch: Batch,
+        batch: ResponseBatch,
         rows: Sequence[int],
     ) -> Float[Tensor, ""]:
         """Cross-entropy (`nats`) and divergence from the teacher, mixed, and what hidden states add."""
         loss = nats
         if self.share:
             kept = self.teacher.of(rows, logits.device)
-            far = divergence(kept, logits, temperature=self.teacher.temperature).mean()
+            far = kl_divergence(kept, logits, temperature=self.teacher.temperature).mean()
             loss = (1 - self.share) * nats + self.share * far
         if self.squarehead:
             assert self.teacher.states is not None, "squarehead: its teacher was built without hidden states"
@@ -135,13 +141,13 @@ class Distillation:
         return loss
 
 
-def keep(logits: Float[Tensor, "scored vocab"], *, temperature: float) -> Kept:
+def top_k_distribution(logits: Float[Tensor, "scored vocab"], *, temperature: float) -> TopKDistribution:
     """The likeliest tokens and their log shares, and that of the rest, which is at least one token."""
     tokens = logits.topk(min(TOP, logits.shape[1] - 1), dim=1).indices
-    return Kept(tokens, log_shares(logits, tokens, temperature=temperature))
+    return TopKDistribution(tokens, log_probs(logits, tokens, temperature=temperature))
 
 
-def log_shares(
+def log_probs(
     logits: Float[Tensor, "scored vocab"], tokens: Int[Tensor, "scored top"], *, temperature: float
 ) -> Float[Tensor, "scored top+1"]:
     """Of softmax(logits / temperature): the log shares of `tokens`, and of all others together."""
@@ -152,18 +158,20 @@ def log_shares(
     return torch.cat([cooled.gather(1, tokens), rest], dim=1) - whole
 
 
-def divergence(kept: Kept, logits: Float[Tensor, "scored vocab"], *, temperature: float) -> Float[Tensor, " scored"]:
+def kl_divergence(
+    kept: TopKDistribution, logits: Float[Tensor, "scored vocab"], *, temperature: float
+) -> Float[Tensor, " scored"]:
     """KL(teacher || student) in nats, times temperature squared, which keeps gradients as large as at 1."""
-    student = log_shares(logits, kept.tokens, temperature=temperature)
+    student = log_probs(logits, kept.tokens, temperature=temperature)
     return (kept.log_shares.exp() * (kept.log_shares - student)).sum(1) * temperature**2
 
 
-def store_of(teacher: LanguageModel, sha256: str, documents: Sequence[Encoded], *, temperature: float) -> Store:
+def store_of(teacher: LanguageModel, sha256: str, documents: Sequence[Document], *, temperature: float) -> Store:
     """Keeps what a teacher with these weights says of the documents.
 
     At one temperature: the share of all tokens that are not kept one by one cannot be had at another.
     """
-    facts = facts_of(teacher, sha256, documents) | {
+    facts = cache_key(teacher, sha256, documents) | {
         "kind": "distributions of a teacher",
         "top": distillation.TOP,
         "temperature": temperature,
@@ -172,9 +180,11 @@ def store_of(teacher: LanguageModel, sha256: str, documents: Sequence[Encoded], 
     return partial(_kept, facts, scored * (2 * distillation.TOP + 1) * 4)
 
 
-def _kept(facts: Mapping[str, Any], size: int, run: Callable[[], Kept]) -> Kept:
+def _kept(facts: Mapping[str, Any], size: int, run: Callable[[], TopKDistribution]) -> TopKDistribution:
     def write(scratch: Path, _manifest: dict[str, Any]) -> None:
         found = run()
         save_file({"tokens": found.tokens, "log_shares": found.log_shares}, scratch / FILE)
 
-    return kept(facts, size=size, write=write, read=lambda folder: Kept(**load_file(folder / FILE)), otherwise=run)
+    return cached(
+        facts, size=size, write=write, read=lambda folder: TopKDistribution(**load_file(folder / FILE)), otherwise=run
+    )

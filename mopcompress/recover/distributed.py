@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.recover.checkpoint import Standing
+from mopcompress.recover.checkpoint import TrainingState
 
 PATIENCE = timedelta(days=1)  # the first process may compute states for hours while the others wait
 Known = TypeVar("Known")
@@ -46,7 +46,7 @@ class Workers:
         for parameter, one in zip(parameters, sums, strict=True):
             parameter.grad = one.view_as(parameter)
 
-    def make_equal(self, standing: Standing) -> None:
+    def make_equal(self, standing: TrainingState) -> None:
         """Bring every process, in place, to where the first one stands."""
         if self.count > 1:
             standing.restore(*self.same((standing.tensors(), standing.rows)))
@@ -69,7 +69,7 @@ class Workers:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Workers]:
+def join_workers(device: torch.device) -> Iterator[Workers]:
     """The processes that a launcher started, joined while the block runs; without one, this process alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:

@@ -8,21 +8,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.evaluation.batching import batches_by_length
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter
-from mopcompress.recover.methods.expert_weights import Choosing
-from mopcompress.results import GateReading
+from mopcompress.recover.methods.expert_weights import ReportsExpertWeights
+from mopcompress.results import GateStatistics
 
 
-def read_gate(
-    model: LanguageModel, adapter: Adapter, states: CachedStates, domains: Sequence[str], *, batch_size: int
-) -> GateReading | None:
+def measure_gate(
+    model: LanguageModel, adapter: Adapter, states: HiddenStateDataset, domains: Sequence[str], *, batch_size: int
+) -> GateStatistics | None:
     """What the adapter chose for these documents; None when it chooses nothing.
 
     `domains` are the experts' tasks, if they have any.
     """
-    if not isinstance(adapter, Choosing):
+    if not isinstance(adapter, ReportsExpertWeights):
         return None
     weights: dict[int, Tensor] = {}
     with torch.inference_mode():
@@ -32,12 +32,12 @@ def read_gate(
                 return None
             weights |= zip(rows, chosen.cpu(), strict=True)
     in_order = torch.stack([weights[row] for row in range(len(states.documents))])
-    return reading_of(in_order, [document.task for document in states.documents], domains)
+    return gate_statistics(in_order, [document.task for document in states.documents], domains)
 
 
-def reading_of(
+def gate_statistics(
     weights: Float[Tensor, "documents experts"], task_of: Sequence[str], domains: Sequence[str]
-) -> GateReading:
+) -> GateStatistics:
     """Means and counts of the weights of each document's experts."""
     tasks = sorted(set(task_of))
     strongest = weights.argmax(1).tolist()
@@ -48,7 +48,7 @@ def reading_of(
     for expert, task in zip(strongest, task_of, strict=True):
         counts[tasks.index(task), expert] += 1
     shares = weights / weights.sum(1, keepdim=True)
-    return GateReading(
+    return GateStatistics(
         tasks=tasks,
         weights=[weights[[name == task for name in task_of]].mean(0).tolist() for task in tasks],
         accuracy=math.fsum(right) / len(right) if right else None,

@@ -21,11 +21,11 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.repair import repair_of
 from mopcompress.models.weight_files import REPAIR
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.recover.methods.ia3 import Scaled
-from mopcompress.recover.methods.lora import LowRank
-from mopcompress.recover.methods.module_patches import Changes
+from mopcompress.recover.methods.ia3 import IA3Scale
+from mopcompress.recover.methods.lora import LoRAUpdate
+from mopcompress.recover.methods.module_patches import PatchedModules
 from mopcompress.recover.methods.prefix_tuning import TrainedPrefix
-from mopcompress.recover.methods.prompt_kv import ByLayer, recorded
+from mopcompress.recover.methods.prompt_kv import TensorsByLayer, record_prompt_kv
 from mopcompress.recover.methods.prompt_tuning import InputPrompt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,11 +76,11 @@ def trained_prefix(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
 
 def low_rank(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
     """LoRA; its scale alpha / r is 1."""
-    assert isinstance(adapter, Changes)
+    assert isinstance(adapter, PatchedModules)
     tensors: dict[str, Tensor] = {}
     rank = 0
     for name, change in adapter.by_name().items():
-        assert isinstance(change, LowRank)
+        assert isinstance(change, LoRAUpdate)
         rank = len(change.down)
         tensors |= {f"{name}.lora_A.weight": change.down, f"{name}.lora_B.weight": change.up}
     return _changed_linears({"peft_type": "LORA", "r": rank, "lora_alpha": rank}, tensors, adapter, model)
@@ -88,11 +88,11 @@ def low_rank(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
 
 def scaled(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
     """(IA)^3: a row where inputs are scaled, a column where outputs are."""
-    assert isinstance(adapter, Changes)
+    assert isinstance(adapter, PatchedModules)
     tensors: dict[str, Tensor] = {}
     of_inputs: list[str] = []
     for name, change in adapter.by_name().items():
-        assert isinstance(change, Scaled)
+        assert isinstance(change, IA3Scale)
         tensors[f"{name}.ia3_l"] = change.scale[None] if change.inputs else change.scale[:, None]
         of_inputs += [name] if change.inputs else []
     return _changed_linears({"peft_type": "IA3", "feedforward_modules": of_inputs}, tensors, adapter, model)
@@ -134,7 +134,7 @@ def check_arm(arm: str) -> None:
 
 
 @torch.no_grad()
-def moved_keys(model: LanguageModel, keys: ByLayer, by: int) -> ByLayer:
+def moved_keys(model: LanguageModel, keys: TensorsByLayer, by: int) -> TensorsByLayer:
     """Keys with rotary positions as if they stood `by` positions later.
 
     Tried on keys that the model itself makes at both places; raises `DataError` when those do not agree.
@@ -148,8 +148,8 @@ def moved_keys(model: LanguageModel, keys: ByLayer, by: int) -> ByLayer:
         raise _not_movable(model) from error
     scale = getattr(rotary, "attention_scaling", 1.0)  # keys have it already
     angles = cosines[0, 0] / scale, sines[0, 0] / scale
-    here, _ = recorded(model, noise, 0)
-    there, _ = recorded(model, noise, 0, first_position=by)
+    here, _ = record_prompt_kv(model, noise, 0)
+    there, _ = record_prompt_kv(model, noise, 0, first_position=by)
     if not all(torch.allclose(_turned(here[layer], *angles), there[layer], 1e-3, 1e-3) for layer in here):
         raise _not_movable(model)
     return {layer: _turned(key, *angles) for layer, key in keys.items()}
@@ -181,7 +181,7 @@ def _prompt_learning(settings: dict[str, Any], embeddings: Tensor, model: Langua
 
 
 def _changed_linears(
-    settings: dict[str, Any], tensors: dict[str, Tensor], adapter: Changes, model: LanguageModel
+    settings: dict[str, Any], tensors: dict[str, Tensor], adapter: PatchedModules, model: LanguageModel
 ) -> PeftAdapter:
     names = list(adapter.by_name())  # whole ones: by their ends PEFT would find linears below the layer too
     transposed = any(isinstance(model.network.get_submodule(name), Conv1D) for name in names)

@@ -1,6 +1,6 @@
 """The arms of the comparison: every line of a report is one of these, trained by one loop."""
 
-from mopcompress.recover.adapter import Arm
+from mopcompress.recover.adapter import RecoveryMethod
 from mopcompress.recover.methods import (
     eora,
     ia3,
@@ -14,20 +14,20 @@ from mopcompress.recover.methods import (
     smop,
 )
 
-ARMS: dict[str, Arm] = {
-    "single": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
-    "mop": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
-    "uniform": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
-    "oracle": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
-    "shuffled": Arm(mixture_of_prompts.build, mixture_of_prompts.begin),
-    "idp": Arm(idp.build, idp.begin),
-    "input": Arm(prompt_tuning.build, prompt_tuning.begin),
-    "smop": Arm(smop.build, smop.begin),
-    "prefix": Arm(prefix_tuning.build, prefix_tuning.begin),
-    "lora": Arm(lora.build, lora.begin),
-    "masklora": Arm(lora.build, lora.begin),
-    "eora": Arm(lora.build, eora.begin),
-    "ia3": Arm(ia3.build, ia3.begin),
-    "norms": Arm(norm_tuning.build, norm_tuning.begin),
-    "mop+": Arm(mop_plus.build, mop_plus.begin),
+RECOVERY_METHODS: dict[str, RecoveryMethod] = {
+    "single": RecoveryMethod(mixture_of_prompts.build, mixture_of_prompts.initialize),
+    "mop": RecoveryMethod(mixture_of_prompts.build, mixture_of_prompts.initialize),
+    "uniform": RecoveryMethod(mixture_of_prompts.build, mixture_of_prompts.initialize),
+    "oracle": RecoveryMethod(mixture_of_prompts.build, mixture_of_prompts.initialize),
+    "shuffled": RecoveryMethod(mixture_of_prompts.build, mixture_of_prompts.initialize),
+    "idp": RecoveryMethod(idp.build, idp.initialize),
+    "input": RecoveryMethod(prompt_tuning.build, prompt_tuning.initialize),
+    "smop": RecoveryMethod(smop.build, smop.initialize),
+    "prefix": RecoveryMethod(prefix_tuning.build, prefix_tuning.initialize),
+    "lora": RecoveryMethod(lora.build, lora.initialize),
+    "masklora": RecoveryMethod(lora.build, lora.initialize),
+    "eora": RecoveryMethod(lora.build, eora.initialize),
+    "ia3": RecoveryMethod(ia3.build, ia3.initialize),
+    "norms": RecoveryMethod(norm_tuning.build, norm_tuning.initialize),
+    "mop+": RecoveryMethod(mop_plus.build, mop_plus.initialize),
 }

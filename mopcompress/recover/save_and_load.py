@@ -11,7 +11,7 @@ from torch import nn
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.storage import artifacts
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
@@ -20,7 +20,7 @@ WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 def save_adapter(adapter: Adapter, config: AdapterConfig, folder: Path) -> None:
     """Write weights and config into `folder`."""
     save_file({name: tensor.contiguous().cpu() for name, tensor in adapter.state_dict().items()}, folder / WEIGHTS)
-    artifacts.write_whole(folder / CONFIG, json.dumps(asdict(config), indent=1) + "\n")
+    artifacts.write_atomically(folder / CONFIG, json.dumps(asdict(config), indent=1) + "\n")
 
 
 def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tuple[Adapter, AdapterConfig]:
@@ -33,9 +33,11 @@ def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tup
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise DataError(f"adapter {folder} cannot be read ({error}); train it again") from error
-    if config.arm not in ARMS:
-        raise DataError(f"adapter {folder}: no arm {config.arm!r} here, only {', '.join(ARMS)}; train it again")
-    adapter = ARMS[config.arm].build(model, config)
+    if config.arm not in RECOVERY_METHODS:
+        raise DataError(
+            f"adapter {folder}: no arm {config.arm!r} here, only {', '.join(RECOVERY_METHODS)}; train it again"
+        )
+    adapter = RECOVERY_METHODS[config.arm].build(model, config)
     assert isinstance(adapter, nn.Module)  # for mypy: a protocol cannot ask for it
     try:
         adapter.load_state_dict(weights)

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Batch
+from mopcompress.evaluation.hidden_states import ResponseBatch
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.storage.memmap import unseen
+from mopcompress.storage.memmap import map_anonymous
 
 
 class TeacherStates:
@@ -29,10 +29,10 @@ class TeacherStates:
         self.blocks, self.hidden = len(model.blocks), model.hidden_size
         self._ends = torch.tensor(scored).cumsum(0).tolist()
         self._scored = list(scored)
-        self._states = unseen(sum(scored), self.blocks * self.hidden, torch.bfloat16)
+        self._states = map_anonymous(sum(scored), self.blocks * self.hidden, torch.bfloat16)
         self._squares = torch.zeros(self.blocks, dtype=torch.float64)
 
-    def keep(self, rows: Sequence[int], batch: Batch, seen: Sequence[Tensor]) -> None:
+    def keep(self, rows: Sequence[int], batch: ResponseBatch, seen: Sequence[Tensor]) -> None:
         """Put down, in place, what every block gave for these documents."""
         states = responses(seen, batch).cpu()
         self._squares += states.double().square().mean(2).sum(1)
@@ -40,7 +40,7 @@ class TeacherStates:
         for row, own in zip(rows, of_documents, strict=True):
             self._of(row).copy_(own)
 
-    def loss(self, seen: Sequence[Tensor], batch: Batch, rows: Sequence[int]) -> Float[Tensor, ""]:
+    def loss(self, seen: Sequence[Tensor], batch: ResponseBatch, rows: Sequence[int]) -> Float[Tensor, ""]:
         """How far the last `len(seen)` blocks are from theirs: the mean over blocks of MSE / mean square."""
         own = responses(seen, batch)
         theirs = torch.cat([self._of(row) for row in rows]).to(own.device, own.dtype)
@@ -60,13 +60,13 @@ def squarehead(
     return ((student - teacher).square().mean((1, 2)) / mean_square).mean()
 
 
-def responses(seen: Sequence[Tensor], batch: Batch) -> Float[Tensor, "blocks scored hidden"]:
+def responses(seen: Sequence[Tensor], batch: ResponseBatch) -> Float[Tensor, "blocks scored hidden"]:
     """Of what blocks gave for a batch: the positions that predict a response token."""
     return torch.stack([hidden[batch.example, batch.position] for hidden in seen])
 
 
 @contextmanager
-def watched(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+def record_outputs(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """Inside it, what each of these blocks gives is added to the list."""
     seen: list[Tensor] = []
 

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from mopcompress.errors import NumericalError
 from mopcompress.evaluation.batching import batches_by_length
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.loss import nats_of, response_logits
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.loss import response_logits, token_nll
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter, TrainRow
-from mopcompress.recover.checkpoint import Keeping, Standing
+from mopcompress.recover.checkpoint import Keeping, TrainingState
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.distributed import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingConfig:
     """How an adapter is trained."""
 
     steps: int
@@ -45,8 +45,8 @@ class Training:
 def fit(
     adapter: Adapter,
     model: LanguageModel,
-    states: CachedStates,
-    training: Training,
+    states: HiddenStateDataset,
+    training: TrainingConfig,
     *,
     distillation: Distillation | None = None,
     progress: Callable[[TrainRow], None] = lambda row: None,
@@ -63,27 +63,27 @@ def fit(
     """
     workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
-    learned = _trained(adapter, rates)
+    learned = _trainable_groups(adapter, rates)
     parameters = [parameter for group in learned.values() for parameter in group]
     clipped = learned if training.gate_apart else {"all": parameters}
     optimiser = torch.optim.AdamW([{"params": group} for group in learned.values()], weight_decay=0.0)
-    standing = Standing(adapter, optimiser)
+    standing = TrainingState(adapter, optimiser)
     if keeping:
         keeping.restore(standing)
     workers.make_equal(standing)
-    order = itertools.islice(_order(states, training), len(standing.rows), None)
+    order = itertools.islice(_batches(states, training), len(standing.rows), None)
     for step in range(len(standing.rows) + 1, training.steps + 1):
         start = time.perf_counter()
         chosen = next(order)
         for group, name in zip(optimiser.param_groups, learned, strict=True):
-            group["lr"] = rates[name] * _rate(step - 1, training)
+            group["lr"] = rates[name] * _lr_factor(step - 1, training)
         optimiser.zero_grad()
         losses = _backward(adapter, model, states, chosen, distillation, training.accumulate, workers)
         workers.add_up(losses, parameters)
         loss, nats = losses.tolist()
         _check(loss, "loss", step, training)
         norms = {
-            name: _clip(group, [row.norms[name] for row in standing.rows], step, training)
+            name: _clip_gradient(group, [row.norms[name] for row in standing.rows], step, training)
             for name, group in clipped.items()
         }
         optimiser.step()
@@ -102,7 +102,9 @@ def fit(
     return standing.rows
 
 
-def _clip(parameters: Sequence[nn.Parameter], before: Sequence[float], step: int, training: Training) -> float:
+def _clip_gradient(
+    parameters: Sequence[nn.Parameter], before: Sequence[float], step: int, training: TrainingConfig
+) -> float:
     """Clip a group's gradient, in place, and return its norm before.
 
     AutoClip (Seetharaman et al., 2020, arXiv 2007.14469): to a percentile of all norms so far, this one among them, and
@@ -119,13 +121,13 @@ def _clip(parameters: Sequence[nn.Parameter], before: Sequence[float], step: int
     return float(norm)
 
 
-def _check(value: float, name: str, step: int, training: Training) -> None:
+def _check(value: float, name: str, step: int, training: TrainingConfig) -> None:
     if not math.isfinite(value):
         rate = f"{training.learning_rate:g}"
         raise NumericalError(f"training step {step}: the {name} is {value} with --learning-rate {rate}; lower it")
 
 
-def _trained(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
+def _trainable_groups(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
     """The groups that are trained. One of rate 0 is frozen, in place."""
     groups = {name: list(group) for name, group in adapter.learned().items()}
     for name, group in groups.items():
@@ -134,10 +136,10 @@ def _trained(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.
     return {name: group for name, group in groups.items() if group and rates[name] > 0}
 
 
-def losses_of(
+def compute_losses(
     adapter: Adapter,
     model: LanguageModel,
-    states: CachedStates,
+    states: HiddenStateDataset,
     rows: Sequence[int],
     distillation: Distillation | None = None,
 ) -> Float[Tensor, " loss_and_nats"]:
@@ -146,7 +148,7 @@ def losses_of(
     # watched after the adapter began to act: what prompts give on their own way up is none of the text's
     with adapter.applied(model, batch.instructions), _watched(distillation, model, states.layer) as seen:
         logits = response_logits(model, batch, states.layer)
-    nats = nats_of(logits, batch).mean()
+    nats = token_nll(logits, batch).mean()
     return torch.stack([distillation.loss(nats, logits, seen, batch, rows) if distillation else nats, nats])
 
 
@@ -159,7 +161,7 @@ def _watched(
 def _backward(
     adapter: Adapter,
     model: LanguageModel,
-    states: CachedStates,
+    states: HiddenStateDataset,
     chosen: Sequence[int],
     distillation: Distillation | None,
     accumulate: int,
@@ -167,23 +169,25 @@ def _backward(
 ) -> Float[Tensor, " loss_and_nats"]:
     """This process's share of the step's mean losses; the first one's gradient is added to the parameters'."""
     parts = accumulate * workers.count
-    scored = _scored(states, chosen)
+    scored = _scored_tokens(states, chosen)
     share = torch.zeros(2, device=states.device)
     for part in range(workers.rank, parts, workers.count):
         rows = chosen[part::parts]  # chosen is sorted by length: every part gets of each
         if rows:
-            losses = losses_of(adapter, model, states, rows, distillation) * (_scored(states, rows) / scored)
+            losses = compute_losses(adapter, model, states, rows, distillation) * (
+                _scored_tokens(states, rows) / scored
+            )
             losses[0].backward()
             share += losses.detach()
     return share
 
 
-def _scored(states: CachedStates, rows: Sequence[int]) -> int:
+def _scored_tokens(states: HiddenStateDataset, rows: Sequence[int]) -> int:
     documents = [states.documents[row] for row in rows]
     return sum(len(document.tokens) - document.context_tokens for document in documents)
 
 
-def _rate(step: int, training: Training) -> float:
+def _lr_factor(step: int, training: TrainingConfig) -> float:
     """The share of the full learning rate at a step (from 0)."""
     warmup = max(1, round(training.warmup_fraction * training.steps))
     if step < warmup:
@@ -191,7 +195,7 @@ def _rate(step: int, training: Training) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, training.steps - warmup)))
 
 
-def _order(states: CachedStates, training: Training) -> Iterator[list[int]]:
+def _batches(states: HiddenStateDataset, training: TrainingConfig) -> Iterator[list[int]]:
     """Endless epochs; the order depends on the seed alone, so every arm sees the same batches."""
     generator = torch.Generator().manual_seed(training.seed)
     while True:

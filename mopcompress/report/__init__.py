@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress.errors import StorageError
-from mopcompress.report.content import describe
+from mopcompress.report.content import build_content
 from mopcompress.report.render import to_html, to_markdown
 from mopcompress.report.run_folder import read_run
 
@@ -20,7 +20,7 @@ def write_report(folder: Path) -> list[Path]:
     The same run gives the same bytes. Unfinished runs are reported as far as they are. Raises `InputNotFoundError`,
     `DataError` or `RefusedError` when the run cannot be read and `StorageError` when the reports cannot be written.
     """
-    content, numbers = describe(read_run(folder))
+    content, numbers = build_content(read_run(folder))
     texts = {
         "report.json": json.dumps(_finite(numbers), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": to_markdown(content),

@@ -5,17 +5,17 @@ from dataclasses import asdict, dataclass
 from operator import attrgetter
 from typing import Any
 
-from mopcompress.grid import draws
+from mopcompress.grid import is_seeded
 from mopcompress.report import cost_tables, gate_tables, metadata, plots, result_tables, task_tables
 from mopcompress.report.bootstrap import MIN_DOCUMENTS, scarce_tasks
 from mopcompress.report.number_format import number
 from mopcompress.report.pivot import (
     DENSE,
     Comparison,
-    Grid,
+    ResultGrid,
     best_arms,
     compare,
-    make_grid,
+    make_result_grid,
     perplexity_spread,
     recovery,
     spread,
@@ -56,16 +56,16 @@ class Content:
     recipe: str
 
 
-def describe(run: Run) -> tuple[Content, dict[str, Any]]:
+def build_content(run: Run) -> tuple[Content, dict[str, Any]]:
     """The report for people, and the same numbers for machines (plain values; non-finite ones as in the rows)."""
-    grid = make_grid(run.rows, run.spec)
+    grid = make_result_grid(run.rows, run.spec)
     comparisons = compare(run, grid)
     content = Content(
         title=metadata.title(run),
         data=metadata.data_facts(run),
         summary=summary(comparisons),
         headline=headline(grid, comparisons),
-        warnings=cautions(run, grid, comparisons),
+        warnings=caution_lines(run, grid, comparisons),
         results=result_tables.results_table(grid, comparisons),
         figures=plots.figures(grid, comparisons),
         comparisons=result_tables.comparisons_table(comparisons),
@@ -94,7 +94,7 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     return text + (f"; a score is infinite in {infinite}." if infinite else ".")
 
 
-def headline(grid: Grid, comparisons: Sequence[Comparison]) -> tuple[Sentence, ...]:
+def headline(grid: ResultGrid, comparisons: Sequence[Comparison]) -> tuple[Sentence, ...]:
     """What the mixture does against single and none, a sentence a setting; without a mixture, what each arm does."""
     sentences = []
     for setting in grid.settings:
@@ -112,7 +112,7 @@ def headline(grid: Grid, comparisons: Sequence[Comparison]) -> tuple[Sentence, .
     return tuple(sentences)
 
 
-def cautions(run: Run, grid: Grid, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+def caution_lines(run: Run, grid: ResultGrid, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """What a reader must know before believing the tables."""
     found = []
     if grid.missing:
@@ -128,7 +128,7 @@ def cautions(run: Run, grid: Grid, comparisons: Sequence[Comparison]) -> tuple[s
         counts = ", ".join(f"{task}: {count}" for task, count in scarce.items())
         found.append(f"Tasks with fewer than {MIN_DOCUMENTS} test documents, so no macro interval ({counts}).")
     for one in comparisons:
-        if draws(one.first) and draws(one.second) and not one.shared:
+        if is_seeded(one.first) and is_seeded(one.second) and not one.shared:
             found.append(
                 f"{one.setting}: {one.first} and {one.second} have no seed in common, so their difference holds that "
                 "of the seeds as well."
@@ -141,9 +141,9 @@ def cautions(run: Run, grid: Grid, comparisons: Sequence[Comparison]) -> tuple[s
     return tuple(found)
 
 
-def _run_once(grid: Grid) -> list[str]:
+def _run_once(grid: ResultGrid) -> list[str]:
     """Of which arms, and where not in all, in which settings, there is one seed, though others would be others."""
-    trained = [(setting, arm) for (setting, arm), rows in grid.cells.items() if rows and draws(arm)]
+    trained = [(setting, arm) for (setting, arm), rows in grid.cells.items() if rows and is_seeded(arm)]
     once = [(setting, arm) for setting, arm in trained if len(grid.rows(setting, arm)) == 1]
     if once == trained:
         return ["each arm"] if once else []
@@ -159,7 +159,7 @@ def _outcome(one: Comparison) -> str:
     return result_tables.interval_text(one.micro) + doubt
 
 
-def _numbers(run: Run, grid: Grid, comparisons: Sequence[Comparison], content: Content) -> dict[str, Any]:
+def _numbers(run: Run, grid: ResultGrid, comparisons: Sequence[Comparison], content: Content) -> dict[str, Any]:
     cells: list[Mapping[str, Any]] = []
     for (setting, arm), rows in grid.cells.items():
         if rows:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from mopcompress.report.number_format import duration, number, size_in_bytes
-from mopcompress.report.pivot import Grid
+from mopcompress.report.pivot import ResultGrid
 from mopcompress.report.table import Line, Table, Text, in_order, over_seeds
 from mopcompress.results import Sweep, Trial, sweep_name
 
 
-def costs_table(grid: Grid) -> Table:
+def costs_table(grid: ResultGrid) -> Table:
     """Setting x arm: parameters, bytes and time."""
     columns = (
         "setting",
@@ -45,7 +45,7 @@ def costs_table(grid: Grid) -> Table:
     return Table("Cost", note, (*columns, "fallbacks"), 2, tuple(lines))
 
 
-def sweeps_table(grid: Grid, sweeps: Mapping[str, Sweep]) -> Table:
+def sweeps_table(grid: ResultGrid, sweeps: Mapping[str, Sweep]) -> Table:
     """Setting x arm that was swept: every rate tried with its validation nats, and what that took."""
     lines: list[Line] = []
     for setting in grid.settings:

@@ -3,9 +3,9 @@
 import math
 
 from mopcompress.report.number_format import number, ratio, share
-from mopcompress.report.pivot import Grid
+from mopcompress.report.pivot import ResultGrid
 from mopcompress.report.table import Line, Table, Text, over_seeds
-from mopcompress.results import GateReading
+from mopcompress.results import GateStatistics
 
 NOTE = (
     "On the test documents; mean over seeds, with the least and the greatest in small type. Accuracy: share of "
@@ -21,7 +21,7 @@ CONFUSION_NOTE = (
 )
 
 
-def gates_table(grid: Grid) -> Table:
+def gates_table(grid: ResultGrid) -> Table:
     """Setting x arm that chooses: accuracy, entropy beside its greatest value, greatest load."""
     lines: list[Line] = []
     for setting in grid.settings:
@@ -39,12 +39,12 @@ def gates_table(grid: Grid) -> Table:
     return Table("What the gate chooses", NOTE, columns, 2, tuple(lines))
 
 
-def _greatest_load(gate: GateReading) -> float:
+def _greatest_load(gate: GateStatistics) -> float:
     # the weights of `idp` add up to 1 a document, those of other arms to the number of experts
     return len(gate.load) * max(gate.load) / math.fsum(gate.load)
 
 
-def confusion_tables(grid: Grid) -> tuple[Table, ...]:
+def confusion_tables(grid: ResultGrid) -> tuple[Table, ...]:
     """One table a setting and arm that chooses, if its rows say what."""
     first = [rows[0] for setting in grid.settings for arm in grid.arms_of(setting) if (rows := grid.rows(setting, arm))]
     return tuple(
@@ -52,7 +52,7 @@ def confusion_tables(grid: Grid) -> tuple[Table, ...]:
     )
 
 
-def _table(title: str, gate: GateReading) -> Table:
+def _table(title: str, gate: GateStatistics) -> Table:
     experts = [str(place + 1) for place in range(len(gate.load))]
     counts = [
         Line((Text(task), *(Text(str(count)) for count in line)))

@@ -7,17 +7,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mopcompress.grid import Setting, cells_of, compressed_settings, draws
+from mopcompress.grid import CompressionSetting, cells_of, compressed_settings, is_seeded
 from mopcompress.report.bootstrap import Interval, PairedBootstrap, Vector
 from mopcompress.report.run_folder import Cell, Run
 from mopcompress.results import BenchRow
 
 DENSE = "dense"
-ARMS = ("none", "single", "mop", "mop+")
+ARM_ORDER = ("none", "single", "mop", "mop+")
 OURS, BASELINES = ("mop+", "mop"), ("single", "none")
 Measured = TypeVar("Measured")  # a row of a seed, or a part of it
 Known = TypeVar("Known")  # scores of all documents, if there are any
-METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
+METHOD_ORDER = ("dense", "magnitude", "wanda", "sparsegpt", "alps")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ResultGrid:
     """Rows by setting and arm, both in reading order; cells the recipe asks for and that are missing are empty."""
 
     settings: tuple[str, ...]
@@ -63,7 +63,7 @@ class Grid:
         return tuple(arm for arm in self.arms if (setting, arm) in self.cells)
 
 
-def make_grid(rows: Sequence[BenchRow], spec: Mapping[str, Any]) -> Grid:
+def make_result_grid(rows: Sequence[BenchRow], spec: Mapping[str, Any]) -> ResultGrid:
     """Pivot rows by setting and arm, and hold them against the grid of the recipe's run part."""
     asked = compressed_settings(spec)
     expected = [(cell.setting, cell.arm, cell.seed) for one in asked for cell in cells_of(spec, one)]
@@ -74,21 +74,21 @@ def make_grid(rows: Sequence[BenchRow], spec: Mapping[str, Any]) -> Grid:
     for row in sorted(rows, key=lambda row: row.seed):
         cells.setdefault((row.setting, row.arm), []).append(row)
     ranks = {one.name: _rank(one) for one in asked}
-    ranks |= {row.setting: _rank(Setting(row.method, row.ratio, row.bits)) for row in rows}
+    ranks |= {row.setting: _rank(CompressionSetting(row.method, row.ratio, row.bits)) for row in rows}
     arms = {arm for _, arm in cells}
-    return Grid(
+    return ResultGrid(
         settings=tuple(sorted({setting for setting, _ in cells}, key=lambda setting: ranks[setting])),
-        arms=tuple(arm for arm in ARMS if arm in arms) + tuple(sorted(arms.difference(ARMS))),
+        arms=tuple(arm for arm in ARM_ORDER if arm in arms) + tuple(sorted(arms.difference(ARM_ORDER))),
         cells={key: tuple(found) for key, found in cells.items()},
         missing=tuple(missing),
     )
 
 
-def _rank(setting: Setting) -> tuple[Any, ...]:
+def _rank(setting: CompressionSetting) -> tuple[Any, ...]:
     """Dense, then pruned by method and ratio, then quantised from many bits to few, then both."""
     kind = (setting.bits is not None) + (setting.bits is not None and setting.ratio is not None)
     method = setting.pruning or setting.method
-    known = METHODS.index(method) if method in METHODS else len(METHODS)
+    known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
     return (kind, known, method, setting.ratio or 0.0, -(setting.bits or 0))
 
 
@@ -104,7 +104,7 @@ def perplexity_spread(rows: Sequence[BenchRow], value: Callable[[BenchRow], floa
     return Spread(math.exp(sum(map(math.log, values)) / len(values)), min(values), max(values))
 
 
-def recovery(grid: Grid, setting: str, arm: str, *, dense_arm: str = "none") -> float | None:
+def recovery(grid: ResultGrid, setting: str, arm: str, *, dense_arm: str = "none") -> float | None:
     """(log ppl_none - log ppl_arm) / (log ppl_none - log ppl_dense), micro; None where it is undefined,
     as where compression lost nothing.
 
@@ -120,7 +120,7 @@ def recovery(grid: Grid, setting: str, arm: str, *, dense_arm: str = "none") -> 
     return (none - this) / (none - dense)
 
 
-def best_arms(grid: Grid, setting: str) -> set[str]:
+def best_arms(grid: ResultGrid, setting: str) -> set[str]:
     """The arms of least mean micro perplexity; none where fewer than two were measured."""
     means = {
         arm: perplexity_spread(grid.rows(setting, arm), lambda row: row.perplexity).mean
@@ -131,7 +131,7 @@ def best_arms(grid: Grid, setting: str) -> set[str]:
     return {arm for arm, mean in means.items() if mean == least} if len(means) > 1 and least < math.inf else set()
 
 
-def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
+def compare(run: Run, grid: ResultGrid) -> tuple[Comparison, ...]:
     """Our arms against every other, and every arm against the baselines, by paired bootstrap."""
     scores = next(iter(run.documents.values()))
     bootstrap = PairedBootstrap(scores.tasks, scores.scored_tokens)
@@ -142,7 +142,7 @@ def compare(run: Run, grid: Grid) -> tuple[Comparison, ...]:
     for setting in grid.settings:
         measured = [arm for arm in grid.arms if grid.rows(setting, arm)]
         order = sorted(measured, key=lambda arm: {OURS[0]: 0, OURS[1]: 1, "single": 3, "none": 4}.get(arm, 2))
-        rows = {arm: {row.seed if draws(arm) else None: row for row in grid.rows(setting, arm)} for arm in order}
+        rows = {arm: {row.seed if is_seeded(arm) else None: row for row in grid.rows(setting, arm)} for arm in order}
         nats = {arm: {seed: _nats(run, row) for seed, row in of_arm.items()} for arm, of_arm in rows.items()}
         rouge = {arm: {seed: _rouge_l(run, row) for seed, row in of_arm.items()} for arm, of_arm in rows.items()}
         for place, first in enumerate(order):

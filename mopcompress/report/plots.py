@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 
 from mopcompress.report.bootstrap import Interval
 from mopcompress.report.number_format import ratio, share, shortened
-from mopcompress.report.pivot import DENSE, Comparison, Grid, perplexity_spread, spread
+from mopcompress.report.pivot import DENSE, Comparison, ResultGrid, perplexity_spread, spread
 from mopcompress.report.plot_style import (
     COLOURS,
     INK,
@@ -24,7 +24,7 @@ from mopcompress.report.plot_style import (
     use_ticks,
 )
 from mopcompress.report.result_tables import TOO_FEW, interval_text
-from mopcompress.results import BenchRow, GateReading
+from mopcompress.results import BenchRow, GateStatistics
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Figure:
     svg: str
 
 
-def figures(grid: Grid, comparisons: Sequence[Comparison]) -> tuple[Figure, ...]:
+def figures(grid: ResultGrid, comparisons: Sequence[Comparison]) -> tuple[Figure, ...]:
     """All figures there are rows for. The same rows give the same bytes."""
     with styled():
         drawn = (curve(grid), delta_bars(comparisons), gates(grid))
     return tuple(figure for figure in drawn if figure is not None)
 
 
-def curve(grid: Grid) -> Figure | None:
+def curve(grid: ResultGrid) -> Figure | None:
     """Perplexity (log) against counted sparsity or bits: a panel a method, a line an arm, a band over seeds."""
     panels: dict[str, list[str]] = {}
     for setting in grid.settings:
@@ -74,7 +74,7 @@ def _panel(row: BenchRow) -> str:
     return f"{row.method} {row.bits}-bit" if row.bits and row.ratio is not None else row.method
 
 
-def _curve_panel(ax: Any, grid: Grid, settings: Sequence[str]) -> None:
+def _curve_panel(ax: Any, grid: ResultGrid, settings: Sequence[str]) -> None:
     quantised = any(row.ratio is None for arm in grid.arms for row in grid.rows(settings[0], arm))
     places: set[float] = set()
     for arm, style in arm_styles(grid.arms).items():
@@ -103,7 +103,7 @@ def _curve_panel(ax: Any, grid: Grid, settings: Sequence[str]) -> None:
         ax.invert_xaxis()
 
 
-def _log_axis(axes: Sequence[Any], grid: Grid) -> None:
+def _log_axis(axes: Sequence[Any], grid: ResultGrid) -> None:
     values = [row.perplexity for rows in grid.cells.values() for row in rows if math.isfinite(row.perplexity)]
     low, high = min(values, default=1.0), max(values, default=10.0)
     margin = max(high / low, 1.05) ** 0.08
@@ -155,7 +155,7 @@ def _bars(ax: Any, intervals: Sequence[Interval], seeds: Sequence[tuple[float, .
     ax.set_xlabel("change of perplexity, spaced by logarithm")
 
 
-def gates(grid: Grid) -> Figure | None:
+def gates(grid: ResultGrid) -> Figure | None:
     """Gate weight, expert x task, first seed of every setting with a gate; the colours are centred at 1."""
     first = [rows[0] for setting in grid.settings for arm in grid.arms if (rows := grid.rows(setting, arm))]
     panels = [(row, row.gate) for row in first if row.gate is not None and len(row.gate.tasks)]
@@ -182,7 +182,7 @@ def gates(grid: Grid) -> Figure | None:
     return Figure("What the gate does", caption, to_svg(canvas, label="Gate weights, expert by task"))
 
 
-def _heatmap(ax: Any, gate: GateReading, *, experts: int, named: bool) -> Any:
+def _heatmap(ax: Any, gate: GateStatistics, *, experts: int, named: bool) -> Any:
     colours, norm = gate_colours(experts)
     weights = np.asarray(gate.weights, dtype=np.float64)
     image = ax.pcolormesh(weights, cmap=colours, norm=norm, edgecolors="white", linewidth=0.8)
@@ -200,7 +200,7 @@ def _heatmap(ax: Any, gate: GateReading, *, experts: int, named: bool) -> Any:
     return image
 
 
-def _gate_title(row: BenchRow, gate: GateReading) -> str:
+def _gate_title(row: BenchRow, gate: GateStatistics) -> str:
     name = row.setting if row.arm == "mop" else f"{row.setting}, {row.arm}"
     accuracy = "n/a" if gate.accuracy is None else share(gate.accuracy, decimals=0)
     return f"{shortened(name, 40)}\naccuracy {accuracy}, entropy {ratio(gate.entropy_nats)} nats"

@@ -19,7 +19,7 @@ from mopcompress.report.number_format import (
 )
 from mopcompress.report.pivot import (
     Comparison,
-    Grid,
+    ResultGrid,
     best_arms,
     perplexity_spread,
     recovery,
@@ -37,7 +37,7 @@ WRITTEN = (  # column, field of a row, form
 TOO_FEW = "too few documents a task for an interval"
 
 
-def results_table(grid: Grid, comparisons: Sequence[Comparison]) -> Table:
+def results_table(grid: ResultGrid, comparisons: Sequence[Comparison]) -> Table:
     """Setting x arm: what was counted and what was scored, the dense line on top."""
     against = {(c.setting, c.first): c for c in comparisons if c.second == "single"}
     against |= {(c.setting, c.second): _reversed(c) for c in comparisons if c.first == "single"}

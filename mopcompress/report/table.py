@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mopcompress.report.number_format import ABSENT
-from mopcompress.report.pivot import DENSE, Grid, Measured, Spread, spread
+from mopcompress.report.pivot import DENSE, Measured, ResultGrid, Spread, spread
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def over_seeds(of_seeds: Sequence[Measured], value: Callable[[Measured], float],
     return spread_text(spread(of_seeds, value), show) if of_seeds else Text(ABSENT)
 
 
-def in_order(grid: Grid) -> list[tuple[str, str, bool]]:
+def in_order(grid: ResultGrid) -> list[tuple[str, str, bool]]:
     """(setting, arm, whether it is the setting's first), dense on top even when it was not measured."""
     order = [(setting, arm, not place) for setting in grid.settings for place, arm in enumerate(grid.arms_of(setting))]
     return order if DENSE in grid.settings else [(DENSE, "none", True), *order]

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from mopcompress.report.number_format import ABSENT, hundredths, number, share, shortened
-from mopcompress.report.pivot import DENSE, Grid, perplexity_spread, spread
+from mopcompress.report.pivot import DENSE, ResultGrid, perplexity_spread, spread
 from mopcompress.report.table import Line, Table, Text
-from mopcompress.results import BenchRow, Sample
+from mopcompress.results import AnswerSample, BenchRow
 
 NOTE = "Answers to the first test documents, first seed, shortened. Nothing was chosen."
 LONGEST = 240  # characters of a cell
 
 
-def task_tables(grid: Grid) -> tuple[Table, ...]:
+def task_tables(grid: ResultGrid) -> tuple[Table, ...]:
     """One table a setting: task x arm, perplexity and exact match, with the dense model beside each."""
     tables = []
     for setting in grid.settings:
@@ -37,7 +37,7 @@ def _task(rows: Sequence[BenchRow], task: str) -> Text:
     return Text(number(perplexity), f"{share(exact, decimals=0)} exact{wrote}")
 
 
-def answer_tables(grid: Grid) -> tuple[Table, ...]:
+def answer_tables(grid: ResultGrid) -> tuple[Table, ...]:
     """One table a setting, if its rows have answers."""
     tables = []
     for setting in grid.settings:
@@ -48,7 +48,7 @@ def answer_tables(grid: Grid) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def _table(setting: str, samples: dict[str, Sequence[Sample]]) -> Table:
+def _table(setting: str, samples: dict[str, Sequence[AnswerSample]]) -> Table:
     asked = next(iter(samples.values()))
     lines = [_line("instruction", [one.instruction for one in asked])]
     lines.append(_line("reference", [one.reference for one in asked]))

@@ -36,8 +36,8 @@ def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     try:
         yield scratch
         files = {path.relative_to(scratch).as_posix(): path for path in sorted(scratch.rglob("*")) if path.is_file()}
-        manifest = {**facts, "files": {name: sha256(path) for name, path in files.items()}}
-        write_whole(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        manifest = {**facts, "files": {name: sha256_file(path) for name, path in files.items()}}
+        write_atomically(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         scratch.rename(target)
     except OSError as error:
         raise StorageError(f"writing {target} failed: {error}; free some space and run again") from error
@@ -61,7 +61,7 @@ def being_built(folder: Path) -> bool:
     return True
 
 
-def unfinished_folder(target: Path) -> Path:
+def job_folder(target: Path) -> Path:
     """Where work on `target` lies that can be gone on with."""
     return target.parent / f".{target.name}.unfinished"
 
@@ -105,11 +105,11 @@ def verify(folder: Path) -> None:
         )
     for name, expected in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or sha256(path) != expected:
+        if not path.is_file() or sha256_file(path) != expected:
             raise DataError(f"{path} is missing or differs from its hash in {MANIFEST}; make the folder again")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with scratch.open("w", encoding="utf-8") as file:
@@ -119,7 +119,7 @@ def write_whole(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def sha256(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,30 +18,30 @@ from mopcompress.storage import artifacts
 
 LIMIT = 16 * 2**30  # bytes of all folders; what was not used for longest goes first
 
-Thing = TypeVar("Thing")
+T = TypeVar("T")
 
 
-def kept(
+def cached(
     facts: Mapping[str, Any],
     *,
     size: int,
     write: Callable[[Path, dict[str, Any]], None],
-    read: Callable[[Path], Thing],
-    otherwise: Callable[[], Thing],
-) -> Thing:
+    read: Callable[[Path], T],
+    otherwise: Callable[[], T],
+) -> T:
     """What `facts` describe: read, or first written, in about `size` bytes, into a folder with its manifest.
 
     `otherwise` makes it without a folder.
     """
     folder = cache_folder() / "states" / artifacts.fingerprint(dict(facts))
-    if not whole(folder):
+    if not is_intact(folder):
         try:
-            _make_room(folder.parent, size)
+            _evict(folder.parent, size)
             manifest = dict(facts)
             with artifacts.publish(folder, manifest) as scratch:
                 write(scratch, manifest)
         except (OSError, OutputError, StorageError, SafetensorError):
-            if not whole(folder):  # it can be that another process was faster
+            if not is_intact(folder):  # it can be that another process was faster
                 return otherwise()
     try:
         os.utime(folder, ns=(time.time_ns(),) * 2)  # the file system's own clock is too coarse to order two uses
@@ -50,7 +50,7 @@ def kept(
         return otherwise()
 
 
-def whole(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Whether a folder is there and as it was written; a damaged one is removed."""
     if not folder.exists():
         return False
@@ -62,7 +62,7 @@ def whole(folder: Path) -> bool:
     return True
 
 
-def _make_room(parent: Path, size: int) -> None:
+def _evict(parent: Path, size: int) -> None:
     """Remove what was not used for longest until `size` more bytes fit. Raises `StorageError` when they never will."""
     if size > LIMIT:
         raise StorageError(f"{size} bytes are more than all that may be kept in {parent} ({LIMIT})")

@@ -11,13 +11,13 @@ from torch import Tensor
 from mopcompress.errors import StorageError
 
 
-def mapped(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+def map_file(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
     """A file as a tensor: what is written to the tensor is written to the file, which is made if need be."""
     flat = torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype)
     return flat.view(rows, columns)
 
 
-def unseen(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+def map_anonymous(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
     """The same with a file that has no name and ends with the process.
 
     Raises `StorageError` when there is no room for it.
@@ -31,7 +31,7 @@ def unseen(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows c
                 f"{size} bytes of hidden states find no room in {folder}: {error.strerror}; free some, or set TMPDIR"
             ) from error
         # the mapping outlives the file's name: nothing is left behind, whatever happens
-        return mapped(path, rows, columns, dtype)
+        return map_file(path, rows, columns, dtype)
 
 
 def reserve(path: Path, size: int) -> None:

@@ -12,11 +12,11 @@ from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
 
 FILE = "job.json"
-TOLD = 6  # differences of two jobs; others are counted
+MOST_DIFFERENCES = 6  # differences of two jobs; others are counted
 
 
 @contextmanager
-def unfinished_work(
+def resumable_job(
     target: Path, facts: Mapping[str, Any], tell: Callable[[str], None], *, begin_again: bool
 ) -> Iterator[Path]:
     """The folder, `.NAME.unfinished`, of the work that is to become `target`: with work on this very job, or none.
@@ -24,7 +24,7 @@ def unfinished_work(
     It is removed when the block ends well, and when it ends with an error that would come again. Raises `OutputError`
     when another process works there, or when the work is another job's, unless the block is to `begin_again` then.
     """
-    folder = artifacts.unfinished_folder(target)
+    folder = artifacts.job_folder(target)
     with artifacts.locked(folder):
         if found := _differences(folder, facts):
             if not begin_again:
@@ -33,7 +33,7 @@ def unfinished_work(
                     "finish it with that command, as it was then, or remove the folder"
                 )
             tell(f"{folder} holds work that cannot go on here ({found}): beginning again")
-            clear(folder)
+            clear_job(folder)
         try:
             yield folder
         except (DataError, NumericalError, UsageError):
@@ -42,17 +42,17 @@ def unfinished_work(
         shutil.rmtree(folder)
 
 
-def begun(folder: Path) -> bool:
+def has_job(folder: Path) -> bool:
     """Whether work on the job is there."""
     return (folder / FILE).exists()
 
 
 def write_job(facts: Mapping[str, Any], folder: Path) -> None:
     """From now on what lies in the folder is work on this job."""
-    artifacts.write_whole(folder / FILE, json.dumps(facts, indent=1))
+    artifacts.write_atomically(folder / FILE, json.dumps(facts, indent=1))
 
 
-def clear(folder: Path) -> None:
+def clear_job(folder: Path) -> None:
     """Remove the work, so that it can begin again."""
     for path in folder.iterdir():
         if path.name != "LOCK":
@@ -61,7 +61,7 @@ def clear(folder: Path) -> None:
 
 def _differences(folder: Path, facts: Mapping[str, Any]) -> str:
     """What the work that is there has another of than `facts`, the first few in words; nothing without work."""
-    if not begun(folder):
+    if not has_job(folder):
         return ""
     try:
         before = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -70,5 +70,5 @@ def _differences(folder: Path, facts: Mapping[str, Any]) -> str:
     if not isinstance(before, dict):
         return f"{FILE} is damaged"
     found = differences(before, json.loads(json.dumps(facts)))
-    more = [f"and {len(found) - TOLD} more"] if len(found) > TOLD else []
-    return "; ".join([*found[:TOLD], *more])
+    more = [f"and {len(found) - MOST_DIFFERENCES} more"] if len(found) > MOST_DIFFERENCES else []
+    return "; ".join([*found[:MOST_DIFFERENCES], *more])

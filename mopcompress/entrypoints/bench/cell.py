@@ -8,32 +8,32 @@ from pathlib import Path
 from mopcompress.entrypoints.evaluate import score
 from mopcompress.entrypoints.recover import publish_adapter
 from mopcompress.environment import peak_bytes, provenance
-from mopcompress.evaluation.generation_metrics import samples, with_answers
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.perplexity import macro_perplexity, macro_rouge_l, micro, task_scores
-from mopcompress.grid import DENSE, Cell, Setting
+from mopcompress.evaluation.generation_metrics import sample_answers, score_generation
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.perplexity import macro_perplexity, macro_rouge_l, micro_average, task_scores
+from mopcompress.grid import DENSE, Cell, CompressionSetting
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import weights_bytes
 from mopcompress.progress import Progress
 from mopcompress.recipe import RunSpec
 from mopcompress.recipe.arms import revision_of
-from mopcompress.recover.adapter import Recovered, trained_parameters
-from mopcompress.recover.gate_statistics import read_gate
+from mopcompress.recover.adapter import TrainedAdapter, trained_parameters
+from mopcompress.recover.gate_statistics import measure_gate
 from mopcompress.recover.save_and_load import adapter_bytes
 from mopcompress.results import BenchRow, folder_name, write_documents
 from mopcompress.storage import artifacts
 
 
-def adapter_of(folder: Path, setting: Setting, cell: Cell) -> Path:
+def adapter_folder(folder: Path, setting: CompressionSetting, cell: Cell) -> Path:
     """Where a bench's `folder` has, or will have, the adapter of a cell."""
     return folder / "adapters" / f"{folder_name(setting.name)}-{cell.arm}-{cell.seed}"
 
 
 @dataclass(frozen=True)
-class Base:
+class OpenedModel:
     """What all cells of one setting stand on."""
 
-    setting: Setting
+    setting: CompressionSetting
     folder: Path
     sha256: str  # of its weights
     model: LanguageModel
@@ -41,10 +41,10 @@ class Base:
 
 def score_cell(
     cell: Cell,
-    base: Base,
-    test: CachedStates,
-    text: CachedStates | None,
-    recovered: Recovered | None,
+    base: OpenedModel,
+    test: HiddenStateDataset,
+    text: HiddenStateDataset | None,
+    recovered: TrainedAdapter | None,
     *,
     run: RunSpec,
     data: str,
@@ -59,7 +59,7 @@ def score_cell(
     scores = score(model, test, trained, size, progress)
     seconds = time.perf_counter() - start
     if run.write_tokens is not None:
-        scores = with_answers(
+        scores = score_generation(
             scores,
             model,
             test,
@@ -68,9 +68,9 @@ def score_cell(
             batch_size=size,
             progress=progress,
         )
-    overall = micro(scores)
-    on_text = micro(score(model, text, trained, size, progress)) if text else None
-    adapter = adapter_of(folder, setting, cell)
+    overall = micro_average(scores)
+    on_text = micro_average(score(model, text, trained, size, progress)) if text else None
+    adapter = adapter_folder(folder, setting, cell)
     if recovered:
         shutil.rmtree(adapter, ignore_errors=True)  # of a row that was taken out, or was not written any more
         publish_adapter(recovered, adapter, {"seed": cell.seed, **provenance(model.device)})
@@ -101,11 +101,11 @@ def score_cell(
         rouge_l=overall.rouge_l,
         rouge_l_macro=macro_rouge_l(scores),
         written_exact_match=overall.written_exact_match,
-        samples=samples(model, test.documents, scores),
+        samples=sample_answers(model, test.documents, scores),
         fallbacks=facts.get("fallbacks", 0),
         peak_bytes=peak_bytes(),
         per_task=task_scores(scores),
-        gate=read_gate(model, trained, test, domains, batch_size=size) if trained else None,
+        gate=measure_gate(model, trained, test, domains, batch_size=size) if trained else None,
         documents_file=f"documents/{adapter.name}.json",
         model_sha256=base.sha256,
         revision=revision_of(cell.arm),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress.errors import RecipeError
-from mopcompress.recipe import Recipe, recipe_of, resolved
+from mopcompress.recipe import Recipe, recipe_to_dict
 from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
 
@@ -27,7 +27,7 @@ BEFORE = {"clip_percentile": 100.0, "gate_clipping": "together"}  # what was don
 
 def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
     """Write `run.json`, whole."""
-    artifacts.write_whole(folder / FILE, json.dumps(manifest, indent=1) + "\n")
+    artifacts.write_atomically(folder / FILE, json.dumps(manifest, indent=1) + "\n")
 
 
 def check_settings(recipe: Recipe, folder: Path) -> None:
@@ -35,10 +35,10 @@ def check_settings(recipe: Recipe, folder: Path) -> None:
     path = folder / FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        _refuse(folder, differences(_settings(_as_of_now(before, path)), _settings(resolved(recipe))))
+        _refuse(folder, differences(_settings(_as_of_now(before, path)), _settings(recipe_to_dict(recipe))))
 
 
-def continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+def continue_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The manifest, with what came before when the folder holds a run already: its start, seconds and invocations.
 
     Raises `RecipeError` naming what differs, the grid apart, when the folder was made with other settings, or when it
@@ -74,7 +74,7 @@ def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     for modifier in (group["PromptRecoveryModifier"] for group in groups if "PromptRecoveryModifier" in group):
         for name, value in BEFORE.items():
             modifier.setdefault(name, value)
-    return resolved(recipe_of(recipe, f"recipe in {path}"))
+    return recipe_to_dict(recipe_from_dict(recipe, f"recipe in {path}"))
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -3,22 +3,22 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mopcompress.data.dataset import Documents
-from mopcompress.entrypoints.teacher import named_teacher
+from mopcompress.data.dataset import EncodedDataset
+from mopcompress.entrypoints.teacher import teacher_hash
 from mopcompress.environment import now
-from mopcompress.recipe import PromptRecoveryModifier, Recipe, resolved
+from mopcompress.recipe import PromptRecoveryModifier, Recipe, recipe_to_dict
 
 
 def new_manifest(
-    recipe: Recipe, model: dict[str, Any], documents: Documents, calibration: dict[str, Any]
+    recipe: Recipe, model: dict[str, Any], documents: EncodedDataset, calibration: dict[str, Any]
 ) -> dict[str, Any]:
     """What a run that begins now is made of, machine and command apart."""
     return {
-        "recipe": resolved(recipe),
+        "recipe": recipe_to_dict(recipe),
         "model": model,
         "data": documents.facts,
         "calibration": calibration,
-        "teacher": named_teacher(recipe.recovery),
+        "teacher": teacher_hash(recipe.recovery),
         "protocol": protocol(recipe, documents.tasks),
         "started": now(),
         "finished": None,

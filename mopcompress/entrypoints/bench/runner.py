@@ -15,40 +15,40 @@ from typing import Any
 
 import torch
 
-from mopcompress.data.dataset import Documents
-from mopcompress.entrypoints.bench.cell import Base, adapter_of, score_cell
-from mopcompress.entrypoints.bench.manifest import continued, write_manifest
+from mopcompress.data.dataset import EncodedDataset
+from mopcompress.entrypoints.bench.cell import OpenedModel, adapter_folder, score_cell
+from mopcompress.entrypoints.bench.manifest import continue_manifest, write_manifest
 from mopcompress.entrypoints.bench.protocol import new_manifest
 from mopcompress.entrypoints.compress import compress_into
 from mopcompress.entrypoints.from_recipe import adapter_config, first_layer
-from mopcompress.entrypoints.inputs import calibration_tokens, documents_for
+from mopcompress.entrypoints.inputs import calibration_tokens, load_dataset_for
 from mopcompress.entrypoints.lr_sweep import (
     Train,
     check_validation,
+    describe_sweep,
     read_trials,
     sweep_rate,
-    told,
     write_sweep,
     write_trials,
 )
-from mopcompress.entrypoints.teacher import dense_weights, taught_by
-from mopcompress.entrypoints.train_adapter import tell_of_experts, train_arm
+from mopcompress.entrypoints.teacher import build_distillation, dense_weights
+from mopcompress.entrypoints.train_adapter import log_expert_count, train_adapter
 from mopcompress.environment import choose_device, now, provenance
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.evaluation.state_cache import TRAINING, cache_states
-from mopcompress.grid import DENSE, Cell, Setting, cells_of, modifiers_of, settings_of
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.state_cache import TRAINING_DTYPE, load_or_compute_states
+from mopcompress.grid import DENSE, Cell, CompressionSetting, cells_of, modifiers_of, settings_of
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.models.smollm2 import NOTE
 from mopcompress.progress import Progress, silent
 from mopcompress.recipe import PromptRecoveryModifier, Recipe
-from mopcompress.recipe.arms import TRAINED, revision_of
-from mopcompress.recipe.pruning_modifiers import changed
-from mopcompress.recover.adapter import Material, Recovered
-from mopcompress.recover.checkpoint import UnfinishedTraining, unfinished_training
+from mopcompress.recipe.arms import ARM_DEFAULTS, revision_of
+from mopcompress.recipe.pruning_modifiers import replace_checked
+from mopcompress.recover.adapter import AdapterInputs, TrainedAdapter
+from mopcompress.recover.checkpoint import CheckpointFolder, resumable_training
 from mopcompress.recover.methods.eora import check_dense
-from mopcompress.recover.registry import ARMS
+from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.report import write_report
 from mopcompress.results import (
     BenchRow,
@@ -72,7 +72,7 @@ def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress
     with artifacts.locked(folder):
         for unfinished in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):
             shutil.rmtree(unfinished)  # what a killed run was building
-        return _Bench(recipe, folder, command, progress).run()
+        return _BenchRun(recipe, folder, command, progress).run()
 
 
 def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
@@ -89,7 +89,7 @@ def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
             )
 
 
-class _Bench:
+class _BenchRun:
     """What all cells of one run share."""
 
     def __init__(self, recipe: Recipe, folder: Path, command: str, progress: Progress) -> None:
@@ -98,23 +98,23 @@ class _Bench:
         self.source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
         self.source_sha256 = weights_hash(self.source)
         # the bench's own dense model teaches, unless another is named
-        self.recovery = changed(recipe.recovery, teacher=recipe.recovery.teacher or str(self.source))
+        self.recovery = replace_checked(recipe.recovery, teacher=recipe.recovery.teacher or str(self.source))
         self.command = command
 
     def run(self) -> list[BenchRow]:
         start, settings = time.perf_counter(), settings_of(self.recipe)
         model = load_model(self.source, device=self.device)
-        documents = documents_for(model, self.recipe.run)
+        documents = load_dataset_for(model, self.recipe.run)
         arms = [self.recovery.with_arm(arm) for arm in self.recipe.run.trained_arms]
-        tell_of_experts(arms, documents.tasks, self.progress)
+        log_expert_count(arms, documents.tasks, self.progress)
         first_layer("none", self.recovery.layer, model)
         for one in arms:
             config = adapter_config(one, model, documents.tasks, self.source_sha256)
-            adapter = ARMS[one.arm].build(model, config)
+            adapter = RECOVERY_METHODS[one.arm].build(model, config)
             check_dense(adapter, model, dense_weights(one, self.source, model))
         check_validation(documents, self.recipe.run.data, arms)
         size = self.recipe.run.batch_size
-        self.taught = taught_by(self.recovery, self.source, model, documents.train, size, self.progress)
+        self.taught = build_distillation(self.recovery, self.source, model, documents.train, size, self.progress)
         weights = model.network.num_parameters()
         del model  # each setting loads its own
         tokens, calibration = calibration_tokens(self.recipe.run, self.source, self.source_sha256, self.progress)
@@ -122,7 +122,7 @@ class _Bench:
         note = NOTE if self.source.is_relative_to(cache_folder()) else None
         manifest = new_manifest(self.recipe, model_facts | {"note": note}, documents, calibration)
         manifest |= {"command": self.command, **provenance(self.device)}
-        manifest = continued(manifest, self.folder)
+        manifest = continue_manifest(manifest, self.folder)
         before = manifest["seconds"] or 0.0
         check_rows(self.folder, [cell for one in settings for cell in cells_of(self.recipe.run.model_dump(), one)])
         write_manifest(manifest, self.folder)
@@ -138,7 +138,7 @@ class _Bench:
         write_report(self.folder)
         return read_rows(self.folder / "rows.jsonl")
 
-    def _compressed(self, setting: Setting, tokens: Any, calibration: dict[str, Any]) -> Path:
+    def _compressed(self, setting: CompressionSetting, tokens: Any, calibration: dict[str, Any]) -> Path:
         """The folder of the setting's model, made when it is not there."""
         if setting == DENSE:
             return self.source
@@ -157,7 +157,7 @@ class _Bench:
             )
         return target
 
-    def _base(self, setting: Setting, compressed: Path) -> Base:
+    def _base(self, setting: CompressionSetting, compressed: Path) -> OpenedModel:
         """The setting's model. Raises `DataError` when finished rows are of another one."""
         sha256 = weights_hash(compressed)
         finished = [row for row in read_rows(self.folder / "rows.jsonl") if row.setting == setting.name]
@@ -166,28 +166,32 @@ class _Bench:
                 f"{self.folder}: finished rows of {setting.name} are of another model than models/ holds now, as "
                 "pruning with other threads gives; restore that model, or use another --output-dir"
             )
-        return Base(setting, compressed, sha256, load_model(compressed, device=self.device))
+        return OpenedModel(setting, compressed, sha256, load_model(compressed, device=self.device))
 
-    def _fill(self, base: Base, documents: Documents, cells: Sequence[Cell]) -> None:
+    def _fill(self, base: OpenedModel, documents: EncodedDataset, cells: Sequence[Cell]) -> None:
         """Train and score the missing cells of one setting, on states that they share."""
         model, sha256 = base.model, base.sha256
-        cached: dict[tuple[int, str], CachedStates] = {}
+        cached: dict[tuple[int, str], HiddenStateDataset] = {}
 
-        def states(layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32) -> CachedStates:
+        def states(
+            layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32
+        ) -> HiddenStateDataset:
             if (layer, which) not in cached:
                 size = self.recipe.run.batch_size
-                cached[layer, which] = cache_states(model, sha256, rows, layer, size, which, self.progress, dtype=dtype)
+                cached[layer, which] = load_or_compute_states(
+                    model, sha256, rows, layer, size, which, self.progress, dtype=dtype
+                )
             return cached[layer, which]
 
         for cell in cells:
             modifier = self.recovery if cell.arm == "none" else self.recovery.with_arm(cell.arm)
             layer = first_layer(cell.arm, modifier.layer, model)
-            trained, adapter = cell.arm != "none", adapter_of(self.folder, base.setting, cell)
+            trained, adapter = cell.arm != "none", adapter_folder(self.folder, base.setting, cell)
             with self._unfinished(adapter, sha256) if trained else nullcontext() as unfinished:
                 recovered = None
                 if unfinished:
-                    rows = states(layer, documents.train, "training rows", TRAINING)
-                    material = Material(model, rows, documents.tasks, dense_weights(modifier, self.source, model))
+                    rows = states(layer, documents.train, "training rows", TRAINING_DTYPE)
+                    material = AdapterInputs(model, rows, documents.tasks, dense_weights(modifier, self.source, model))
                     train = self._training(material, sha256, cell.seed, unfinished)
                     if modifier.sweeps:
                         validation = states(layer, documents.validation, "validation rows")
@@ -195,7 +199,7 @@ class _Bench:
                         modifier, recovered = self._swept(name, modifier, model, validation, train, unfinished)
                     recovered = recovered or train(modifier)
                 test = states(layer, documents.test, "test rows")
-                scorable = cell.arm == "none" or not TRAINED[cell.arm].needs_tasks
+                scorable = cell.arm == "none" or not ARM_DEFAULTS[cell.arm].needs_tasks
                 text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
                 row = score_cell(
                     cell,
@@ -211,16 +215,16 @@ class _Bench:
                 append_row(row, self.folder / "rows.jsonl")
             self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
 
-    def _unfinished(self, adapter: Path, base_sha256: str) -> AbstractContextManager[UnfinishedTraining]:
+    def _unfinished(self, adapter: Path, base_sha256: str) -> AbstractContextManager[CheckpointFolder]:
         """A cell's training so far. Its settings are the folder's: only model, code and machine can be others."""
         facts = provenance(self.device)
         job = {name: facts[name] for name in ("versions", "commit", "device", "threads")} | {"model": base_sha256}
-        return unfinished_training(adapter, job, lambda line: self.progress(line, 0, 0), begin_again=True)
+        return resumable_training(adapter, job, lambda line: self.progress(line, 0, 0), begin_again=True)
 
-    def _training(self, material: Material, base_sha256: str, seed: int, unfinished: UnfinishedTraining) -> Train:
+    def _training(self, material: AdapterInputs, base_sha256: str, seed: int, unfinished: CheckpointFolder) -> Train:
         """How a cell's arm is trained, whatever the rate."""
         return partial(
-            train_arm,
+            train_adapter,
             material=material,
             base_sha256=base_sha256,
             seed=seed,
@@ -234,10 +238,10 @@ class _Bench:
         name: str,
         modifier: PromptRecoveryModifier,
         model: LanguageModel,
-        validation: CachedStates,
+        validation: HiddenStateDataset,
         train: Train,
-        unfinished: UnfinishedTraining,
-    ) -> tuple[PromptRecoveryModifier, Recovered | None]:
+        unfinished: CheckpointFolder,
+    ) -> tuple[PromptRecoveryModifier, TrainedAdapter | None]:
         """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds.
 
         The training too, where the sweep was done here and its trials were as long.
@@ -253,6 +257,6 @@ class _Bench:
                 known=read_trials(unfinished.folder),
                 keep=partial(write_trials, folder=unfinished.folder),
             )
-            self.progress(told(found), 0, 0)
+            self.progress(describe_sweep(found), 0, 0)
             write_sweep(found, path)
         return modifier.at_rate(read_sweeps(path.parent)[name].learning_rate), recovered

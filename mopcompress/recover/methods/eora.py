@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from mopcompress.algorithms.eora import eora
 from mopcompress.algorithms.gram import InputGram
-from mopcompress.data.encoding import Encoded
+from mopcompress.data.encoding import Document
 from mopcompress.errors import DataError, NumericalError, UsageError
-from mopcompress.evaluation.hidden_states import CachedStates
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
 from mopcompress.models.repair import repair_of
-from mopcompress.recover.adapter import Adapter, AdapterConfig, DenseWeights, Material, Start
+from mopcompress.recover.adapter import Adapter, AdapterConfig, AdapterInit, AdapterInputs, DenseWeights
 from mopcompress.recover.methods import lora
-from mopcompress.recover.methods.module_patches import Changes
+from mopcompress.recover.methods.module_patches import PatchedModules
 
 _TOKENS = 2048  # that go through the blocks at a time, about
 
 
 @torch.no_grad()
-def begin(config: AdapterConfig, material: Material, _start: Start) -> Changes:
+def initialize(config: AdapterConfig, material: AdapterInputs, _start: AdapterInit) -> PatchedModules:
     """The finished adapter. Nothing of it is random, and it is zero beside a weight that is still the dense one.
 
     Costs a forward pass over all training rows, and memory for the dense weight and the Gram matrix of every linear
@@ -45,7 +45,7 @@ def begin(config: AdapterConfig, material: Material, _start: Start) -> Changes:
     grams = input_grams(model, material.states, moved) if moved else {}
     for name, gram in grams.items():
         change = changes[name]
-        assert isinstance(change, lora.LowRank)  # for mypy: a ModuleDict forgets what it holds
+        assert isinstance(change, lora.LoRAUpdate)  # for mypy: a ModuleDict forgets what it holds
         up, down = eora(*pairs[name], gram, rank=len(change.down))
         change.up.copy_(up)
         change.down.copy_(down)
@@ -53,7 +53,7 @@ def begin(config: AdapterConfig, material: Material, _start: Start) -> Changes:
 
 
 def input_grams(
-    model: LanguageModel, states: CachedStates, linears: Mapping[str, nn.Module]
+    model: LanguageModel, states: HiddenStateDataset, linears: Mapping[str, nn.Module]
 ) -> dict[str, Float[Tensor, "_ _"]]:
     """Mean x xᵀ of each linear's inputs over all tokens of the documents; without linears that no token reaches."""
     grams: defaultdict[str, InputGram] = defaultdict(InputGram)
@@ -77,7 +77,7 @@ def input_grams(
     return {name: gram.mean() for name, gram in grams.items()}
 
 
-def _equally_long(documents: Sequence[Encoded]) -> list[list[int]]:
+def _equally_long(documents: Sequence[Document]) -> list[list[int]]:
     """Rows in batches without padding, which a Gram matrix would count."""
     by_length: defaultdict[int, list[int]] = defaultdict(list)
     for row, document in enumerate(documents):
@@ -91,7 +91,7 @@ def _equally_long(documents: Sequence[Encoded]) -> list[list[int]]:
 
 def check_dense(adapter: Adapter, model: LanguageModel, dense: DenseWeights | None) -> None:
     """Raise `DataError` when a linear that the adapter changes has another width in the dense model."""
-    if dense is not None and isinstance(adapter, Changes):
+    if dense is not None and isinstance(adapter, PatchedModules):
         for name in adapter.by_name():
             _check_shapes(name, dense(name), weight_of(model.network.get_submodule(name)))
 

@@ -22,36 +22,36 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mopcompress.errors import DataError, UsageError
-from mopcompress.evaluation.hidden_states import Instructions
+from mopcompress.evaluation.hidden_states import InstructionStates
 from mopcompress.models.attention import Prefix
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.methods.gate import Gate
 
-KeysAndValues = tuple[dict[int, Tensor], dict[int, Tensor]]
-Weighing = Callable[[Gate | None, Instructions], Float[Tensor, "batch experts"]]
+KeyValues = tuple[dict[int, Tensor], dict[int, Tensor]]
+ExpertWeightFn = Callable[[Gate | None, InstructionStates], Float[Tensor, "batch experts"]]
 """Log weights of the experts, summing to their number; what takes the place of the gate's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixing:
+class ExpertWeighting:
     """How groups are weighed."""
 
-    weighing: Weighing | None = None  # None: by the gate; without one, every group counts fully
+    weighing: ExpertWeightFn | None = None  # None: by the gate; without one, every group counts fully
     reading: str = "renormalised"
     shared: bool = False  # the last group is no expert: it weighs 1 for every example
     top_k: int | None = None  # at inference only so many experts act; None: all
 
 
 @runtime_checkable  # so that the test run can check it
-class Choosing(Protocol):
+class ReportsExpertWeights(Protocol):
     """An adapter that makes something of an instruction which can be reported."""
 
-    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"] | None:
+    def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch experts"] | None:
         """The experts' weights at inference, 1 as in a plain prompt; None when they do not depend on what is read."""
         ...
 
 
-def by_another(gate: Gate | None, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+def shuffled_weights(gate: Gate | None, instructions: InstructionStates) -> Float[Tensor, "batch experts"]:
     """The gate's weights for another document: as sharp as its own, and about nothing that this one says.
 
     Which other is fixed by all documents of a split (a random cycle), never by the batch: batches are sorted by length,
@@ -63,7 +63,9 @@ def by_another(gate: Gate | None, instructions: Instructions) -> Float[Tensor, "
     return gate(gate.mean.expand_as(instructions.summary) if strangers is None else strangers)
 
 
-def by_task(tasks: Sequence[str], gate: Gate | None, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+def oracle_weights(
+    tasks: Sequence[str], gate: Gate | None, instructions: InstructionStates
+) -> Float[Tensor, "batch experts"]:
     """All weight on the expert of the true task.
 
     Raises `UsageError` when tasks are not known, as in generation, and `DataError` for one that has no expert.
@@ -82,7 +84,7 @@ def by_task(tasks: Sequence[str], gate: Gate | None, instructions: Instructions)
     return torch.nn.functional.one_hot(place, len(tasks)).to(instructions.summary.dtype).mul(len(tasks)).log()
 
 
-def strongest(log_weights: Float[Tensor, "batch experts"], count: int) -> Float[Tensor, "batch experts"]:
+def top_k_weights(log_weights: Float[Tensor, "batch experts"], count: int) -> Float[Tensor, "batch experts"]:
     """The log weights of the `count` experts that weigh most, the others' -inf; the sum stays the number of experts.
 
     So what all experts together weigh does not change (ours). Of equal ones the first are kept. Where `values` is read,
@@ -95,8 +97,8 @@ def strongest(log_weights: Float[Tensor, "batch experts"], count: int) -> Float[
     return log_weights.scatter(1, weakest, -math.inf).log_softmax(1) + math.log(experts)
 
 
-def prefix_of(
-    keys_and_values: KeysAndValues,
+def to_prefix(
+    keys_and_values: KeyValues,
     log_weights: Float[Tensor, "batch groups"],
     log_opening: Float[Tensor, ""],
     reading: str,
@@ -116,9 +118,9 @@ def prefix_of(
     raise DataError(f"gate reading {reading!r}: not renormalised, values or separate; train the adapter again")
 
 
-def without_absent(
-    keys_and_values: KeysAndValues, log_weights: Float[Tensor, "batch groups"], reading: str
-) -> tuple[KeysAndValues, Float[Tensor, "batch some_groups"]]:
+def drop_inactive_groups(
+    keys_and_values: KeyValues, log_weights: Float[Tensor, "batch groups"], reading: str
+) -> tuple[KeyValues, Float[Tensor, "batch some_groups"]]:
     """The same without the groups that weigh nothing for any example, where what weighs nothing is absent."""
     heard = (log_weights > -math.inf).any(0)
     if reading == "values" or bool(heard.all()):

@@ -12,12 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from mopcompress.models.families import KEYS_AND_VALUES, MLP_READERS
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
-from mopcompress.recover.methods.module_patches import Changes
-from mopcompress.recover.methods.target_linears import first_present, linears_from
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
+from mopcompress.recover.methods.module_patches import PatchedModules
+from mopcompress.recover.methods.target_linears import first_present, linears_from_layer
 
 
-class Scaled(nn.Module):
+class IA3Scale(nn.Module):
     """A factor for each output of a linear, or for each input."""
 
     def __init__(self, linear: Linear, *, inputs: bool) -> None:
@@ -35,15 +35,15 @@ class Scaled(nn.Module):
         return merged if self.inputs or module.bias is None else merged | {"bias": module.bias * self.scale}
 
 
-def build(model: LanguageModel, config: AdapterConfig) -> Changes:
+def build(model: LanguageModel, config: AdapterConfig) -> PatchedModules:
     """Raises `DataError` when the family has no such linears."""
     changes: dict[str, nn.Module] = {}
     for choices, inputs in ((KEYS_AND_VALUES, False), (MLP_READERS, True)):
-        linears = linears_from(model, config.layer, first_present(model, choices))
-        changes |= {name: Scaled(linear, inputs=inputs) for name, linear in linears.items()}
-    return Changes(config.layer, changes).to(model.device)
+        linears = linears_from_layer(model, config.layer, first_present(model, choices))
+        changes |= {name: IA3Scale(linear, inputs=inputs) for name, linear in linears.items()}
+    return PatchedModules(config.layer, changes).to(model.device)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> Changes:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> PatchedModules:
     """All factors are 1, whatever the seed."""
     return build(material.model, config)

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Applied, Instructions
-from mopcompress.models.attention import Prefix, attending_to, watching
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
+from mopcompress.models.attention import Prefix, attend_to, record_attention
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
-from mopcompress.recover.methods.expert_weights import KeysAndValues, prefix_of, without_absent
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
+from mopcompress.recover.methods.expert_weights import KeyValues, drop_inactive_groups, to_prefix
 from mopcompress.recover.methods.prompt_initialization import expert_domains, first_prompts
-from mopcompress.recover.methods.prompt_kv import recorded
+from mopcompress.recover.methods.prompt_kv import record_prompt_kv
 
 
 class DynamicPrompts(nn.Module):
@@ -34,11 +34,11 @@ class DynamicPrompts(nn.Module):
         self.log_opening = nn.Parameter(torch.tensor(log_opening))
         self.layer = layer
 
-    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text attends to the group that its instruction chose."""
         return self._attending(model, self.keys_and_values(model), instructions)
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """Compile the prompts to constants; what is left an example is one block's attention."""
         with torch.no_grad():
             everything = self.keys_and_values(model)
@@ -48,40 +48,40 @@ class DynamicPrompts(nn.Module):
         """Prompts with their opening; there is no gate."""
         return {"adapter": [self.prompts, self.log_opening], "gate": []}
 
-    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch groups"]:
+    def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch groups"]:
         """1 for the group that acts, 0 for the others."""
         return self._log_weights(model, self.keys_and_values(model), instructions).exp()
 
-    def keys_and_values(self, model: LanguageModel) -> KeysAndValues:
+    def keys_and_values(self, model: LanguageModel) -> KeyValues:
         """What text attends to, by layer: [kv_heads, groups x prompts, head]; no group sees another."""
-        return recorded(model, self.prompts, self.layer)
+        return record_prompt_kv(model, self.prompts, self.layer)
 
     def attention(
-        self, model: LanguageModel, everything: KeysAndValues, instructions: Instructions
+        self, model: LanguageModel, everything: KeyValues, instructions: InstructionStates
     ) -> Float[Tensor, "batch groups"]:
         """Attention to each group at the adapter's layer: mean over instruction tokens and heads, all groups there."""
         hidden, count = instructions.hidden, instructions.tokens
         keys, values = everything
         logits = self.log_opening.expand(len(hidden), next(iter(keys.values())).shape[1])
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with torch.no_grad(), watching() as seen, attending_to(Prefix(keys, values, logits)):
+        with torch.no_grad(), record_attention() as seen, attend_to(Prefix(keys, values, logits)):
             model.through(tokens, hidden, self.layer)
         real = torch.arange(hidden.shape[1], device=hidden.device) < count[:, None]
         means = (seen[self.layer] * real[..., None]).sum(1) / count[:, None]
         return means.unflatten(1, (len(self.prompts), -1)).sum(2)
 
     def _log_weights(
-        self, model: LanguageModel, everything: KeysAndValues, instructions: Instructions
+        self, model: LanguageModel, everything: KeyValues, instructions: InstructionStates
     ) -> Float[Tensor, "batch groups"]:
         attention = self.attention(model, everything, instructions)
         return torch.full_like(attention, -math.inf).scatter(1, attention.argmax(1, keepdim=True), 0.0)
 
     def _attending(
-        self, model: LanguageModel, everything: KeysAndValues, instructions: Instructions
+        self, model: LanguageModel, everything: KeyValues, instructions: InstructionStates
     ) -> AbstractContextManager[None]:
         log_weights = self._log_weights(model, everything, instructions)
-        heard, log_weights = without_absent(everything, log_weights, "renormalised")
-        return attending_to(prefix_of(heard, log_weights, self.log_opening, "renormalised"))
+        heard, log_weights = drop_inactive_groups(everything, log_weights, "renormalised")
+        return attend_to(to_prefix(heard, log_weights, self.log_opening, "renormalised"))
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> DynamicPrompts:
@@ -91,7 +91,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> DynamicPrompts:
     return DynamicPrompts(prompts, config.layer).to(model.device)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> DynamicPrompts:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> DynamicPrompts:
     """Prompts that begin as those of a mixture's experts."""
     adapter = build(material.model, config)
     generator = torch.Generator().manual_seed(start.seed)

@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
 from mopcompress.recover.methods import mixture_of_prompts
-from mopcompress.recover.methods.module_patches import Changes
-from mopcompress.recover.methods.target_linears import linears_from, writers_from
+from mopcompress.recover.methods.module_patches import PatchedModules
+from mopcompress.recover.methods.target_linears import linears_from_layer, writers_from_layer
 
 
-class LowRank(nn.Module):
+class LoRAUpdate(nn.Module):
     """The product of two thin matrices, added to the weight of a linear: to all of it, or where it is not zero."""
 
     def __init__(self, linear: Linear, rank: int, *, masked: bool) -> None:
@@ -51,7 +51,7 @@ class LowRank(nn.Module):
         self.up.zero_()
 
 
-def build(model: LanguageModel, config: AdapterConfig) -> Changes:
+def build(model: LanguageModel, config: AdapterConfig) -> PatchedModules:
     """`lora`, `masklora`, or the shape of `eora`, beside the linears that write to the residual stream.
 
     Those repair most for their size, of what was measured: benchmarks/LOG.md. LoRA's own, queries and values, or others
@@ -59,23 +59,27 @@ def build(model: LanguageModel, config: AdapterConfig) -> Changes:
 
     Raises `DataError` when targets are not there, or a rank does not fit.
     """
-    linears = linears_from(model, config.layer, config.targets) if config.targets else writers_from(model, config.layer)
+    linears = (
+        linears_from_layer(model, config.layer, config.targets)
+        if config.targets
+        else writers_from_layer(model, config.layer)
+    )
     rank = rank_within_budget(model, config, linears) if config.rank is None else config.rank
     for name, linear in linears.items():
         rows, columns = weight_of(linear).shape
         if rank > min(rows, columns):
             raise DataError(f"rank: {rank} is more than {name} can have, whose weight is {rows} x {columns}; lower it")
     masked = config.arm == "masklora"
-    changes = {name: LowRank(linear, rank, masked=masked) for name, linear in linears.items()}
-    return Changes(config.layer, changes).to(model.device)
+    changes = {name: LoRAUpdate(linear, rank, masked=masked) for name, linear in linears.items()}
+    return PatchedModules(config.layer, changes).to(model.device)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> Changes:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> PatchedModules:
     """Random `down`, zero `up`."""
     adapter = build(material.model, config)
     generator = torch.Generator().manual_seed(start.seed)
     for change in adapter.changes.values():
-        assert isinstance(change, LowRank)  # for mypy: a ModuleDict forgets what it holds
+        assert isinstance(change, LoRAUpdate)  # for mypy: a ModuleDict forgets what it holds
         change.draw(generator)
     return adapter
 

@@ -14,23 +14,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mopcompress.errors import UsageError
-from mopcompress.evaluation.hidden_states import Applied, Instructions
-from mopcompress.models.attention import Prefix, attending_to
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
+from mopcompress.models.attention import Prefix, attend_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs, trained_parameters
 from mopcompress.recover.methods import gate as gates
 from mopcompress.recover.methods.expert_weights import (
-    Mixing,
-    Weighing,
-    by_another,
-    by_task,
-    prefix_of,
-    strongest,
-    without_absent,
+    ExpertWeightFn,
+    ExpertWeighting,
+    drop_inactive_groups,
+    oracle_weights,
+    shuffled_weights,
+    to_prefix,
+    top_k_weights,
 )
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.prompt_initialization import expert_domains, first_prompts
-from mopcompress.recover.methods.prompt_kv import ByLayer, KeysAndValues, recorded
+from mopcompress.recover.methods.prompt_kv import LearnedKeyValues, TensorsByLayer, record_prompt_kv
 
 GATED = ("mop", "shuffled")
 
@@ -43,7 +43,7 @@ class MixtureOfPrompts(nn.Module):
     """
 
     prompts: nn.Parameter  # [experts, prompts, hidden]; none in a deep mixture
-    deep: KeysAndValues | None
+    deep: LearnedKeyValues | None
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class MixtureOfPrompts(nn.Module):
         gate: Gate | None,
         *,
         log_opening: float = 0.0,
-        mixing: Mixing | None = None,
+        mixing: ExpertWeighting | None = None,
     ) -> None:
         super().__init__()
         self.groups = start.shape[:2]
@@ -61,27 +61,27 @@ class MixtureOfPrompts(nn.Module):
         self.log_opening = nn.Parameter(torch.tensor(log_opening))
         self.layer = layer
         self.gate = gate
-        self.mixing = mixing or Mixing()
+        self.mixing = mixing or ExpertWeighting()
 
-    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text attends to the prompts, with gradients to prompts and gate."""
-        return attending_to(self.prefix(model, instructions))
+        return attend_to(self.prefix(model, instructions))
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """Compile the prompts to constants; what is left an example is the gate, and which experts are left out."""
         with torch.no_grad():
             everything = self.keys_and_values(model)
 
-        def applied(instructions: Instructions) -> AbstractContextManager[None]:
-            heard, log_weights = without_absent(everything, self.acting(instructions), self.mixing.reading)
-            return attending_to(prefix_of(heard, log_weights, self.log_opening, self.mixing.reading))
+        def applied(instructions: InstructionStates) -> AbstractContextManager[None]:
+            heard, log_weights = drop_inactive_groups(everything, self.acting(instructions), self.mixing.reading)
+            return attend_to(to_prefix(heard, log_weights, self.log_opening, self.mixing.reading))
 
         return applied
 
-    def prefix(self, model: LanguageModel, instructions: Instructions) -> Prefix:
+    def prefix(self, model: LanguageModel, instructions: InstructionStates) -> Prefix:
         """What text attends to, with gradients; in training mode every expert acts."""
         log_weights = self.log_weights(instructions) if self.training else self.acting(instructions)
-        return prefix_of(self.keys_and_values(model), log_weights, self.log_opening, self.mixing.reading)
+        return to_prefix(self.keys_and_values(model), log_weights, self.log_opening, self.mixing.reading)
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """Prompts with their opening, and the gate."""
@@ -94,19 +94,19 @@ class MixtureOfPrompts(nn.Module):
         """The groups that a gate weighs."""
         return self.groups[0] - self.mixing.shared
 
-    def log_weights(self, instructions: Instructions) -> Float[Tensor, "batch groups"]:
+    def log_weights(self, instructions: InstructionStates) -> Float[Tensor, "batch groups"]:
         """The log weight of each group, the opening left out: 0 as in a plain prompt."""
         return self._with_shared(self._of_experts(instructions))
 
-    def acting(self, instructions: Instructions) -> Float[Tensor, "batch groups"]:
+    def acting(self, instructions: InstructionStates) -> Float[Tensor, "batch groups"]:
         """The same at inference: only the strongest experts act, if so many were asked for."""
-        return self._with_shared(strongest(self._of_experts(instructions), self.mixing.top_k or self.experts))
+        return self._with_shared(top_k_weights(self._of_experts(instructions), self.mixing.top_k or self.experts))
 
-    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"] | None:
+    def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch experts"] | None:
         """The experts' weights at inference; None without a gate."""
         return None if self.gate is None else self.acting(instructions)[:, : self.experts].exp()
 
-    def _of_experts(self, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+    def _of_experts(self, instructions: InstructionStates) -> Float[Tensor, "batch experts"]:
         if self.mixing.weighing is not None:
             return self.mixing.weighing(self.gate, instructions)
         summary = instructions.summary
@@ -115,12 +115,12 @@ class MixtureOfPrompts(nn.Module):
     def _with_shared(self, log_weights: Float[Tensor, "batch experts"]) -> Float[Tensor, "batch groups"]:
         return nn.functional.pad(log_weights, (0, int(self.mixing.shared)))
 
-    def keys_and_values(self, model: LanguageModel) -> tuple[ByLayer, ByLayer]:
+    def keys_and_values(self, model: LanguageModel) -> tuple[TensorsByLayer, TensorsByLayer]:
         """What text attends to, by layer. Raises `DataError` for some families."""
         if self.deep is not None:
             return self.deep()
         # the experts stand one after the other, as in one long prompt: without a gate they are exactly that
-        return recorded(model, self.prompts.flatten(0, 1)[None], self.layer)
+        return record_prompt_kv(model, self.prompts.flatten(0, 1)[None], self.layer)
 
     @torch.no_grad()
     def deepen(self, model: LanguageModel) -> None:
@@ -128,7 +128,7 @@ class MixtureOfPrompts(nn.Module):
 
         At first it is the same mixture; its parameters are keys and values times the layers from `layer` on.
         """
-        self.deep = KeysAndValues(*self.keys_and_values(model))
+        self.deep = LearnedKeyValues(*self.keys_and_values(model))
         del self.prompts
 
 
@@ -147,8 +147,11 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
     gate = gates.Gate(config.hidden_size, config.experts) if config.arm in GATED else None
     if config.arm == "single":
         return _built(MixtureOfPrompts(prompts.flatten(0, 1)[None], config.layer, None), model, config)
-    weighings: dict[str, Weighing] = {"oracle": partial(by_task, tuple(config.tasks)), "shuffled": by_another}
-    mixing = Mixing(
+    weighings: dict[str, ExpertWeightFn] = {
+        "oracle": partial(oracle_weights, tuple(config.tasks)),
+        "shuffled": shuffled_weights,
+    }
+    mixing = ExpertWeighting(
         weighing=weighings.get(config.arm),
         reading=config.gate_reading,
         shared=config.shared_expert,
@@ -165,7 +168,7 @@ def _built(mixture: MixtureOfPrompts, model: LanguageModel, config: AdapterConfi
     return mixture
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> MixtureOfPrompts:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> MixtureOfPrompts:
     """Prompts that begin as hidden states of training instructions, an expert's from its own domain.
 
     Every arm gets the very same states, so that arms differ in grouping and gate alone. A gate is pre-trained on the

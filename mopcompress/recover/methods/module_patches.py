@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Applied, Instructions
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import replacing
+from mopcompress.models.modules import replaced_modules
 
 
 @runtime_checkable  # so that the test run can check it
-class Change(Protocol):
+class ModulePatch(Protocol):
     """A `torch.nn.Module` with the trained parameters of one changed module."""
 
     def forward(self, module: nn.Module, hidden: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
@@ -31,7 +31,7 @@ class Change(Protocol):
         ...
 
 
-class Changes(nn.Module):
+class PatchedModules(nn.Module):
     """One change a module, by the module's dotted name, all from block `layer` up."""
 
     def __init__(self, layer: int, changes: Mapping[str, nn.Module]) -> None:
@@ -40,24 +40,26 @@ class Changes(nn.Module):
         # torch takes no dots in the names of a ModuleDict
         self.changes = nn.ModuleDict({name.replace(".", "/"): change for name, change in changes.items()})
 
-    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it the changes are in force, the same for every example."""
         network = model.network
-        changed = {name: _Changed(network.get_submodule(name), change) for name, change in self.by_name().items()}
-        return replacing(network, changed)
+        changed = {name: _PatchedModule(network.get_submodule(name), change) for name, change in self.by_name().items()}
+        return replaced_modules(network, changed)
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """Merge the changes into copies of what they change, which then cost what the bare modules do."""
         network = model.network
         with torch.no_grad():
-            settled = {name: _settled(network.get_submodule(name), change) for name, change in self.by_name().items()}
-        return lambda _instructions: replacing(network, settled)
+            settled = {
+                name: _merged_copy(network.get_submodule(name), change) for name, change in self.by_name().items()
+            }
+        return lambda _instructions: replaced_modules(network, settled)
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter; there is no gate."""
         return {"adapter": list(self.parameters()), "gate": []}
 
-    def by_name(self) -> dict[str, Change]:
+    def by_name(self) -> dict[str, ModulePatch]:
         """The changes by the dotted names of what they change."""
         return {name.replace("/", "."): change for name, change in self.changes.items()}  # type: ignore[misc]
 
@@ -71,10 +73,10 @@ class Changes(nn.Module):
         }
 
 
-class _Changed(nn.Module):
+class _PatchedModule(nn.Module):
     """Stands in a module's place."""
 
-    def __init__(self, module: nn.Module, change: Change) -> None:
+    def __init__(self, module: nn.Module, change: ModulePatch) -> None:
         super().__init__()
         self.module, self.change = module, change
 
@@ -82,10 +84,10 @@ class _Changed(nn.Module):
         return self.change.forward(self.module, hidden)
 
 
-def _settled(module: nn.Module, change: Change) -> nn.Module:
+def _merged_copy(module: nn.Module, change: ModulePatch) -> nn.Module:
     """A copy of a module with parameters of its own, if its parameters are all there is to it."""
     if module._forward_hooks or module._forward_pre_hooks:
-        return _Changed(module, change)
+        return _PatchedModule(module, change)
     view = copy.copy(module)
     view._parameters = dict(module._parameters)
     for name, value in change.merged(module).items():

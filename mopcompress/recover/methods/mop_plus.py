@@ -30,16 +30,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import Applied, Instructions
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import Linear, replacing, weight_of
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
+from mopcompress.models.modules import Linear, replaced_modules, weight_of
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
 from mopcompress.recover.methods import gate as gates
 from mopcompress.recover.methods import mixture_of_prompts
 from mopcompress.recover.methods.gate import Gate
-from mopcompress.recover.methods.norm_tuning import norms_from
+from mopcompress.recover.methods.norm_tuning import norms_from_layer
 from mopcompress.recover.methods.prompt_initialization import expert_domains
-from mopcompress.recover.methods.target_linears import attention_readers_from, mlp_readers_from, writers_from
+from mopcompress.recover.methods.target_linears import (
+    attention_readers_from_layer,
+    mlp_readers_from_layer,
+    writers_from_layer,
+)
 
 # AdamW moves a number by its rate, whatever its size; so numbers that have to move further are stored in larger units
 UNIT = 10.0  # of s and t: an expert has to move by about 1
@@ -47,7 +51,7 @@ NEURON_UNIT = 3.0  # of a neuron's scale less 1: (IA)^3 likes three times the ra
 PATH_UNIT = 3.0  # of B: beside norms that are trained, LoRA too likes three times their rate
 
 
-class LowRank(nn.Module):
+class GatedLoRA(nn.Module):
     """What stands beside one linear: B diag(scale) A + B shift, with the experts' scales and shifts. A is not trained.
 
     With `neurons`, a factor for each input of the linear itself, too.
@@ -69,11 +73,11 @@ class LowRank(nn.Module):
         scale, shift, up = 1 + unit @ self.scales, unit @ self.shifts, PATH_UNIT * self.up
         factors = None if self.neurons is None else 1 + NEURON_UNIT * self.neurons
         if len(weights) == 1:
-            return _BesideForOne(linear, self.down, up * scale, (shift @ up.T)[0], factors)
-        return _Beside(linear, self.down, up, scale, shift, factors)
+            return _GatedLinearSingle(linear, self.down, up * scale, (shift @ up.T)[0], factors)
+        return _GatedLinear(linear, self.down, up, scale, shift, factors)
 
 
-class _Beside(nn.Module):
+class _GatedLinear(nn.Module):
     def __init__(
         self,
         linear: nn.Module,
@@ -94,7 +98,7 @@ class _Beside(nn.Module):
         return linear(inputs if factors is None else inputs * factors) + nn.functional.linear(low, up)
 
 
-class _BesideForOne(nn.Module):
+class _GatedLinearSingle(nn.Module):
     """The same for one example, as in a chat, where a step is so short that every operation counts."""
 
     def __init__(
@@ -114,10 +118,10 @@ class _BesideForOne(nn.Module):
         return linear(inputs if factors is None else inputs * factors) + path
 
 
-class GatedPaths(nn.Module):
+class GatedRepair(nn.Module):
     """Norms in place of the network's own, and low-rank paths beside its linears, by dotted names."""
 
-    def __init__(self, layer: int, norms: Mapping[str, nn.Module], paths: Mapping[str, LowRank], gate: Gate) -> None:
+    def __init__(self, layer: int, norms: Mapping[str, nn.Module], paths: Mapping[str, GatedLoRA], gate: Gate) -> None:
         super().__init__()
         self.layer, self.gate = layer, gate
         # torch takes no dots in the names of a ModuleDict
@@ -125,21 +129,21 @@ class GatedPaths(nn.Module):
         self.linears = nn.ModuleDict({name.replace(".", "/"): path for name, path in paths.items()})
 
     @contextmanager
-    def applied(self, model: LanguageModel, instructions: Instructions) -> Iterator[None]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> Iterator[None]:
         """Inside it the repair is in force, its low-rank paths mixed for these examples."""
         weights = self.gate(instructions.summary).exp()
         standing = {name.replace("/", "."): norm for name, norm in self.norms.items()}
         for key, path in self.linears.items():
             name = key.replace("/", ".")
             standing[name] = path.beside(model.network.get_submodule(name), weights)  # type: ignore[operator]
-        with replacing(model.network, standing):
+        with replaced_modules(model.network, standing):
             yield
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """Nothing but the gate and 2 `rank` numbers a linear is computed an example, so there is nothing to do once."""
         return lambda instructions: self.applied(model, instructions)
 
-    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+    def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch experts"]:
         """The experts' weights."""
         return self.gate(instructions.summary).exp()
 
@@ -149,7 +153,7 @@ class GatedPaths(nn.Module):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BudgetSplit:
     """What is left to choose within the budget."""
 
     rank: int  # beside what writes to the residual stream
@@ -158,11 +162,11 @@ class Sizes:
     attention: bool  # whether queries, keys and values have a path of rank 1
 
 
-def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
+def build(model: LanguageModel, config: AdapterConfig) -> GatedRepair:
     """The largest repair within the budget of `mop`. Raises `DataError` for families whose linears have other names."""
-    norms, writers = norms_from(model, config.layer), writers_from(model, config.layer)
-    attention, readers = attention_readers_from(model, config.layer), mlp_readers_from(model, config.layer)
-    sizes = fitted(
+    norms, writers = norms_from_layer(model, config.layer), writers_from_layer(model, config.layer)
+    attention, readers = attention_readers_from_layer(model, config.layer), mlp_readers_from_layer(model, config.layer)
+    sizes = split_budget(
         mixture_of_prompts.budget(model, config)
         - sum(one.numel() for norm in norms.values() for one in norm.parameters()),
         of_a_rank=_of_a_rank(writers, config.experts),
@@ -174,11 +178,11 @@ def build(model: LanguageModel, config: AdapterConfig) -> GatedPaths:
     )
     ranks = dict.fromkeys(writers, sizes.rank) | (dict.fromkeys(attention, 1) if sizes.attention else {})
     paths = {
-        name: LowRank(linear, ranks[name], config.experts, neurons=sizes.neurons and name in readers)
+        name: GatedLoRA(linear, ranks[name], config.experts, neurons=sizes.neurons and name in readers)
         for name, linear in (writers | attention).items()
         if name in ranks
     }
-    adapter = GatedPaths(
+    adapter = GatedRepair(
         config.layer,
         {name: copy.deepcopy(norm).requires_grad_(True) for name, norm in norms.items()},
         paths,
@@ -192,9 +196,9 @@ def _of_a_rank(linears: Mapping[str, Linear], experts: int) -> int:
     return sum(weight_of(linear).shape[0] + 2 * experts for linear in linears.values())
 
 
-def fitted(
+def split_budget(
     budget: int, *, of_a_rank: int, of_attention: int, of_neurons: int, of_a_width: int, fixed: int, most: int
-) -> Sizes:
+) -> BudgetSplit:
     """Rank 1 and the narrowest gate; then, as far as there is room, neurons, attention, more ranks up to `most`, gate.
 
     Raises `DataError` when there is no room for either of the first.
@@ -213,10 +217,10 @@ def fitted(
     room -= of_attention if attention else 0
     ranks = min(most - 1, room // of_a_rank)
     room -= ranks * of_a_rank
-    return Sizes(1 + ranks, min(gates.WIDTH, narrow + room // of_a_width), neurons, attention)
+    return BudgetSplit(1 + ranks, min(gates.WIDTH, narrow + room // of_a_width), neurons, attention)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> GatedRepair:
     """The bare model exactly, with a gate that is pre-trained on the domains and tempered, as for `mop`."""
     states = material.states
     adapter = build(material.model, config)
@@ -227,7 +231,7 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> GatedPaths
     adapter.gate.temper(start.gate_temper)
     with torch.no_grad():
         for path in adapter.linears.values():
-            assert isinstance(path, LowRank)  # for mypy: a ModuleDict forgets what it holds
+            assert isinstance(path, GatedLoRA)  # for mypy: a ModuleDict forgets what it holds
             drawn = torch.empty(path.down.shape).normal_(std=path.down.shape[1] ** -0.5, generator=generator)
             path.down.copy_(drawn)
     return adapter

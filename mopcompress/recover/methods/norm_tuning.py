@@ -6,11 +6,11 @@ from torch.func import functional_call
 
 from mopcompress.errors import DataError
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
-from mopcompress.recover.methods.module_patches import Changes
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
+from mopcompress.recover.methods.module_patches import PatchedModules
 
 
-class OwnParameters(nn.Module):
+class TrainedNorm(nn.Module):
     """Parameters of its own for a module: at first, copies of the module's."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -25,23 +25,23 @@ class OwnParameters(nn.Module):
         return dict(self.own)
 
 
-def build(model: LanguageModel, config: AdapterConfig) -> Changes:
+def build(model: LanguageModel, config: AdapterConfig) -> PatchedModules:
     """The norms of the blocks from `layer` up, those of queries and keys too, and the last, with their biases.
 
     Raises `DataError` when the family's norms have no parameters.
     """
-    norms = norms_from(model, config.layer)
+    norms = norms_from_layer(model, config.layer)
     if not norms:
         raise DataError(f"the norms of {type(model.network).__name__} have no weights to train; use another arm")
-    return Changes(config.layer, {name: OwnParameters(norm) for name, norm in norms.items()}).to(model.device)
+    return PatchedModules(config.layer, {name: TrainedNorm(norm) for name, norm in norms.items()}).to(model.device)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> Changes:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> PatchedModules:
     """Norms as they are, whatever the seed."""
     return build(material.model, config)
 
 
-def norms_from(model: LanguageModel, layer: int) -> dict[str, nn.Module]:
+def norms_from_layer(model: LanguageModel, layer: int) -> dict[str, nn.Module]:
     """The norms that block `layer` and all that comes after run, by dotted name."""
     blocks = f"{model.blocks_prefix()}."
     decoder = f"{model.blocks_prefix().rpartition('.')[0]}."  # not the norms of a tower for images beside it

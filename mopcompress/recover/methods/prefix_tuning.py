@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import Applied, Instructions
-from mopcompress.models.attention import Prefix, attending_to
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
+from mopcompress.models.attention import Prefix, attend_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig, Material, Start, trained_parameters
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs, trained_parameters
 from mopcompress.recover.methods import mixture_of_prompts
-from mopcompress.recover.methods.prompt_initialization import some_embeddings
-from mopcompress.recover.methods.prompt_kv import ByLayer, KeysAndValues, recorded, zeros_of
+from mopcompress.recover.methods.prompt_initialization import sample_token_embeddings
+from mopcompress.recover.methods.prompt_kv import LearnedKeyValues, TensorsByLayer, record_prompt_kv, zero_prompt_kv
 
 
 class TrainedPrefix(nn.Module):
@@ -23,17 +23,17 @@ class TrainedPrefix(nn.Module):
 
     layer = 0
 
-    def __init__(self, keys: ByLayer, values: ByLayer) -> None:
+    def __init__(self, keys: TensorsByLayer, values: TensorsByLayer) -> None:
         super().__init__()
-        self.prefix = KeysAndValues(keys, values)
+        self.prefix = LearnedKeyValues(keys, values)
 
-    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text attends to the prefix, with gradients to it."""
         keys, values = self.prefix()
         prompts = next(iter(keys.values())).shape[1]
-        return attending_to(Prefix(keys, values, instructions.summary.new_zeros(len(instructions.summary), prompts)))
+        return attend_to(Prefix(keys, values, instructions.summary.new_zeros(len(instructions.summary), prompts)))
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """The same: there is nothing to compute."""
         return lambda instructions: self.applied(model, instructions)
 
@@ -47,7 +47,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> TrainedPrefix:
 
     Raises `DataError` for some families, and when a prefix of one token is larger already.
     """
-    one = TrainedPrefix(*zeros_of(model, 0, 1))
+    one = TrainedPrefix(*zero_prompt_kv(model, 0, 1))
     budget = mixture_of_prompts.budget(model, config)
     tokens = budget // trained_parameters(one)
     if tokens == 0:
@@ -55,10 +55,10 @@ def build(model: LanguageModel, config: AdapterConfig) -> TrainedPrefix:
             f"a prefix of one token has {trained_parameters(one)} parameters here, and mop with the same settings "
             f"{budget}; give more --prompts-per-expert"
         )
-    return TrainedPrefix(*zeros_of(model, 0, tokens)).to(model.device)
+    return TrainedPrefix(*zero_prompt_kv(model, 0, tokens)).to(model.device)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> TrainedPrefix:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> TrainedPrefix:
     """A prefix that begins as the keys and values of tokens of training instructions.
 
     Where positions are rotary, it is at first exactly `input` with those tokens.
@@ -66,6 +66,8 @@ def begin(config: AdapterConfig, material: Material, start: Start) -> TrainedPre
     model = material.model
     keys, _ = build(model, config).prefix()
     tokens = next(iter(keys.values())).shape[1]
-    embeddings = some_embeddings(material.states, tokens, start)
+    embeddings = sample_token_embeddings(material.states, tokens, start)
     with torch.no_grad():
-        return TrainedPrefix(*recorded(model, embeddings[None], 0, first_position=-tokens if model.is_rotary else 0))
+        return TrainedPrefix(
+            *record_prompt_kv(model, embeddings[None], 0, first_position=-tokens if model.is_rotary else 0)
+        )

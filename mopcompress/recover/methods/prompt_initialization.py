@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mopcompress.evaluation.hidden_states import CachedStates
-from mopcompress.recover.adapter import AdapterConfig, Start
+from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit
 
 
 def first_prompts(
-    states: CachedStates, domains: Int[Tensor, " documents"], config: AdapterConfig, *, generator: torch.Generator
+    states: HiddenStateDataset, domains: Int[Tensor, " documents"], config: AdapterConfig, *, generator: torch.Generator
 ) -> Float[Tensor, "groups prompts hidden"]:
     """States at random instruction positions, each expert's of its own domain's documents, a shared one's of all."""
     every = range(len(states.documents))
@@ -35,21 +35,23 @@ def first_prompts(
 
 
 def expert_domains(
-    states: CachedStates, tasks: Sequence[str], experts: int, *, generator: torch.Generator
+    states: HiddenStateDataset, tasks: Sequence[str], experts: int, *, generator: torch.Generator
 ) -> Int[Tensor, " documents"]:
     """Which expert each training document belongs to: its task, one to one, when there are as many; else k-means."""
     if experts == len(tasks):
         return torch.tensor([tasks.index(document.task) for document in states.documents])
-    return cluster(states.summaries, experts, generator=generator).cpu()
+    return kmeans(states.summaries, experts, generator=generator).cpu()
 
 
-def some_embeddings(states: CachedStates, count: int, start: Start) -> Float[Tensor, "count hidden"]:
+def sample_token_embeddings(
+    states: HiddenStateDataset, count: int, start: AdapterInit
+) -> Float[Tensor, "count hidden"]:
     """Embeddings of tokens at random places in training instructions."""
     generator = torch.Generator().manual_seed(start.seed)
     return states.some_states(range(len(states.documents)), count, generator)
 
 
-def cluster(
+def kmeans(
     summaries: Float[Tensor, "documents hidden"], clusters: int, *, generator: torch.Generator, rounds: int = 50
 ) -> Int[Tensor, " documents"]:
     """k-means on standardised summaries: the experts' domains when there are not as many tasks as experts.

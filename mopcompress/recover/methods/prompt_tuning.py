@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Applied, Instructions
-from mopcompress.models.attention import Prefix, attending_to
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
+from mopcompress.models.attention import Prefix, attend_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
-from mopcompress.recover.methods.prompt_initialization import some_embeddings
-from mopcompress.recover.methods.prompt_kv import ByLayer, recorded
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
+from mopcompress.recover.methods.prompt_initialization import sample_token_embeddings
+from mopcompress.recover.methods.prompt_kv import TensorsByLayer, record_prompt_kv
 
 
 class InputPrompt(nn.Module):
@@ -28,15 +28,15 @@ class InputPrompt(nn.Module):
         super().__init__()
         self.prompts = nn.Parameter(start.clone())
 
-    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text stands behind the prompt, with gradients to it."""
-        return attending_to(_before(instructions, *before_text(model, self.prompts[None])))
+        return attend_to(_before(instructions, *prefix_kv(model, self.prompts[None])))
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """The prompt as constant keys and values."""
         with torch.no_grad():
-            keys, values = before_text(model, self.prompts[None])
-        return lambda instructions: attending_to(_before(instructions, keys, values))
+            keys, values = prefix_kv(model, self.prompts[None])
+        return lambda instructions: attend_to(_before(instructions, keys, values))
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """The prompt."""
@@ -45,30 +45,32 @@ class InputPrompt(nn.Module):
 
 def build(model: LanguageModel, config: AdapterConfig) -> InputPrompt:
     """As many tokens as the other arms have. Raises `DataError` for some families."""
-    check_precedable(model)
+    require_prefix_support(model)
     prompts = torch.zeros(config.groups * config.prompts_per_expert, config.hidden_size)
     return InputPrompt(prompts).to(model.device)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> InputPrompt:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> InputPrompt:
     """A prompt that begins as embeddings of tokens of training instructions."""
     adapter = build(material.model, config)
     with torch.no_grad():
-        adapter.prompts.copy_(some_embeddings(material.states, len(adapter.prompts), start))
+        adapter.prompts.copy_(sample_token_embeddings(material.states, len(adapter.prompts), start))
     return adapter
 
 
-def check_precedable(model: LanguageModel) -> None:
+def require_prefix_support(model: LanguageModel) -> None:
     """Raise `DataError` when nothing can stand before the text of this family."""
     model.check_promptable()
     model.check_rotary()
 
 
-def before_text(model: LanguageModel, groups: Float[Tensor, "groups prompts hidden"]) -> tuple[ByLayer, ByLayer]:
+def prefix_kv(
+    model: LanguageModel, groups: Float[Tensor, "groups prompts hidden"]
+) -> tuple[TensorsByLayer, TensorsByLayer]:
     """Keys and values of embedded prompts, each group as if it alone stood directly before the text."""
-    return recorded(model, groups, 0, first_position=-groups.shape[1])
+    return record_prompt_kv(model, groups, 0, first_position=-groups.shape[1])
 
 
-def _before(instructions: Instructions, keys: ByLayer, values: ByLayer) -> Prefix:
+def _before(instructions: InstructionStates, keys: TensorsByLayer, values: TensorsByLayer) -> Prefix:
     prompts = next(iter(keys.values())).shape[1]
     return Prefix(keys, values, instructions.summary.new_zeros(len(instructions.summary), prompts))

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mopcompress.evaluation.hidden_states import Applied, Instructions
-from mopcompress.models.attention import Prefix, attending_to
+from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
+from mopcompress.models.attention import Prefix, attend_to
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.recover.adapter import AdapterConfig, Material, Start
-from mopcompress.recover.methods.prompt_initialization import some_embeddings
-from mopcompress.recover.methods.prompt_tuning import before_text, check_precedable
+from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInputs
+from mopcompress.recover.methods.prompt_initialization import sample_token_embeddings
+from mopcompress.recover.methods.prompt_tuning import prefix_kv, require_prefix_support
 
 
 class RoutedPrompts(nn.Module):
@@ -41,27 +41,27 @@ class RoutedPrompts(nn.Module):
         self.register_buffer("noise_seed", torch.randint(2**62, (), generator=generator))
         self.noise = noise
 
-    def applied(self, model: LanguageModel, instructions: Instructions) -> AbstractContextManager[None]:
+    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text stands behind the prompt that the router chose for it, with gradients to both.
 
         In training mode the router is perturbed.
         """
         summary = instructions.summary
         factors = 1 + self.noise * self._noise(len(summary)).to(summary) if self.training else 1.0
-        keys, values = before_text(model, self.prompts)
-        return attending_to(Prefix(keys, values, self.log_gate(summary, factors)))
+        keys, values = prefix_kv(model, self.prompts)
+        return attend_to(Prefix(keys, values, self.log_gate(summary, factors)))
 
-    def compiled(self, model: LanguageModel) -> Applied:
+    def compiled(self, model: LanguageModel) -> ApplyAdapter:
         """Constant keys and values; what is left an example is the router, without noise."""
         with torch.no_grad():
-            keys, values = before_text(model, self.prompts)
-        return lambda instructions: attending_to(Prefix(keys, values, self.log_gate(instructions.summary)))
+            keys, values = prefix_kv(model, self.prompts)
+        return lambda instructions: attend_to(Prefix(keys, values, self.log_gate(instructions.summary)))
 
     def learned(self) -> dict[str, list[nn.Parameter]]:
         """Prompts, and the router."""
         return {"adapter": [self.prompts], "gate": list(self.router.parameters())}
 
-    def chosen(self, model: LanguageModel, instructions: Instructions) -> Float[Tensor, "batch experts"]:
+    def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch experts"]:
         """The probability of the prompt that acts, 0 for the others."""
         return self._log_weights(instructions.summary, 1.0).exp()
 
@@ -91,16 +91,18 @@ def build(model: LanguageModel, config: AdapterConfig) -> RoutedPrompts:
     return _routed(model, config, seed=0)
 
 
-def begin(config: AdapterConfig, material: Material, start: Start) -> RoutedPrompts:
+def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> RoutedPrompts:
     """Prompts that begin with the embeddings that `input` begins with."""
     adapter = _routed(material.model, config, seed=start.seed)
     experts, prompts, _ = adapter.prompts.shape
     with torch.no_grad():
-        adapter.prompts.copy_(some_embeddings(material.states, experts * prompts, start).view_as(adapter.prompts))
+        adapter.prompts.copy_(
+            sample_token_embeddings(material.states, experts * prompts, start).view_as(adapter.prompts)
+        )
     return adapter
 
 
 def _routed(model: LanguageModel, config: AdapterConfig, *, seed: int) -> RoutedPrompts:
-    check_precedable(model)
+    require_prefix_support(model)
     prompts = torch.zeros(config.groups, config.prompts_per_expert, config.hidden_size)
     return RoutedPrompts(prompts, seed=seed).to(model.device)

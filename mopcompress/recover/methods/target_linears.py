@@ -7,10 +7,10 @@ from mopcompress.errors import DataError
 from mopcompress.models.families import ATTENTION_READERS, MLP_READERS, WRITERS
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear
-from mopcompress.models.targets import ALL, meant
+from mopcompress.models.targets import ALL, matching_names
 
 
-def linears_from(model: LanguageModel, layer: int, targets: Sequence[str]) -> dict[str, Linear]:
+def linears_from_layer(model: LanguageModel, layer: int, targets: Sequence[str]) -> dict[str, Linear]:
     """The linears of block `layer` and those above that some target means, by dotted name.
 
     A target is the end of a dotted name, as in PEFT (`q_proj`), a pattern `re:...`, or `Linear` for all. Raises
@@ -26,7 +26,7 @@ def linears_from(model: LanguageModel, layer: int, targets: Sequence[str]) -> di
     }
     chosen: set[str] = set()
     for target in targets:
-        found = meant(list(linears), _pattern(target))
+        found = matching_names(list(linears), _pattern(target))
         if not found:
             there = dict.fromkeys(name.removeprefix(f"{prefix}.").partition(".")[2] for name in linears)
             raise DataError(
@@ -37,9 +37,9 @@ def linears_from(model: LanguageModel, layer: int, targets: Sequence[str]) -> di
     return {name: linear for name, linear in linears.items() if name in chosen}
 
 
-def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
+def writers_from_layer(model: LanguageModel, layer: int) -> dict[str, Linear]:
     """The linears of those blocks that write to the residual stream. Raises `DataError` when none is known."""
-    linears = linears_from(model, layer, ("Linear",))
+    linears = linears_from_layer(model, layer, ("Linear",))
     found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in WRITERS}
     if not found:
         raise DataError(
@@ -49,23 +49,25 @@ def writers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
     return found
 
 
-def attention_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
+def attention_readers_from_layer(model: LanguageModel, layer: int) -> dict[str, Linear]:
     """The linears of those blocks that make queries, keys and values; none in families where they are called others."""
-    linears = linears_from(model, layer, ("Linear",))
+    linears = linears_from_layer(model, layer, ("Linear",))
     return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in ATTENTION_READERS}
 
 
-def mlp_readers_from(model: LanguageModel, layer: int) -> dict[str, Linear]:
+def mlp_readers_from_layer(model: LanguageModel, layer: int) -> dict[str, Linear]:
     """The linears of those blocks that read the neurons of an MLP; none in blocks where that is no linear."""
     ends = tuple(f".{target}" for targets in MLP_READERS for target in targets)
-    return {name: linear for name, linear in linears_from(model, layer, ("Linear",)).items() if name.endswith(ends)}
+    return {
+        name: linear for name, linear in linears_from_layer(model, layer, ("Linear",)).items() if name.endswith(ends)
+    }
 
 
 def first_present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str]:
     """The first choice whose targets all are in the first block. Raises `DataError` when there is none."""
     names = [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
     for targets in choices:
-        if all(meant(names, _pattern(target)) for target in targets):
+        if all(matching_names(names, _pattern(target)) for target in targets):
             return targets
     raise DataError(
         f"the blocks of {type(model.network).__name__} have no linears {', or '.join(map(' and '.join, choices))}, "
