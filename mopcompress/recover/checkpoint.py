@@ -26,6 +26,39 @@ from mopcompress.storage.resume import resumable_job, write_job
 INTERVAL_SECONDS = 20.0  # between two standings on disk: what a kill can cost
 
 
+@dataclass
+class TrainingState:
+    """The adapter, AdamW's means, and the steps that are done."""
+
+    adapter: Adapter
+    optimiser: torch.optim.Optimizer
+    rows: list[TrainRow] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number but the rows, by name: `adapter.NAME`, and `optimiser.PARAMETER.NAME` after the first step."""
+        weights = {f"adapter.{name}": tensor.cpu() for name, tensor in self.adapter.state_dict().items()}
+        means = {
+            f"optimiser.{index}.{name}": tensor.cpu()
+            for index, named in self.optimiser.state_dict()["state"].items()
+            for name, tensor in named.items()
+        }
+        return weights | means
+
+    def restore(self, tensors: dict[str, Tensor], rows: list[TrainRow]) -> None:
+        """Take the place, in place, of a standing whose `tensors()` these were."""
+        with torch.no_grad():
+            for name, weight in self.adapter.state_dict().items():
+                weight.copy_(tensors[f"adapter.{name}"])
+        means: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimiser":
+                index, _, which = rest.partition(".")
+                means.setdefault(int(index), {})[which] = tensor
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": means})
+        self.rows[:] = rows
+
+
 @contextmanager
 def resumable_training(
     target: Path, facts: Mapping[str, Any], tell: Callable[[str], None], *, begin_again: bool = False
@@ -106,39 +139,6 @@ def _checksum(tensors: Mapping[str, Tensor], rows: str) -> int:
     for name in sorted(tensors):
         checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
     return checksum
-
-
-@dataclass
-class TrainingState:
-    """The adapter, AdamW's means, and the steps that are done."""
-
-    adapter: Adapter
-    optimiser: torch.optim.Optimizer
-    rows: list[TrainRow] = field(default_factory=list)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every number but the rows, by name: `adapter.NAME`, and `optimiser.PARAMETER.NAME` after the first step."""
-        weights = {f"adapter.{name}": tensor.cpu() for name, tensor in self.adapter.state_dict().items()}
-        means = {
-            f"optimiser.{index}.{name}": tensor.cpu()
-            for index, named in self.optimiser.state_dict()["state"].items()
-            for name, tensor in named.items()
-        }
-        return weights | means
-
-    def restore(self, tensors: dict[str, Tensor], rows: list[TrainRow]) -> None:
-        """Take the place, in place, of a standing whose `tensors()` these were."""
-        with torch.no_grad():
-            for name, weight in self.adapter.state_dict().items():
-                weight.copy_(tensors[f"adapter.{name}"])
-        means: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimiser":
-                index, _, which = rest.partition(".")
-                means.setdefault(int(index), {})[which] = tensor
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": means})
-        self.rows[:] = rows
 
 
 @runtime_checkable  # so that the test run can check it
