@@ -31,6 +31,27 @@ API_ORDER = (
     ("Errors", ("MopError",)),
 )
 FIRST_PANEL = "Options"
+MEANINGS = {  # of fields that have no comment in the code, since their names say it there
+    "arm": "the recovery method",
+    "steps": "optimizer steps",
+    "gate_pretraining_steps": "steps that teach the gate the experts' domains",
+    "max_grad_norm": "largest norm of a gradient",
+    "model": "Hugging Face folder, hub id, or smollm2",
+    "data": "file, folder, hub id, or skills",
+    "train_rows": "rows to train on; all if not given",
+    "validation_rows": "rows that a sweep is scored on",
+    "test_rows": "rows that are scored",
+    "num_calibration_samples": "windows of calibration text",
+    "ratios": "shares of weights to remove, in a bench",
+    "methods": "pruning methods, in a bench",
+    "bits": "bit widths to quantize to, in a bench",
+    "group_size": "weights that share a scale, with bits; -1 is the whole row",
+    "arms": "arms of a bench",
+    "seeds": "seeds of the trainings of a bench",
+    "seed": "seed of rows, calibration text and `recover`",
+    "device": "auto, cpu, cuda, cuda:N or mps",
+    "output_dir": "folder of the result",
+}
 VALUES = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 _MARK = re.compile(r"^% generated: (\w+)$", re.MULTILINE)
 
@@ -71,10 +92,10 @@ def api_markdown() -> str:
 def fields_markdown(model: type[BaseModel]) -> str:
     """List the fields of a part of the recipe: name, default, and the comment that stands beside it in the code."""
     comments = _comments(model)
-    rows = [
-        f"| {_code(name)} | {_shown_default(field.default)} | {_text(field.description or comments.get(name))} |"
-        for name, field in model.model_fields.items()
-    ]
+    rows = []
+    for name, field in model.model_fields.items():
+        meaning = field.description or comments.get(name) or MEANINGS.get(name)
+        rows.append(f"| {_code(name)} | {_shown_default(field.default)} | {_text(meaning)} |")
     return "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
 
 
@@ -88,7 +109,7 @@ def tree_markdown() -> str:
         if purpose and package != "data/skills":
             packages.setdefault(package, []).append(f"| {_code(path.name)} | {_text(_first_sentence(purpose))} |")
     return "\n\n".join(
-        "\n".join([f"### {'mopcompress' if package == '.' else package}/", "", "| file | purpose |", "|---|---|", *files])
+        "\n".join([f"### {package.replace('.', 'mopcompress')}/", "", "| file | purpose |", "|---|---|", *files])
         for package, files in packages.items()
     )
 
