@@ -94,7 +94,7 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[MethodCo
     with torch.inference_mode():
         for index in range(len(model.blocks)):
             with record_inputs(linears_of(model, index)) as inputs:
-                model.through(tokens[:1, :1], None if index == 0 else torch.zeros(1, 1, model.hidden_size), index)
+                model.run_block(tokens[:1, :1], None if index == 0 else torch.zeros(1, 1, model.hidden_size), index)
             size_of = {id(value): value.shape[-1] for value in inputs.values()}
             rows_of: Counter[int] = Counter()
             for linear, value in inputs.items():

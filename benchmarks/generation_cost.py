@@ -79,7 +79,7 @@ def random_adapter(model: LanguageModel, arm: str, experts: int) -> tuple[Adapte
     adapter = RECOVERY_METHODS[arm].build(model, described)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for group in adapter.learned().values():
+        for group in adapter.parameter_groups().values():
             for parameter in group:
                 parameter.normal_(std=0.1, generator=generator)
     return adapter, described

@@ -78,7 +78,7 @@ def measured(
     modifier = replace_checked(recipe.recovery, **{"steps": STEPS, "batch_size": BATCH, **changes})
     base = resolve_model(recipe.run.model)
     model = load_model(base, device=choose_device(recipe.run.device))
-    sha256, size = weights_hash(base), recipe.run.batch_size
+    sha256, size = weights_hash(base), recipe.run.eval_batch_size
     documents = load_dataset(recipe.run, model.tokenizer)
     layer = first_layer(modifier.arm, modifier.layer, model)
     states = load_or_compute_states(

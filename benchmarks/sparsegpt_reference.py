@@ -84,12 +84,12 @@ def reference(model: LanguageModel, tokens: Tensor, ratio: float) -> None:
             for linear in block.modules()
             if isinstance(linear, nn.Linear)
         ]
-        model.through(tokens, hidden, index)
+        model.run_block(tokens, hidden, index)
         for handle in handles:
             handle.remove()
         for linear, gram in grams.items():
             linear.weight.copy_(prune(linear.weight.clone(), gram, ratio))
-        hidden = model.through(tokens, hidden, index)
+        hidden = model.run_block(tokens, hidden, index)
 
 
 def note_gram(grams: dict[nn.Linear, Tensor], linear: nn.Linear, inputs: tuple[Tensor]) -> None:

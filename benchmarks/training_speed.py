@@ -150,7 +150,7 @@ class Prepared:
 def prepare(asked: argparse.Namespace) -> Prepared:
     model = load_model(resolve_model(asked.model), device=CPU)
     counts = {"train_rows": asked.rows, "validation_rows": asked.validation_rows, "test_rows": 8}
-    run = RunSpec(data=asked.data, max_length=2048, longest_row=128, **counts)
+    run = RunSpec(data=asked.data, max_length=2048, skip_rows_longer_than=128, **counts)
     documents = load_dataset(run, model.tokenizer)
     return Prepared(model, documents.train, documents.validation, documents.tasks)
 
@@ -182,7 +182,7 @@ def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) ->
         measured.step(row.tokens, row.seconds)
         print(f"{arm}: {row.tokens / row.seconds:.0f} tokens/s", file=sys.stderr)
         if row.step % asked.validate_every == 0 or row.step == asked.steps:
-            scores = evaluate(model, validation, adapter.compiled(model), batch_size=16)
+            scores = evaluate(model, validation, adapter.compile_for_inference(model), batch_size=16)
             measured.validated(math.log(micro_average(scores).perplexity))
         wait()
 

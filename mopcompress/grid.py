@@ -79,7 +79,7 @@ def settings_of(recipe: Recipe) -> list[CompressionSetting]:
 
     Raises `RecipeError` when a modifier has no one share of weights to remove, `UsageError` when the grid is empty.
     """
-    if recipe.run.joint and recipe.run.bits and "structured" in recipe.run.methods:
+    if recipe.run.prune_then_quantize and recipe.run.bits and "structured" in recipe.run.methods:
         raise RecipeError("run.joint: structured pruning is measured alone; leave joint or the method structured out")
     if recipe.repair and "structured" in recipe.run.methods:
         raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
@@ -95,7 +95,7 @@ def settings_of(recipe: Recipe) -> list[CompressionSetting]:
                 f"{type(modifier).__name__}.sparsity: a bench compares shares of the whole model, found a list; "
                 "write one number, or prune and evaluate that model alone"
             )
-    compressed = compressed_settings(recipe.run.model_dump())
+    compressed = compressed_settings(recipe.run.model_dump(by_alias=True))
     if not compressed:
         raise UsageError("the grid is empty: nothing would be compressed; give --ratios or --bits")
     return [DENSE, *compressed]

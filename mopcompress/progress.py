@@ -1,10 +1,29 @@
-"""How a stage tells how far it is. The library never prints: who calls decides what is shown."""
+"""Progress of long work. The library never prints: the caller decides what is shown."""
 
-from collections.abc import Callable
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, units done, units in all); one description a phase, 0 of 0 for a bare message."""
+from typing import Protocol, runtime_checkable
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """Say nothing."""
+@runtime_checkable  # so that the test run can check it
+class Progress(Protocol):
+    """A receiver of messages and of counts."""
+
+    def message(self, text: str) -> None:
+        """Report an event in a sentence."""
+        ...
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Report that `done` of `total` units of `what` are finished; one description per phase."""
+        ...
+
+
+class Silent:
+    """A receiver that shows nothing."""
+
+    def message(self, text: str) -> None:
+        """Ignore it."""
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """Ignore it."""
+
+
+silent = Silent()

@@ -140,9 +140,9 @@ def test_open_gates_are_a_real_prefix_of_the_text(tiny_llama):
 
 def test_layers_that_the_prefix_does_not_know_are_untouched(tiny_llama):
     with attend_to(to_prefix(torch.zeros(2, PROMPTS), layers=[2, 3])):
-        inside = tiny_llama.enter(TOKENS, 2), tiny_llama.enter(TOKENS, 3)
-    assert torch.equal(inside[0], tiny_llama.enter(TOKENS, 2))
-    assert not torch.allclose(inside[1], tiny_llama.enter(TOKENS, 3), atol=1e-2)
+        inside = tiny_llama.run_lower(TOKENS, 2), tiny_llama.run_lower(TOKENS, 3)
+    assert torch.equal(inside[0], tiny_llama.run_lower(TOKENS, 2))
+    assert not torch.allclose(inside[1], tiny_llama.run_lower(TOKENS, 3), atol=1e-2)
 
 
 # --- batches, padding, generation

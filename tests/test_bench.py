@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from factories import on_progress
 from invoking import TINY, write_data
 from safetensors.torch import load_file, save_file
 from tiny import saved, tiny_model
@@ -109,7 +110,7 @@ def test_the_folder_is_finished_and_says_what_was_run(finished):
 def test_a_finished_run_has_nothing_left_to_do(finished, recipe_of, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     told = []
-    rows = bench(recipe_of(), folder, progress=lambda *now: told.append(now))
+    rows = bench(recipe_of(), folder, progress=on_progress(lambda *now: told.append(now)))
     assert rows == read_rows(finished / "rows.jsonl")
     assert (folder / "rows.jsonl").read_bytes() == (finished / "rows.jsonl").read_bytes()
     assert not [what for what, _, _ in told if "training" in what or "scoring" in what]
@@ -150,7 +151,7 @@ def test_a_larger_grid_runs_only_what_is_new(finished, recipe_of, tmp_path):
     rows = bench(
         recipe_of(ratios="0.5,0.25", methods="sparsegpt,magnitude", bits="4", seeds="0,1", arms="none,single"),
         folder,
-        progress=lambda what, done, total: told.append(what),
+        progress=on_progress(lambda what, done, total: told.append(what)),
     )
     pruned = ["sparsegpt 50%", "sparsegpt 25%", "magnitude 50%", "magnitude 25%", "gptq 4-bit"]
     new = [("sparsegpt 50%", "single", 1)]
@@ -261,7 +262,7 @@ def test_a_folder_in_use_is_refused(finished, recipe_of, tmp_path):
             refused.append(caught)
 
     (folder / "rows.jsonl").unlink()
-    bench(recipe_of(), folder, progress=start_another)
+    bench(recipe_of(), folder, progress=on_progress(start_another))
     assert refused
 
 
@@ -360,7 +361,7 @@ def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwis
         path.write_text("".join(json.dumps(line | {"task": ""}) + "\n" for line in lines))
     arms, told = ("single", "mop", "smop", "idp"), []
     recipe = recipe_of(data=str(data), arms=",".join(arms))
-    rows = bench(recipe, tmp_path / "run", progress=lambda line, done, total: told.append(line))
+    rows = bench(recipe, tmp_path / "run", progress=on_progress(lambda line, done, total: told.append(line)))
     rows = {row.arm: row for row in rows if row.method != "dense"}
     tokens = 7 * recipe.recovery.prompts_per_expert
     assert {rows[arm].trained_parameters for arm in ("single", "idp")} == {64 * tokens + 1}
@@ -376,12 +377,12 @@ def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwis
         bench(recipe_of(data=str(data), arms="oracle"), tmp_path / "oracle")
     told.clear()
     few = override_recovery(recipe_of(data=str(data), arms="mop"), {"experts": 2})
-    found = bench(few, tmp_path / "few", progress=lambda line, done, total: told.append(line))[-1]
+    found = bench(few, tmp_path / "few", progress=on_progress(lambda line, done, total: told.append(line)))[-1]
     assert len(found.gate.load) == 2
     assert not any("name no tasks" in line for line in told)
     told.clear()
     recipe = override_recovery(recipe_of(arms="none,mop"), {"experts": 2})
-    bench(recipe, tmp_path / "named", progress=lambda line, done, total: told.append(line))
+    bench(recipe, tmp_path / "named", progress=on_progress(lambda line, done, total: told.append(line)))
     assert sum("2 experts are not one for each of the" in line for line in told) == 1
 
 
@@ -481,7 +482,7 @@ def test_a_bench_is_bound_to_a_teacher_that_is_named(recipe_of, stories, tmp_pat
 def test_a_bench_writes_answers_where_it_is_asked_to(recipe_of, finished, tmp_path):
     """With the oracle too, which is told the task; nothing that was scored before changes."""
     folder = tmp_path / "run"
-    rows = bench(recipe_of(write_tokens="6", arms="none,single,oracle"), folder)
+    rows = bench(recipe_of(max_new_tokens="6", arms="none,single,oracle"), folder)
     before = {row.cell: row for row in read_rows(finished / "rows.jsonl")}
     for row in rows:
         written = read_documents(folder / row.documents_file).written
@@ -499,9 +500,9 @@ def test_a_bench_writes_answers_where_it_is_asked_to(recipe_of, finished, tmp_pa
 
 def test_evaluate_writes_the_answers_that_the_bench_wrote(recipe_of, tmp_path):
     folder = tmp_path / "run"
-    rows = bench(recipe_of(write_tokens="6", arms="none,mop"), folder)
+    rows = bench(recipe_of(max_new_tokens="6", arms="none,mop"), folder)
     model = str(folder / "models" / "sparsegpt-50")
-    recipe = recipe_of(write_tokens="6", model=model)
+    recipe = recipe_of(max_new_tokens="6", model=model)
     found = evaluate_folder(recipe, folder / "adapters" / "sparsegpt-50-mop-0")
     row = next(row for row in rows if row.arm == "mop")
     assert [found[name] for name in ("rouge_l", "rouge_l_macro", "written_exact_match")] == [

@@ -107,7 +107,7 @@ def test_the_best_allocation_is_the_one_that_hurts_least_on_text_kept_back() -> 
     model, tokens = tiny_model(), random_tokens(8, 20)
     modifier = SparseGPTModifier(sparsity=0.5, allocation="best", allocation_spread=0.2)
     found = allocate_sparsity(method_config(modifier), modifier, model, tokens)
-    names = list(plan_methods(model, [found])[0].place)
+    names = list(plan_methods(model, [found])[0].target_index)
     surveys, norms = profile_layers(model, tokens[:7], names, multiple=5.0)
     tried = {name: allocate(surveys, 0.5, 0.2) for name, allocate in ALLOCATIONS.items()}
     errors = errors_of(model, tokens[7:], tried, norms)

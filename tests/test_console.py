@@ -17,7 +17,7 @@ def test_a_phase_is_told_when_it_begins_and_when_it_ends() -> None:
     stream = io.StringIO()
     with Lines(stream) as progress:
         for done in (1, 2, 3, 4, 4, 4):
-            progress("pruning", done, 4)
+            progress.update("pruning", done, 4)
     assert stream.getvalue().splitlines() == ["pruning: 1 of 4", "pruning: done, 4 in 0 s"]
 
 
@@ -25,14 +25,14 @@ def test_the_same_work_begun_again_is_a_new_phase() -> None:
     stream = io.StringIO()
     with Lines(stream) as progress:
         for done in (1, 2, 1, 2):
-            progress("pruning", done, 2)
+            progress.update("pruning", done, 2)
     assert stream.getvalue().splitlines() == ["pruning: 1 of 2", "pruning: done, 2 in 0 s"] * 2
 
 
 def test_a_bare_message_is_a_line() -> None:
     stream = io.StringIO()
     with Lines(stream) as progress:
-        progress("converting [model]", 0, 0)
+        progress.message("converting [model]")
     assert stream.getvalue() == "converting [model]\n"
 
 
@@ -40,8 +40,8 @@ def test_a_long_unit_does_not_stop_the_heart() -> None:
     stream = io.StringIO()
     with Lines(stream, every=0.02) as progress:
         time.sleep(0.2)
-        progress("training", 1, 10)
-        progress("training", 3, 10)
+        progress.update("training", 1, 10)
+        progress.update("training", 3, 10)
         time.sleep(0.2)
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("working, ")
@@ -54,17 +54,17 @@ def test_a_reader_that_has_gone_does_not_stop_the_work() -> None:
             raise BrokenPipeError
 
     with Lines(Gone()) as progress:
-        progress("training", 1, 10)
+        progress.update("training", 1, 10)
 
 
 def test_a_terminal_gets_a_bar_and_keeps_a_line_of_what_is_over() -> None:
     stream = Terminal()
     with progress_on(stream, quiet=False) as progress:
         assert isinstance(progress, Bars)
-        progress("scoring [rows]", 1, 4)
-        progress("scoring [rows]", 4, 4)
-        progress("sparsegpt [50%]", 0, 0)
-        progress("once", 1, 1)
+        progress.update("scoring [rows]", 1, 4)
+        progress.update("scoring [rows]", 4, 4)
+        progress.message("sparsegpt [50%]")
+        progress.update("once", 1, 1)
     shown = stream.getvalue()
     for line in ("scoring [rows]: done, 4 in 0 s", "sparsegpt [50%]", "once: done, 1 in 0 s"):
         assert line in shown
@@ -73,8 +73,8 @@ def test_a_terminal_gets_a_bar_and_keeps_a_line_of_what_is_over() -> None:
 def test_quiet_says_nothing() -> None:
     stream = io.StringIO()
     with progress_on(stream, quiet=True) as progress:
-        progress("training", 1, 10)
-        progress("message", 0, 0)
+        progress.update("training", 1, 10)
+        progress.message("message")
     assert stream.getvalue() == ""
 
 

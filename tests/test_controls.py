@@ -38,7 +38,7 @@ CONFIG = AdapterConfig(
     base_sha256="base",
     tasks=TASKS,
 )
-START = AdapterInit(gate_pretraining_steps=5, gate_temper=1.0, log_opening=-1.0, seed=0)
+START = AdapterInit(gate_pretraining_steps=5, gate_logit_scale=1.0, prompt_log_weight=-1.0, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def begun(model, states, arm, *, start=START, **changes):
 def trained(model, states, arm, *, steps=3, gate_learning_rate=1e-2, start=START, **changes):
     adapter = begun(model, states, arm, start=start, **changes)
     settings = {"batch_size": 4, "learning_rate": 0.1, "warmup_fraction": 0.1, "seed": 0}
-    settings |= {"clip_norm": 1.0, "clip_percentile": 100.0, "gate_apart": True}
+    settings |= {"clip_norm": 1.0, "clip_percentile": 100.0, "clip_gate_separately": True}
     rows = fit(adapter, model, states, TrainingConfig(steps=steps, gate_learning_rate=gate_learning_rate, **settings))
     return adapter.requires_grad_(False), [row.nats for row in rows]
 
@@ -65,7 +65,7 @@ def everything(states):
 
 def nats(model, states, adapter):
     batch = everything(states)
-    with adapter.applied(model, batch.instructions):
+    with adapter.active(model, batch.instructions):
         return score_responses(model, batch, states.layer).nats
 
 
@@ -79,20 +79,22 @@ def test_recipes_and_recovery_know_the_same_arms():
 
 @pytest.mark.parametrize("arm", CONTROLS)
 def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
-    adapter = begun(tiny_llama, states, arm, gate_reading="values", shared_expert=True, top_k=2)
-    config = replace(CONFIG, arm=arm, gate_reading="values", shared_expert=True, top_k=2)
+    adapter = begun(tiny_llama, states, arm, gate_mode="values", shared_expert=True, top_k=2)
+    config = replace(CONFIG, arm=arm, gate_mode="values", shared_expert=True, top_k=2)
     with artifacts.publish(tmp_path / "adapter", {}) as scratch:
         save_adapter(adapter, config, scratch)
     again, read = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert read == replace(config, tasks=list(TASKS))
-    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (again, adapter)]
+    scores = [
+        evaluate(tiny_llama, states, one.compile_for_inference(tiny_llama), batch_size=4) for one in (again, adapter)
+    ]
     assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("arm", CONTROLS)
 def test_compiled_is_trained(tiny_llama, states, arm):
     adapter, batch = begun(tiny_llama, states, arm), everything(states)
-    with adapter.compiled(tiny_llama)(batch.instructions):
+    with adapter.compile_for_inference(tiny_llama)(batch.instructions):
         compiled = score_responses(tiny_llama, batch, LAYER).nats
     assert_close(compiled, nats(tiny_llama, states, adapter))
 
@@ -135,12 +137,14 @@ def test_uniform_is_single_after_training_too(tiny_llama, states, reading, share
     assert same == losses
     assert torch.equal(uniform.prompts.flatten(0, 1), single.prompts.flatten(0, 1))
     assert torch.equal(nats(tiny_llama, states, uniform), nats(tiny_llama, states, single))
-    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (uniform, single)]
+    scores = [
+        evaluate(tiny_llama, states, one.compile_for_inference(tiny_llama), batch_size=4) for one in (uniform, single)
+    ]
     assert scores[0] == scores[1]  # without a gate nothing says which experts are the strongest
 
 
 def test_uniform_groups_that_are_read_separately_are_no_plain_prompt(tiny_llama, states):
-    single, uniform = (begun(tiny_llama, states, arm, gate_reading="separate") for arm in ("single", "uniform"))
+    single, uniform = (begun(tiny_llama, states, arm, gate_mode="separate") for arm in ("single", "uniform"))
     assert not torch.allclose(nats(tiny_llama, states, uniform), nats(tiny_llama, states, single), atol=1e-3)
 
 
@@ -167,7 +171,7 @@ def test_under_the_oracle_an_expert_learns_from_its_own_task_alone(states):
     adapter = begun(model, states, "oracle")
     rows = [row for row, document in enumerate(DOCUMENTS) if document.task == "sort"]
     batch = states.batch(rows)
-    with adapter.applied(model, batch.instructions):
+    with adapter.active(model, batch.instructions):
         score_responses(model, batch, LAYER).nats.mean().backward()
     assert bool(adapter.prompts.grad[1].any(1).all())
     assert not bool(adapter.prompts.grad[2].any())  # the first is another matter: the second sees it
@@ -227,10 +231,10 @@ def test_where_there_are_no_others_it_reads_the_mean_of_the_training_instruction
 # --- one prompt of several
 
 
-def idp_of(*, log_opening=-0.5, groups=EXPERTS, seed=0):
+def idp_of(*, prompt_log_weight=-0.5, groups=EXPERTS, seed=0):
     seeded = torch.Generator().manual_seed(seed)
     prompts = 2 * torch.randn(groups, PROMPTS, HIDDEN, generator=seeded)
-    return DynamicPrompts(prompts, LAYER, log_opening=log_opening)
+    return DynamicPrompts(prompts, LAYER, prompt_log_weight=prompt_log_weight)
 
 
 @torch.no_grad()
@@ -238,7 +242,7 @@ def attention_slowly(model, adapter, document):
     """Softmax over prompts and text of the adapter's layer, a query head and a token at a time."""
     attention = model.blocks[LAYER].self_attn
     normed = model.blocks[LAYER].input_layernorm
-    text = model.enter(torch.tensor([document.tokens[: document.context_tokens]]), LAYER)
+    text = model.run_lower(torch.tensor([document.tokens[: document.context_tokens]]), LAYER)
 
     def rotated(states, weight):
         split = weight(normed(states)).view(1, states.shape[1], -1, 8).transpose(1, 2)
@@ -252,7 +256,7 @@ def attention_slowly(model, adapter, document):
         scores = [query[head, token] @ key[head // 2, : token + 1].T]
         for group in adapter.prompts:
             own = rotated(group[None], attention.k_proj)
-            scores.append(query[head, token] @ own[head // 2].T + adapter.log_opening * 8**0.5)
+            scores.append(query[head, token] @ own[head // 2].T + adapter.prompt_log_weight * 8**0.5)
         weights = (torch.cat(scores) / 8**0.5).softmax(0)[token + 1 :]
         means += weights.view(len(adapter.prompts), PROMPTS).sum(1) / (4 * count)
     return means
@@ -274,14 +278,14 @@ def test_the_group_most_attended_to_acts_alone(tiny_llama, states):
     assert_close(adapter.chosen(tiny_llama, batch.instructions), torch.eye(EXPERTS)[chosen])
     found = nats(tiny_llama, states, adapter)
     for group in range(EXPERTS):
-        alone = MixtureOfPrompts(adapter.prompts[group].detach()[None], LAYER, None, log_opening=-0.5)
+        alone = MixtureOfPrompts(adapter.prompts[group].detach()[None], LAYER, None, prompt_log_weight=-0.5)
         expected, own = nats(tiny_llama, states, alone), chosen[batch.example] == group
         assert_close(found[own], expected[own], rtol=1e-4, atol=1e-5)
 
 
 def test_one_group_is_the_single_prompt(tiny_llama, states):
     adapter = idp_of(groups=1)
-    single = MixtureOfPrompts(adapter.prompts.detach(), LAYER, None, log_opening=-0.5)
+    single = MixtureOfPrompts(adapter.prompts.detach(), LAYER, None, prompt_log_weight=-0.5)
     assert torch.equal(nats(tiny_llama, states, adapter), nats(tiny_llama, states, single))
 
 
@@ -290,11 +294,11 @@ def test_gradients_reach_the_group_that_acts_alone(states):
     chosen = adapter.chosen(model, everything(states).instructions).argmax(1)
     group = int(chosen[0])
     batch = states.batch([row for row in range(len(DOCUMENTS)) if chosen[row] == group])
-    with adapter.applied(model, batch.instructions):
+    with adapter.active(model, batch.instructions):
         score_responses(model, batch, LAYER).nats.mean().backward()
     reached = adapter.prompts.grad.flatten(1).any(1)
     assert reached.tolist() == [expert == group for expert in range(EXPERTS)]
-    assert adapter.log_opening.grad.item() != 0
+    assert adapter.prompt_log_weight.grad.item() != 0
 
 
 def test_the_choice_of_a_batch_is_the_choice_of_each(tiny_llama, states):
@@ -326,7 +330,7 @@ def test_no_pretraining_leaves_a_random_gate(tiny_llama, states):
 
 
 def test_a_gate_tempered_to_nought_starts_as_the_plain_prompt_and_then_learns(tiny_llama, states):
-    start = replace(START, gate_temper=0.0)
+    start = replace(START, gate_logit_scale=0.0)
     mop, single = (begun(tiny_llama, states, arm, start=start) for arm in ("mop", "single"))
     assert_close(nats(tiny_llama, states, mop), nats(tiny_llama, states, single))
     adapter, _ = trained(tiny_llama, states, "mop", start=start)

@@ -109,7 +109,7 @@ def test_the_teachers_entries_stand_where_the_batch_scores_them(tiny_llama):
 
 def prompt():
     drawn = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
-    return MixtureOfPrompts(drawn, LAYER, None, log_opening=-1.0)
+    return MixtureOfPrompts(drawn, LAYER, None, prompt_log_weight=-1.0)
 
 
 def trained(model, states, taught, *, steps=4):
@@ -120,9 +120,9 @@ def trained(model, states, taught, *, steps=4):
         learning_rate=0.1,
         gate_learning_rate=0.0,
         warmup_fraction=0.0,
-        clip_norm=1.0,
-        clip_percentile=100.0,
-        gate_apart=True,
+        max_grad_norm=1.0,
+        grad_clip_percentile=100.0,
+        clip_gate_separately=True,
         seed=0,
     )
     rows = fit(adapter, model, states, settings, distillation=taught)
@@ -140,7 +140,7 @@ def test_without_a_share_the_training_is_bitwise_what_it_is_without_a_teacher(ti
 
 def distance(model, states, adapter, teacher):
     batch = states.batch(range(len(DOCUMENTS)))
-    with torch.no_grad(), adapter.applied(model, batch.instructions):
+    with torch.no_grad(), adapter.active(model, batch.instructions):
         logits = response_logits(model, batch, LAYER)
     return float(kl_divergence(teacher.of(range(len(DOCUMENTS)), model.device), logits, temperature=1.0).mean())
 

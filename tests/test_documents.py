@@ -34,13 +34,13 @@ def splits(**parts: list[Example]) -> Splits:
 
 def test_rows_that_are_too_long_are_passed_over_and_counted() -> None:
     mixed = [row for pair in zip(rows(10), rows(10, words=20), strict=True) for row in pair]
-    run = RunSpec(train_rows=8, validation_rows=2, test_rows=3, longest_row=10)
+    run = RunSpec(train_rows=8, validation_rows=2, test_rows=3, skip_rows_longer_than=10)
     documents = encode_splits(splits(train=mixed), run, word_tokenizer())
     assert len(documents.train) == 8
     assert max(len(document.tokens) for document in documents.train) <= 10
     assert 1 <= documents.facts["passed_over_rows"] <= 10
     assert documents.facts["dropped_rows"] == 0
-    everything = RunSpec(train_rows=None, validation_rows=2, test_rows=3, longest_row=10)
+    everything = RunSpec(train_rows=None, validation_rows=2, test_rows=3, skip_rows_longer_than=10)
     assert encode_splits(splits(train=mixed), everything, word_tokenizer()).facts["passed_over_rows"] == 10
     limited = RunSpec(train_rows=None, validation_rows=2, test_rows=3, max_length=10)
     assert encode_splits(splits(train=mixed), limited, word_tokenizer()).facts["dropped_rows"] == 10
@@ -109,14 +109,14 @@ def test_answers_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path
     lines = [{"instruction": " ".join(["w5"] * words), "output": f"w{4 + words % 7}"} for words in range(6, 30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     asked = {"data": str(tmp_path / "rows.jsonl"), "train_rows": None, "test_rows": None, "validation_rows": None}
-    assert load_dataset_for(tiny_model(), RunSpec(**asked, write_tokens=20)).test
+    assert load_dataset_for(tiny_model(), RunSpec(**asked, max_new_tokens=20)).test
     with pytest.raises(DataError, match="an answer of 60 exceed the model's context of 64"):
-        load_dataset_for(tiny_model(), RunSpec(**asked, write_tokens=60))
+        load_dataset_for(tiny_model(), RunSpec(**asked, max_new_tokens=60))
 
 
 def test_nothing_short_enough_is_an_error() -> None:
     with pytest.raises(DataError, match="no train row of at most 8 tokens"):
-        encode_splits(splits(train=rows(5, words=20)), RunSpec(longest_row=8), word_tokenizer())
+        encode_splits(splits(train=rows(5, words=20)), RunSpec(skip_rows_longer_than=8), word_tokenizer())
 
 
 def test_more_rows_extend_fewer() -> None:

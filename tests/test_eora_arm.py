@@ -97,12 +97,12 @@ def test_every_token_of_every_row_counts_once_in_however_many_batches(tiny_llama
 def test_where_nothing_is_missing_it_is_none_exactly_and_no_row_is_looked_at(family, monkeypatch):
     model = tiny_model(family)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "check_divisible", lambda layer: None)
+        patch.setattr(model, "require_separable", lambda layer: None)
         patch.setattr(model, "resume", None)
         adapter = begun(model, tiny_model(family))
     batch = states_of(model).batch(ALL)
     bare = score_responses(model, batch, LAYER).nats
-    for acting in (adapter.applied(model, batch.instructions), adapter.compiled(model)(batch.instructions)):
+    for acting in (adapter.active(model, batch.instructions), adapter.compile_for_inference(model)(batch.instructions)):
         with torch.no_grad(), acting:
             assert torch.equal(score_responses(model, batch, LAYER).nats, bare)
 

@@ -27,15 +27,17 @@ LAYER = 2
 DOCUMENTS = random_documents(9)
 
 
-def mixture_of(log_opening=0.0, hidden=HIDDEN):
+def mixture_of(prompt_log_weight=0.0, hidden=HIDDEN):
     seeded = torch.Generator().manual_seed(0)
     gate = Gate(hidden, 3, generator=seeded)
     gate.temper(5.0)
-    return MixtureOfPrompts(torch.randn(3, 2, hidden, generator=seeded), LAYER, gate, log_opening=log_opening)
+    return MixtureOfPrompts(
+        torch.randn(3, 2, hidden, generator=seeded), LAYER, gate, prompt_log_weight=prompt_log_weight
+    )
 
 
 def scored(model, documents, mixture=None, *, batch_size=4):
-    applied = mixture.compiled(model) if mixture else None
+    applied = mixture.compile_for_inference(model) if mixture else None
     return evaluate(model, HiddenStateDataset(model, documents, LAYER, batch_size=4), applied, batch_size=batch_size)
 
 
@@ -81,7 +83,7 @@ def test_one_wrong_token_is_no_exact_match():
 
 
 def test_unopened_prompts_score_as_no_prompts(tiny_llama):
-    closed = scored(tiny_llama, DOCUMENTS, mixture_of(log_opening=-1e4))
+    closed = scored(tiny_llama, DOCUMENTS, mixture_of(prompt_log_weight=-1e4))
     assert closed.nats == pytest.approx(scored(tiny_llama, DOCUMENTS).nats, rel=1e-4)
 
 

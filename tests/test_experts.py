@@ -62,7 +62,7 @@ def test_an_expert_is_calibrated_on_its_own_tokens():
     seen = []
     experts[2].gate_proj.register_forward_pre_hook(lambda _one, inputs: seen.append(inputs[0]))
     with expert_by_expert(unstacked(ours.blocks[0]) | {name: (module, experts)}):
-        ours.through(TOKENS, None, 0)
+        ours.run_block(TOKENS, None, 0)
     dense = tiny_model("mixtral")
     only = f"model.layers.0.{name}.2.gate_proj"
     compress_model(dense, TOKENS, compression("wanda", targets=[only]))

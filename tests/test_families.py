@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from factories import on_progress
 from safetensors.torch import load_file
 from test_unfinished import FACTS, ROUND, TOKENS
 from tiny import BLOCKS, saved, tiny_model
@@ -39,7 +40,9 @@ CPU = torch.device("cpu")
 def test_a_family_is_compressed_and_loads_elsewhere(family, command, tmp_path):
     source, target = saved(tiny_model(family), tmp_path / "dense", torch.float16), tmp_path / "out"
     recipe = load_recipe(None, {"device": "cpu", "model": "unused"})
-    facts = compress_into(target, source, [COMMANDS[command]], TOKENS, FACTS, recipe, progress=lambda *_told: None)
+    facts = compress_into(
+        target, source, [COMMANDS[command]], TOKENS, FACTS, recipe, progress=on_progress(lambda *_told: None)
+    )
     network, loading = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
     assert not any(loading[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = load_model(target, device=CPU).network
@@ -62,4 +65,4 @@ def test_a_family_is_compressed_and_loads_elsewhere(family, command, tmp_path):
 def test_a_family_that_prompts_cannot_reach_is_compressed_and_says_so_when_prompts_come(tmp_path):
     model = load_model(saved(tiny_model("bloom"), tmp_path / "dense"), device=CPU)
     with pytest.raises(DataError, match="prompts cannot reach"):
-        model.check_promptable()
+        model.require_prompt_attention()

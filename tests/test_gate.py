@@ -134,7 +134,7 @@ def states(tiny_llama):
     return HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=8)
 
 
-def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0, pretraining=20):
+def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, prompt_log_weight=-2.0, pretraining=20):
     config = AdapterConfig(
         arm=arm,
         experts=experts,
@@ -144,7 +144,9 @@ def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, log_opening=-2.0,
         base_sha256="",
         tasks=TASKS if experts == EXPERTS else (),
     )
-    start = AdapterInit(gate_pretraining_steps=pretraining, gate_temper=temper, log_opening=log_opening, seed=seed)
+    start = AdapterInit(
+        gate_pretraining_steps=pretraining, gate_logit_scale=temper, prompt_log_weight=prompt_log_weight, seed=seed
+    )
     return RECOVERY_METHODS[arm].begin(config, AdapterInputs(MODEL, states, TASKS), start)
 
 
@@ -155,14 +157,14 @@ def test_both_arms_begin_with_the_same_prompts(states, experts):
     assert single.prompts.shape == (1, 2 * experts, HIDDEN)
     assert torch.equal(mop.prompts.flatten(0, 1), single.prompts.flatten(0, 1))
     assert single.gate is None
-    assert mop.log_opening.item() == single.log_opening.item() == -2.0
+    assert mop.prompt_log_weight.item() == single.prompt_log_weight.item() == -2.0
 
 
 def test_an_experts_prompts_begin_as_instruction_states_of_its_own_task(tiny_llama, states):
     for expert, prompts in enumerate(begun(states, "mop").prompts):
         own = torch.cat(
             [
-                tiny_llama.enter(torch.tensor([document.tokens]), LAYER)[0][1 : document.context_tokens]
+                tiny_llama.run_lower(torch.tensor([document.tokens]), LAYER)[0][1 : document.context_tokens]
                 for document in DOCUMENTS
                 if document.task == TASKS[expert]
             ]

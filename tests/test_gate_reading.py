@@ -79,7 +79,7 @@ def test_the_weights_are_those_of_the_evaluation(tiny_llama, states, monkeypatch
     mixture, seen = mixture_of(**mixing), []
     acting = MixtureOfPrompts.acting
     monkeypatch.setattr(MixtureOfPrompts, "acting", lambda self, read: seen.append(acting(self, read)) or seen[-1])
-    evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=4)
+    evaluate(tiny_llama, states, mixture.compile_for_inference(tiny_llama), batch_size=4)
     monkeypatch.undo()
     reading = measure_gate(tiny_llama, mixture, states, TASKS, batch_size=4)
     assert_close(torch.tensor(reading.load), torch.cat(seen).exp().mean(0))

@@ -28,7 +28,7 @@ ALL = range(len(DOCUMENTS))
 CONFIG = AdapterConfig(
     arm="mop+", experts=3, prompts_per_expert=2, layer=LAYER, hidden_size=HIDDEN, base_sha256="base", tasks=TASKS
 )
-START = AdapterInit(gate_pretraining_steps=5, gate_temper=3.0, log_opening=-1.0, seed=0)
+START = AdapterInit(gate_pretraining_steps=5, gate_logit_scale=3.0, prompt_log_weight=-1.0, seed=0)
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "opt", "gpt_neox", "phi", "mixtral")
 
 
@@ -52,9 +52,9 @@ def test_a_gate_that_has_no_gradient_at_first_still_learns(tiny_llama, states, p
         learning_rate=1e-2,
         gate_learning_rate=1e-3,
         warmup_fraction=0.0,
-        clip_norm=1.0,
-        clip_percentile=percentile,
-        gate_apart=True,
+        max_grad_norm=1.0,
+        grad_clip_percentile=percentile,
+        clip_gate_separately=True,
         seed=0,
     )
     norms = [row.norms["gate"] for row in fit(adapter, tiny_llama, states, settings)]
@@ -83,7 +83,7 @@ def trained(model, states):
 
 def nats(model, states, adapter, rows=ALL):
     batch = states.batch(rows)
-    with torch.no_grad(), adapter.applied(model, batch.instructions):
+    with torch.no_grad(), adapter.active(model, batch.instructions):
         return score_responses(model, batch, states.layer).nats
 
 
@@ -128,7 +128,7 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
     assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
     for row, alone in zip(ALL, expected, strict=True):
         batch = states.batch([row])
-        with torch.no_grad(), adapter.applied(model, batch.instructions):
+        with torch.no_grad(), adapter.active(model, batch.instructions):
             assert_close(score_responses(model, batch, LAYER).nats, alone, rtol=1e-4, atol=1e-4)
     bare = score_responses(model, states.batch(ALL), LAYER).nats
     assert float((found - bare).abs().min()) > 1e-4
@@ -176,7 +176,7 @@ def test_the_experts_make_examples_differ(tiny_llama, states):
 def test_beams_that_stand_next_to_each_other_have_one_gate(tiny_llama, states):
     adapter, tokens = trained(tiny_llama, states), random_tokens(2, 5)
     instructions = states.batch([0, 1]).instructions
-    with torch.no_grad(), adapter.applied(tiny_llama, instructions):
+    with torch.no_grad(), adapter.active(tiny_llama, instructions):
         single = tiny_llama.network(tokens).logits
         beams = tiny_llama.network(tokens.repeat_interleave(3, dim=0)).logits
     assert_close(beams, single.repeat_interleave(3, dim=0))
@@ -185,7 +185,7 @@ def test_beams_that_stand_next_to_each_other_have_one_gate(tiny_llama, states):
 def test_compiled_it_is_the_same(tiny_llama, states):
     adapter = trained(tiny_llama, states)
     batch = states.batch(ALL)
-    with torch.no_grad(), adapter.compiled(tiny_llama)(batch.instructions):
+    with torch.no_grad(), adapter.compile_for_inference(tiny_llama)(batch.instructions):
         found = score_responses(tiny_llama, batch, LAYER).nats
     assert torch.equal(found, nats(tiny_llama, states, adapter))
 
@@ -193,9 +193,9 @@ def test_compiled_it_is_the_same(tiny_llama, states):
 def test_blocks_below_its_layer_are_not_changed(tiny_llama, states):
     adapter = trained(tiny_llama, states)
     tokens = random_tokens(6, 7)
-    with torch.no_grad(), adapter.applied(tiny_llama, states.batch(ALL).instructions):
-        entered = tiny_llama.enter(tokens, LAYER)
-    assert torch.equal(entered, tiny_llama.enter(tokens, LAYER))
+    with torch.no_grad(), adapter.active(tiny_llama, states.batch(ALL).instructions):
+        entered = tiny_llama.run_lower(tokens, LAYER)
+    assert torch.equal(entered, tiny_llama.run_lower(tokens, LAYER))
 
 
 # --- training
@@ -213,9 +213,9 @@ def test_training_reaches_all_of_it_and_leaves_the_model_bitwise_as_it_was(state
         learning_rate=0.01,
         gate_learning_rate=0.01,
         warmup_fraction=0.0,
-        clip_norm=1.0,
-        clip_percentile=100.0,
-        gate_apart=True,
+        max_grad_norm=1.0,
+        grad_clip_percentile=100.0,
+        clip_gate_separately=True,
         seed=0,
     )
     rows = fit(adapter, model, states, settings)
@@ -230,14 +230,14 @@ def test_training_reaches_all_of_it_and_leaves_the_model_bitwise_as_it_was(state
 
 def test_what_is_learned_is_every_parameter_once(tiny_llama, states):
     adapter = begun(tiny_llama, states)
-    learned = [id(one) for group in adapter.learned().values() for one in group]
+    learned = [id(one) for group in adapter.parameter_groups().values() for one in group]
     assert sorted(learned) == sorted(map(id, adapter.parameters()))
     assert all(one.requires_grad for one in adapter.parameters())
 
 
 def test_the_gate_has_a_rate_of_its_own(tiny_llama, states):
     adapter = begun(tiny_llama, states)
-    assert list(map(id, adapter.learned()["gate"])) == list(map(id, adapter.gate.parameters()))
+    assert list(map(id, adapter.parameter_groups()["gate"])) == list(map(id, adapter.gate.parameters()))
 
 
 def test_it_begins_with_a_gate_that_knows_the_tasks_and_is_tempered(tiny_llama, states):
@@ -245,7 +245,7 @@ def test_it_begins_with_a_gate_that_knows_the_tasks_and_is_tempered(tiny_llama, 
         mop_plus.initialize(
             CONFIG,
             AdapterInputs(tiny_llama, states, TASKS),
-            replace(START, gate_pretraining_steps=50, gate_temper=temper),
+            replace(START, gate_pretraining_steps=50, gate_logit_scale=temper),
         ).gate
         for temper in (1.0, 0.25)
     )
@@ -325,7 +325,9 @@ def test_it_comes_back_as_it_was(tiny_llama, states, tmp_path):
     again, config = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert config == replace(CONFIG, tasks=list(TASKS))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in adapter.state_dict().items())
-    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (again, adapter)]
+    scores = [
+        evaluate(tiny_llama, states, one.compile_for_inference(tiny_llama), batch_size=4) for one in (again, adapter)
+    ]
     assert scores[0] == scores[1]
 
 

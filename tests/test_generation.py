@@ -28,7 +28,7 @@ def step_by_step(model: LanguageModel, prompts: MixtureOfPrompts, context: list[
         read = instructions_of(model, torch.tensor([context]), LAYER)
         for _ in range(count):
             with attend_to(prompts.prefix(model, read)):
-                left = model.resume(model.enter(torch.tensor([tokens]), LAYER), LAYER)
+                left = model.run_upper(model.run_lower(torch.tensor([tokens]), LAYER), LAYER)
             tokens.append(int(model.logits(left[0, -1:]).argmax()))
     return tokens[len(context) :]
 

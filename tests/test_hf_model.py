@@ -63,7 +63,7 @@ def begun(model: LanguageModel, arm: str, base_sha256: str, **changes: Any) -> t
     )
     config = replace(config, layer=0 if ARM_DEFAULTS[arm].at_input else LAYER, **changes)
     states = HiddenStateDataset(model, random_documents(9), config.layer, batch_size=4)
-    start = AdapterInit(gate_pretraining_steps=3, gate_temper=3.0, log_opening=1.0, seed=0)
+    start = AdapterInit(gate_pretraining_steps=3, gate_logit_scale=3.0, prompt_log_weight=1.0, seed=0)
     adapter = RECOVERY_METHODS[arm].begin(
         config, AdapterInputs(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
     )
@@ -125,11 +125,11 @@ def written(model: Any, rows: list[list[int]], **settings: Any) -> list[list[int
 def by_definition(model: MopForCausalLM, context: list[int]) -> list[int]:
     """Greedy decoding as evaluation scores it: one row, no cache, all states anew for each token."""
     network, tokens = model.language_model, list(context)
-    hidden = network.enter(torch.tensor([context]), LAYER)
+    hidden = network.run_lower(torch.tensor([context]), LAYER)
     read = InstructionStates(hidden, torch.tensor([len(context)]), hidden.mean(1))
     for _ in range(NEW):
-        with model.adapter.applied(network, read):
-            left = network.resume(network.enter(torch.tensor([tokens]), LAYER), LAYER)
+        with model.adapter.active(network, read):
+            left = network.run_upper(network.run_lower(torch.tensor([tokens]), LAYER), LAYER)
         tokens.append(int(network.logits(left[0, -1:]).argmax()))
     return tokens[len(context) :]
 
@@ -266,9 +266,11 @@ def test_the_prompt_runs_through_every_block_once(model: MopForCausalLM) -> None
 
 def test_prompts_are_compiled_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, count = made(), Counter[str]()
-    compile_them = MixtureOfPrompts.compiled
+    compile_them = MixtureOfPrompts.compile_for_inference
     monkeypatch.setattr(
-        MixtureOfPrompts, "compiled", lambda self, network: (count.update(["compiled"]), compile_them(self, network))[1]
+        MixtureOfPrompts,
+        "compile_for_inference",
+        lambda self, network: (count.update(["compiled"]), compile_them(self, network))[1],
     )
     before = [written(model, CONTEXTS) for _ in range(2)]
     assert (count["compiled"], before[0]) == (1, before[1])
@@ -333,7 +335,7 @@ DOCUMENTS = random_documents(4)
 def test_the_loss_is_that_of_training_and_evaluation(family: str, side: str) -> None:
     model = made(family)
     batch = HiddenStateDataset(model.language_model, DOCUMENTS, LAYER, batch_size=2).batch(range(len(DOCUMENTS)))
-    with torch.no_grad(), model.adapter.applied(model.language_model, batch.instructions):
+    with torch.no_grad(), model.adapter.active(model.language_model, batch.instructions):
         expected = score_responses(model.language_model, batch, LAYER).nats.mean()
     for mode in (False, True):
         model.train(mode)

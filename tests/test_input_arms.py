@@ -50,7 +50,7 @@ def config_of_arm(arm, model, *, experts=EXPERTS, prompts=PROMPTS, deep=False):
 def begun(arm, model, states, *, seed=0, **changes):
     """An adapter before its first step, and its config."""
     config = config_of_arm(arm, model, **changes)
-    start = AdapterInit(gate_pretraining_steps=20, gate_temper=3.0, log_opening=-1.0, seed=seed)
+    start = AdapterInit(gate_pretraining_steps=20, gate_logit_scale=3.0, prompt_log_weight=-1.0, seed=seed)
     return RECOVERY_METHODS[arm].begin(config, AdapterInputs(model, states, TASKS), start), config
 
 
@@ -63,7 +63,9 @@ def states_of(tiny_llama):
 
 def nats(model, states, adapter, *, compiled=False):
     batch = states.batch(range(len(states.documents)))
-    applied = adapter.compiled(model) if compiled else lambda instructions: adapter.applied(model, instructions)
+    applied = (
+        adapter.compile_for_inference(model) if compiled else lambda instructions: adapter.active(model, instructions)
+    )
     with applied(batch.instructions):
         return score_responses(model, batch, states.layer).nats
 
@@ -93,7 +95,7 @@ def test_embedded_text_before_the_text_is_that_text(tiny_llama):
     longer = Document("add", tuple(tokens[0].tolist()), 8)
     shorter = Document("add", tuple(tokens[0, 4:].tolist()), 4)
     with torch.no_grad():
-        before = InputPrompt(tiny_llama.enter(tokens[:, :4], 0)[0])
+        before = InputPrompt(tiny_llama.run_lower(tokens[:, :4], 0)[0])
         found = nats(tiny_llama, HiddenStateDataset(tiny_llama, [shorter], 0, batch_size=1), before)
         states = HiddenStateDataset(tiny_llama, [longer], 0, batch_size=1)
         expected = score_responses(tiny_llama, states.batch([0]), 0).nats
@@ -129,7 +131,7 @@ def test_the_prompts_run_once_a_step_and_the_head_on_response_tokens_alone(
     nats(tiny_llama, states_of(arm), adapter)
     assert rows == [groups, len(DOCUMENTS)]
     assert heads == [sum(len(one.tokens) - one.context_tokens for one in DOCUMENTS)]
-    compiled = adapter.compiled(tiny_llama)
+    compiled = adapter.compile_for_inference(tiny_llama)
     rows.clear()
     batch = states_of(arm).batch(range(len(DOCUMENTS)))
     with compiled(batch.instructions):
@@ -300,7 +302,7 @@ def test_a_gradient_reaches_what_is_learned_and_nothing_else(states_of, arm, dee
     model = tiny_model()
     adapter, _ = begun(arm, model, states_of(arm), deep=deep)
     nats(model, states_of(arm), adapter).mean().backward()
-    learned = [one for group in adapter.learned().values() for one in group]
+    learned = [one for group in adapter.parameter_groups().values() for one in group]
     assert {id(one) for one in learned} == {id(one) for one in adapter.parameters()}
     assert all(one.grad is not None and bool(one.grad.any()) for one in learned)
     assert all(weight.grad is None for weight in model.network.parameters())
@@ -333,9 +335,9 @@ def test_a_small_problem_is_learnt_by_heart(tiny_llama, states_of, arm, deep):
         learning_rate=0.1,
         gate_learning_rate=1e-2,
         warmup_fraction=0.1,
-        clip_norm=1.0,
-        clip_percentile=100.0,
-        gate_apart=True,
+        max_grad_norm=1.0,
+        grad_clip_percentile=100.0,
+        clip_gate_separately=True,
         seed=0,
     )
     rows = fit(adapter, tiny_llama, states, settings)
@@ -349,6 +351,9 @@ def test_an_adapter_comes_back_as_it_was(tiny_llama, states_of, tmp_path, arm, d
         save_adapter(adapter, config, scratch)
     again, found = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
     assert (found, again.layer) == (config, states_of(arm).layer)
-    scores = [evaluate(tiny_llama, states_of(arm), one.compiled(tiny_llama), batch_size=4) for one in (adapter, again)]
+    scores = [
+        evaluate(tiny_llama, states_of(arm), one.compile_for_inference(tiny_llama), batch_size=4)
+        for one in (adapter, again)
+    ]
     assert scores[0] == scores[1]
     assert math.isfinite(sum(scores[0].nats))

@@ -41,7 +41,7 @@ def entered(monkeypatch):
 
 def everything(states):
     batch = states.batch(range(len(states.documents)))
-    return batch.hidden, batch.instructions.hidden, batch.instructions.summary
+    return batch.hidden, batch.instructions.hidden, batch.instructions.mean
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

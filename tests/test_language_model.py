@@ -42,26 +42,26 @@ def head(model, hidden):
 @pytest.mark.parametrize("layer", range(BLOCKS))
 def test_the_taken_apart_model_is_the_model_to_the_bit(model, layer):
     whole = model.network(input_ids=TOKENS, use_cache=False).logits
-    assert torch.equal(head(model, model.resume(model.enter(TOKENS, layer), layer)), whole)
+    assert torch.equal(head(model, model.run_upper(model.run_lower(TOKENS, layer), layer)), whole)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", range(1, BLOCKS))
 def test_what_enters_a_block_is_what_the_network_says(model, layer):
     seen = model.network(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states
-    assert torch.equal(model.enter(TOKENS, layer), seen[layer])
+    assert torch.equal(model.run_lower(TOKENS, layer), seen[layer])
 
 
 @pytest.mark.parametrize("layer", range(BLOCKS))
 def test_the_blocks_of_these_families_read_nothing_but_hidden_states(model, layer):
-    model.check_divisible(layer)
+    model.require_separable(layer)
 
 
 @pytest.mark.parametrize("layer", range(1, BLOCKS))
 def test_blocks_that_read_the_tokens_too_are_refused(layer):
     model = tiny_model("gemma4")
     with pytest.raises(DataError, match=f"Gemma4ForCausalLM: blocks from {layer} up read more"):
-        model.check_divisible(layer)
+        model.require_separable(layer)
     with pytest.raises(DataError, match="read more"):
         HiddenStateDataset(model, random_documents(3), layer, batch_size=2)
 
@@ -70,23 +70,23 @@ def test_nothing_can_act_on_embeddings_that_are_widened_on_their_way():
     model = tiny_model("opt", word_embed_proj_dim=HIDDEN // 2)
     with pytest.raises(DataError, match="embeddings of 16 numbers are widened to 32"):
         HiddenStateDataset(model, random_documents(3), 0, batch_size=2)
-    model.check_divisible(1)
+    model.require_separable(1)
 
 
 @torch.no_grad()
 def test_rotary_positions_can_begin_anywhere_and_others_cannot(model):
     """Only differences of positions count, so the whole text may be moved."""
-    hidden = model.enter(TOKENS, 2)
+    hidden = model.run_lower(TOKENS, 2)
     if model.network.config.model_type in {"gpt2", "opt"}:
         with pytest.raises(DataError, match="no rotary positions"):
-            model.resume(hidden, 2, first_position=-3)
+            model.run_upper(hidden, 2, first_position=-3)
     else:
-        moved = model.resume(hidden, 2, first_position=-3)
-        assert_close(moved, model.resume(hidden, 2), rtol=1e-4, atol=1e-4)
+        moved = model.run_upper(hidden, 2, first_position=-3)
+        assert_close(moved, model.run_upper(hidden, 2), rtol=1e-4, atol=1e-4)
         with record_kv() as seen:
-            model.resume(hidden, 2, first_position=-3)
+            model.run_upper(hidden, 2, first_position=-3)
         with record_kv() as unmoved:
-            model.resume(hidden, 2)
+            model.run_upper(hidden, 2)
         assert not torch.allclose(seen[2][0], unmoved[2][0], atol=1e-2)
 
 
@@ -95,7 +95,7 @@ def test_block_after_block_is_the_forward_to_the_bit(model):
     output = model.network(input_ids=TOKENS, use_cache=False, output_hidden_states=True)
     hidden = None
     for layer in range(BLOCKS):
-        hidden = model.through(TOKENS, hidden, layer)
+        hidden = model.run_block(TOKENS, hidden, layer)
         if layer + 1 < BLOCKS:
             assert torch.equal(hidden, output.hidden_states[layer + 1])
     assert torch.equal(head(model, hidden), output.logits)
@@ -104,9 +104,9 @@ def test_block_after_block_is_the_forward_to_the_bit(model):
 @torch.no_grad()
 def test_every_block_matters(model):
     """Otherwise the tests above would look at nothing."""
-    hidden = model.enter(TOKENS, 1)
+    hidden = model.run_lower(TOKENS, 1)
     for layer in range(1, BLOCKS):
-        assert not torch.allclose(model.through(TOKENS, hidden, layer), hidden, atol=1e-2)
+        assert not torch.allclose(model.run_block(TOKENS, hidden, layer), hidden, atol=1e-2)
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_stand_ins_leave_the_network_untouched(model):
     modules = {name: id(module) for name, module in model.network.named_modules()}
     weights = {name: weight.clone() for name, weight in model.network.state_dict().items()}
     before, hooked = model.network(input_ids=TOKENS).logits, hooks(model.network)
-    model.logits(model.resume(model.through(TOKENS, model.enter(TOKENS, 2), 2), 3)[0])
+    model.logits(model.run_upper(model.run_block(TOKENS, model.run_lower(TOKENS, 2), 2), 3)[0])
     assert {name: id(module) for name, module in model.network.named_modules()} == modules
     assert all(torch.equal(weight, weights[name]) for name, weight in model.network.state_dict().items())
     assert hooks(model.network) == hooked
@@ -136,13 +136,13 @@ def test_a_stand_in_answers_for_its_block_and_holds_none_of_its_weights():
 def test_right_padding_changes_nothing_before_it(model):
     short = TOKENS[:1, :5]
     padded = torch.cat([short, torch.zeros(1, 4, dtype=torch.long)], dim=1)
-    expected = model.resume(model.enter(short, 2), 2)
-    assert_close(model.resume(model.enter(padded, 2), 2)[:, :5], expected, rtol=1e-5, atol=1e-5)
+    expected = model.run_upper(model.run_lower(short, 2), 2)
+    assert_close(model.run_upper(model.run_lower(padded, 2), 2)[:, :5], expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_head_works_on_chosen_positions(model):
-    hidden = model.resume(model.enter(TOKENS, 2), 2)
+    hidden = model.run_upper(model.run_lower(TOKENS, 2), 2)
     whole = model.network(input_ids=TOKENS).logits
     assert_close(model.logits(hidden[[1, 0], [3, 7]]), whole[[1, 0], [3, 7]], rtol=1e-5, atol=1e-5)
 
@@ -154,7 +154,7 @@ def test_the_network_is_frozen(model):
 
 def test_a_gradient_passes_through_the_upper_blocks(model):
     hidden = torch.randn(1, 3, HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    model.resume(hidden, 2).square().sum().backward()
+    model.run_upper(hidden, 2).square().sum().backward()
     assert bool((hidden.grad != 0).any(-1).all())
 
 
@@ -180,12 +180,12 @@ def test_attention_that_prompts_cannot_reach_is_refused_when_prompts_come(kind, 
     config = AutoConfig.for_model(kind, vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes)
     model = LanguageModel(network_of(config, attention="eager"), word_tokenizer())
     with torch.no_grad():
-        hidden = model.resume(model.enter(TOKENS, 1), 1)
+        hidden = model.run_upper(model.run_lower(TOKENS, 1), 1)
         assert_close(model.logits(hidden[0]), model.network(input_ids=TOKENS).logits[0], **CLOSE)
     with pytest.raises(DataError, match="attention"):
-        model.check_promptable()
+        model.require_prompt_attention()
     with pytest.raises(DataError, match="attention"):
-        MixtureOfPrompts(torch.zeros(1, 2, HIDDEN), 1, None).compiled(model)
+        MixtureOfPrompts(torch.zeros(1, 2, HIDDEN), 1, None).compile_for_inference(model)
 
 
 def test_finding_out_about_blocks_runs_the_first_alone(tiny_llama):
@@ -195,7 +195,7 @@ def test_finding_out_about_blocks_runs_the_first_alone(tiny_llama):
     network.lm_head.to("meta")
     model = LanguageModel(network, word_tokenizer())
     with torch.no_grad():
-        assert torch.equal(model.through(TOKENS, None, 0), tiny_llama.through(TOKENS, None, 0))
+        assert torch.equal(model.run_block(TOKENS, None, 0), tiny_llama.run_block(TOKENS, None, 0))
 
 
 def test_a_network_without_one_list_of_blocks_is_refused():

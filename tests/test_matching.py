@@ -61,7 +61,7 @@ def test_inputs_that_did_not_drift_ask_for_nothing(keep_zeros):
     weight, inputs, _ = problem()
     weight[0, 0] = 0
     gram = gram_of(inputs)
-    pull = DenseActivations(inputs.clone(), are_outputs=False).pull(weight, inputs)
+    pull = DenseActivations(inputs.clone(), are_outputs=False).target_shift(weight, inputs)
     assert torch.equal(dense_target(weight, gram, pull, share=1.0, keep_zeros=keep_zeros).weight, weight)
 
 
@@ -104,8 +104,8 @@ def test_outputs_pull_as_inputs_do():
         DenseActivations(dense @ weight.T, are_outputs=True),
     )
     expected = weight @ (dense - inputs).T @ inputs / len(inputs)
-    assert_close(by_inputs.pull(weight, inputs), expected)
-    assert_close(by_outputs.pull(weight, inputs), expected)
+    assert_close(by_inputs.target_shift(weight, inputs), expected)
+    assert_close(by_outputs.target_shift(weight, inputs), expected)
 
 
 @pytest.mark.parametrize("are_outputs", [False, True])
@@ -114,7 +114,7 @@ def test_the_first_tokens_alone_tell_the_drift_when_the_dense_model_saw_no_more(
     seen = dense[: len(dense) // 3]
     side = DenseActivations(seen @ weight.T if are_outputs else seen, are_outputs=are_outputs)
     expected = weight @ (seen - inputs[: len(seen)]).T @ inputs[: len(seen)] / len(seen)
-    assert_close(side.pull(weight, inputs), expected)
+    assert_close(side.target_shift(weight, inputs), expected)
 
 
 def test_outputs_that_did_not_move_ask_for_a_few_roundings():
@@ -123,7 +123,7 @@ def test_outputs_that_did_not_move_ask_for_a_few_roundings():
     weight, inputs = weight.float(), inputs.float()
     inputs[:, 5] *= 1000
     gram = gram_of(inputs)
-    pull = DenseActivations(inputs @ weight.T, are_outputs=True).pull(weight, inputs)
+    pull = DenseActivations(inputs @ weight.T, are_outputs=True).target_shift(weight, inputs)
     found = dense_target(weight, gram, pull, share=1.0, keep_zeros=False).weight
     assert float((found - weight).norm() / weight.norm()) < 1e-4
 
@@ -133,4 +133,4 @@ def test_dense_outputs_that_are_not_finite_are_refused():
     outputs = dense @ weight.T
     outputs[3, 4] = torch.inf
     with pytest.raises(NumericalError, match="dense"):
-        DenseActivations(outputs, are_outputs=True).pull(weight, inputs)
+        DenseActivations(outputs, are_outputs=True).target_shift(weight, inputs)

@@ -32,14 +32,14 @@ def start(seed=0):
     return torch.randn(EXPERTS, PROMPTS, HIDDEN, generator=seeded(seed))
 
 
-def mixture_of(*, seed=0, log_opening=0.0, temper=3.0):
+def mixture_of(*, seed=0, prompt_log_weight=0.0, temper=3.0):
     gate = Gate(HIDDEN, EXPERTS, generator=seeded(seed))
     gate.temper(temper)
-    return MixtureOfPrompts(start(seed), LAYER, gate, log_opening=log_opening)
+    return MixtureOfPrompts(start(seed), LAYER, gate, prompt_log_weight=prompt_log_weight)
 
 
-def plain_of(*, seed=0, log_opening=0.0):
-    return MixtureOfPrompts(start(seed).flatten(0, 1)[None], LAYER, None, log_opening=log_opening)
+def plain_of(*, seed=0, prompt_log_weight=0.0):
+    return MixtureOfPrompts(start(seed).flatten(0, 1)[None], LAYER, None, prompt_log_weight=prompt_log_weight)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def everything(states):
 def nats(model, states, mixture):
     """Nats of every response token, document after document."""
     batch = states.batch(range(len(DOCUMENTS)))
-    with mixture.applied(model, batch.instructions):
+    with mixture.active(model, batch.instructions):
         return score_responses(model, batch, states.layer).nats
 
 
@@ -77,7 +77,7 @@ def test_a_gate_weighs_the_prompts_of_an_expert_alike(tiny_llama, states):
 
 def test_the_opening_is_added_to_every_prompt_of_both_arms(tiny_llama, states):
     for build in (mixture_of, plain_of):
-        shifted = build(log_opening=-3.0).prefix(tiny_llama, everything(states)).log_gate
+        shifted = build(prompt_log_weight=-3.0).prefix(tiny_llama, everything(states)).log_gate
         assert_close(shifted, build().prefix(tiny_llama, everything(states)).log_gate - 3)
 
 
@@ -95,14 +95,14 @@ def test_one_expert_with_a_gate_is_the_plain_prompt(tiny_llama, states):
 def test_unopened_prompts_are_no_prompts(tiny_llama, states, build):
     batch = states.batch(range(len(DOCUMENTS)))
     bare = score_responses(tiny_llama, batch, LAYER).nats
-    assert_close(nats(tiny_llama, states, build(log_opening=-1e4)), bare, rtol=1e-5, atol=1e-5)
+    assert_close(nats(tiny_llama, states, build(prompt_log_weight=-1e4)), bare, rtol=1e-5, atol=1e-5)
 
 
 def closed_but(expert, experts=EXPERTS):
     """What a gate says that wants one expert alone."""
     row = torch.full((experts,), -math.inf)
     row[expert] = math.log(EXPERTS)
-    return ExpertWeighting(weighing=lambda _gate, read: row.expand(len(read.summary), -1))
+    return ExpertWeighting(weighing=lambda _gate, read: row.expand(len(read.mean), -1))
 
 
 @pytest.mark.parametrize("expert", range(EXPERTS))
@@ -145,7 +145,7 @@ def test_the_stream_of_prompts_is_a_text_of_its_own(tiny_llama):
     """Prompts that are the hidden states of a text get the keys and values of that text."""
     tokens = torch.tensor([DOCUMENTS[0].tokens[:4]])
     cache = tiny_llama.network(input_ids=tokens, use_cache=True)[CACHE]
-    mixture = MixtureOfPrompts(tiny_llama.enter(tokens, LAYER), LAYER, None)
+    mixture = MixtureOfPrompts(tiny_llama.run_lower(tokens, LAYER), LAYER, None)
     keys, values = mixture.keys_and_values(tiny_llama)
     for layer in range(LAYER, BLOCKS):
         assert_close(keys[layer], cache.layers[layer].keys[0])
@@ -153,8 +153,8 @@ def test_the_stream_of_prompts_is_a_text_of_its_own(tiny_llama):
 
 
 def test_compiled_prompts_are_the_trained_ones(tiny_llama, states):
-    mixture, batch = mixture_of(log_opening=-1.0), states.batch(range(len(DOCUMENTS)))
-    with mixture.compiled(tiny_llama)(batch.instructions):
+    mixture, batch = mixture_of(prompt_log_weight=-1.0), states.batch(range(len(DOCUMENTS)))
+    with mixture.compile_for_inference(tiny_llama)(batch.instructions):
         compiled = score_responses(tiny_llama, batch, LAYER).nats
     assert torch.equal(compiled, nats(tiny_llama, states, mixture))
 
@@ -163,7 +163,7 @@ def test_compiled_prompts_are_the_trained_ones(tiny_llama, states):
 
 
 def test_a_gradient_reaches_prompts_opening_and_gate_and_nothing_else(states):
-    model, mixture = tiny_model(), mixture_of(log_opening=-1.0)
+    model, mixture = tiny_model(), mixture_of(prompt_log_weight=-1.0)
     nats(model, states, mixture).mean().backward()
     for name, parameter in mixture.named_parameters():
         assert parameter.grad is not None, name
@@ -200,7 +200,7 @@ def stored(folder, mixture, config):
 
 @pytest.mark.parametrize("arm", ["mop", "single"])
 def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
-    mixture = mixture_of(log_opening=-2.0) if arm == "mop" else plain_of(log_opening=-2.0)
+    mixture = mixture_of(prompt_log_weight=-2.0) if arm == "mop" else plain_of(prompt_log_weight=-2.0)
     if arm == "mop":
         mixture.gate.standardise_by(states.summaries)
     folder = stored(tmp_path / "adapter", mixture, replace(CONFIG, arm=arm))
@@ -208,7 +208,9 @@ def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
     assert config == replace(CONFIG, arm=arm)
     assert again.layer == LAYER
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in mixture.state_dict().items())
-    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (again, mixture)]
+    scores = [
+        evaluate(tiny_llama, states, one.compile_for_inference(tiny_llama), batch_size=4) for one in (again, mixture)
+    ]
     assert scores[0] == scores[1]
 
 

@@ -214,7 +214,7 @@ def test_prompts_can_be_trained_through_a_narrowed_model():
     model = tiny_model()
     prune_structured(model, WINDOWS, QUARTER)
     hidden = torch.randn(1, 5, 32, requires_grad=True)
-    model.resume(hidden, 1).sum().backward()
+    model.run_upper(hidden, 1).sum().backward()
     assert hidden.grad is not None
 
 

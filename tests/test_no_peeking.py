@@ -50,7 +50,7 @@ def weights_of(adapter: Any, model: LanguageModel, instructions: InstructionStat
     """All that an adapter says about the instructions; for some there is nothing."""
     chosen = adapter.chosen(model, instructions) if hasattr(adapter, "chosen") else None
     trained = adapter.log_weights(instructions) if hasattr(adapter, "log_weights") else None
-    routed = adapter.log_gate(instructions.summary) if hasattr(adapter, "log_gate") else None
+    routed = adapter.log_gate(instructions.mean) if hasattr(adapter, "log_gate") else None
     return [one for one in (chosen, trained, routed) if one is not None]
 
 
@@ -82,14 +82,14 @@ def see(way: str, model: LanguageModel, adapter: Any, documents: Sequence[Docume
         real = batch["attention_mask"].bool()
     else:
         states = HiddenStateDataset(model, documents, adapter.layer, batch_size=2).batch(range(len(documents)))
-        acting = adapter.compiled(model) if way == "compiled" else lambda read: adapter.applied(model, read)
+        acting = adapter.compile_for_inference(model) if way == "compiled" else lambda read: adapter.active(model, read)
         with acting(states.instructions):
-            left = model.resume(states.hidden, adapter.layer)
+            left = model.run_upper(states.hidden, adapter.layer)
         logits = torch.stack([model.logits(row) for row in left])
         lengths = torch.tensor([len(document.tokens) for document in documents])
         real = torch.arange(left.shape[1]) < lengths[:, None]
     read = given[0]
-    parts = (read.hidden, read.tokens, read.summary, read.strangers)
+    parts = (read.hidden, read.lengths, read.mean, read.shuffled_mean)
     return Seen(
         [part for part in parts if part is not None],
         weights_of(adapter, model, read),
@@ -123,5 +123,5 @@ def test_no_peeking(tiny_llama: LanguageModel, name: str, way: str) -> None:
         assert changed == [position >= place for position in range(len(changed))]
     asked = see(way, tiny_llama, adapter, with_another(first - 1))
     assert not same(asked.given, before.given)
-    if adapter.learned()["gate"] and arm != "shuffled":  # which reads no example where there are no strangers
+    if adapter.parameter_groups()["gate"] and arm != "shuffled":  # which reads no example where there are no strangers
         assert not same(asked.weights, before.weights)

@@ -50,7 +50,7 @@ def exported(arm, family, folder):
 
 def instructions(model, rows):
     hidden = torch.zeros(rows, 2, model.hidden_size)
-    return InstructionStates(hidden=hidden, tokens=torch.full((rows,), 2), summary=hidden.mean(1))
+    return InstructionStates(hidden=hidden, lengths=torch.full((rows,), 2), mean=hidden.mean(1))
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def test_logits_are_pefts(tmp_path, arm, family, padding):
     model, adapter, theirs = exported(arm, family, tmp_path)
     mask = torch.ones_like(TOKENS)
     mask[0, {"none": slice(0, 0), "left": slice(0, 4), "right": slice(5, 9)}[padding]] = 0
-    with adapter.compiled(model)(instructions(model, 3)):
+    with adapter.compile_for_inference(model)(instructions(model, 3)):
         ours = model.network(input_ids=TOKENS, attention_mask=mask, use_cache=False).logits
     found = theirs(input_ids=TOKENS, attention_mask=mask).logits
     if arm == "input":
@@ -76,7 +76,7 @@ def test_greedy_generation_is_pefts(tmp_path, arm):
     model, adapter, theirs = exported(arm, "llama", tmp_path)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)} | settings
-    with adapter.compiled(model)(instructions(model, 3)):
+    with adapter.compile_for_inference(model)(instructions(model, 3)):
         ours = model.network.generate(**inputs)
     assert torch.equal(ours, theirs.generate(**inputs))
     assert not torch.equal(ours, model.network.generate(**inputs))
@@ -88,7 +88,7 @@ def test_a_padded_prefix_generates_as_peft_does(tmp_path):
     mask = torch.ones_like(TOKENS)
     mask[0, :4] = 0
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with adapter.compiled(model)(instructions(model, 3)):
+    with adapter.compile_for_inference(model)(instructions(model, 3)):
         ours = model.network.generate(input_ids=TOKENS, attention_mask=mask, **settings)
     assert torch.equal(ours, theirs.generate(input_ids=TOKENS, attention_mask=mask, **settings))
 
@@ -142,7 +142,7 @@ def test_positions_that_peft_moves_and_we_do_not_are_refused(tmp_path, family):
 def test_moved_keys_are_those_that_the_model_makes_there(rope):
     """Yarn makes keys longer too, and that must not happen twice."""
     model = tiny_model("llama", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"} | rope)
-    states = model.enter(random_tokens(1, 5), 0)
+    states = model.run_lower(random_tokens(1, 5), 0)
     here, _ = record_prompt_kv(model, states, 0)
     there, _ = record_prompt_kv(model, states, 0, first_position=3)
     for layer, key in moved_keys(model, here, 3).items():
@@ -154,7 +154,7 @@ def test_pairs_that_are_not_halves_are_refused():
     """Cohere turns neighbouring numbers."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
     model = LanguageModel(network_of(CohereConfig(**TOKEN_IDS, **sizes, num_key_value_heads=2)), word_tokenizer())
-    keys, _ = record_prompt_kv(model, model.enter(random_tokens(1, 5), 0), 0)
+    keys, _ = record_prompt_kv(model, model.run_lower(random_tokens(1, 5), 0), 0)
     with pytest.raises(DataError, match="CohereForCausalLM has positions that PEFT's prefixes cannot be moved to"):
         moved_keys(model, keys, 3)
 

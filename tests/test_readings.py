@@ -187,7 +187,7 @@ def test_a_padded_batch_generates_as_each_alone(tiny_llama, reading):
 
 
 def mixture_of(
-    reading="renormalised", *, experts=EXPERTS, gated=True, temper=3.0, log_opening=-0.5, layer=LAYER, **mixing
+    reading="renormalised", *, experts=EXPERTS, gated=True, temper=3.0, prompt_log_weight=-0.5, layer=LAYER, **mixing
 ):
     seeded = torch.Generator().manual_seed(0)
     groups = torch.randn(experts + mixing.get("shared", False), PROMPTS, HIDDEN, generator=seeded)
@@ -195,7 +195,7 @@ def mixture_of(
     if gate is not None:
         gate.temper(temper)
     return MixtureOfPrompts(
-        groups, layer, gate, log_opening=log_opening, mixing=ExpertWeighting(reading=reading, **mixing)
+        groups, layer, gate, prompt_log_weight=prompt_log_weight, mixing=ExpertWeighting(reading=reading, **mixing)
     )
 
 
@@ -206,7 +206,11 @@ def states(tiny_llama):
 
 def nats(model, states, mixture, *, compiled=False):
     batch = states.batch(range(len(DOCUMENTS)))
-    applied = mixture.compiled(model)(batch.instructions) if compiled else mixture.applied(model, batch.instructions)
+    applied = (
+        mixture.compile_for_inference(model)(batch.instructions)
+        if compiled
+        else mixture.active(model, batch.instructions)
+    )
     with applied:
         return score_responses(model, batch, states.layer).nats
 
@@ -230,7 +234,7 @@ def test_compiled_is_trained(tiny_llama, states, reading):
 @pytest.mark.parametrize("reading", READINGS)
 def test_unopened_prompts_are_no_prompts(tiny_llama, states, reading):
     bare = score_responses(tiny_llama, states.batch(range(len(DOCUMENTS))), LAYER).nats
-    assert_close(nats(tiny_llama, states, mixture_of(reading, log_opening=-1e4)), bare, rtol=1e-5, atol=1e-5)
+    assert_close(nats(tiny_llama, states, mixture_of(reading, prompt_log_weight=-1e4)), bare, rtol=1e-5, atol=1e-5)
 
 
 # --- the strongest experts
@@ -256,7 +260,7 @@ def test_only_the_strongest_act_and_only_at_inference(tiny_llama, states, readin
             expected[row, expert] = one[expert] * EXPERTS / math.fsum(one[other] for other in kept)
     assert_close(mixture.acting(read).exp(), expected)
     assert_close(mixture.chosen(tiny_llama, read), expected)
-    full = to_prefix(mixture.keys_and_values(tiny_llama), expected.log(), mixture.log_opening, reading)
+    full = to_prefix(mixture.keys_and_values(tiny_llama), expected.log(), mixture.prompt_log_weight, reading)
     with attend_to(full):
         slow = score_responses(tiny_llama, states.batch(range(len(DOCUMENTS))), LAYER).nats
     assert_close(nats(tiny_llama, states, mixture, compiled=True), slow)
@@ -301,7 +305,7 @@ def test_a_shared_expert_weighs_one_and_the_gate_is_over_the_others(tiny_llama, 
     weights = shared.log_weights(read)
     assert weights.shape == (len(DOCUMENTS), EXPERTS + 1)
     assert torch.equal(weights[:, -1], torch.zeros(len(DOCUMENTS)))
-    assert torch.equal(weights[:, :-1], shared.gate(read.summary))
+    assert torch.equal(weights[:, :-1], shared.gate(read.mean))
     assert_close(weights[:, :-1].exp().sum(1), torch.full((len(DOCUMENTS),), float(EXPERTS)))
     assert torch.equal(shared.acting(read)[:, -1], torch.zeros(len(DOCUMENTS)))
     assert shared.chosen(tiny_llama, read).shape == (len(DOCUMENTS), EXPERTS)
@@ -309,7 +313,7 @@ def test_a_shared_expert_weighs_one_and_the_gate_is_over_the_others(tiny_llama, 
 
 def test_without_preference_a_shared_expert_is_one_more_group_of_the_plain_prompt(tiny_llama, states):
     shared = mixture_of(shared=True, temper=0.0)
-    plain = MixtureOfPrompts(shared.prompts.detach().flatten(0, 1)[None], LAYER, None, log_opening=-0.5)
+    plain = MixtureOfPrompts(shared.prompts.detach().flatten(0, 1)[None], LAYER, None, prompt_log_weight=-0.5)
     assert_close(nats(tiny_llama, states, shared), nats(tiny_llama, states, plain))
 
 

@@ -217,8 +217,8 @@ def test_the_grid_is_the_recipes_own_unless_run_or_a_flag_says_otherwise(write):
     assert own.joint
     wanda = in_group("WandaPruningModifier", {"sparsity": 0.6})
     assert load_recipe(write(wanda)).run.methods == ("wanda",)
-    assert not load_recipe(write(wanda)).run.joint
-    assert not load_recipe(write(TWO_FOUR_THEN_W4A16 + "run: {joint: false}")).run.joint
+    assert not load_recipe(write(wanda)).run.prune_then_quantize
+    assert not load_recipe(write(TWO_FOUR_THEN_W4A16 + "run: {joint: false}")).run.prune_then_quantize
     assert load_recipe(write(in_group("WandaPruningModifier", {"sparsity": 0}))).run.ratios == ()
     path = write(wanda + "run: {ratios: [0.1, 0.2], seeds: [1], data: mine.jsonl}")
     assert load_recipe(path).run.ratios == (0.1, 0.2)
@@ -580,11 +580,11 @@ def test_contradictions_inside_gptq_are_named(write):
         ("run: {seed: " + "9" * 5000 + "}\n", "cannot be read as a recipe"),
         ("run: {1: 2}\n", "the key 1 is not text"),
         ("run: {? {a: b} : 2}\n", "is not text"),
-        ("run: {map: {a: 1}}\n", "run.map.a: not text, found 1"),
+        ("run: {map: {a: 1}}\n", "run.columns.a: not text, found 1"),
         ("run: {model: ''}\n", "run.model: not a name: empty, found ''"),
         ("run: {train_rows: 0}\n", "run.train_rows: not greater than or equal to 1, found 0"),
         ("run: {device: cudaa}\n", "cuda, cuda:N, mps, found 'cudaa'; did you mean 'cuda'?"),
-        ("run: {max_fallback: 2}\n", "run.max_fallback: not less than or equal to 1, found 2"),
+        ("run: {max_fallback: 2}\n", "run.max_fallback_fraction: not less than or equal to 1, found 2"),
         ("run: {arms: []}\n", "run.arms: not long enough: at least one entry is needed, found []"),
         ("run: [\n", "line 2, column 1: "),
         ("run:\n\t- a\n", "line 2, column 1: "),
@@ -737,7 +737,7 @@ def test_flags_are_read_as_typed():
         None, {"ratios": "", "bits": "4, 3", "methods": "wanda,sparsegpt", "map": "q=instruction,a=output", "seed": "7"}
     ).run
     assert (run.ratios, run.bits, run.methods, run.seed) == ((), (4, 3), ("wanda", "sparsegpt"), 7)
-    assert run.map == {"q": "instruction", "a": "output"}
+    assert run.columns == {"q": "instruction", "a": "output"}
     assert load_recipe(None, {"group_size": "-1"}).run.group_size is None
     assert load_recipe(None, {"seeds": (3, 4), "model": "123"}).run.model == "123"
 

@@ -29,10 +29,6 @@ def recipe_of(rank=None, **run):
     return pruning_recipe(load_recipe(None, {"device": "cpu", "model": "unused"} | run), repair_rank=rank)
 
 
-def silent(*_progress):
-    pass
-
-
 def run(source, target, recipe, modifiers=(PRUNE, ROUND)):
     return compress_into(target, source, list(modifiers), TOKENS, FACTS, recipe, progress=silent)
 
@@ -105,14 +101,14 @@ def test_later_layers_were_calibrated_on_what_is_loaded(made, monkeypatch):
     finish = CompressionCheckpoint.finish
 
     def note(self, index, block, *rest):
-        seen.append(block.leaving.compressed)
+        seen.append(block.outputs.compressed)
         return finish(self, index, block, *rest)
 
     monkeypatch.setattr(CompressionCheckpoint, "finish", note)
     run(source, folder.parent / "again", recipe_of(4))
     model = load_model(folder.parent / "again", device=CPU)
     with torch.no_grad():
-        hidden = model.resume(model.enter(TOKENS, 0), 0)
+        hidden = model.run_upper(model.run_lower(TOKENS, 0), 0)
     torch.testing.assert_close(hidden, seen[-1].clone(), rtol=1e-4, atol=1e-4)
 
 
@@ -326,7 +322,7 @@ def test_prompts_are_trained_through_it(llama):
     _, folder = llama
     model = load_model(folder, device=CPU)
     prompt = torch.randn(1, 3, model.hidden_size, requires_grad=True)
-    model.resume(prompt, 2).square().sum().backward()
+    model.run_upper(prompt, 2).square().sum().backward()
     linear = model.blocks[3].mlp.down_proj
     assert repair_of(linear) is not None
     assert not any(one.requires_grad for one in repair_of(linear).buffers())

@@ -26,7 +26,7 @@ def teacher_of(model, *, hidden=True):
 
 def prompt():
     drawn = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
-    return MixtureOfPrompts(drawn, LAYER, None, log_opening=-1.0)
+    return MixtureOfPrompts(drawn, LAYER, None, prompt_log_weight=-1.0)
 
 
 def after_each_block(model, row):
@@ -89,7 +89,7 @@ def test_no_block_weighs_more_for_having_larger_states():
     assert_close(squarehead(scale * student, scaled, scaled.square().mean((1, 2))), expected)
 
 
-def fitted(model, states, taught, *, steps=4, accumulate=1):
+def fitted(model, states, taught, *, steps=4, gradient_accumulation_steps=1):
     adapter = prompt()
     settings = TrainingConfig(
         steps=steps,
@@ -97,11 +97,11 @@ def fitted(model, states, taught, *, steps=4, accumulate=1):
         learning_rate=0.1,
         gate_learning_rate=0.0,
         warmup_fraction=0.0,
-        clip_norm=1.0,
-        clip_percentile=100.0,
-        gate_apart=True,
+        max_grad_norm=1.0,
+        grad_clip_percentile=100.0,
+        clip_gate_separately=True,
         seed=0,
-        accumulate=accumulate,
+        gradient_accumulation_steps=accumulate,
     )
     fit(adapter, model, states, settings, distillation=taught)
     return adapter
@@ -124,7 +124,7 @@ def test_hidden_states_of_a_taught_student_come_closer(tiny_llama):
 def test_a_step_in_parts_is_the_same_step(tiny_llama):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     taught = Distillation(teacher_of(tiny_model(seed=1)), share=0.3, squarehead=2.0)
-    whole, parts = (fitted(tiny_llama, states, taught, accumulate=parts) for parts in (1, 3))
+    whole, parts = (fitted(tiny_llama, states, taught, gradient_accumulation_steps=parts) for parts in (1, 3))
     assert_close(whole.prompts, parts.prompts, rtol=1e-3, atol=1e-4)
 
 

@@ -27,21 +27,21 @@ def test_a_batch_holds_the_states_of_each_document_alone(tiny_llama, states):
     assert batch.hidden.shape == (3, max(len(DOCUMENTS[row].tokens) for row in rows), HIDDEN)
     for found, row in zip(batch.hidden, rows, strict=True):
         tokens = torch.tensor([DOCUMENTS[row].tokens])
-        assert_close(found[: tokens.shape[1]], tiny_llama.enter(tokens, LAYER)[0], rtol=1e-5, atol=1e-5)
+        assert_close(found[: tokens.shape[1]], tiny_llama.run_lower(tokens, LAYER)[0], rtol=1e-5, atol=1e-5)
         assert not bool(found[tokens.shape[1] :].any())
 
 
 def test_the_summary_is_the_mean_over_the_instruction_alone(tiny_llama, states):
     batch = states.batch([5, 2])
-    for found, row in zip(batch.instructions.summary, [5, 2], strict=True):
+    for found, row in zip(batch.instructions.mean, [5, 2], strict=True):
         instruction = torch.tensor([DOCUMENTS[row].tokens[: DOCUMENTS[row].context_tokens]])
-        assert_close(found, tiny_llama.enter(instruction, LAYER)[0].mean(0), rtol=1e-5, atol=1e-5)
+        assert_close(found, tiny_llama.run_lower(instruction, LAYER)[0].mean(0), rtol=1e-5, atol=1e-5)
 
 
 def test_what_an_adapter_may_read_ends_with_the_instruction(states):
     rows = [5, 2, 8]
     read = states.batch(rows).instructions
-    for hidden, count, row in zip(read.hidden, read.tokens.tolist(), rows, strict=True):
+    for hidden, count, row in zip(read.hidden, read.lengths.tolist(), rows, strict=True):
         assert count == DOCUMENTS[row].context_tokens
         assert bool(hidden[:count].any(1).all())
         assert not bool(hidden[count:].any())
@@ -85,11 +85,11 @@ def test_some_states_are_those_of_instructions_never_the_first_token(tiny_llama,
     allowed = [
         state
         for row in rows
-        for state in tiny_llama.enter(torch.tensor([DOCUMENTS[row].tokens]), LAYER)[0][
+        for state in tiny_llama.run_lower(torch.tensor([DOCUMENTS[row].tokens]), LAYER)[0][
             1 : DOCUMENTS[row].context_tokens
         ]
     ]
-    picked = states.some_states(rows, 40, torch.Generator().manual_seed(0))
+    picked = states.sample_states(rows, 40, torch.Generator().manual_seed(0))
     distances = (picked[:, None] - torch.stack(allowed)).norm(dim=2)
     assert float(distances.amin(1).max()) < 1e-4
     assert len(distances.argmin(1).unique()) == len(allowed)
@@ -98,8 +98,8 @@ def test_some_states_are_those_of_instructions_never_the_first_token(tiny_llama,
 def test_the_state_of_an_instruction_of_one_token_is_never_one_of_its_response(tiny_llama):
     short = Document(task="", tokens=(5, 9, 11, 13), context_tokens=1)
     states = HiddenStateDataset(tiny_llama, [short], LAYER, batch_size=1)
-    first = tiny_llama.enter(torch.tensor([short.tokens]), LAYER)[0, :1]
-    assert_close(states.some_states([0], 5, torch.Generator().manual_seed(0)), first.expand(5, -1))
+    first = tiny_llama.run_lower(torch.tensor([short.tokens]), LAYER)[0, :1]
+    assert_close(states.sample_states([0], 5, torch.Generator().manual_seed(0)), first.expand(5, -1))
 
 
 # --- batches

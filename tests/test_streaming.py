@@ -38,7 +38,7 @@ def test_a_streamed_model_is_the_model_and_is_stored_as_it_was_read(family, dtyp
     seen = set()
     for index in range(BLOCKS):
         with parts.block(index):
-            one, other = parts.model.through(TOKENS, one, index), whole.through(TOKENS, other, index)
+            one, other = parts.model.run_block(TOKENS, one, index), whole.run_block(TOKENS, other, index)
             assert torch.equal(one, other)
             for name, weight in parts.stored(index).items():
                 assert torch.equal(weight.to(dtype), stored[name])
@@ -93,7 +93,7 @@ def test_tied_weights_may_be_stored_under_the_heads_name(tmp_path):
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     parts, whole = streamed(folder), load_model(folder, device=CPU)
     with parts.block(0), torch.inference_mode():
-        assert torch.equal(parts.model.through(TOKENS, None, 0), whole.through(TOKENS, None, 0))
+        assert torch.equal(parts.model.run_block(TOKENS, None, 0), whole.run_block(TOKENS, None, 0))
 
 
 # --- what is damaged

@@ -58,7 +58,7 @@ def swept(model, validation, trained, **fields):
 
 
 def loss_of(model, states, adapter):
-    scores = evaluate(model, states, adapter.compiled(model), batch_size=6)
+    scores = evaluate(model, states, adapter.compile_for_inference(model), batch_size=6)
     return math.fsum(scores.nats) / sum(scores.scored_tokens)
 
 

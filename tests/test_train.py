@@ -36,7 +36,7 @@ def training(**changes):
         "warmup_fraction": 0.1,
         "clip_norm": 1.0,
         "clip_percentile": 100.0,
-        "gate_apart": True,
+        "clip_gate_separately": True,
         "seed": 0,
     }
     return TrainingConfig(**settings | changes)
@@ -52,16 +52,20 @@ def begun(states, arm="mop", *, seed=0):
         base_sha256="",
         tasks=TASKS,
     )
-    start = AdapterInit(gate_pretraining_steps=5, gate_temper=0.3, log_opening=-1.0, seed=seed)
+    start = AdapterInit(gate_pretraining_steps=5, gate_logit_scale=0.3, prompt_log_weight=-1.0, seed=seed)
     return initialize(config, AdapterInputs(MODEL, states, TASKS), start)
 
 
 @pytest.mark.parametrize("arm", ["single", "mop"])
 def test_a_small_problem_is_learnt_by_heart(tiny_llama, states, arm):
     mixture = begun(states, arm)
-    before = micro_average(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
+    before = micro_average(
+        evaluate(tiny_llama, states, mixture.compile_for_inference(tiny_llama), batch_size=12)
+    ).perplexity
     fit(mixture, tiny_llama, states, training(steps=150, batch_size=12, learning_rate=0.3))
-    after = micro_average(evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)).perplexity
+    after = micro_average(
+        evaluate(tiny_llama, states, mixture.compile_for_inference(tiny_llama), batch_size=12)
+    ).perplexity
     assert math.log(after) < 0.6 * math.log(before)
 
 
@@ -100,9 +104,15 @@ def test_equal_seeds_give_equal_results(tiny_llama, states, arm):
         (0.02, 50.0, True),
     ],
 )
-def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, clip_norm, percentile, apart):
+def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypatch, max_grad_norm, percentile, apart):
     """AdamW by its equations (Loshchilov and Hutter, 2019), without weight decay; AutoClip by its definition."""
-    settings = training(steps=5, warmup_fraction=0.4, clip_norm=clip_norm, clip_percentile=percentile, gate_apart=apart)
+    settings = training(
+        steps=5,
+        warmup_fraction=0.4,
+        max_grad_norm=max_grad_norm,
+        grad_clip_percentile=percentile,
+        clip_gate_separately=apart,
+    )
     before = {group: [] for group in ("gate", "adapter", "all")}
     order = order_of(states, tiny_llama, "mop", monkeypatch, steps=5)
     trained, mixture = begun(states), begun(states)
@@ -115,7 +125,7 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
     for step, rows in enumerate(order, start=1):
         batch = states.batch(rows)
         with attend_to(mixture.prefix(tiny_llama, batch.instructions)):
-            left = tiny_llama.resume(batch.hidden, LAYER)
+            left = tiny_llama.run_upper(batch.hidden, LAYER)
         logits = tiny_llama.network.lm_head(left[batch.example, batch.position])
         loss = -logits.log_softmax(-1)[range(len(batch.target)), batch.target].mean()
         gradients = torch.autograd.grad(loss, weights)
@@ -125,7 +135,7 @@ def test_training_is_adamw_on_each_batchs_mean_loss(tiny_llama, states, monkeypa
         for group, norm in norms.items():
             before[group] = sorted([*before[group], norm])
         longest = {
-            group: min(clip_norm, norms[group] if percentile == 100 else quantile(before[group], percentile / 100))
+            group: min(max_grad_norm, norms[group] if percentile == 100 else quantile(before[group], percentile / 100))
             for group in norms
         }
         share = [0.5, 1.0, 1.0, 0.75, 0.25][step - 1]
@@ -178,7 +188,7 @@ def test_every_epoch_holds_every_document_once(tiny_llama, states, monkeypatch):
 
 def test_the_loss_of_a_step_is_the_metric_before_it(tiny_llama, states):
     mixture = begun(states)
-    scores = evaluate(tiny_llama, states, mixture.compiled(tiny_llama), batch_size=12)
+    scores = evaluate(tiny_llama, states, mixture.compile_for_inference(tiny_llama), batch_size=12)
     (row,) = fit(mixture, tiny_llama, states, training(steps=1, batch_size=12))
     assert row.nats == pytest.approx(math.fsum(scores.nats) / sum(scores.scored_tokens), rel=1e-5)
 
@@ -244,12 +254,17 @@ def test_a_gate_has_no_share_in_the_clipping_of_what_it_weighs(
     """Beside a gate that is frozen, or as good as, prompts learn what they learn where it is no parameter at all."""
     still, without = begun(states), begun(states)
     before = {name: tensor.clone() for name, tensor in still.gate.state_dict().items()}
-    fit(still, tiny_llama, states, training(gate_learning_rate=gate_learning_rate, gate_apart=apart, clip_norm=0.01))
+    fit(
+        still,
+        tiny_llama,
+        states,
+        training(gate_learning_rate=gate_learning_rate, clip_gate_separately=apart, max_grad_norm=0.01),
+    )
     for name, tensor in still.gate.state_dict().items():
         assert_close(tensor, before[name], rtol=0, atol=100 * gate_learning_rate)
     without.gate.requires_grad_(False)
-    monkeypatch.setattr(without, "learned", lambda: {"adapter": [without.prompts, without.log_opening]})
-    fit(without, tiny_llama, states, training(clip_norm=0.01))
+    monkeypatch.setattr(without, "learned", lambda: {"adapter": [without.prompts, without.prompt_log_weight]})
+    fit(without, tiny_llama, states, training(max_grad_norm=0.01))
     assert_close(still.prompts, without.prompts, rtol=0, atol=1e-6)
 
 
@@ -261,7 +276,7 @@ def test_a_gate_has_no_share_in_the_clipping_of_what_it_weighs(
 def test_parts_of_a_step_learn_what_the_whole_learns(tiny_llama, states, arm, parts):
     whole, split = begun(states, arm), begun(states, arm)
     rows = fit(whole, tiny_llama, states, training(batch_size=5))
-    of_parts = fit(split, tiny_llama, states, training(batch_size=5, accumulate=parts))
+    of_parts = fit(split, tiny_llama, states, training(batch_size=5, gradient_accumulation_steps=parts))
     assert [row.nats for row in of_parts] == pytest.approx([row.nats for row in rows], rel=1e-4)
     for name, weight in whole.state_dict().items():
         assert_close(split.state_dict()[name], weight, rtol=1e-3, atol=1e-3)
@@ -319,20 +334,20 @@ def test_a_recipe_says_how_an_arm_is_trained():
     assert training_config(modifier, 0.25, seed=8) == TrainingConfig(
         steps=7,
         batch_size=3,
-        accumulate=3,
+        gradient_accumulation_steps=3,
         learning_rate=0.25,
         gate_learning_rate=0.02,
         warmup_fraction=0.4,
-        clip_norm=0.6,
-        clip_percentile=30.0,
-        gate_apart=False,
+        max_grad_norm=0.6,
+        grad_clip_percentile=30.0,
+        clip_gate_separately=False,
         seed=8,
     )
-    assert training_config(PromptRecoveryModifier(), 0.25, seed=8).gate_apart
+    assert training_config(PromptRecoveryModifier(), 0.25, seed=8).clip_gate_separately
 
 
 def test_a_recipe_says_how_an_arm_begins():
-    start = AdapterInit(gate_pretraining_steps=11, gate_temper=0.7, log_opening=-1.5, seed=8)
+    start = AdapterInit(gate_pretraining_steps=11, gate_logit_scale=0.7, prompt_log_weight=-1.5, seed=8)
     assert adapter_init(PromptRecoveryModifier(**ASKED), 8) == start
 
 
@@ -348,7 +363,7 @@ def test_a_recipe_says_what_an_arm_is(tiny_llama):
         hidden_size=HIDDEN,
         base_sha256="base",
         tasks=(),
-        gate_reading="values",
+        gate_mode="values",
         shared_expert=True,
         top_k=2,
     )

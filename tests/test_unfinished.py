@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import on_progress
 from safetensors.torch import load_file
 from tiny import BLOCKS, random_tokens, saved, tiny_model
 from transformers import AutoModelForCausalLM
@@ -50,7 +51,7 @@ def run(source, target, recipe, *, modifiers=(PRUNE, ROUND), facts=FACTS, told=N
         if told is not None:
             told.append(line)
 
-    return compress_into(target, source, list(modifiers), TOKENS, facts, recipe, progress=progress)
+    return compress_into(target, source, list(modifiers), TOKENS, facts, recipe, progress=on_progress(progress))
 
 
 @pytest.fixture(scope="module")

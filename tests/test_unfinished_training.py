@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from factories import on_progress
 from invoking import ARM_DEFAULTS, TINY, write_data
 from safetensors.torch import load_file, save_file
 
@@ -70,7 +71,7 @@ def stop_after(step, which="training mop"):
         if what.startswith(which) and done == step:
             raise KilledError
 
-    return progress
+    return on_progress(progress)
 
 
 def equal(left, right):
@@ -86,7 +87,7 @@ def test_every_kind_of_arm_goes_on_to_the_same_adapter(recipe, stories, tmp_path
     recover(chosen, tmp_path / "whole", seed=0)
     with pytest.raises(KilledError):
         recover(chosen, tmp_path / "out", seed=0, progress=stop_after(3, f"training {flags['arm']}"))
-    recover(chosen, tmp_path / "out", seed=0, progress=lambda line, _done, _total: told.append(line))
+    recover(chosen, tmp_path / "out", seed=0, progress=on_progress(lambda line, _done, _total: told.append(line)))
     assert any("going on after 3 finished steps" in line for line in told)
     assert equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
 
@@ -97,7 +98,7 @@ def test_a_stopped_training_goes_on_to_the_same_adapter(recipe, whole, tmp_path,
     with pytest.raises(KilledError):
         recover(recipe, target, seed=0, progress=stop_after(step))
     assert not target.exists()
-    facts = recover(recipe, target, seed=0, progress=lambda line, _done, _total: told.append(line))
+    facts = recover(recipe, target, seed=0, progress=on_progress(lambda line, _done, _total: told.append(line)))
     assert any(f"going on after {step} finished steps" in line for line in told)
     assert equal(weights(target), whole)
     assert facts["train_steps"] == STEPS
@@ -143,7 +144,7 @@ def test_a_damaged_standing_is_told_of_and_not_used(recipe, whole, tmp_path):
     (path,) = (tmp_path / ".out.unfinished").glob("*.safetensors")
     content = path.read_bytes()
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    recover(recipe, target, seed=0, progress=lambda line, _done, _total: told.append(line))
+    recover(recipe, target, seed=0, progress=on_progress(lambda line, _done, _total: told.append(line)))
     assert any("is damaged (its checksum is wrong): beginning again" in line for line in told)
     assert equal(weights(target), whole)
 
@@ -196,8 +197,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(recipe, tmp_path, sweep_steps, fin
                 raise KilledError
 
     with pytest.raises(KilledError):
-        recover(swept, tmp_path / "out", seed=0, progress=stop)
-    again = recover(swept, tmp_path / "out", seed=0, progress=lambda line, *_: told.append(line))
+        recover(swept, tmp_path / "out", seed=0, progress=on_progress(stop))
+    again = recover(swept, tmp_path / "out", seed=0, progress=on_progress(lambda line, *_: told.append(line)))
     assert sum("going on after 1 finished step" in line for line in told) == 1
     trials = [[one["validation_nats"] for one in facts["sweep"]["trials"]] for facts in (whole, again)]
     assert trials[0] == trials[1]
@@ -233,7 +234,7 @@ def test_a_bench_that_was_stopped_in_a_training_goes_on_in_it(grid, tmp_path):
     with pytest.raises(KilledError):
         bench(grid, tmp_path / "run", progress=stop_after(3))
     assert len(list((tmp_path / "run" / "adapters").iterdir())) == 1
-    rows = bench(grid, tmp_path / "run", progress=lambda line, *_: told.append(line))
+    rows = bench(grid, tmp_path / "run", progress=on_progress(lambda line, *_: told.append(line)))
     assert any("going on after 3 finished steps" in line for line in told)
     adapter = "adapters/sparsegpt-50-mop-0"
     assert equal(weights(tmp_path / "run" / adapter), weights(tmp_path / "whole" / adapter))
@@ -250,7 +251,7 @@ def test_a_bench_goes_on_with_other_code_but_not_in_the_middle(grid, tmp_path, m
         bench(grid, tmp_path / "run", progress=stop_after(step, what))
     changed = {"commit": "another"}
     monkeypatch.setattr(f"mopcompress.entrypoints.{stage}.provenance", lambda device: provenance(device) | changed)
-    bench(grid, tmp_path / "run", progress=lambda line, *_: told.append(line))
+    bench(grid, tmp_path / "run", progress=on_progress(lambda line, *_: told.append(line)))
     assert any("cannot go on here (commit was" in line and "beginning again" in line for line in told)
     assert not any("going on after" in line for line in told)
     assert not list((tmp_path / "run").glob("*/.*"))

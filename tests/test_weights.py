@@ -31,7 +31,7 @@ KNOWN = ("llama", "qwen3", "mistral", "gemma", "gpt2", "gpt_neox", "opt")
 LAYER = 2
 TASKS = ("add", "sort", "tell")
 DOCUMENTS = random_documents(6, tasks=TASKS)
-START = AdapterInit(gate_pretraining_steps=0, gate_temper=1.0, log_opening=0.0, seed=0)
+START = AdapterInit(gate_pretraining_steps=0, gate_logit_scale=1.0, prompt_log_weight=0.0, seed=0)
 NOTHING = InstructionStates(torch.zeros(1, 1, HIDDEN), torch.ones(1, dtype=torch.long), torch.zeros(1, HIDDEN))
 
 
@@ -78,13 +78,13 @@ def logits(model, adapter=None, *, tokens=None):
     with torch.no_grad():
         if adapter is None:
             return model.network(input_ids=tokens, use_cache=False).logits
-        with adapter.applied(model, NOTHING):
+        with adapter.active(model, NOTHING):
             return model.network(input_ids=tokens, use_cache=False).logits
 
 
 def nats(model, adapter, states):
     batch = states.batch(range(len(DOCUMENTS)))
-    with adapter.applied(model, batch.instructions):
+    with adapter.active(model, batch.instructions):
         return score_responses(model, batch, states.layer).nats
 
 
@@ -98,7 +98,7 @@ def test_before_the_first_step_it_is_the_bare_model_to_the_bit(family, arm, laye
     model = tiny_model(family)
     adapter, bare = begun(model, arm, layer=layer), logits(model)
     assert torch.equal(logits(model, adapter), bare)
-    with torch.no_grad(), adapter.compiled(model)(NOTHING):
+    with torch.no_grad(), adapter.compile_for_inference(model)(NOTHING):
         assert torch.equal(model.network(input_ids=random_tokens(2, 9), use_cache=False).logits, bare)
     far = logits(model, moved(model, arm, layer=layer))
     assert not torch.allclose(far, bare, atol=1e-2)
@@ -117,7 +117,7 @@ def test_the_network_is_what_it_was_also_after_a_failure(arm):
     modules, weights = dict(model.network.named_modules()), model.network.state_dict()
     weights = {name: weight.clone() for name, weight in weights.items()}
     adapter = moved(model, arm)
-    for acting in (adapter.applied(model, NOTHING), adapter.compiled(model)(NOTHING)):
+    for acting in (adapter.active(model, NOTHING), adapter.compile_for_inference(model)(NOTHING)):
         with pytest.raises(KeyboardInterrupt):
             interrupted(model, acting, modules)
         assert dict(model.network.named_modules()) == modules
@@ -130,10 +130,10 @@ def test_nothing_below_the_layer_changes_and_every_block_above_does(arm):
     adapter, tokens = moved(model, arm), random_tokens(2, 9)
     blocks = {int(name.split(".")[2]) for name in adapter.by_name() if "layers" in name}
     assert blocks == set(range(LAYER, BLOCKS))
-    bare = model.enter(tokens, LAYER)
-    with adapter.applied(model, NOTHING):
-        assert torch.equal(model.enter(tokens, LAYER), bare)
-        upper = model.logits(model.resume(bare, LAYER).flatten(0, 1)).view(2, 9, -1)
+    bare = model.run_lower(tokens, LAYER)
+    with adapter.active(model, NOTHING):
+        assert torch.equal(model.run_lower(tokens, LAYER), bare)
+        upper = model.logits(model.run_upper(bare, LAYER).flatten(0, 1)).view(2, 9, -1)
     assert_close(upper, logits(model, adapter))
 
 
@@ -177,7 +177,7 @@ def test_it_is_the_model_with_the_weights_of_its_equation(family, arm):
         assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
         other.network.get_parameter(name).copy_(expected[name])
     assert_close(logits(model, adapter), logits(other), rtol=1e-4, atol=1e-4)
-    with adapter.compiled(model)(NOTHING):
+    with adapter.compile_for_inference(model)(NOTHING):
         assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-4)
 
 
@@ -209,7 +209,7 @@ def test_a_linear_that_does_more_than_its_weight_says_does_so_still(arm):
             linear.register_forward_hook(lambda _module, inputs, output: output + 0.1 * inputs[0].mean())
     adapter = moved(model, arm)
     acting = logits(model, adapter)
-    with adapter.compiled(model)(NOTHING):
+    with adapter.compile_for_inference(model)(NOTHING):
         assert_close(logits(model), acting, rtol=1e-4, atol=1e-4)
 
 
@@ -218,7 +218,13 @@ def test_a_linear_that_does_more_than_its_weight_says_does_so_still(arm):
 
 def training(**changes):
     settings = {"steps": 4, "batch_size": 4, "learning_rate": 0.05, "gate_learning_rate": 0.0}
-    settings |= {"warmup_fraction": 0.1, "seed": 0, "clip_norm": 1.0, "clip_percentile": 100.0, "gate_apart": True}
+    settings |= {
+        "warmup_fraction": 0.1,
+        "seed": 0,
+        "clip_norm": 1.0,
+        "clip_percentile": 100.0,
+        "clip_gate_separately": True,
+    }
     return TrainingConfig(**settings | changes)
 
 
@@ -227,8 +233,8 @@ def training(**changes):
 def test_a_gradient_reaches_every_trained_parameter_and_nothing_else(family, arm):
     model = tiny_model(family)
     adapter = moved(model, arm)
-    assert [id(one) for one in adapter.learned()["adapter"]] == [id(one) for one in adapter.parameters()]
-    assert list(adapter.learned()["gate"]) == []
+    assert [id(one) for one in adapter.parameter_groups()["adapter"]] == [id(one) for one in adapter.parameters()]
+    assert list(adapter.parameter_groups()["gate"]) == []
     nats(model, adapter, states_of(model)).mean().backward()
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, name
@@ -406,7 +412,9 @@ def test_an_adapter_comes_back_as_it_was(tiny_llama, tmp_path, arm):
     assert again.layer == LAYER
     assert torch.equal(logits(tiny_llama, again), logits(tiny_llama, adapter))
     states = states_of(tiny_llama)
-    scores = [evaluate(tiny_llama, states, one.compiled(tiny_llama), batch_size=4) for one in (again, adapter)]
+    scores = [
+        evaluate(tiny_llama, states, one.compile_for_inference(tiny_llama), batch_size=4) for one in (again, adapter)
+    ]
     assert scores[0] == scores[1]
 
 

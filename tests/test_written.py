@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from factories import on_progress
 from test_hf_model import begun
 from tiny import generate, random_documents, tiny_model
 
@@ -35,7 +36,7 @@ def arm_of(name: str) -> tuple[LanguageModel, Adapter | None]:
     adapter, _ = begun(model, name, "")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for group in adapter.learned().values():
+        for group in adapter.parameter_groups().values():
             for parameter in group:
                 parameter.add_(0.7 * torch.randn(parameter.shape, generator=generator)).requires_grad_(False)
     return model, adapter
@@ -69,9 +70,9 @@ def token_by_token(
             tokens = torch.zeros(len(rows), max(map(len, texts)), dtype=torch.long)
             for line, text in zip(tokens, texts, strict=True):
                 line[: len(text)] = torch.tensor(text)
-            hidden = model.enter(tokens, states.layer)
-            with adapter.compiled(model)(read) if adapter else nullcontext():
-                left = model.resume(hidden, states.layer)
+            hidden = model.run_lower(tokens, states.layer)
+            with adapter.compile_for_inference(model)(read) if adapter else nullcontext():
+                left = model.run_upper(hidden, states.layer)
                 last = torch.stack([line[len(text) - 1] for line, text in zip(left, texts, strict=True)])
                 following = model.logits(last).argmax(1).tolist()
             for row, token in zip(rows, following, strict=True):
@@ -105,8 +106,8 @@ def test_what_evaluation_calls_exact_is_written_exactly(name: str) -> None:
         changed = [3 + (response[0] + 7) % 60, *response[1:]] if place % 2 else response
         documents.append(Document(one.task, (*one.tokens[: one.context_tokens], *changed, 2), one.context_tokens))
     states = states_of(model, adapter, tuple(documents))
-    scores = evaluate(model, states, adapter.compiled(model) if adapter else None, batch_size=1)
-    run = RunSpec(write_tokens=NEW, batch_size=1)
+    scores = evaluate(model, states, adapter.compile_for_inference(model) if adapter else None, batch_size=1)
+    run = RunSpec(max_new_tokens=NEW, batch_size=1)
     found = score_generation(scores, model, states, adapter, run, silent).written
     assert found is not None
     assert all(wrote for exact, wrote in zip(scores.exact, found.exact, strict=True) if exact)
@@ -149,7 +150,7 @@ def test_answers_that_do_not_fit_are_refused_before_the_first() -> None:
             None,
             max_new_tokens=60,
             batch_size=1,
-            progress=lambda what, _done, _total: told.append(what),
+            progress=on_progress(lambda what, _done, _total: told.append(what)),
         )
     assert not told
 
@@ -192,7 +193,7 @@ def test_rouge_is_against_the_response_without_its_end() -> None:
     model, _ = arm_of("none")
     states = states_of(model, None, DOCUMENTS)
     scores = evaluate(model, states, batch_size=4)
-    found = score_generation(scores, model, states, None, RunSpec(write_tokens=NEW), silent).written
+    found = score_generation(scores, model, states, None, RunSpec(max_new_tokens=NEW), silent).written
     assert found is not None
     for document, answer, value in zip(DOCUMENTS, found.answers, found.rouge_l, strict=True):
         reference = " ".join(f"w{token}" for token in document.tokens[document.context_tokens : -1])

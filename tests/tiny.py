@@ -168,7 +168,7 @@ def random_documents(
 
 def instructions_of(model: LanguageModel, tokens: torch.Tensor, layer: int, **known: object) -> InstructionStates:
     """What an adapter may read of instructions of equal length."""
-    hidden = model.enter(tokens, layer)
+    hidden = model.run_lower(tokens, layer)
     return InstructionStates(hidden, torch.full((len(tokens),), tokens.shape[1]), hidden.mean(1), **known)
 
 

@@ -34,7 +34,9 @@ class DenseActivations:
     values: Float[Tensor, "tokens in_or_out"]
     are_outputs: bool
 
-    def pull(self, weight: Float[Tensor, "out in"], inputs: Float[Tensor, "all_tokens in"]) -> Float[Tensor, "out in"]:
+    def target_shift(
+        self, weight: Float[Tensor, "out in"], inputs: Float[Tensor, "all_tokens in"]
+    ) -> Float[Tensor, "out in"]:
         """W (C - G) = mean (W x_dense - W x) xᵀ, how the linears' outputs moved, for all of them stacked.
 
         The mean is over the tokens that the dense model saw. From inputs, nothing that drifted gives 0 to the bit; from

@@ -14,7 +14,7 @@ from mopcompress.entrypoints import preflight
 from mopcompress.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from mopcompress.entrypoints.generate import AnswerGenerator
 
 
 @command(app, MODEL, MACHINE, DRY_RUN, SPEECH)

@@ -76,7 +76,7 @@ DATA = _run_fields(
     validation_rows=("N", "Validation rows"),
     test_rows=("N", "Test rows"),
     max_length=("TOKENS", "Longer rows are dropped and counted"),
-    longest_row=("TOKENS", "Use only rows of at most so many tokens"),
+    skip_rows_longer_than=("TOKENS", "Use only rows of at most so many tokens"),
     text=("TEXT", "Plain text that no arm is trained on, to be scored too"),
     text_samples=("N", "Windows of it"),
     train_text=("TEXT", "Plain text to be trained on too, as a task of its own"),
@@ -84,7 +84,7 @@ DATA = _run_fields(
 )
 WRITING = _run_fields(
     "Data",
-    write_tokens=("TOKENS", "Also answer the test rows, in at most so many tokens, and score that (ROUGE-L)"),
+    max_new_tokens=("TOKENS", "Also answer the test rows, in at most so many tokens, and score that (ROUGE-L)"),
 )
 CALIBRATION = _run_fields(
     "Calibration",
@@ -127,22 +127,26 @@ RECOVERY = _recovery_fields(
     deep=("deep", bool, "single, mop and its controls: train keys and values in every layer; many more parameters"),
     rank=("rank", int, "lora, masklora, eora: rank; the largest that trains no more than mop if not given"),
     rows_per_step=("batch_size", int, "Rows of a training step"),
-    accumulate=("accumulate", int, "Parts that a step's rows run in, one after the other, to save memory"),
+    gradient_accumulation_steps=(
+        "accumulate",
+        int,
+        "Parts that a step's rows run in, one after the other, to save memory",
+    ),
     learning_rate=("learning_rate", float, "Learning rate of all but the gate; the arm's own if not given"),
     gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate, 0 to freeze it"),
     gate_clipping=("gate_clipping", str, "Its gradient is clipped apart from that of what it weighs, or together"),
-    clip_percentile=(
+    grad_clip_percentile=(
         "clip_percentile",
         float,
         "Clip gradients to this percentile of their norms so far, at most 1; 100: to 1",
     ),
     gate_pretraining_steps=("gate_pretraining_steps", int, "Steps that teach the gate the tasks"),
-    gate_temper=("gate_temper", float, "Factor on the pre-trained gate's logits"),
+    gate_logit_scale=("gate_temper", float, "Factor on the pre-trained gate's logits"),
     gate_labels=("gate_labels", str, "Experts' domains: tasks, or clusters of instructions"),
-    gate_reading=("gate_reading", str, "What a gate's weight does: renormalised, values or separate"),
+    gate_mode=("gate_reading", str, "What a gate's weight does: renormalised, values or separate"),
     shared_expert=("shared_expert", bool, "One more group of prompts: always on; in idp and smop one more to choose"),
     top_k=("top_k", int, "Experts that act in inference; all if not given"),
-    log_opening=("log_opening", float, "Log weight that prompts begin with"),
+    prompt_log_weight=("log_opening", float, "Log weight that prompts begin with"),
     distill=("distill", float, "Share of the loss that follows the dense model's distributions, not the text"),
     distill_temperature=("distill_temperature", float, "Temperature of those distributions"),
     teacher=("teacher", str, "Dense model to distil or repair from; the one that the model was made from if not given"),

@@ -105,11 +105,12 @@ class Lines:
         self._ended.set()
         self._heart.join()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def message(self, text: str) -> None:
         with self._lock:
-            if not total:
-                self._say(what)
-                return
+            self._say(text)
+
+    def update(self, what: str, done: int, total: int) -> None:
+        with self._lock:
             phase = self._phase
             if phase is None or not phase.same(what, done):
                 phase = self._phase = Phase(what, done, done, total)
@@ -162,10 +163,10 @@ class Bars:
     def __exit__(self, *_error: object) -> None:
         self._bars.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if not total:
-            self._say(what)
-            return
+    def message(self, text: str) -> None:
+        self._say(text)
+
+    def update(self, what: str, done: int, total: int) -> None:
         phase = self._phase
         if phase is None or not phase.same(what, done):
             self._clear()

@@ -83,7 +83,7 @@ class CompressionCheckpoint:
         """Write what came of a block, whole or not at all. Raises `StorageError` when that fails."""
         try:
             digests = {name: overwrite(self._folder, self._places[name], tensor) for name, tensor in stored.items()}
-            states, beside = _streams(block.leaving), _beside(block)
+            states, beside = _streams(block.outputs), _beside(block)
             _save_whole(states, self._folder / _states(index))
             _save_whole(beside, self._folder / _beside_file(index))
             facts = {
@@ -99,7 +99,7 @@ class CompressionCheckpoint:
         (self._folder / _states(index - 1)).unlink(missing_ok=True)
         self._add(block.rows, block.scales, block.repairs, seconds)
         self._changed |= stored.keys()
-        self.done, self.hidden = index + 1, block.leaving
+        self.done, self.hidden = index + 1, block.outputs
 
     def give(self, folder: Path) -> None:
         """Put the weight files into the output: as further names of the same bytes, or copied where that cannot be.

@@ -39,7 +39,7 @@ def dense_activations(
         here = slice(first, first + samples)
         firsts, every = [group[0] for group in inputs_of], [one for group in outputs_of for one in group]
         with record_inputs(firsts) as inputs, _record_outputs(every) as outputs:
-            leaving = model.through(tokens[here], None if hidden is None else hidden[here], index)
+            leaving = model.run_block(tokens[here], None if hidden is None else hidden[here], index)
         if first == 0:
             left = leaving.new_empty(len(tokens), *leaving.shape[1:])
         left[here] = leaving

@@ -45,7 +45,7 @@ def profile_layers(
         with present(index):
             linears = {name: one for one, name in linears_of(model, index).items() if name in wanted}
             with record_inputs(linears.values()) as inputs:
-                hidden = model.through(tokens, hidden, index)
+                hidden = model.run_block(tokens, hidden, index)
             unseen = [name for name, one in linears.items() if one not in inputs]
             if unseen:
                 raise DataError(f"{unseen[0]}: no calibration token reached it, so nothing can be allocated to it")
@@ -76,8 +76,8 @@ def errors_of(
         with present(index):
             for name, shares in candidates.items():
                 with _pruned(model, index, shares, norms):
-                    hidden[name] = model.through(tokens, hidden[name], index)
-            dense = model.through(tokens, dense, index)
+                    hidden[name] = model.run_block(tokens, hidden[name], index)
+            dense = model.run_block(tokens, dense, index)
     assert dense is not None
     return {
         name: float((one - dense).square().sum() / dense.square().sum())

@@ -45,7 +45,7 @@ class PlannedMethod:
     """A compression, and the linears of this model that it goes to, each with the place of the target that means it."""
 
     compression: MethodConfig
-    place: Mapping[str, int]
+    target_index: Mapping[str, int]
 
     def options_for(self, names: Sequence[str]) -> dict[str, object]:
         """The settings for linears that are solved together; `sparsity` may be one share a linear or one a target.
@@ -60,7 +60,7 @@ class PlannedMethod:
                 raise DataError(f"no sparsity is given for {missing[0]}; name every linear that is compressed")
             return options | {"sparsity": [shares[name] for name in names]}
         if isinstance(shares, Sequence):
-            return options | {"sparsity": [shares[self.place[name]] for name in names]}
+            return options | {"sparsity": [shares[self.target_index[name]] for name in names]}
         return options
 
 
@@ -75,7 +75,9 @@ def assign_targets(compressions: Sequence[MethodConfig], names: Sequence[str]) -
     for one in compressions:
         place = select_targets(names, one.targets, one.ignore)
         if one.method == REPAIR:
-            place = {name: index for name, index in place.items() if any(name in before.place for before in steps)}
+            place = {
+                name: index for name, index in place.items() if any(name in before.target_index for before in steps)
+            }
             if not place:
                 raise DataError(f"nothing to repair: no linear of {list(one.targets)} is compressed; name others")
         steps.append(PlannedMethod(one, place))
@@ -98,11 +100,11 @@ def apply_methods(
     statistics = _Statistics(inputs)
     solved = {name: Solution(weight) for name, weight in linears.items()}
     if dense is not None:
-        pull = dense.pull(torch.cat(list(linears.values())), inputs)
+        pull = dense.target_shift(torch.cat(list(linears.values())), inputs)
         solved |= _match_dense(linears, statistics.gram(), pull, steps)
     wanted = {name: one.weight for name, one in solved.items()}
     for step in steps:
-        names = [name for name in linears if name in step.place]
+        names = [name for name in linears if name in step.target_index]
         if not names:
             continue
         if step.compression.method == REPAIR:
@@ -128,7 +130,7 @@ def _match_dense(
     pulls = dict(zip(weights, torch.split(pull, [len(weight) for weight in weights.values()]), strict=True))
     wishes: dict[tuple[float, bool], list[str]] = {}
     for name in weights:
-        going = [step.compression for step in steps if name in step.place]
+        going = [step.compression for step in steps if name in step.target_index]
         share = max(one.match_dense for one in going)
         if share:
             keep_zeros = any(one.options.get("keep_zeros") is True for one in going)

@@ -60,7 +60,7 @@ class BlockInputs:
 class CompressedBlock:
     """What came of compressing a block, besides its weights."""
 
-    leaving: BlockInputs
+    outputs: BlockInputs
     rows: list[LayerRow]
     scales: dict[str, Float[Tensor, "_ _"]]  # [out, groups] of every linear that ended on a grid
     repairs: dict[str, LowRankFactors] = field(
@@ -88,7 +88,7 @@ def compress_model(
     hidden = BlockInputs()
     for index in range(len(model.blocks)):
         block = compress_block(model, tokens, hidden, index, steps, dtype=dtype)
-        hidden = block.leaving
+        hidden = block.outputs
         attach_repairs(model, block.repairs)
         for row in block.rows:
             rows.append(row)
@@ -131,11 +131,11 @@ def compress_block(
     names = {
         linear: name
         for linear, name in _named(model, index, experts).items()
-        if any(name in step.place for step in steps)
+        if any(name in step.target_index for step in steps)
     }
     entering, dense = hidden.compressed, hidden.dense
     with expert_by_expert(experts), record_inputs(names) as first_inputs:
-        model.through(tokens[:1, :1], None if entering is None else entering[:1, :1], index)
+        model.run_block(tokens[:1, :1], None if entering is None else entering[:1, :1], index)
     alone = [[linear] for linear in names if linear not in first_inputs]  # such as experts of another token
     groups = [*_sharing(first_inputs), *alone]
     sides: dict[Linear, DenseActivations] = {}
@@ -146,7 +146,7 @@ def compress_block(
             dense, sides = dense_activations(model, tokens[:samples], dense, index, matched)
     arriving = compress_on_input(names, groups, sides, steps, tokens=tokens.numel(), dtype=dtype)
     with expert_by_expert(experts), arriving as settled:
-        entering = model.through(tokens, entering, index)
+        entering = model.run_block(tokens, entering, index)
     reached = {linear for linear, _, _ in settled}
     idle = [linear for linear in names if linear not in reached]
     routed = {linear for _, every in experts.values() for expert in every for linear in vars(expert).values()}
@@ -219,7 +219,7 @@ def _sharing(inputs: Mapping[Linear, Tensor]) -> list[list[Linear]]:
 
 
 def _is_matched(name: str, steps: Sequence[PlannedMethod]) -> bool:
-    return any(step.compression.match_dense and name in step.place for step in steps)
+    return any(step.compression.match_dense and name in step.target_index for step in steps)
 
 
 def _row(
@@ -235,7 +235,7 @@ def _row(
         name=name,
         block=block,
         blocks=blocks,
-        methods=[step.compression.method for step in steps if name in step.place],
+        methods=[step.compression.method for step in steps if name in step.target_index],
         weights=linear.weight.numel(),
         zeros=int((linear.weight == 0).sum()),
         escalations=solved.escalations,

@@ -155,7 +155,7 @@ def _prune_block(
     parts = {part.reader: (part, cut) for cut in cuts for part in [cut.find(model, index)]}
     before = {reader: part.weights for reader, (part, _) in parts.items()}
     with prune_on_input(parts) as done:
-        hidden = model.through(tokens, hidden, index)
+        hidden = model.run_block(tokens, hidden, index)
     for part, _ in parts.values():
         if part.reader not in done:
             raise NumericalError(f"{part.name}: no calibration token reached it; use other text")

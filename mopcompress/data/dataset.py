@@ -39,7 +39,7 @@ def load_dataset(run: RunSpec, tokenizer: PreTrainedTokenizerBase) -> EncodedDat
 
     Raises `DataError` when a task of the test split has no training rows.
     """
-    splits = load_examples(run.data, rename=run.map, seed=run.seed)
+    splits = load_examples(run.data, rename=run.columns, seed=run.seed)
     return encode_splits(splits, run, tokenizer)
 
 
@@ -53,7 +53,7 @@ def encode_splits(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenizerBa
         dropped, passed_over = dropped + too_long, passed_over + not_chosen
         if not kept[name] and name != "validation":
             raise DataError(
-                f"data {run.data}: no {name} row of at most {run.longest_row} tokens; raise --longest-row, "
+                f"data {run.data}: no {name} row of at most {run.skip_rows_longer_than} tokens; raise --longest-row, "
                 "or leave it out"
             )
     tasks = tuple(sorted({document.task for document in kept["train"]}))
@@ -76,10 +76,10 @@ def encode_splits(splits: Splits, run: RunSpec, tokenizer: PreTrainedTokenizerBa
         "scored_sha256": _digest(scored),
         "template": template_name(tokenizer),
     }
-    longest = min(TEXT_TOKENS, run.longest_row or run.max_length)
+    longest = min(TEXT_TOKENS, run.skip_rows_longer_than or run.max_length)
     trained = _windows("train_text", run.train_text, run.train_text_samples, longest, tokenizer)
-    scored_text = _windows("text", run.text, run.text_samples, TEXT_TOKENS, tokenizer)
-    for name, source, windows in (("text", run.text, scored_text), ("train_text", run.train_text, trained)):
+    scored_text = _windows("text", run.eval_text, run.eval_text_samples, TEXT_TOKENS, tokenizer)
+    for name, source, windows in (("text", run.eval_text, scored_text), ("train_text", run.train_text, trained)):
         if windows:
             facts[name] = {"name": source, "windows": len(windows), "sha256": _digest([one.tokens for one in windows])}
     if trained and TEXT_TASK in tasks:
@@ -129,7 +129,7 @@ def _thinned(
         for document in encoded.documents:
             if len(kept) == wanted:
                 break
-            if run.longest_row is not None and len(document.tokens) > run.longest_row:
+            if run.skip_rows_longer_than is not None and len(document.tokens) > run.skip_rows_longer_than:
                 passed_over += 1
             else:
                 kept.append(document)

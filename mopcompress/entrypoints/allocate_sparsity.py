@@ -52,13 +52,15 @@ def allocate_sparsity(
         for index in range(len(model.blocks)):
             with present(index):
                 yield from (
-                    (name, weight_of(one)) for one, name in linears_of(model, index).items() if name in step.place
+                    (name, weight_of(one))
+                    for one, name in linears_of(model, index).items()
+                    if name in step.target_index
                 )
 
     if globally:
         shares = one_threshold(weights, modifier.sparsity)
     else:
-        allocated, shares = _best_allocation(modifier, model, tokens, step.place, present)
+        allocated, shares = _best_allocation(modifier, model, tokens, step.target_index, present)
         compression = replace(compression, allocation=allocated)
     return replace(compression, options={**compression.options, "sparsity": shares})
 

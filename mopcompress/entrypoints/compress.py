@@ -53,7 +53,7 @@ def compress(
 
     Raises `QualityGateError` when too many matrices needed more damping than asked for; then nothing is published.
     """
-    source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    source = resolve_model(recipe.run.model, progress=progress.message)
     check_output(target, source)
     check_folder(source)
     tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
@@ -96,14 +96,14 @@ def compress_into(
     requested, made_by = request_facts(source, [*modifiers, *repair], calibration, recipe), provenance(device)
     asked = _job(requested, made_by, steps)
     with resumable_compression(
-        target, source, asked, streamed.places, lambda line: progress(line, 0, 0), begin_again=begin_again
+        target, source, asked, streamed.places, progress.message, begin_again=begin_again
     ) as job:
         _run(streamed, tokens.to(device), steps, job, _block_progress(progress, requested["method"]))
         facts: dict[str, Any] = {
             **requested,
             "allocation": "+".join(one.allocation for one in compressions),
             **mask_facts(job.rows),
-            "fallbacks": check_fallbacks(job.rows, recipe.run.max_fallback, ": the work is kept"),
+            "fallbacks": check_fallbacks(job.rows, recipe.run.max_fallback_fraction, ": the work is kept"),
             "unreached": [row.name for row in job.rows if not row.methods],  # experts that are as they were
             "compress_seconds": job.seconds,
             "peak_bytes": peak_bytes(),
@@ -156,4 +156,4 @@ def _shapes_of(model: LanguageModel) -> dict[str, tuple[int, int]]:
 
 def _block_progress(progress: Progress, method: str) -> Callable[[LayerRow], None]:
     what = f"{method}: calibrating and compressing block by block"
-    return lambda row: progress(what, row.block + 1, row.blocks)
+    return lambda row: progress.update(what, row.block + 1, row.blocks)

@@ -51,7 +51,7 @@ def compress_external(
     compressions = [method_config(modifier) for modifier in known]
     _check_methods(backend, compressions)
     python = python_for(backend, recipe.run.backend_python)
-    source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    source = resolve_model(recipe.run.model, progress=progress.message)
     check_output(target, source)
     check_not_repaired(source)
     model = load_model(source, device=CPU)
@@ -59,13 +59,13 @@ def compress_external(
     pairs = zip(compressions, known, strict=True)
     requests = requests_of(backend, model, [allocate_sparsity(one, modifier, model, tokens) for one, modifier in pairs])
     with tempfile.TemporaryDirectory(prefix="mopcompress-") as folder:
-        progress(f"{backend.name} is compressing, in {python}", 0, 0)
+        progress.message(f"{backend.name} is compressing, in {python}")
         answer = run(backend, python, Path(folder), model=source, requests=requests, tokens=tokens)
         rows, scales = _take_over(model, backend, answer, requests)
-    if len(answer.fallbacks) > recipe.run.max_fallback * len(rows):
+    if len(answer.fallbacks) > recipe.run.max_fallback_fraction * len(rows):
         raise QualityGateError(
             f"{backend.name} gave up its method for {len(answer.fallbacks)} of {len(rows)} matrices, for example "
-            f"{answer.fallbacks[0]}, and says so in its log only; --max-fallback allows {recipe.run.max_fallback:g} of "
+            f"{answer.fallbacks[0]}, and says so in its log only; --max-fallback allows {recipe.run.max_fallback_fraction:g} of "
             "them; calibrate on more tokens, ask for more damping, or allow it"
         )
     facts: dict[str, Any] = {
@@ -88,7 +88,7 @@ def requests_of(backend: Backend, model: LanguageModel, compressions: Sequence[M
     kinds = {name: linear for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()}
     requests = []
     for step in plan_methods(model, compressions):
-        names = [name for name in kinds if name in step.place]
+        names = [name for name in kinds if name in step.target_index]
         strange = next((name for name in names if not isinstance(kinds[name], nn.Linear)), None)
         if strange:
             raise UsageError(f"--backend: {backend.name} cannot compress {strange}, a {type(kinds[strange]).__name__}")

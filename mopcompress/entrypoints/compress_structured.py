@@ -55,7 +55,7 @@ def compress_structured_into(
         "kv_groups": _counted(done.rows, "kv_groups", modifier.head_sparsity),
         "parameters": {"before": parameters, "after": model.network.num_parameters()},
         "base_bytes": weights_bytes(source),
-        "fallbacks": check_fallbacks(done.rows, recipe.run.max_fallback),
+        "fallbacks": check_fallbacks(done.rows, recipe.run.max_fallback_fraction),
         "compress_seconds": seconds,
         "peak_bytes": peak_bytes(),
         **provenance(device),
@@ -84,7 +84,9 @@ def _counted(rows: Sequence[StructuredRow], kind: str, share: float) -> dict[str
 
 
 def _block_progress(progress: Progress) -> Callable[[StructuredRow], None]:
-    return lambda row: progress("structured: calibrating and narrowing block by block", row.block + 1, row.blocks)
+    return lambda row: progress.update(
+        "structured: calibrating and narrowing block by block", row.block + 1, row.blocks
+    )
 
 
 def _check_written(folder: Path, model: LanguageModel) -> None:

@@ -23,31 +23,33 @@ from mopcompress.results import DocumentScores
 
 def evaluate_folder(recipe: Recipe, adapter: Path | None, *, progress: Progress = silent) -> dict[str, Any]:
     """Score the recipe's model on its test rows, with an adapter if one is named; a JSON-able summary."""
-    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    base = resolve_model(recipe.run.model, progress=progress.message)
     model = load_model(base, device=choose_device(recipe.run.device))
-    loaded, config, sha256, size = None, None, weights_hash(base), recipe.run.batch_size
+    loaded, config, sha256, size = None, None, weights_hash(base), recipe.run.eval_batch_size
     if adapter is not None:
         loaded, config = load_adapter(adapter, model, base_sha256=sha256)
     documents = load_dataset_for(model, recipe.run)
     layer = config.layer if config else first_layer("none", recipe.recovery.layer, model)
-    states = load_or_compute_states(model, sha256, documents.test, layer, recipe.run.batch_size, "test rows", progress)
-    scores = score(model, states, loaded, recipe.run.batch_size, progress)
-    if recipe.run.write_tokens is not None:
+    states = load_or_compute_states(
+        model, sha256, documents.test, layer, recipe.run.eval_batch_size, "test rows", progress
+    )
+    scores = score(model, states, loaded, recipe.run.eval_batch_size, progress)
+    if recipe.run.max_new_tokens is not None:
         scores = score_generation(
             scores,
             model,
             states,
-            loaded.compiled(model) if loaded else None,
-            max_new_tokens=recipe.run.write_tokens,
+            loaded.compile_for_inference(model) if loaded else None,
+            max_new_tokens=recipe.run.max_new_tokens,
             batch_size=size,
             progress=progress,
         )
     text = None
     if documents.text and not (config and ARM_DEFAULTS[config.arm].needs_tasks):
         windows = load_or_compute_states(
-            model, sha256, documents.text, layer, recipe.run.batch_size, "windows of text", progress
+            model, sha256, documents.text, layer, recipe.run.eval_batch_size, "windows of text", progress
         )
-        text = micro_average(score(model, windows, loaded, recipe.run.batch_size, progress)).perplexity
+        text = micro_average(score(model, windows, loaded, recipe.run.eval_batch_size, progress)).perplexity
     reading = measure_gate(model, loaded, states, config.tasks, batch_size=size) if loaded and config else None
     return {
         "model": recipe.run.model,
@@ -77,7 +79,7 @@ def score(
     return evaluate(
         model,
         states,
-        adapter.compiled(model) if adapter else None,
+        adapter.compile_for_inference(model) if adapter else None,
         batch_size=batch_size,
-        progress=lambda done: progress("scoring test rows", done, total),
+        progress=lambda done: progress.update("scoring test rows", done, total),
     )

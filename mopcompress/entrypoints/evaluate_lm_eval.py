@@ -41,15 +41,15 @@ def evaluate_tasks(
     manager = TaskManager(include_path=None if definitions is None else str(definitions))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UsageError(f"--lm-eval: the harness knows no task {unknown[0]!r}; lm-eval ls tasks lists them")
-    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    base = resolve_model(recipe.run.model, progress=progress.message)
     model = load_model(base, device=choose_device(recipe.run.device))
     network: PreTrainedModel = model.network
     if adapter is not None:
         network = MopForCausalLM.around(model, *load_adapter(adapter, model, base_sha256=weights_hash(base)))
-    progress(f"{', '.join(tasks)}, in the lm-evaluation-harness", 0, 0)
+    progress.message(f"{', '.join(tasks)}, in the lm-evaluation-harness")
     with torch.inference_mode():
         found = lm_eval.simple_evaluate(
-            model=HarnessModel(network, model.tokenizer, batch_size=recipe.run.batch_size),
+            model=HarnessModel(network, model.tokenizer, batch_size=recipe.run.eval_batch_size),
             tasks=list(tasks),
             task_manager=manager,
             log_samples=False,

@@ -35,7 +35,7 @@ def export(
 
     Raises `DataError` when the format cannot hold them, `StorageError` when they do not read back as they were.
     """
-    folder = resolve_model(model, progress=lambda line: progress(line, 0, 0))
+    folder = resolve_model(model, progress=progress.message)
     source, origin = open_model(folder), _origin(folder)
     if target.exists() or resume == "required":
         return _finished(target, format, origin, resume, progress)
@@ -49,7 +49,7 @@ def export(
         sizes = ByteCounts()
         weight_map: dict[str, str] = {}
         for number, path in enumerate(source.files):
-            progress(f"writing {format}", number, len(source.files))
+            progress.update(f"writing {format}", number, len(source.files))
             file = scratch / f"{LAYOUTS[format].prefix}{source.dense_name(path)}"
             names = write_file(file, source.tensors(path), format, grid, sizes)
             weight_map |= dict.fromkeys(names, file.name)
@@ -87,7 +87,7 @@ def _finished(target: Path, format: str, origin: Mapping[str, Any], resume: str,
     if manifest is None or made != (format, origin["source"]["sha256"]):
         raise OutputError(f"output {target} exists already and is another thing; name another --output-dir")
     artifacts.verify(target)
-    progress(f"done already: {target}", 0, 0)
+    progress.message(f"done already: {target}")
     return manifest
 
 
@@ -131,7 +131,7 @@ def _carry_repair(folder: Path, scratch: Path, progress: Progress) -> dict[str, 
     if not repairs:
         return None
     shutil.copyfile(folder / REPAIR, scratch / REPAIR)
-    progress(f"{REPAIR} goes along: other tools load the model without it", 0, 0)
+    progress.message(f"{REPAIR} goes along: other tools load the model without it")
     return {"linears": len(repairs), "bytes": (scratch / REPAIR).stat().st_size}
 
 
@@ -140,7 +140,7 @@ def _compared(source: ModelReader, scratch: Path, progress: Progress) -> dict[st
     written = open_model(scratch)
     hashes: dict[str, str] = {}
     for number, (before, after) in enumerate(zip(source.files, written.files, strict=True)):
-        progress("reading it back", number, len(source.files))
+        progress.update("reading it back", number, len(source.files))
         was, now = tensor_hashes(source.tensors(before)), tensor_hashes(written.tensors(after))
         wrong = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         if wrong:

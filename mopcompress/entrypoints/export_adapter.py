@@ -35,7 +35,7 @@ def export_adapter(
     name = model or made.get("base", {}).get("folder")
     if name is None:
         raise UsageError(f"--model: not given, and {adapter} does not say which it was trained on; name its folder")
-    base = resolve_model(name, progress=lambda line: progress(line, 0, 0))
+    base = resolve_model(name, progress=progress.message)
     network = load_model(base, device=choose_device("cpu"))
     loaded, config = load_adapter(adapter, network, base_sha256=weights_hash(base))
     facts = {"kind": KIND, "arm": config.arm, "source": source, "base": str(base), **provenance(network.device)}
@@ -54,5 +54,5 @@ def _finished(target: Path, source: dict[str, str], resume: str, progress: Progr
     if manifest is None or (manifest.get("kind"), manifest.get("source", {}).get("sha256")) != (KIND, source["sha256"]):
         raise OutputError(f"output {target} exists already and is another thing; name another --output-dir")
     artifacts.verify(target)
-    progress(f"done already: {target}", 0, 0)
+    progress.message(f"done already: {target}")
     return manifest

@@ -20,7 +20,7 @@ def verify_finished(target: Path, recipe: Recipe, progress: Progress) -> dict[st
     """
     artifacts.verify(target)
     manifest = artifacts.read_manifest(target) or {}
-    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    base = resolve_model(recipe.run.model, progress=progress.message)
     now: dict[str, Any] = {"model": weights_hash(base)}
     before = {"model": manifest["base"]["sha256"]}
     if "teacher" in manifest:
@@ -38,5 +38,5 @@ def verify_finished(target: Path, recipe: Recipe, progress: Progress) -> dict[st
                 f"output {target} was made from another {what} ({before[what]}, now {now[what]}); "
                 "remove it or name another --output-dir"
             )
-    progress(f"done already: {target}", 0, 0)
+    progress.message(f"done already: {target}")
     return manifest

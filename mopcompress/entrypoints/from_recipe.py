@@ -81,8 +81,8 @@ def adapter_init(modifier: PromptRecoveryModifier, seed: int) -> AdapterInit:
     """How the recipe's arm begins."""
     return AdapterInit(
         gate_pretraining_steps=modifier.gate_pretraining_steps,
-        gate_temper=modifier.gate_temper,
-        log_opening=modifier.log_opening,
+        gate_logit_scale=modifier.gate_logit_scale,
+        prompt_log_weight=modifier.prompt_log_weight,
         seed=seed,
     )
 
@@ -91,15 +91,15 @@ def training_config(modifier: PromptRecoveryModifier, learning_rate: float, seed
     """How the recipe's arm is trained."""
     return TrainingConfig(
         steps=modifier.steps,
-        batch_size=modifier.batch_size,
+        batch_size=modifier.train_batch_size,
         learning_rate=learning_rate,
         gate_learning_rate=modifier.gate_learning_rate,
         warmup_fraction=modifier.warmup_fraction,
-        clip_norm=modifier.clip_norm,
-        clip_percentile=modifier.clip_percentile,
-        gate_apart=modifier.gate_clipping == "apart",
+        max_grad_norm=modifier.max_grad_norm,
+        grad_clip_percentile=modifier.grad_clip_percentile,
+        clip_gate_separately=modifier.gate_clipping == "apart",
         seed=seed,
-        accumulate=modifier.accumulate,
+        gradient_accumulation_steps=modifier.gradient_accumulation_steps,
     )
 
 
@@ -118,10 +118,10 @@ def adapter_config(
         hidden_size=model.hidden_size,
         base_sha256=base_sha256,
         tasks=modifier.domains(tasks),
-        gate_reading=modifier.gate_reading,
+        gate_mode=modifier.gate_mode,
         shared_expert=modifier.shared_expert,
         top_k=modifier.top_k,
-        deep=modifier.deep,
+        per_layer_prompts=modifier.per_layer_prompts,
         rank=modifier.rank,
         targets=modifier.adapter_targets,
     )

@@ -18,12 +18,12 @@ class AnswerGenerator:
     """The run's model, with an adapter if one is named, loaded once."""
 
     def __init__(self, run: RunSpec, adapter: Path | None, *, max_new_tokens: int, progress: Progress = silent) -> None:
-        base = resolve_model(run.model, progress=lambda line: progress(line, 0, 0))
+        base = resolve_model(run.model, progress=progress.message)
         model = load_model(base, device=choose_device(run.device))
         self._model: PreTrainedModel = model.network
         if adapter is not None:
             self._model = MopForCausalLM.around(model, *load_adapter(adapter, model, base_sha256=weights_hash(base)))
-        self._tokenizer, self._batch_size = model.tokenizer, run.batch_size
+        self._tokenizer, self._batch_size = model.tokenizer, run.eval_batch_size
         self._max_new_tokens, self._progress = max_new_tokens, progress
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
@@ -33,7 +33,7 @@ class AnswerGenerator:
             some = prompts[start : start + self._batch_size]
             answers += generate(self._model, self._tokenizer, some, max_new_tokens=self._max_new_tokens)
             if len(prompts) > self._batch_size:
-                self._progress("generating", len(answers), len(prompts))
+                self._progress.update("generating", len(answers), len(prompts))
         return answers
 
     def tell(self, prompt: str, told: Callable[[str], None]) -> None:

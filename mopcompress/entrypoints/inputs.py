@@ -71,7 +71,7 @@ def _own_text(run: RunSpec, source: Path, model_sha256: str, progress: Progress)
             samples=run.num_calibration_samples,
             length=run.max_seq_length,
             seed=run.seed,
-            progress=lambda done: progress(what, done, run.max_seq_length),
+            progress=lambda done: progress.update(what, done, run.max_seq_length),
         )
         with artifacts.publish(folder, facts) as scratch:
             save_file({"tokens": tokens.cpu()}, scratch / FILE)
@@ -88,8 +88,8 @@ def load_dataset_for(model: LanguageModel, run: RunSpec) -> EncodedDataset:
     rows = (*documents.train, *documents.validation, *documents.test)
     model.check_context(_longest(rows), f"data {run.data}: a row", "lower --max-length")
     model.check_context(_longest(documents.text), "--text: a window", "leave it out")
-    if run.write_tokens is not None:
-        check_fits(model.network, [one.tokens[: one.context_tokens] for one in documents.test], run.write_tokens)
+    if run.max_new_tokens is not None:
+        check_fits(model.network, [one.tokens[: one.context_tokens] for one in documents.test], run.max_new_tokens)
     return documents
 
 

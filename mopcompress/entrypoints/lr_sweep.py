@@ -75,7 +75,7 @@ def sweep_rate(
     found = Sweep(
         arm=modifier.arm,
         steps=shortened.steps,
-        batch_size=modifier.batch_size,
+        batch_size=modifier.train_batch_size,
         validation_rows=len(validation.documents),
         trials=trials,
         learning_rate=best.learning_rate,
@@ -97,7 +97,7 @@ def _trial(
     nats, recovered = None, None
     try:
         recovered = train(modifier)
-        applied = recovered.adapter.compiled(model)
+        applied = recovered.adapter.compile_for_inference(model)
         loss = math.log(micro_average(evaluate(model, validation, applied, batch_size=batch_size)).perplexity)
         nats = loss if math.isfinite(loss) else None
     except NumericalError:

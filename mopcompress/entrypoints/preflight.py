@@ -43,7 +43,7 @@ def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
     check_model(run.model)
     if (data or (calibration and run.calibration == "data")) and run.data != "skills":
         local_path(run.data)
-    for text in (run.text, run.train_text):
+    for text in (run.eval_text, run.train_text):
         if data and text is not None:
             local_path(text)
     if calibration and run.calibration not in {"self", "data"}:
@@ -138,7 +138,7 @@ def model_facts(name: str) -> dict[str, Any]:
 def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The grid: settings, cells in all and finished, training steps (of sweeps the least) and bytes still to come."""
     settings = settings_of(recipe)
-    cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(), setting)}
+    cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(by_alias=True), setting)}
     done = {Cell(*row.cell) for row in read_rows(folder / "rows.jsonl")} & cells
     stepping = {arm for arm, settings in ARM_DEFAULTS.items() if settings.learning_rate is not None}
     trained = [cell for cell in cells - done if cell.arm in stepping]

@@ -35,9 +35,9 @@ from mopcompress.storage import artifacts
 
 def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = silent) -> dict[str, Any]:
     """Train the recipe's recovery on its model, publish the adapter as `target`, and return the manifest."""
-    base = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+    base = resolve_model(recipe.run.model, progress=progress.message)
     check_output(target, base)
-    device, size = choose_device(recipe.run.device), recipe.run.batch_size
+    device, size = choose_device(recipe.run.device), recipe.run.eval_batch_size
     with join_workers(device) as workers:
         tell = progress if workers.first else silent
         model = load_model(base, device=device)
@@ -84,7 +84,7 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
                 sweep, recovered = _swept(
                     modifier, model, rows, train, batch_size=size, unfinished=unfinished, workers=workers
                 )
-                tell(describe_sweep(sweep), 0, 0)
+                tell.message(describe_sweep(sweep))
                 modifier = modifier.at_rate(sweep.learning_rate)
                 facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}
             recovered = recovered or train(modifier)
@@ -120,7 +120,7 @@ def _kept(target: Path, facts: dict[str, Any], progress: Progress) -> AbstractCo
     run = {name: setting for name, setting in recipe["run"].items() if name not in ("model", "output_dir")}
     same = ("data", "teacher", "seed", "learning_rate", "processes", "versions", "commit", "device", "threads")
     job = {name: facts[name] for name in same} | {"model": facts["base"]["sha256"], "recipe": recipe | {"run": run}}
-    return resumable_training(target, job, lambda line: progress(line, 0, 0))
+    return resumable_training(target, job, progress.message)
 
 
 def publish_adapter(recovered: TrainedAdapter, target: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def build_distillation(
         temperature=modifier.distill_temperature,
         batch_size=batch_size,
         hidden=bool(modifier.squarehead),
-        progress=lambda done: progress("teacher, once for all arms: training rows", done, len(documents)),
+        progress=lambda done: progress.update("teacher, once for all arms: training rows", done, len(documents)),
         store=store_of(teacher, weights_hash(folder), documents, temperature=modifier.distill_temperature),
     )
     return Distillation(taught, modifier.distill, modifier.squarehead)

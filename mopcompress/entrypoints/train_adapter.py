@@ -33,7 +33,7 @@ def train_adapter(
     start = time.perf_counter()
     config = adapter_config(modifier, material.model, material.tasks, base_sha256)
     if modifier.rate is None:
-        progress(f"{modifier.arm} has a closed form: no steps, and no learning rate to give or to sweep", 0, 0)
+        progress.message(f"{modifier.arm} has a closed form: no steps, and no learning rate to give or to sweep")
     adapter = RECOVERY_METHODS[modifier.arm].begin(config, material, adapter_init(modifier, seed))
     seconds, what = time.perf_counter() - start, f"training {modifier.arm}, seed {seed}"
     rows: list[TrainRow] = []
@@ -44,11 +44,11 @@ def train_adapter(
             material.states,
             training_config(modifier, modifier.rate, seed),
             distillation=distillation,
-            progress=lambda row: progress(what, row.step, row.steps),
+            progress=lambda row: progress.update(what, row.step, row.steps),
             keeping=unfinished.at(modifier.rate, modifier.steps) if unfinished else None,
             workers=workers,
         )
-    for group in adapter.learned().values():
+    for group in adapter.parameter_groups().values():
         for parameter in group:
             parameter.requires_grad_(False)
     return TrainedAdapter(adapter, config, rows, seconds + sum(row.seconds for row in rows))
@@ -61,18 +61,14 @@ def log_expert_count(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[s
     ]
     others = [one.experts for one in counted if one.experts not in (None, len(tasks)) and one.gate_labels == "tasks"]
     if others and tasks:
-        progress(
+        progress.message(
             f"{others[0]} experts are not one for each of the {len(tasks)} tasks: k-means finds their domains in the "
-            "states of the instructions",
-            0,
-            0,
+            "states of the instructions"
         )
     found = [one for one in counted if one.experts is None]
     if found and not tasks:
         count = found[0].count_experts(tasks)
-        progress(
+        progress.message(
             f"the rows name no tasks: {count} experts, whose domains k-means finds in the states of the instructions; "
-            "--experts asks for another number, a column task for one a task",
-            0,
-            0,
+            "--experts asks for another number, a column task for one a task"
         )

@@ -25,7 +25,7 @@ def verify(folder: Path, *, progress: Progress = silent) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise InputNotFoundError(f"{folder}: no such folder; name the output of a command")
-    progress("comparing files with their hashes", 0, 0)
+    progress.message("comparing files with their hashes")
     artifacts.verify(folder)
     manifest = artifacts.read_manifest(folder) or {}
     facts = {"folder": str(folder), "kind": manifest.get("kind"), "files": len(manifest["files"])}
@@ -46,7 +46,7 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
         grid = LAYOUTS["sparse"].fit(stored.grid, load_meta_model(folder))
     found: set[str] = set()
     for number, path in enumerate(stored.files):
-        progress("decoding tensors", number, len(stored.files))
+        progress.update("decoding tensors", number, len(stored.files))
         for name, tensor in stored.tensors(path):
             if expected is not None and expected.get(name) != tensor_hash(tensor):
                 raise DataError(f"{path}: {name} is not what was exported; make the folder again")

@@ -71,7 +71,7 @@ def generate_answers(
             )
         for row, answer in zip(rows, some, strict=True):
             answers[row] = answer
-        progress("writing answers", done := done + len(rows), len(documents))
+        progress.update("writing answers", done := done + len(rows), len(documents))
     return answers
 
 

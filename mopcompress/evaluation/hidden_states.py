@@ -24,10 +24,10 @@ class InstructionStates:
     """All that an adapter may read of its examples: nothing of it depends on a response."""
 
     hidden: Float[Tensor, "batch time hidden"]  # instruction tokens at the adapter's layer; zeros after their end
-    tokens: Int[Tensor, " batch"]  # how many there are
-    summary: Float[Tensor, "batch hidden"]  # their mean
+    lengths: Int[Tensor, " batch"]  # instruction tokens per example
+    mean: Float[Tensor, "batch hidden"]  # mean over the instruction's tokens
     tasks: Sequence[str] | None = None  # the true ones, where they are known
-    strangers: Float[Tensor, "batch hidden"] | None = None  # summaries of other documents, whatever the batch
+    shuffled_mean: Float[Tensor, "batch hidden"] | None = None  # means of other documents, whatever the batch
 
 
 ApplyAdapter = Callable[[InstructionStates], AbstractContextManager[object]]
@@ -72,17 +72,17 @@ class HiddenStateDataset:
         self.layer, self.documents, self.device = layer, tuple(documents), model.device
         lengths = torch.tensor([len(document.tokens) for document in documents])
         self._ends = lengths.cumsum(0)
-        self._strangers = derangement(len(documents)) if len(documents) > 1 else None
+        self._shuffled_rows = derangement(len(documents)) if len(documents) > 1 else None
         order = lengths.argsort(stable=True).tolist()
 
         def fill(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "documents hidden"]:
-            model.check_divisible(layer)
+            model.require_separable(layer)
             self._hidden = hidden
             summaries = torch.empty(len(documents), model.hidden_size, device=model.device)
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 with torch.inference_mode():
-                    entering = model.enter(_padded([documents[row].tokens for row in rows], model.device), layer)
+                    entering = model.run_lower(_padded([documents[row].tokens for row in rows], model.device), layer)
                 for row, states in zip(rows, entering, strict=True):
                     document = documents[row]
                     self._of(row).copy_(states[: len(document.tokens)])
@@ -117,14 +117,16 @@ class HiddenStateDataset:
         indices = torch.tensor([example, position, target], device=self.device)
         read = InstructionStates(
             hidden=instructions.to(self.device),
-            tokens=torch.tensor(contexts, device=self.device),
-            summary=self.summaries[list(rows)],
+            lengths=torch.tensor(contexts, device=self.device),
+            mean=self.summaries[list(rows)],
             tasks=[document.task for document in documents],
-            strangers=self.summaries[[self._strangers[row] for row in rows]] if self._strangers else None,
+            shuffled_mean=self.summaries[[self._shuffled_rows[row] for row in rows]] if self._shuffled_rows else None,
         )
         return ResponseBatch(hidden.to(self.device), read, *indices)
 
-    def some_states(self, rows: Sequence[int], count: int, generator: torch.Generator) -> Float[Tensor, "count hidden"]:
+    def sample_states(
+        self, rows: Sequence[int], count: int, generator: torch.Generator
+    ) -> Float[Tensor, "count hidden"]:
         """States at `count` random instruction positions; not the first, which attention uses as a sink, of several."""
         picked = []
         for _ in range(count):

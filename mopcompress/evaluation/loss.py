@@ -25,7 +25,7 @@ def score_responses(model: LanguageModel, batch: ResponseBatch, layer: int) -> T
 
 def response_logits(model: LanguageModel, batch: ResponseBatch, layer: int) -> Float[Tensor, "scored vocab"]:
     """What the blocks from `layer` on and the head say before each response token."""
-    left = model.resume(batch.hidden, layer)
+    left = model.run_upper(batch.hidden, layer)
     return model.logits(left[batch.example, batch.position])
 
 

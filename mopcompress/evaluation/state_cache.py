@@ -51,7 +51,7 @@ def load_or_compute_states(
             documents,
             layer,
             batch_size=batch_size,
-            progress=lambda done: progress(what, done, len(documents)),
+            progress=lambda done: progress.update(what, done, len(documents)),
             store=functools.partial(_kept, facts=facts, dtype=dtype),
         )
 

@@ -18,6 +18,7 @@ from mopcompress.models.repair import attach_repairs, read_repairs
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recover.adapter import Adapter, AdapterConfig
 from mopcompress.recover.registry import RECOVERY_METHODS
+from mopcompress.recover.save_and_load import tensors_from_disk, tensors_to_disk
 
 NETWORK, ADAPTER = "network.", "adapter."  # what the names of the weights begin with
 HUB = frozenset({"cache_dir", "force_download", "local_files_only", "revision", "token"})  # of what is fetched from it
@@ -93,10 +94,18 @@ def load_whole(
     assert isinstance(made, nn.Module)  # for mypy: a protocol cannot ask for it
     made = made.to(network.dtype)
     try:
-        made.load_state_dict(_part(stored, ADAPTER))
+        made.load_state_dict(tensors_from_disk(_part(stored, ADAPTER)))
     except RuntimeError as error:
         raise DataError(f"model {folder}: {str(error).splitlines()[-1].strip()}; save it again") from error
     return network, made
+
+
+def state_dict_to_disk(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a whole model's state with the adapter's tensors under their names on disk."""
+    adapter = {name: tensor for name, tensor in state.items() if name.startswith(ADAPTER)}
+    renamed = tensors_to_disk({name.removeprefix(ADAPTER): tensor for name, tensor in adapter.items()})
+    others = {name: tensor for name, tensor in state.items() if name not in adapter}
+    return others | {f"{ADAPTER}{name}": tensor for name, tensor in renamed.items()}
 
 
 def _fill(network: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:

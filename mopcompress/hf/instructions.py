@@ -45,8 +45,8 @@ def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tenso
     rows = [states[real] for states, real in zip(hidden, mask, strict=True)]
     return InstructionStates(
         hidden=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        tokens=counts,
-        summary=torch.stack([row.mean(0) for row in rows]),
+        lengths=counts,
+        mean=torch.stack([row.mean(0) for row in rows]),
     )
 
 
@@ -58,7 +58,7 @@ def read_by_itself(
     rows = [row[real] for row, real in zip(tokens, mask, strict=True)]
     together = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     real = torch.arange(together.shape[1], device=tokens.device) < mask.sum(1)[:, None]
-    return instructions_of(model.enter(together, layer), real)
+    return instructions_of(model.run_lower(together, layer), real)
 
 
 @contextmanager

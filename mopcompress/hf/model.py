@@ -7,7 +7,7 @@ until the generation ends, and reads nothing more.
 
 from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,14 @@ from transformers.utils.generic import ModelOutput
 from mopcompress.errors import DataError
 from mopcompress.evaluation.batching import positions
 from mopcompress.evaluation.hidden_states import ApplyAdapter, InstructionStates
-from mopcompress.hf.adapter_loading import adapter_of, hub_settings, load_whole, network_of, one_device
+from mopcompress.hf.adapter_loading import (
+    adapter_of,
+    hub_settings,
+    load_whole,
+    network_of,
+    one_device,
+    state_dict_to_disk,
+)
 from mopcompress.hf.config import MopConfig
 from mopcompress.hf.instructions import entering, instruction_mask_of, instructions_of, read_by_itself
 from mopcompress.models.compat import CACHE
@@ -30,7 +37,7 @@ from mopcompress.models.model_loading import load_model, resolve_model, weights_
 from mopcompress.models.repair import RepairsByName, read_repairs, repair_of, write_repairs
 from mopcompress.models.weight_files import REPAIR
 from mopcompress.recover.adapter import Adapter, AdapterConfig
-from mopcompress.recover.save_and_load import load_adapter
+from mopcompress.recover.save_and_load import config_from_disk, config_to_disk, load_adapter
 
 
 @dataclass
@@ -64,7 +71,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
             raise DataError("a MopConfig without text_config and adapter says nothing; give both")
         self.network = network_of(config.text_config) if network is None else network
         self.language_model = LanguageModel(self.network)
-        adapter = adapter or adapter_of(self.language_model, AdapterConfig(**config.adapter))
+        adapter = adapter or adapter_of(self.language_model, config_from_disk(config.adapter))
         assert isinstance(adapter, nn.Module)  # for mypy: a protocol cannot ask for it
         self.adapter = adapter.requires_grad_(True)
         self.generation_config = self.network.generation_config
@@ -96,7 +103,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
             config = config or MopConfig.from_pretrained(folder)
             if not isinstance(config, MopConfig) or config.text_config is None or config.adapter is None:
                 raise DataError(f"model {folder} is no recovered model; name its adapter too, or one that was saved")
-            network, loaded = load_whole(folder, config.text_config, AdapterConfig(**config.adapter), asked)
+            network, loaded = load_whole(folder, config.text_config, config_from_disk(config.adapter), asked)
             made = cls(config, network, loaded)
         elif config is not None:
             raise TypeError("from_pretrained: config: a base and its adapter bring their own; leave it out")
@@ -110,7 +117,9 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def around(cls, model: LanguageModel, adapter: Adapter, described: AdapterConfig) -> "MopForCausalLM":
         """The model of an adapter and a network that are loaded already, and stay the same objects."""
-        return cls(MopConfig(text_config=model.network.config, adapter=asdict(described)), model.network, adapter)
+        return cls(
+            MopConfig(text_config=model.network.config, adapter=config_to_disk(described)), model.network, adapter
+        )
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *args: Any, **kwargs: Any
@@ -122,7 +131,9 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         if not self._repairs and any(repair_of(module) is not None for module in self.network.modules()):
             raise DataError("the network has a repair that would be lost; load its folder with from_pretrained")
         # under other names, as they were before transformers stacked experts, they would not be found again
-        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+        state = state_dict_to_disk(kwargs.pop("state_dict", None) or self.state_dict())
+        settings = {"save_original_format": False, **kwargs, "state_dict": state}
+        super().save_pretrained(save_directory, *args, **settings)
         if self._repairs:
             write_repairs(Path(save_directory) / REPAIR, self._repairs)
 
@@ -242,7 +253,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
             acting.enter_context(self._applied(read[0]))
 
         if self.adapter.layer == 0:
-            act(self.language_model.enter(tokens, 0))
+            act(self.language_model.run_lower(tokens, 0))
             output = self.network(**inputs)
         else:
             with entering(self.language_model.blocks[self.adapter.layer], act):
@@ -254,9 +265,9 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
     def _applied(self, instructions: InstructionStates) -> Any:
         """The adapter with gradients where they are wanted; otherwise compiled, once for as long as nothing changes."""
         if self.training or (torch.is_grad_enabled() and any(one.requires_grad for one in self.adapter.parameters())):
-            return self.adapter.applied(self.language_model, instructions)
+            return self.adapter.active(self.language_model, instructions)
         state = [(one.data_ptr(), one._version) for one in (*self.parameters(), *self.adapter.buffers())]
         if self._compiled is None or self._compiled[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                self._compiled = state, self.adapter.compiled(self.language_model)
+                self._compiled = state, self.adapter.compile_for_inference(self.language_model)
         return self._compiled[1](instructions)

@@ -57,25 +57,25 @@ class LanguageModel:
         """The dotted name of the list of blocks, for example `model.layers`."""
         return f"{self._decoder_name}.{self._blocks_name}"
 
-    def enter(self, tokens: Int[Tensor, "batch time"], layer: int) -> Float[Tensor, "batch time hidden"]:
+    def run_lower(self, tokens: Int[Tensor, "batch time"], layer: int) -> Float[Tensor, "batch time hidden"]:
         """The hidden states that enter block `layer`, at 0 the embeddings. Right padding is harmless: all is causal."""
         if layer == 0:
             return self.network.get_input_embeddings()(tokens)
-        above = self._standins(layer, len(self.blocks))
+        above = self._placeholders(layer, len(self.blocks))
         self._decoder([*self.blocks[:layer], *above])(input_ids=tokens, use_cache=False)
         return above[0].seen
 
-    def through(
+    def run_block(
         self, tokens: Int[Tensor, "batch time"], hidden: Float[Tensor, "batch time hidden"] | None, layer: int
     ) -> Float[Tensor, "batch time hidden"]:
         """Run block `layer` alone on what enters it (block 0: the embedded tokens, whatever `hidden`)."""
-        below, above = self._standins(0, layer), self._standins(layer + 1, len(self.blocks))
+        below, above = self._placeholders(0, layer), self._placeholders(layer + 1, len(self.blocks))
         if below:
             below[-1].replacement = hidden
         left = self._decoder([*below, self.blocks[layer], *above])(input_ids=tokens, use_cache=False)
         return above[0].seen if above else left.last_hidden_state
 
-    def resume(
+    def run_upper(
         self, hidden: Float[Tensor, "batch time hidden"], layer: int, *, first_position: int = 0
     ) -> Float[Tensor, "batch time normed"]:
         """Run block `layer` and all above it, and the final norm, on the hidden states that enter it.
@@ -84,15 +84,15 @@ class LanguageModel:
         """
         where = {}
         if first_position:  # a negative one is as good as another where only differences count
-            self.check_rotary()
+            self.require_rotary()
             last = first_position + hidden.shape[1]
             where["position_ids"] = torch.arange(first_position, last, device=hidden.device)[None]
         if layer == 0:
             return self._decoder([*self.blocks])(inputs_embeds=hidden, use_cache=False, **where).last_hidden_state
-        below = self._standins(0, layer)
+        below = self._placeholders(0, layer)
         below[-1].replacement = hidden
         # the tokens only say how many positions there are: the last stand-in drops what comes of them, and where
-        # blocks above read them too, `check_divisible` says so
+        # blocks above read them too, `require_separable` says so
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         upper = self._decoder([*below, *self.blocks[layer:]])
         return upper(input_ids=tokens, use_cache=False, **where).last_hidden_state
@@ -104,7 +104,7 @@ class LanguageModel:
         # not [0]: the gradient of a selection is a whole tensor of zeros, filled anew
         return network(input_ids=tokens, use_cache=False).logits.squeeze(0)
 
-    def _standins(self, first: int, last: int) -> "list[BlockPlaceholder]":
+    def _placeholders(self, first: int, last: int) -> "list[BlockPlaceholder]":
         return [BlockPlaceholder(block, self._block_gives_tuple) for block in self.blocks[first:last]]
 
     def _decoder(self, blocks: list[nn.Module]) -> nn.Module:
@@ -112,7 +112,7 @@ class LanguageModel:
         decoder._modules[self._blocks_name] = nn.ModuleList(blocks)
         return decoder
 
-    def check_promptable(self) -> None:
+    def require_prompt_attention(self) -> None:
         """Raise `DataError` when prompts cannot reach the attention of this family."""
         if not self._attention_is_ours:
             raise DataError(
@@ -121,7 +121,7 @@ class LanguageModel:
             )
 
     @torch.no_grad()
-    def check_divisible(self, layer: int) -> None:
+    def require_separable(self, layer: int) -> None:
         """Raise `DataError` when the states that enter block `layer` are not all that it and those above it read.
 
         Some families show every block the tokens (Gemma 4) or the embeddings (Zamba), others widen the embeddings on
@@ -138,7 +138,7 @@ class LanguageModel:
             return
         tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         whole = self._decoder([*self.blocks])(input_ids=tokens, use_cache=False).last_hidden_state
-        parts = self.resume(self.enter(tokens, layer), layer)
+        parts = self.run_upper(self.run_lower(tokens, layer), layer)
         if (parts - whole).abs().max() > 1e-3 * whole.abs().max():  # of a model that gives NaN others say so
             raise DataError(
                 f"{network}: blocks from {layer} up read more than the hidden states that enter "
@@ -159,7 +159,7 @@ class LanguageModel:
         """Only differences of positions count."""
         return any("rotary" in name for name, _ in self.network.named_modules())
 
-    def check_rotary(self) -> None:
+    def require_rotary(self) -> None:
         """Raise `DataError` when positions are not rotary."""
         if not self.is_rotary:
             raise DataError(

@@ -4,16 +4,55 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasGenerator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
 from pydantic_core import PydanticCustomError
 
 from mopcompress.recipe.validation_errors import EACH, ONE
+
+# Recipes that were written before a field had its present name: name -> name in stored recipes. Both are read.
+STORED_NAMES = {
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "max_grad_norm": "clip_norm",
+    "grad_clip_percentile": "clip_percentile",
+    "gate_logit_scale": "gate_temper",
+    "gate_mode": "gate_reading",
+    "prompt_log_weight": "log_opening",
+    "per_layer_prompts": "deep",
+    "eval_batch_size": "batch_size",
+    "max_new_tokens": "write_tokens",
+    "skip_rows_longer_than": "longest_row",
+    "eval_text": "text",
+    "eval_text_samples": "text_samples",
+    "columns": "map",
+    "prune_then_quantize": "joint",
+    "max_fallback_fraction": "max_fallback",
+}
 
 
 class Spec(BaseModel):
     """Checked settings: frozen, no unknown names, no text where a number belongs (1 is a number, '1' is not)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        alias_generator=AliasGenerator(
+            validation_alias=lambda name: AliasChoices(name, STORED_NAMES.get(name, name)),
+            serialization_alias=lambda name: STORED_NAMES.get(name, name),
+        ),
+    )
 
 
 def fault(message: str, hint: str | None = None) -> PydanticCustomError:

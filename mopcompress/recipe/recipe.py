@@ -123,11 +123,11 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     for stage in recipe.stages:
         groups = {
-            group.name: {type(one).__name__: one.model_dump(mode="json") for one in group.modifiers}
+            group.name: {type(one).__name__: one.model_dump(mode="json", by_alias=True) for one in group.modifiers}
             for group in stage.groups
         }
         stages[stage.name] = {"run_type": stage.run_type, **groups}
-    return stages | {"run": recipe.run.model_dump(mode="json")}
+    return stages | {"run": recipe.run.model_dump(mode="json", by_alias=True)}
 
 
 def _own_grid(recipe: Recipe) -> dict[str, Any]:

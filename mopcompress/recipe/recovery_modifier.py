@@ -31,26 +31,32 @@ class PromptRecoveryModifier(Spec):
     experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data, or 7 that are found
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
-    deep: bool = False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
+    per_layer_prompts: bool = (
+        False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
+    )
     rank: Annotated[int, Field(ge=1, le=65536)] | None = None  # of lora, masklora, eora; None: no more numbers than mop
     adapter_targets: Targets | None = None  # linears that they change, by the ends of their names; None: the writers
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
-    accumulate: Annotated[int, Field(ge=1, le=65536)] = 1  # parts that a step's rows run in, to save memory
+    train_batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = (
+        1  # parts that a step's rows run in, to save memory
+    )
     learning_rate: Rate | None = None  # of all but the gate; None: the arm's own
     learning_rates: dict[TrainedArm, Rate] = Field(default_factory=dict)  # of arms by name: goes before learning_rate
     gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
-    gate_temper: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
+    gate_logit_scale: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
     gate_labels: Literal["tasks", "clusters"] = "tasks"  # experts' domains: the rows' tasks, or k-means on instructions
     gate_clipping: Literal["apart", "together"] = "apart"  # its gradient by itself, or with that of what it weighs
-    gate_reading: Literal["renormalised", "values", "separate"] = "renormalised"  # what a weight does in attention
+    gate_mode: Literal["renormalised", "values", "separate"] = "renormalised"  # what a weight does in attention
     shared_expert: bool = False  # one more group of prompts: it weighs 1 for every row; of idp and smop a choice more
     top_k: Annotated[int, Field(ge=1, le=1024)] | None = None  # experts that act in inference; None: all
-    log_opening: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
+    prompt_log_weight: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    clip_percentile: Annotated[float, Field(ge=0, le=100)] = 50.0  # of the norms so far, where that is less; 100: none
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    grad_clip_percentile: Annotated[float, Field(ge=0, le=100)] = (
+        50.0  # of the norms so far, where that is less; 100: none
+    )
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
     distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
     squarehead: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of a loss on hidden states, the dense model's
@@ -69,7 +75,11 @@ class PromptRecoveryModifier(Spec):
         given = self.learning_rates.get(self.arm, self.learning_rate)
         if given is not None:
             return given
-        return settings.deep_learning_rate if self.deep and settings.deep_learning_rate else settings.learning_rate
+        return (
+            settings.deep_learning_rate
+            if self.per_layer_prompts and settings.deep_learning_rate
+            else settings.learning_rate
+        )
 
     @property
     def sweeps(self) -> bool:

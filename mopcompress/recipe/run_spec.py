@@ -59,41 +59,41 @@ class RunSpec(Spec):
 
     model: FilePath = "smollm2"
     data: FilePath = "skills"
-    map: dict[Name, Name] = Field(default_factory=dict)  # column of the data: our field
+    columns: dict[Name, Name] = Field(default_factory=dict)  # column of the data: our field
     train_rows: Rows | None = 320  # None: all
     validation_rows: Rows | None = 96
     test_rows: Rows | None = 144
     max_length: Length = 512  # tokens of a row; longer rows are dropped, a response alone over it is an error
-    longest_row: Length | None = None  # a choice of rows: only those of at most so many tokens take part
-    text: FilePath | None = None  # plain text that no arm is trained on, scored besides the test rows
-    text_samples: Rows = 24  # windows of it
+    skip_rows_longer_than: Length | None = None  # a choice of rows: only those of at most so many tokens take part
+    eval_text: FilePath | None = None  # plain text that no arm is trained on, scored besides the test rows
+    eval_text_samples: Rows = 24  # windows of it
     train_text: FilePath | None = None  # plain text among the training rows, a task of its own
     train_text_samples: Rows = 96  # windows of it, besides the training rows
-    write_tokens: Annotated[int, Field(ge=1)] | None = None  # test rows are answered too, with so many at most
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None  # test rows are answered too, with so many at most
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     max_seq_length: Length = 512  # tokens of a calibration sample
     ratios: Annotated[tuple[Annotated[Share, AfterValidator(_not_dense)], ...], Listed, Distinct] = (0.5, 0.85, 0.95)
     methods: Annotated[tuple[Annotated[str, AfterValidator(_method)], ...], Listed, Distinct] = ("sparsegpt",)
     bits: Annotated[tuple[Bits, ...], Listed, Distinct] = ()
-    joint: bool = False  # with bits: round what pruning left, not the dense model
+    prune_then_quantize: bool = False  # with bits: round what pruning left, not the dense model
     group_size: Annotated[Annotated[int, Field(ge=2, le=65536)] | None, BeforeValidator(_whole_row)] = 64
     arms: Annotated[Arms, Field(min_length=1)] = ("none", "single", "mop")
     dense_arms: Arms = ("none",)  # of the dense model: what it learns of the data tells recovery from adaptation
     seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1)] = (0,)
     seed: Seed = 0
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16  # rows, in evaluation
+    eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = 16  # rows, in evaluation
     device: Annotated[str, AfterValidator(_device)] = "auto"
     backend: Annotated[str, AfterValidator(_backend)] = OURS  # the library whose methods compress
     backend_python: FilePath | None = None  # the interpreter that has it; None: this one
     output_dir: FilePath | None = None
-    max_fallback: Annotated[float, Field(ge=0, le=1)] = (
+    max_fallback_fraction: Annotated[float, Field(ge=0, le=1)] = (
         0.1  # share of matrices that may need more damping than asked for
     )
 
     @model_validator(mode="after")
     def _scored_text_is_not_trained_on(self) -> "RunSpec":
-        if self.train_text is not None and self.train_text == self.text:
+        if self.train_text is not None and self.train_text == self.eval_text:
             raise fault("train_text: the same as text, which is scored because no arm is trained on it; name another")
         return self
 
@@ -113,7 +113,7 @@ WORDS = {
     "model",
     "data",
     "calibration",
-    "text",
+    "eval_text",
     "train_text",
     "methods",
     "arms",
@@ -143,7 +143,7 @@ def check_flags(flags: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _parsed(name: str, flag: object, faults: list[Fault]) -> object:
-    if name == "map" and isinstance(flag, str):
+    if name == "columns" and isinstance(flag, str):
         pairs = [pair.partition("=") for pair in flag.split(",")]
         if not all(key and value for key, _, value in pairs):
             faults.append(Fault((name,), "not column=field, with commas between several", flag))

@@ -19,21 +19,21 @@ DenseWeights = Callable[[str], Float[Tensor, "out in"]]
 class Adapter(Protocol):
     """A `torch.nn.Module` whose parameters are trained while the network below it stays as it is.
 
-    Outside of `applied` and of what `compiled` gives, the network is bitwise what it was.
+    Outside of `active` and of what `compile_for_inference` gives, the network is bitwise what it was.
     """
 
     layer: int
     """The first block that it changes: the states below are the same for every step."""
 
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[object]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[object]:
         """Inside it the adapter acts on these examples, with gradients to its parameters."""
         ...
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """The same for an adapter that is trained no more: what no example changes is computed here, once."""
         ...
 
-    def learned(self) -> Mapping[str, Sequence[nn.Parameter]]:
+    def parameter_groups(self) -> Mapping[str, Sequence[nn.Parameter]]:
         """Every trained parameter, once, under the name of its learning rate: `adapter`, or `gate`."""
         ...
 
@@ -53,10 +53,10 @@ class AdapterConfig:
     hidden_size: int
     base_sha256: str  # of the compressed model's weights: an adapter fits no other model
     tasks: Sequence[str]  # expert e's domain, in order; empty when experts were found by clustering
-    gate_reading: str = "renormalised"  # what a gate's weight does in attention: see `weighing`
+    gate_mode: str = "renormalised"  # what a gate's weight does in attention: see `weighing`
     shared_expert: bool = False  # one more group of prompts, which weighs 1 for every example
     top_k: int | None = None  # experts that act at inference; None: all
-    deep: bool = False  # keys and values of their own in every layer, in place of states that flow on
+    per_layer_prompts: bool = False  # keys and values of their own in every layer, in place of states that flow on
     rank: int | None = None  # of low-rank updates; None: the largest that trains no more than `mop` would
     targets: Sequence[str] | None = None  # ends of the names of linears that have low-rank updates; None: the writers
 
@@ -68,7 +68,7 @@ class AdapterConfig:
 
 def trained_parameters(adapter: Adapter) -> int:
     """How many numbers training changes, the gate's included."""
-    return sum(parameter.numel() for group in adapter.learned().values() for parameter in group)
+    return sum(parameter.numel() for group in adapter.parameter_groups().values() for parameter in group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class AdapterInit:
     """The choices that an adapter's first values depend on, and its shapes do not."""
 
     gate_pretraining_steps: int
-    gate_temper: float
-    log_opening: float
+    gate_logit_scale: float
+    prompt_log_weight: float
     seed: int
 
 

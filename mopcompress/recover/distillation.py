@@ -82,7 +82,7 @@ class Teacher:
         for rows in batches_by_length(documents, batch_size, generator=None):
             batch = states.batch(rows)
             with torch.inference_mode(), record_outputs(model.blocks if self.states else ()) as seen:
-                left = model.resume(batch.hidden, 0)
+                left = model.run_upper(batch.hidden, 0)
                 kept = top_k_distribution(
                     model.logits(left[batch.example, batch.position]), temperature=self.temperature
                 )

@@ -139,7 +139,7 @@ def moved_keys(model: LanguageModel, keys: TensorsByLayer, by: int) -> TensorsBy
 
     Tried on keys that the model itself makes at both places; raises `DataError` when those do not agree.
     """
-    model.check_rotary()
+    model.require_rotary()
     rotary = next(module for name, module in model.network.named_modules() if name.endswith("rotary_emb"))
     noise = torch.randn(1, 4, model.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.device)
     try:

@@ -1,12 +1,14 @@
 """An adapter folder: what was trained in safetensors, and what it belongs to."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.models.language_model import LanguageModel
@@ -16,11 +18,42 @@ from mopcompress.storage import artifacts
 
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
+# Adapter files keep the names that they were first written with: name in the code -> name on disk.
+FIELDS_ON_DISK = {"gate_mode": "gate_reading", "per_layer_prompts": "deep"}
+TENSORS_ON_DISK = {"prompt_log_weight": "log_opening", "layer_key_values": "deep"}
+
 
 def save_adapter(adapter: Adapter, config: AdapterConfig, folder: Path) -> None:
     """Write weights and config into `folder`."""
-    save_file({name: tensor.contiguous().cpu() for name, tensor in adapter.state_dict().items()}, folder / WEIGHTS)
-    artifacts.write_atomically(folder / CONFIG, json.dumps(asdict(config), indent=1) + "\n")
+    tensors = tensors_to_disk(adapter.state_dict())
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    artifacts.write_atomically(folder / CONFIG, json.dumps(config_to_disk(config), indent=1) + "\n")
+
+
+def config_to_disk(config: AdapterConfig) -> dict[str, Any]:
+    """Return the fields of a config under their names in `adapter.json`."""
+    return {FIELDS_ON_DISK.get(name, name): value for name, value in asdict(config).items()}
+
+
+def config_from_disk(fields: Mapping[str, Any]) -> AdapterConfig:
+    """Return the config of fields that `config_to_disk` named. Raises `TypeError` for a field that is unknown."""
+    in_code = {stored: name for name, stored in FIELDS_ON_DISK.items()}
+    return AdapterConfig(**{in_code.get(name, name): value for name, value in fields.items()})
+
+
+def tensors_to_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors under their names in `adapter.safetensors`."""
+    return _with_first_part_renamed(tensors, TENSORS_ON_DISK)
+
+
+def tensors_from_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that `tensors_to_disk` named under their names in the adapter's state dict."""
+    return _with_first_part_renamed(tensors, {stored: name for name, stored in TENSORS_ON_DISK.items()})
+
+
+def _with_first_part_renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    parts = {name: name.partition(".") for name in tensors}
+    return {"".join((names.get(first, first), dot, rest)): tensors[name] for name, (first, dot, rest) in parts.items()}
 
 
 def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tuple[Adapter, AdapterConfig]:
@@ -40,7 +73,7 @@ def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tup
     adapter = RECOVERY_METHODS[config.arm].build(model, config)
     assert isinstance(adapter, nn.Module)  # for mypy: a protocol cannot ask for it
     try:
-        adapter.load_state_dict(weights)
+        adapter.load_state_dict(tensors_from_disk(weights))
     except RuntimeError as error:
         raise DataError(f"adapter {folder}: {str(error).splitlines()[-1].strip()}; train it again") from error
     adapter.to(model.device, model.network.dtype).requires_grad_(False)
@@ -53,7 +86,7 @@ def config_for(folder: Path, *, base_sha256: str) -> AdapterConfig:
         raise InputNotFoundError(f"adapter {folder}: no {CONFIG} there; name a folder that `mopcompress recover` wrote")
     artifacts.verify(folder)
     try:
-        config = AdapterConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        config = config_from_disk(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"adapter {folder} cannot be read ({error}); train it again") from error
     if config.base_sha256 != base_sha256:

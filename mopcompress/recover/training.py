@@ -35,11 +35,15 @@ class TrainingConfig:
     learning_rate: float  # of all but the gate
     gate_learning_rate: float
     warmup_fraction: float
-    clip_norm: float  # the greatest norm of a gradient
-    clip_percentile: float  # nor is it left longer than so many per cent of those above 0 were until then; 100: it is
-    gate_apart: bool  # the gradient of a gate is clipped by itself, not together with that of what it weighs
+    max_grad_norm: float  # the greatest norm of a gradient
+    grad_clip_percentile: (
+        float  # nor is it left longer than so many per cent of those above 0 were until then; 100: it is
+    )
+    clip_gate_separately: bool  # the gradient of a gate is clipped by itself, not together with that of what it weighs
     seed: int
-    accumulate: int = 1  # parts of a step, one after the other: the same to rounding, but for the noise of `smop`
+    gradient_accumulation_steps: int = (
+        1  # parts of a step, one after the other: the same to rounding, but for the noise of `smop`
+    )
 
 
 def fit(
@@ -58,14 +62,14 @@ def fit(
     With `distillation` a share of the loss is the divergence from a teacher's distributions.
 
     AdamW without weight decay, linear warm-up, cosine decay to zero, gradients clipped by their norms so far and to
-    `clip_norm` at most. Goes on where `keeping` says that it stopped.
+    `max_grad_norm` at most. Goes on where `keeping` says that it stopped.
     Raises `NumericalError` when a loss or a gradient is not finite.
     """
     workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
     learned = _trainable_groups(adapter, rates)
     parameters = [parameter for group in learned.values() for parameter in group]
-    clipped = learned if training.gate_apart else {"all": parameters}
+    clipped = learned if training.clip_gate_separately else {"all": parameters}
     optimiser = torch.optim.AdamW([{"params": group} for group in learned.values()], weight_decay=0.0)
     standing = TrainingState(adapter, optimiser)
     if keeping:
@@ -78,7 +82,7 @@ def fit(
         for group, name in zip(optimiser.param_groups, learned, strict=True):
             group["lr"] = rates[name] * _lr_factor(step - 1, training)
         optimiser.zero_grad()
-        losses = _backward(adapter, model, states, chosen, distillation, training.accumulate, workers)
+        losses = _backward(adapter, model, states, chosen, distillation, training.gradient_accumulation_steps, workers)
         workers.add_up(losses, parameters)
         loss, nats = losses.tolist()
         _check(loss, "loss", step, training)
@@ -108,15 +112,15 @@ def _clip_gradient(
     """Clip a group's gradient, in place, and return its norm before.
 
     AutoClip (Seetharaman et al., 2020, arXiv 2007.14469): to a percentile of all norms so far, this one among them, and
-    to `clip_norm` at most. What is long for a gradient differs by orders of magnitude between arms, groups and models
+    to `max_grad_norm` at most. What is long for a gradient differs by orders of magnitude between arms, groups and models
     here, so that no fixed norm fits all; and AdamW's steps are short for long after an outlier. Norms of 0 are left
     out: the gate of `mop+` has no gradient until its paths have moved, and would be held where it is.
     """
     norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
     _check(float(norm), "gradient's norm", step, training)
-    most, norms = training.clip_norm, [one for one in (*before, float(norm)) if one > 0]
-    if norms and training.clip_percentile < 100:
-        most = min(most, float(torch.tensor(norms).quantile(training.clip_percentile / 100)))
+    most, norms = training.max_grad_norm, [one for one in (*before, float(norm)) if one > 0]
+    if norms and training.grad_clip_percentile < 100:
+        most = min(most, float(torch.tensor(norms).quantile(training.grad_clip_percentile / 100)))
     torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return float(norm)
 
@@ -129,7 +133,7 @@ def _check(value: float, name: str, step: int, training: TrainingConfig) -> None
 
 def _trainable_groups(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
     """The groups that are trained. One of rate 0 is frozen, in place."""
-    groups = {name: list(group) for name, group in adapter.learned().items()}
+    groups = {name: list(group) for name, group in adapter.parameter_groups().items()}
     for name, group in groups.items():
         for parameter in group:
             parameter.requires_grad_(rates[name] > 0)
@@ -146,7 +150,7 @@ def compute_losses(
     """What training lowers and the nats, means over response tokens; without distillation they are the same."""
     batch = states.batch(rows)
     # watched after the adapter began to act: what prompts give on their own way up is none of the text's
-    with adapter.applied(model, batch.instructions), _watched(distillation, model, states.layer) as seen:
+    with adapter.active(model, batch.instructions), _watched(distillation, model, states.layer) as seen:
         logits = response_logits(model, batch, states.layer)
     nats = token_nll(logits, batch).mean()
     return torch.stack([distillation.loss(nats, logits, seen, batch, rows) if distillation else nats, nats])
@@ -164,11 +168,11 @@ def _backward(
     states: HiddenStateDataset,
     chosen: Sequence[int],
     distillation: Distillation | None,
-    accumulate: int,
+    gradient_accumulation_steps: int,
     workers: Workers,
 ) -> Float[Tensor, " loss_and_nats"]:
     """This process's share of the step's mean losses; the first one's gradient is added to the parameters'."""
-    parts = accumulate * workers.count
+    parts = gradient_accumulation_steps * workers.count
     scored = _scored_tokens(states, chosen)
     share = torch.zeros(2, device=states.device)
     for part in range(workers.rank, parts, workers.count):

@@ -52,19 +52,19 @@ def score_cell(
     progress: Progress,
 ) -> BenchRow:
     """Score what `recovered` gives on the base, and leave adapter and documents in the bench's `folder`."""
-    setting, model, size = base.setting, base.model, run.batch_size
+    setting, model, size = base.setting, base.model, run.eval_batch_size
     facts = (artifacts.read_manifest(base.folder) or {}) if setting != DENSE else {}
     trained = recovered.adapter if recovered else None
     start = time.perf_counter()
     scores = score(model, test, trained, size, progress)
     seconds = time.perf_counter() - start
-    if run.write_tokens is not None:
+    if run.max_new_tokens is not None:
         scores = score_generation(
             scores,
             model,
             test,
-            trained.compiled(model) if trained else None,
-            max_new_tokens=run.write_tokens,
+            trained.compile_for_inference(model) if trained else None,
+            max_new_tokens=run.max_new_tokens,
             batch_size=size,
             progress=progress,
         )

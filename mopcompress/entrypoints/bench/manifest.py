@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mopcompress.errors import RecipeError
-from mopcompress.recipe import Recipe, recipe_to_dict
+from mopcompress.recipe import Recipe, recipe_from_dict, recipe_to_dict
 from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
 

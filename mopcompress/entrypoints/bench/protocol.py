@@ -35,7 +35,7 @@ def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
     return [
         "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
         "the response before it.",
-        f"Trained arms share rows, their order, and steps ({recovery.steps} of {recovery.batch_size} rows). single "
+        f"Trained arms share rows, their order, and steps ({recovery.steps} of {recovery.train_batch_size} rows). single "
         "begins with the prompts of mop, all in one group.",
         f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
         "gate.",
@@ -43,7 +43,7 @@ def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
         *_losses(recovery),
         *(
             ["Prompts of single and mop are deep; the budget of their rivals is that of a mop that is not."]
-            if recovery.deep
+            if recovery.per_layer_prompts
             else []
         ),
         *(

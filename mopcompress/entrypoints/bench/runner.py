@@ -95,7 +95,7 @@ class _BenchRun:
     def __init__(self, recipe: Recipe, folder: Path, command: str, progress: Progress) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self.device = choose_device(recipe.run.device)
-        self.source = resolve_model(recipe.run.model, progress=lambda line: progress(line, 0, 0))
+        self.source = resolve_model(recipe.run.model, progress=progress.message)
         self.source_sha256 = weights_hash(self.source)
         # the bench's own dense model teaches, unless another is named
         self.recovery = replace_checked(recipe.recovery, teacher=recipe.recovery.teacher or str(self.source))
@@ -113,7 +113,7 @@ class _BenchRun:
             adapter = RECOVERY_METHODS[one.arm].build(model, config)
             check_dense(adapter, model, dense_weights(one, self.source, model))
         check_validation(documents, self.recipe.run.data, arms)
-        size = self.recipe.run.batch_size
+        size = self.recipe.run.eval_batch_size
         self.taught = build_distillation(self.recovery, self.source, model, documents.train, size, self.progress)
         weights = model.network.num_parameters()
         del model  # each setting loads its own
@@ -124,11 +124,15 @@ class _BenchRun:
         manifest |= {"command": self.command, **provenance(self.device)}
         manifest = continue_manifest(manifest, self.folder)
         before = manifest["seconds"] or 0.0
-        check_rows(self.folder, [cell for one in settings for cell in cells_of(self.recipe.run.model_dump(), one)])
+        check_rows(
+            self.folder, [cell for one in settings for cell in cells_of(self.recipe.run.model_dump(by_alias=True), one)]
+        )
         write_manifest(manifest, self.folder)
         for setting in settings:
             done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
-            missing = [cell for cell in cells_of(self.recipe.run.model_dump(), setting) if cell not in done]
+            missing = [
+                cell for cell in cells_of(self.recipe.run.model_dump(by_alias=True), setting) if cell not in done
+            ]
             if missing:
                 self._fill(self._base(setting, self._compressed(setting, tokens, calibration)), documents, missing)
             manifest["seconds"] = before + time.perf_counter() - start
@@ -177,7 +181,7 @@ class _BenchRun:
             layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32
         ) -> HiddenStateDataset:
             if (layer, which) not in cached:
-                size = self.recipe.run.batch_size
+                size = self.recipe.run.eval_batch_size
                 cached[layer, which] = load_or_compute_states(
                     model, sha256, rows, layer, size, which, self.progress, dtype=dtype
                 )
@@ -213,13 +217,13 @@ class _BenchRun:
                     progress=self.progress,
                 )
                 append_row(row, self.folder / "rows.jsonl")
-            self.progress(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}", 0, 0)
+            self.progress.message(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}")
 
     def _unfinished(self, adapter: Path, base_sha256: str) -> AbstractContextManager[CheckpointFolder]:
         """A cell's training so far. Its settings are the folder's: only model, code and machine can be others."""
         facts = provenance(self.device)
         job = {name: facts[name] for name in ("versions", "commit", "device", "threads")} | {"model": base_sha256}
-        return resumable_training(adapter, job, lambda line: self.progress(line, 0, 0), begin_again=True)
+        return resumable_training(adapter, job, self.progress.message, begin_again=True)
 
     def _training(self, material: AdapterInputs, base_sha256: str, seed: int, unfinished: CheckpointFolder) -> Train:
         """How a cell's arm is trained, whatever the rate."""
@@ -253,10 +257,10 @@ class _BenchRun:
                 model,
                 validation,
                 train,
-                batch_size=self.recipe.run.batch_size,
+                batch_size=self.recipe.run.eval_batch_size,
                 known=read_trials(unfinished.folder),
                 keep=partial(write_trials, folder=unfinished.folder),
             )
-            self.progress(describe_sweep(found), 0, 0)
+            self.progress.message(describe_sweep(found))
             write_sweep(found, path)
         return modifier.at_rate(read_sweeps(path.parent)[name].learning_rate), recovered

@@ -70,7 +70,7 @@ def input_grams(
     handles = [linear.register_forward_pre_hook(noting(name)) for name, linear in linears.items()]
     try:
         for rows in _equally_long(states.documents):
-            model.resume(states.batch(rows).hidden, states.layer)
+            model.run_upper(states.batch(rows).hidden, states.layer)
     finally:
         for handle in handles:
             handle.remove()

@@ -59,8 +59,8 @@ def shuffled_weights(gate: Gate | None, instructions: InstructionStates) -> Floa
     the gate gives for the mean of the training instructions.
     """
     assert gate is not None  # for mypy: the arm builds one
-    strangers = instructions.strangers
-    return gate(gate.mean.expand_as(instructions.summary) if strangers is None else strangers)
+    strangers = instructions.shuffled_mean
+    return gate(gate.mean.expand_as(instructions.mean) if strangers is None else strangers)
 
 
 def oracle_weights(
@@ -80,8 +80,8 @@ def oracle_weights(
             f"arm oracle: no expert for the task {min(unknown)!r}, only for {', '.join(tasks)}; "
             "score rows of the tasks it was trained on"
         )
-    place = torch.tensor([tasks.index(task) for task in instructions.tasks], device=instructions.summary.device)
-    return torch.nn.functional.one_hot(place, len(tasks)).to(instructions.summary.dtype).mul(len(tasks)).log()
+    place = torch.tensor([tasks.index(task) for task in instructions.tasks], device=instructions.mean.device)
+    return torch.nn.functional.one_hot(place, len(tasks)).to(instructions.mean.dtype).mul(len(tasks)).log()
 
 
 def top_k_weights(log_weights: Float[Tensor, "batch experts"], count: int) -> Float[Tensor, "batch experts"]:
@@ -100,7 +100,7 @@ def top_k_weights(log_weights: Float[Tensor, "batch experts"], count: int) -> Fl
 def to_prefix(
     keys_and_values: KeyValues,
     log_weights: Float[Tensor, "batch groups"],
-    log_opening: Float[Tensor, ""],
+    prompt_log_weight: Float[Tensor, ""],
     reading: str,
 ) -> Prefix:
     """What text attends to when groups of equally many prompts weigh so much."""
@@ -109,11 +109,11 @@ def to_prefix(
     log_gate = log_weights.repeat_interleave(next(iter(keys.values())).shape[1] // groups, dim=1)
     match reading:
         case "renormalised":
-            return Prefix(keys, values, log_gate + log_opening)
+            return Prefix(keys, values, log_gate + prompt_log_weight)
         case "values":
-            return Prefix(keys, values, log_opening.expand_as(log_gate), value_gate=log_gate.exp())
+            return Prefix(keys, values, prompt_log_weight.expand_as(log_gate), value_gate=log_gate.exp())
         case "separate":
-            scale = (log_gate + log_opening).exp()
+            scale = (log_gate + prompt_log_weight).exp()
             return Prefix(keys, values, torch.zeros_like(log_gate), value_gate=scale, separate=groups)
     raise DataError(f"gate reading {reading!r}: not renormalised, values or separate; train the adapter again")
 

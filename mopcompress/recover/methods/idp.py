@@ -26,27 +26,29 @@ from mopcompress.recover.methods.prompt_kv import record_prompt_kv
 
 
 class DynamicPrompts(nn.Module):
-    """Groups of prompts at `layer` of which one acts; `log_opening` is as in a mixture."""
+    """Groups of prompts at `layer` of which one acts; `prompt_log_weight` is as in a mixture."""
 
-    def __init__(self, start: Float[Tensor, "groups prompts hidden"], layer: int, *, log_opening: float = 0.0) -> None:
+    def __init__(
+        self, start: Float[Tensor, "groups prompts hidden"], layer: int, *, prompt_log_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.prompts = nn.Parameter(start.clone())
-        self.log_opening = nn.Parameter(torch.tensor(log_opening))
+        self.prompt_log_weight = nn.Parameter(torch.tensor(prompt_log_weight))
         self.layer = layer
 
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text attends to the group that its instruction chose."""
         return self._attending(model, self.keys_and_values(model), instructions)
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """Compile the prompts to constants; what is left an example is one block's attention."""
         with torch.no_grad():
             everything = self.keys_and_values(model)
         return lambda instructions: self._attending(model, everything, instructions)
 
-    def learned(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Prompts with their opening; there is no gate."""
-        return {"adapter": [self.prompts, self.log_opening], "gate": []}
+        return {"adapter": [self.prompts, self.prompt_log_weight], "gate": []}
 
     def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch groups"]:
         """1 for the group that acts, 0 for the others."""
@@ -60,12 +62,12 @@ class DynamicPrompts(nn.Module):
         self, model: LanguageModel, everything: KeyValues, instructions: InstructionStates
     ) -> Float[Tensor, "batch groups"]:
         """Attention to each group at the adapter's layer: mean over instruction tokens and heads, all groups there."""
-        hidden, count = instructions.hidden, instructions.tokens
+        hidden, count = instructions.hidden, instructions.lengths
         keys, values = everything
-        logits = self.log_opening.expand(len(hidden), next(iter(keys.values())).shape[1])
+        logits = self.prompt_log_weight.expand(len(hidden), next(iter(keys.values())).shape[1])
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with torch.no_grad(), record_attention() as seen, attend_to(Prefix(keys, values, logits)):
-            model.through(tokens, hidden, self.layer)
+            model.run_block(tokens, hidden, self.layer)
         real = torch.arange(hidden.shape[1], device=hidden.device) < count[:, None]
         means = (seen[self.layer] * real[..., None]).sum(1) / count[:, None]
         return means.unflatten(1, (len(self.prompts), -1)).sum(2)
@@ -81,12 +83,12 @@ class DynamicPrompts(nn.Module):
     ) -> AbstractContextManager[None]:
         log_weights = self._log_weights(model, everything, instructions)
         heard, log_weights = drop_inactive_groups(everything, log_weights, "renormalised")
-        return attend_to(to_prefix(heard, log_weights, self.log_opening, "renormalised"))
+        return attend_to(to_prefix(heard, log_weights, self.prompt_log_weight, "renormalised"))
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> DynamicPrompts:
     """As many groups as a mixture has. Raises `DataError` for some families."""
-    model.check_promptable()
+    model.require_prompt_attention()
     prompts = torch.zeros(config.groups, config.prompts_per_expert, config.hidden_size)
     return DynamicPrompts(prompts, config.layer).to(model.device)
 
@@ -98,5 +100,5 @@ def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterIni
     domains = expert_domains(material.states, config.tasks, config.experts, generator=generator)
     with torch.no_grad():
         adapter.prompts.copy_(first_prompts(material.states, domains, config, generator=generator))
-        adapter.log_opening.fill_(start.log_opening)
+        adapter.prompt_log_weight.fill_(start.prompt_log_weight)
     return adapter

@@ -38,12 +38,12 @@ GATED = ("mop", "shuffled")
 class MixtureOfPrompts(nn.Module):
     """Groups of prompts at `layer`, and the gate that weighs them; no gate means every group counts fully.
 
-    `log_opening` is one trained number added to the log weight of every prompt (ours). Prompts that are not trained yet
+    `prompt_log_weight` is one trained number added to the log weight of every prompt (ours). Prompts that are not trained yet
     do damage: begun low, the model starts close to where it is without them, and training opens them as they get good.
     """
 
     prompts: nn.Parameter  # [experts, prompts, hidden]; none in a deep mixture
-    deep: LearnedKeyValues | None
+    layer_key_values: LearnedKeyValues | None
 
     def __init__(
         self,
@@ -51,43 +51,43 @@ class MixtureOfPrompts(nn.Module):
         layer: int,
         gate: Gate | None,
         *,
-        log_opening: float = 0.0,
+        prompt_log_weight: float = 0.0,
         mixing: ExpertWeighting | None = None,
     ) -> None:
         super().__init__()
         self.groups = start.shape[:2]
         self.prompts = nn.Parameter(start.clone())
-        self.deep = None
-        self.log_opening = nn.Parameter(torch.tensor(log_opening))
+        self.layer_key_values = None
+        self.prompt_log_weight = nn.Parameter(torch.tensor(prompt_log_weight))
         self.layer = layer
         self.gate = gate
         self.mixing = mixing or ExpertWeighting()
 
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text attends to the prompts, with gradients to prompts and gate."""
         return attend_to(self.prefix(model, instructions))
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """Compile the prompts to constants; what is left an example is the gate, and which experts are left out."""
         with torch.no_grad():
             everything = self.keys_and_values(model)
 
         def applied(instructions: InstructionStates) -> AbstractContextManager[None]:
             heard, log_weights = drop_inactive_groups(everything, self.acting(instructions), self.mixing.reading)
-            return attend_to(to_prefix(heard, log_weights, self.log_opening, self.mixing.reading))
+            return attend_to(to_prefix(heard, log_weights, self.prompt_log_weight, self.mixing.reading))
 
         return applied
 
     def prefix(self, model: LanguageModel, instructions: InstructionStates) -> Prefix:
         """What text attends to, with gradients; in training mode every expert acts."""
         log_weights = self.log_weights(instructions) if self.training else self.acting(instructions)
-        return to_prefix(self.keys_and_values(model), log_weights, self.log_opening, self.mixing.reading)
+        return to_prefix(self.keys_and_values(model), log_weights, self.prompt_log_weight, self.mixing.reading)
 
-    def learned(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Prompts with their opening, and the gate."""
         gate = [] if self.gate is None else list(self.gate.parameters())
-        prompts = [self.prompts] if self.deep is None else list(self.deep.parameters())
-        return {"adapter": [*prompts, self.log_opening], "gate": gate}
+        prompts = [self.prompts] if self.layer_key_values is None else list(self.layer_key_values.parameters())
+        return {"adapter": [*prompts, self.prompt_log_weight], "gate": gate}
 
     @property
     def experts(self) -> int:
@@ -109,7 +109,7 @@ class MixtureOfPrompts(nn.Module):
     def _of_experts(self, instructions: InstructionStates) -> Float[Tensor, "batch experts"]:
         if self.mixing.weighing is not None:
             return self.mixing.weighing(self.gate, instructions)
-        summary = instructions.summary
+        summary = instructions.mean
         return summary.new_zeros(len(summary), self.experts) if self.gate is None else self.gate(summary)
 
     def _with_shared(self, log_weights: Float[Tensor, "batch experts"]) -> Float[Tensor, "batch groups"]:
@@ -117,8 +117,8 @@ class MixtureOfPrompts(nn.Module):
 
     def keys_and_values(self, model: LanguageModel) -> tuple[TensorsByLayer, TensorsByLayer]:
         """What text attends to, by layer. Raises `DataError` for some families."""
-        if self.deep is not None:
-            return self.deep()
+        if self.layer_key_values is not None:
+            return self.layer_key_values()
         # the experts stand one after the other, as in one long prompt: without a gate they are exactly that
         return record_prompt_kv(model, self.prompts.flatten(0, 1)[None], self.layer)
 
@@ -128,7 +128,7 @@ class MixtureOfPrompts(nn.Module):
 
         At first it is the same mixture; its parameters are keys and values times the layers from `layer` on.
         """
-        self.deep = LearnedKeyValues(*self.keys_and_values(model))
+        self.layer_key_values = LearnedKeyValues(*self.keys_and_values(model))
         del self.prompts
 
 
@@ -137,7 +137,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
 
     Raises `DataError` for some families, `UsageError` when the oracle has no tasks to go by.
     """
-    model.check_promptable()
+    model.require_prompt_attention()
     if config.arm == "oracle" and not config.tasks:
         raise UsageError(
             f"arm oracle: {config.experts} experts are not one for each task of the data; leave --experts out, or the "
@@ -153,7 +153,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
     }
     mixing = ExpertWeighting(
         weighing=weighings.get(config.arm),
-        reading=config.gate_reading,
+        reading=config.gate_mode,
         shared=config.shared_expert,
         top_k=None if config.arm == "uniform" else config.top_k,
     )
@@ -162,7 +162,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
 
 def _built(mixture: MixtureOfPrompts, model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
     mixture = mixture.to(model.device)
-    if config.deep:
+    if config.per_layer_prompts:
         mixture.to(model.network.dtype).deepen(model)
         mixture.float()
     return mixture
@@ -175,18 +175,18 @@ def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterIni
     domains and tempered. A deep mixture begins as what these prompts are in every layer.
     """
     states = material.states
-    mixture = build(material.model, replace(config, deep=False))
+    mixture = build(material.model, replace(config, per_layer_prompts=False))
     generator = torch.Generator().manual_seed(start.seed)
     domains = expert_domains(states, config.tasks, config.experts, generator=generator)
     groups = first_prompts(states, domains, config, generator=generator)
     with torch.no_grad():
         mixture.prompts.copy_(groups.view_as(mixture.prompts))
-        mixture.log_opening.fill_(start.log_opening)
+        mixture.prompt_log_weight.fill_(start.prompt_log_weight)
     if mixture.gate is not None:
         mixture.gate.draw(generator)
         gates.pretrain(mixture.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
-        mixture.gate.temper(start.gate_temper)
-    if config.deep:
+        mixture.gate.temper(start.gate_logit_scale)
+    if config.per_layer_prompts:
         mixture.deepen(material.model)
     return mixture
 
@@ -196,4 +196,4 @@ def budget(model: LanguageModel, config: AdapterConfig) -> int:
 
     It is what rivals may train too. Raises `DataError` for families that can have no `mop`.
     """
-    return trained_parameters(build(model, replace(config, arm="mop", deep=False)))
+    return trained_parameters(build(model, replace(config, arm="mop", per_layer_prompts=False)))

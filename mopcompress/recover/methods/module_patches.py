@@ -1,7 +1,7 @@
 """Adapters that change what single modules of the network compute, each through a small module of its own.
 
 PEFT has such layers too, but puts them into the network for good, under other names, and cannot mask an update. Here
-the network stays as it is outside of `applied`; what PEFT can hold is written in its format (`peft_format`).
+the network stays as it is outside of `active`; what PEFT can hold is written in its format (`peft_format`).
 """
 
 import copy
@@ -40,13 +40,13 @@ class PatchedModules(nn.Module):
         # torch takes no dots in the names of a ModuleDict
         self.changes = nn.ModuleDict({name.replace(".", "/"): change for name, change in changes.items()})
 
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it the changes are in force, the same for every example."""
         network = model.network
         changed = {name: _PatchedModule(network.get_submodule(name), change) for name, change in self.by_name().items()}
         return replaced_modules(network, changed)
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """Merge the changes into copies of what they change, which then cost what the bare modules do."""
         network = model.network
         with torch.no_grad():
@@ -55,7 +55,7 @@ class PatchedModules(nn.Module):
             }
         return lambda _instructions: replaced_modules(network, settled)
 
-    def learned(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter; there is no gate."""
         return {"adapter": list(self.parameters()), "gate": []}
 

@@ -129,9 +129,9 @@ class GatedRepair(nn.Module):
         self.linears = nn.ModuleDict({name.replace(".", "/"): path for name, path in paths.items()})
 
     @contextmanager
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> Iterator[None]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> Iterator[None]:
         """Inside it the repair is in force, its low-rank paths mixed for these examples."""
-        weights = self.gate(instructions.summary).exp()
+        weights = self.gate(instructions.mean).exp()
         standing = {name.replace("/", "."): norm for name, norm in self.norms.items()}
         for key, path in self.linears.items():
             name = key.replace("/", ".")
@@ -139,15 +139,15 @@ class GatedRepair(nn.Module):
         with replaced_modules(model.network, standing):
             yield
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """Nothing but the gate and 2 `rank` numbers a linear is computed an example, so there is nothing to do once."""
-        return lambda instructions: self.applied(model, instructions)
+        return lambda instructions: self.active(model, instructions)
 
     def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch experts"]:
         """The experts' weights."""
-        return self.gate(instructions.summary).exp()
+        return self.gate(instructions.mean).exp()
 
-    def learned(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Norms and paths, and the gate."""
         return {"adapter": [*self.norms.parameters(), *self.linears.parameters()], "gate": [*self.gate.parameters()]}
 
@@ -228,7 +228,7 @@ def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterIni
     domains = expert_domains(states, config.tasks, config.experts, generator=generator)
     adapter.gate.draw(generator)
     gates.pretrain(adapter.gate, states.summaries, domains.to(states.device), steps=start.gate_pretraining_steps)
-    adapter.gate.temper(start.gate_temper)
+    adapter.gate.temper(start.gate_logit_scale)
     with torch.no_grad():
         for path in adapter.linears.values():
             assert isinstance(path, GatedLoRA)  # for mypy: a ModuleDict forgets what it holds

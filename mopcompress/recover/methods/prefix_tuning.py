@@ -27,17 +27,17 @@ class TrainedPrefix(nn.Module):
         super().__init__()
         self.prefix = LearnedKeyValues(keys, values)
 
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text attends to the prefix, with gradients to it."""
         keys, values = self.prefix()
         prompts = next(iter(keys.values())).shape[1]
-        return attend_to(Prefix(keys, values, instructions.summary.new_zeros(len(instructions.summary), prompts)))
+        return attend_to(Prefix(keys, values, instructions.mean.new_zeros(len(instructions.mean), prompts)))
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """The same: there is nothing to compute."""
-        return lambda instructions: self.applied(model, instructions)
+        return lambda instructions: self.active(model, instructions)
 
-    def learned(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All keys and values."""
         return {"adapter": list(self.prefix.parameters()), "gate": []}
 

@@ -24,13 +24,13 @@ def first_prompts(
     """States at random instruction positions, each expert's of its own domain's documents, a shared one's of all."""
     every = range(len(states.documents))
     groups = [
-        states.some_states(
+        states.sample_states(
             [row for row in every if domains[row] == expert] or every, config.prompts_per_expert, generator
         )
         for expert in range(config.experts)
     ]
     if config.shared_expert:
-        groups.append(states.some_states(every, config.prompts_per_expert, generator))
+        groups.append(states.sample_states(every, config.prompts_per_expert, generator))
     return torch.stack(groups)
 
 
@@ -48,7 +48,7 @@ def sample_token_embeddings(
 ) -> Float[Tensor, "count hidden"]:
     """Embeddings of tokens at random places in training instructions."""
     generator = torch.Generator().manual_seed(start.seed)
-    return states.some_states(range(len(states.documents)), count, generator)
+    return states.sample_states(range(len(states.documents)), count, generator)
 
 
 def kmeans(

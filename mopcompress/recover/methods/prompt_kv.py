@@ -35,9 +35,9 @@ def record_prompt_kv(
 
     Every group begins at `first_position`. Raises `DataError` for some families.
     """
-    model.check_promptable()
+    model.require_prompt_attention()
     with record_kv() as seen:
-        model.resume(groups, layer, first_position=first_position)
+        model.run_upper(groups, layer, first_position=first_position)
     keys = {layer: key.transpose(0, 1).flatten(1, 2) for layer, (key, _) in seen.items()}
     values = {layer: value.transpose(0, 1).flatten(1, 2) for layer, (_, value) in seen.items()}
     return keys, values

@@ -28,17 +28,17 @@ class InputPrompt(nn.Module):
         super().__init__()
         self.prompts = nn.Parameter(start.clone())
 
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text stands behind the prompt, with gradients to it."""
         return attend_to(_before(instructions, *prefix_kv(model, self.prompts[None])))
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """The prompt as constant keys and values."""
         with torch.no_grad():
             keys, values = prefix_kv(model, self.prompts[None])
         return lambda instructions: attend_to(_before(instructions, keys, values))
 
-    def learned(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The prompt."""
         return {"adapter": [self.prompts], "gate": []}
 
@@ -60,8 +60,8 @@ def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterIni
 
 def require_prefix_support(model: LanguageModel) -> None:
     """Raise `DataError` when nothing can stand before the text of this family."""
-    model.check_promptable()
-    model.check_rotary()
+    model.require_prompt_attention()
+    model.require_rotary()
 
 
 def prefix_kv(
@@ -73,4 +73,4 @@ def prefix_kv(
 
 def _before(instructions: InstructionStates, keys: TensorsByLayer, values: TensorsByLayer) -> Prefix:
     prompts = next(iter(keys.values())).shape[1]
-    return Prefix(keys, values, instructions.summary.new_zeros(len(instructions.summary), prompts))
+    return Prefix(keys, values, instructions.mean.new_zeros(len(instructions.mean), prompts))

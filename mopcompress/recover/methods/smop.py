@@ -41,29 +41,29 @@ class RoutedPrompts(nn.Module):
         self.register_buffer("noise_seed", torch.randint(2**62, (), generator=generator))
         self.noise = noise
 
-    def applied(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
+    def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Inside it, text stands behind the prompt that the router chose for it, with gradients to both.
 
         In training mode the router is perturbed.
         """
-        summary = instructions.summary
+        summary = instructions.mean
         factors = 1 + self.noise * self._noise(len(summary)).to(summary) if self.training else 1.0
         keys, values = prefix_kv(model, self.prompts)
         return attend_to(Prefix(keys, values, self.log_gate(summary, factors)))
 
-    def compiled(self, model: LanguageModel) -> ApplyAdapter:
+    def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """Constant keys and values; what is left an example is the router, without noise."""
         with torch.no_grad():
             keys, values = prefix_kv(model, self.prompts)
-        return lambda instructions: attend_to(Prefix(keys, values, self.log_gate(instructions.summary)))
+        return lambda instructions: attend_to(Prefix(keys, values, self.log_gate(instructions.mean)))
 
-    def learned(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Prompts, and the router."""
         return {"adapter": [self.prompts], "gate": list(self.router.parameters())}
 
     def chosen(self, model: LanguageModel, instructions: InstructionStates) -> Float[Tensor, "batch experts"]:
         """The probability of the prompt that acts, 0 for the others."""
-        return self._log_weights(instructions.summary, 1.0).exp()
+        return self._log_weights(instructions.mean, 1.0).exp()
 
     def log_gate(
         self, summary: Float[Tensor, "batch hidden"], factors: Float[Tensor, "batch experts"] | float = 1.0
