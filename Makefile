@@ -21,7 +21,7 @@ test-slow: $(VENV)/.installed-dev  ## every combination, and the packages that a
 test-loaders:  ## what we export in the loaders of others, gptqmodel among them; needs a C++ compiler
 	$(PYTHON) -m venv $(LOADERS)
 	$(LOADERS)/bin/python -m pip install -e '.[dev,gptq]' gptqmodel==7.6.0 optimum==2.3.0
-	$(LOADERS)/bin/python -m pytest --disable-warnings -W 'ignore:invalid escape sequence' tests/test_stock_loaders.py
+	$(LOADERS)/bin/python -m pytest --disable-warnings -W 'ignore:invalid escape sequence' tests/formats/test_stock_loaders.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
+from tiny_models import tiny_model
 
 from mopcompress.models.language_model import LanguageModel
 

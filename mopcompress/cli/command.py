@@ -85,7 +85,7 @@ def _common(given: dict[str, Any]) -> Common:
     return Common(
         run={name: value for name, value in given.items() if name in RunSpec.model_fields},
         recovery={
-            "batch_size" if name == "rows_per_step" else name: value
+            "train_batch_size" if name == "rows_per_step" else name: value
             for name, value in given.items()
             if name in RECOVERY
         },

@@ -65,20 +65,20 @@ MACHINE: Options = {
         "Model and machine",
         seed=("N", "Seed of rows, calibration text and `recover`; a bench trains with --seeds"),
         device=("DEVICE", "auto, cpu, cuda, cuda:N or mps"),
-        batch_size=("ROWS", "Rows at once in evaluation and generation"),
+        eval_batch_size=("ROWS", "Rows at once in evaluation and generation"),
     ),
 }
 DATA = _run_fields(
     "Data",
     data=("DATA", "JSONL, JSON, CSV or Parquet file or folder, hub id, or skills"),
-    map=("COLUMN=FIELD,...", "Rename columns, for example question=instruction"),
+    columns=("COLUMN=FIELD,...", "Rename columns, for example question=instruction"),
     train_rows=("N", "Training rows"),
     validation_rows=("N", "Validation rows"),
     test_rows=("N", "Test rows"),
     max_length=("TOKENS", "Longer rows are dropped and counted"),
     skip_rows_longer_than=("TOKENS", "Use only rows of at most so many tokens"),
-    text=("TEXT", "Plain text that no arm is trained on, to be scored too"),
-    text_samples=("N", "Windows of it"),
+    eval_text=("TEXT", "Plain text that no arm is trained on, to be scored too"),
+    eval_text_samples=("N", "Windows of it"),
     train_text=("TEXT", "Plain text to be trained on too, as a task of its own"),
     train_text_samples=("N", "Windows of it"),
 )
@@ -91,7 +91,7 @@ CALIBRATION = _run_fields(
     calibration=("TEXT", "Text file, hub id, data (the training rows), or self (text the model writes)"),
     num_calibration_samples=("N", "Windows of text"),
     max_seq_length=("TOKENS", "Tokens of a window"),
-    max_fallback=("SHARE", "Share of matrices that may need more damping than asked for"),
+    max_fallback_fraction=("SHARE", "Share of matrices that may need more damping than asked for"),
 )
 BACKEND = _run_fields(
     "Backend",
@@ -109,7 +109,7 @@ GRID = _run_fields(
     seeds=("LIST", "Seeds of the trained arms"),
 )
 JOINT: Options = {
-    "joint": Annotated[
+    "prune_then_quantize": Annotated[
         bool | None,
         typer.Option(
             "--joint/--no-joint",
@@ -124,11 +124,15 @@ RECOVERY = _recovery_fields(
     experts=("experts", int, "Experts; one a task if not given, 7 found by k-means if rows name no tasks"),
     prompts_per_expert=("prompts_per_expert", int, "Prompt tokens of an expert"),
     layer=("layer", int, "First block that the arm acts in; 10/32 of the depth if not given"),
-    deep=("deep", bool, "single, mop and its controls: train keys and values in every layer; many more parameters"),
+    deep=(
+        "per_layer_prompts",
+        bool,
+        "single, mop and its controls: train keys and values in every layer; many more parameters",
+    ),
     rank=("rank", int, "lora, masklora, eora: rank; the largest that trains no more than mop if not given"),
-    rows_per_step=("batch_size", int, "Rows of a training step"),
+    rows_per_step=("train_batch_size", int, "Rows of a training step"),
     gradient_accumulation_steps=(
-        "accumulate",
+        "gradient_accumulation_steps",
         int,
         "Parts that a step's rows run in, one after the other, to save memory",
     ),
@@ -136,17 +140,17 @@ RECOVERY = _recovery_fields(
     gate_learning_rate=("gate_learning_rate", float, "Learning rate of the gate, 0 to freeze it"),
     gate_clipping=("gate_clipping", str, "Its gradient is clipped apart from that of what it weighs, or together"),
     grad_clip_percentile=(
-        "clip_percentile",
+        "grad_clip_percentile",
         float,
         "Clip gradients to this percentile of their norms so far, at most 1; 100: to 1",
     ),
     gate_pretraining_steps=("gate_pretraining_steps", int, "Steps that teach the gate the tasks"),
-    gate_logit_scale=("gate_temper", float, "Factor on the pre-trained gate's logits"),
+    gate_logit_scale=("gate_logit_scale", float, "Factor on the pre-trained gate's logits"),
     gate_labels=("gate_labels", str, "Experts' domains: tasks, or clusters of instructions"),
-    gate_mode=("gate_reading", str, "What a gate's weight does: renormalised, values or separate"),
+    gate_mode=("gate_mode", str, "What a gate's weight does: renormalised, values or separate"),
     shared_expert=("shared_expert", bool, "One more group of prompts: always on; in idp and smop one more to choose"),
     top_k=("top_k", int, "Experts that act in inference; all if not given"),
-    prompt_log_weight=("log_opening", float, "Log weight that prompts begin with"),
+    prompt_log_weight=("prompt_log_weight", float, "Log weight that prompts begin with"),
     distill=("distill", float, "Share of the loss that follows the dense model's distributions, not the text"),
     distill_temperature=("distill_temperature", float, "Temperature of those distributions"),
     teacher=("teacher", str, "Dense model to distil or repair from; the one that the model was made from if not given"),

@@ -9,11 +9,24 @@ from mopcompress.recipe.field_types import fault
 from mopcompress.recipe.validation_errors import nearest
 
 BUDGET = frozenset({"experts", "prompts_per_expert", "shared_expert"})  # of a `mop` that is not deep
-OPENED = BUDGET | {"layer", "log_opening", "gate_labels"}  # prompts in the middle: experts begin in their own domains
-MIXED = OPENED | {"deep"}
-GATE = frozenset({"gate_learning_rate", "gate_clipping", "gate_pretraining_steps", "gate_temper", "gate_labels"})
+OPENED = BUDGET | {
+    "layer",
+    "prompt_log_weight",
+    "gate_labels",
+}  # prompts in the middle: experts begin in their own domains
+MIXED = OPENED | {"per_layer_prompts"}
+GATE = frozenset({"gate_learning_rate", "gate_clipping", "gate_pretraining_steps", "gate_logit_scale", "gate_labels"})
 RATES = frozenset({"learning_rate", "learning_rates", "sweep", "sweep_steps"})
-STEPS = frozenset({"steps", "batch_size", "accumulate", "warmup_fraction", "clip_norm", "clip_percentile"})
+STEPS = frozenset(
+    {
+        "steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "warmup_fraction",
+        "max_grad_norm",
+        "grad_clip_percentile",
+    }
+)
 TRAINING = STEPS | RATES | {"distill", "distill_temperature", "squarehead"}  # to all that take steps
 LOW_RANK = BUDGET | {"layer", "rank", "adapter_targets"}
 
@@ -33,12 +46,12 @@ class ArmDefaults:
 
 ARM_DEFAULTS = {
     "single": ArmDefaults(learning_rate=0.5, own=MIXED, deep_learning_rate=3e-2),
-    "mop": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
-    "uniform": ArmDefaults(learning_rate=0.5, own=MIXED | {"gate_reading"}, deep_learning_rate=3e-2),
+    "mop": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_mode", "top_k"}, deep_learning_rate=3e-2),
+    "uniform": ArmDefaults(learning_rate=0.5, own=MIXED | {"gate_mode"}, deep_learning_rate=3e-2),
     "oracle": ArmDefaults(
-        learning_rate=0.5, own=MIXED - {"gate_labels"} | {"gate_reading"}, needs_tasks=True, deep_learning_rate=3e-2
+        learning_rate=0.5, own=MIXED - {"gate_labels"} | {"gate_mode"}, needs_tasks=True, deep_learning_rate=3e-2
     ),
-    "shuffled": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_reading", "top_k"}, deep_learning_rate=3e-2),
+    "shuffled": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_mode", "top_k"}, deep_learning_rate=3e-2),
     "idp": ArmDefaults(learning_rate=0.5, own=OPENED),
     # not swept: AdamW's rate for prompt and prefix tuning in PEFT's own guide to prompt-based methods, which deep
     # prompts are too; Xu et al. take 1e-3 after 500 warm-up steps, more than ours are in all

@@ -28,7 +28,7 @@ FLAG_OF = {  # fields that have another name on the command line
     "mlp_sparsity": "sparsity",
     "mask_structure": "pattern",
     "num_bits": "bits",
-    "batch_size": "rows_per_step",
+    "train_batch_size": "rows_per_step",
 }
 NEEDS = {  # fields that say nothing unless one of others is set
     "teacher": ("distill", "squarehead"),

@@ -1,0 +1,106 @@
+"""What scripts in `benchmarks` make of rows that are there."""
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from mopcompress.recipe.arms import ARM_DEFAULTS
+from mopcompress.report.bootstrap import Interval
+from mopcompress.results import BenchRow, append_row
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def script(name, monkeypatch):
+    found = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("micro", "macro", "least", "shown"),
+    [
+        ((-0.2, -0.3, -0.1), (-0.2, -0.3, 0.01), 0.0, "yes | no"),
+        ((-0.2, -0.3, 0.01), (-0.2, -0.3, -0.1), 0.0, "no | yes"),
+        ((-0.2, -0.3, -0.1), (-0.1, -0.2, -0.01), -0.1, "yes | no"),
+        ((0.2, 0.1, 0.3), (0.2, math.nan, math.nan), 0.0, "no | n/a"),
+    ],
+    ids=["micro alone", "macro alone", "macro too small", "neither, and too few documents"],
+)
+def test_a_claim_has_a_verdict_over_tokens_and_one_over_tasks(micro, macro, least, shown, monkeypatch):
+    verdicts = script("recovery", monkeypatch)._verdicts(Interval(*micro), Interval(*macro), least)
+    assert verdicts.count(" | ") == 3
+    assert verdicts.endswith(f" | {shown}")
+
+
+def test_every_setting_of_a_mixture_can_be_asked_for_by_its_name(monkeypatch):
+    settings = script("mixture_settings", monkeypatch)
+    assert settings.candidates(",".join(settings.CANDIDATES)) == tuple(settings.CANDIDATES)
+    assert {*settings.BASELINES, *settings.BASELINES.values()} <= {*settings.CANDIDATES}
+    with pytest.raises(argparse.ArgumentTypeError, match="no setting 'other'"):
+        settings.candidates("single,other")
+
+
+def test_costs_of_a_study_are_joined_with_the_speed_of_its_own_adapters(tmp_path, monkeypatch):
+    """Means over seeds; an arm that was not swept or not timed has a dash, and so has a folder of other adapters."""
+    costs = {"trained_parameters": 63361, "adapter_bytes": 253588, "evaluate_seconds": 38.2}
+    for folder in ("sni", "other"):
+        (tmp_path / folder / "sweeps").mkdir(parents=True)
+        for arm, seed, seconds in (("none", 0, 0.0), ("mop", 0, 300.0), ("mop", 1, 320.0), ("lora", 0, 278.0)):
+            write_row(tmp_path / folder, arm=arm, seed=seed, train_seconds=seconds, **costs)
+    trial = {"learning_rate": 0.5, "validation_nats": 2.5, "seconds": 500.0}
+    sweep = {"arm": "mop", "steps": 9, "batch_size": 8, "validation_rows": 9, "learning_rate": 0.5, "at_edge": False}
+    text = json.dumps(sweep | {"trials": [trial, trial], "seconds": 1008.7})
+    (tmp_path / "sni" / "sweeps" / "wanda-50-mop.json").write_text(text)
+    spread = {"median": 15.62, "least": 15.0, "greatest": 16.0}
+    found = {"batch 1": {"bare, tokens/s": spread, "wanda-50-mop-0, tokens/s": spread | {"median": 14.88}}}
+    cost = {"asked": {"model": "wanda-50"}, "found": found}
+    lines = list(script("recovery_costs", monkeypatch).table(tmp_path, cost, "sni"))
+    numbers = [[cell.strip().replace("\N{NO-BREAK SPACE}", " ") for cell in line.split("|")[1:-1]] for line in lines]
+    assert [len(line) for line in numbers] == [10] * 8
+    assert [line[:3] for line in numbers[2:]] == [
+        [folder, "wanda 50%", arm] for folder in ("other", "sni") for arm in ("none", "mop", "lora")
+    ]
+    assert [line[6:] for line in numbers[2:5]] == [
+        ["0", "-", "38", "-"],
+        ["310", "-", "38", "-"],
+        ["278", "-", "38", "-"],
+    ]
+    assert numbers[5][6:] == ["0", "-", "38", "15.6"]
+    assert numbers[6][3:] == ["2", "63,361", "254 kB", "310", "1009", "38", "14.9"]
+    assert numbers[7][6:] == ["278", "-", "38", "-"]
+
+
+def write_row(folder, **fields):
+    row = {
+        **{"ratio": 0.5, "bits": None, "method": "wanda", "data": "skills", "sparsity": 0.5, "weights": 1},
+        **{"perplexity": 2.0, "perplexity_macro": 2.0, "exact_match": 0.0, "documents": 1, "scored_tokens": 1},
+        **{"model_bytes": 1, "train_steps": 1, "compress_seconds": 1.0, "fallbacks": 0, "peak_bytes": 1},
+        **{"per_task": {}, "gate": None, "documents_file": "documents/one.json"},
+    }
+    append_row(BenchRow(**row | fields), folder / "rows.jsonl")
+
+
+def test_where_the_rate_of_every_arm_comes_from_is_told():
+    """The arms' own rates, and those of the deep forms, stand in the table that the recipe points to."""
+    told = {}
+    for line in (BENCHMARKS / "README.md").read_text().split("## Where each arm's")[1].splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 5:
+            plain, _, deep = cells[1].partition("with `--deep`")
+            told |= {(arm, form): cells[2] for form, named in ((False, plain), (True, deep)) for arm in ticked(named)}
+    rates = {(arm, False): settings.learning_rate for arm, settings in ARM_DEFAULTS.items()}
+    rates |= {(arm, True): one.deep_learning_rate for arm, one in ARM_DEFAULTS.items() if one.deep_learning_rate}
+    assert told == {which: "" if rate is None else f"{rate:g}" for which, rate in rates.items()}
+
+
+def ticked(text):
+    return re.findall(r"`([^`]+)`", text)
