@@ -12,10 +12,10 @@ bench: $(VENV)/.installed  ## three ratios x {none, single, mop} on a real model
 	$(BIN)/mopcompress bench --ratios 0.5,0.85,0.95 --output-dir $(OUTPUT)
 
 test: $(VENV)/.installed-dev check  ## style, types, import contracts, tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: $(VENV)/.installed-dev  ## every combination, and the packages that are built: what test leaves out
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 # gptqmodel compiles at installation, so it has an environment of its own; a warning there is torchao's, not ours
 test-loaders:  ## what we export in the loaders of others, gptqmodel among them; needs a C++ compiler
@@ -28,6 +28,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/words.py mopcompress tests benchmarks docs .ci
 
 docs: $(VENV)/.installed-docs  ## the documentation site; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

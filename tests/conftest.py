@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
-import pytest
-from tiny_models import tiny_model
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch loads: a test process per core, not more
+    os.environ.setdefault(variable, "1")
 
-from mopcompress.models.language_model import LanguageModel
+import pytest  # noqa: E402
+from tiny_models import tiny_model  # noqa: E402
+
+from mopcompress.models.language_model import LanguageModel  # noqa: E402
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 
