@@ -10,11 +10,10 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from mopcompress.algorithms.dense_targets import DenseActivations
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import Linear, weight_of
+from mopcompress.models.modules import Linear, forward_hooks, weight_of
 
 _TOKENS = 2048  # that go through a block at a time, about
 
@@ -73,9 +72,11 @@ def record_inputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
 @contextmanager
 def on_input(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -> Iterator[None]:
     """Inside the block, `act(linear, input)` runs before each linear. Narrowing has hooks of its own: they replace."""
-    with _removed(
-        linear.register_forward_pre_hook(lambda linear, inputs: _nothing(act(linear, inputs[0]))) for linear in linears
-    ):
+
+    def act_on_input(linear: Linear, inputs: tuple[Tensor, ...]) -> None:
+        act(linear, inputs[0])  # its result would replace the input
+
+    with forward_hooks(linears, act_on_input, pre=True):
         yield
 
 
@@ -88,25 +89,11 @@ def _record_outputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]
         if linear not in seen:
             seen[linear] = output if linear.bias is None else output - linear.bias
 
-    with _removed(linear.register_forward_hook(note) for linear in linears):
+    with forward_hooks(linears, note):
         yield seen
-
-
-@contextmanager
-def _removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    handles = list(hooks)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _has_fewer_outputs(group: Sequence[Linear]) -> bool:
     """Then they are cheaper to multiply and to keep. Rounded to half precision they would hide how little moved."""
     weights = [weight_of(one) for one in group]
     return sum(map(len, weights)) < weights[0].shape[1] and weights[0].dtype.itemsize >= 4
-
-
-def _nothing(_result: object) -> None:
-    """A hook's answer would replace the input."""

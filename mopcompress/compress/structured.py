@@ -20,7 +20,7 @@ from mopcompress.algorithms.gram import InputGram
 from mopcompress.algorithms.structured import prune_input_groups
 from mopcompress.errors import DataError, MopError, NumericalError
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import Linear, set_weight, weight_of
+from mopcompress.models.modules import Linear, forward_hooks, set_weight, weight_of
 from mopcompress.models.resizing import (
     PrunableGroups,
     adopt_sizes,
@@ -206,12 +206,8 @@ def prune_on_input(parts: Mapping[Linear, tuple[PrunableGroups, GroupPruning]]) 
                 raise type(error)(f"{part.name}: {error}") from error
         return (inputs[0][..., done[reader].kept], *inputs[1:])
 
-    handles = [reader.register_forward_pre_hook(arrive) for reader in parts]
-    try:
+    with forward_hooks(parts, arrive, pre=True):
         yield done
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reduce(reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, cut: GroupPruning) -> ReducedInput:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import InstructionStates
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.modules import forward_hooks
 
 UNSCORED = -100  # transformers' label of a token that is no part of the response
 
@@ -66,11 +67,8 @@ def entering(block: nn.Module, act: Any) -> Iterator[None]:
     """Inside it, the next time that hidden states are about to enter the block, `act` is called with them."""
 
     def note(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handle.remove()  # what acts may run the block itself
+        handles[0].remove()  # what acts may run the block itself
         act(args[0] if args else kwargs["hidden_states"])
 
-    handle = block.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with forward_hooks([block], note, pre=True, with_kwargs=True) as handles:
         yield
-    finally:
-        handle.remove()

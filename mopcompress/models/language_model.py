@@ -1,6 +1,6 @@
 """A causal language model taken apart at its decoder blocks, through its own forward.
 
-Stand-ins take the place of blocks that are not to run, in a *view* that shares every weight with the network. The
+Placeholders replace the blocks that are not to run, in a *view* that shares every weight with the network. The
 network's own forward still makes masks and positions, whatever the family, and the network itself is never changed.
 """
 
@@ -15,17 +15,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mopcompress.errors import DataError
 from mopcompress.models.attention import NAME, record_kv
+from mopcompress.models.modules import forward_hooks
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class LanguageModel:
-    """A frozen network and its tokenizer; `enter` runs the lower blocks, `resume` the upper ones, `logits` the head."""
+    """A frozen network and its tokenizer: `run_lower` and `run_upper` run the blocks, `logits` runs the head."""
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Raises `DataError` when the decoder blocks cannot be found.
+        """Wrap a network. Raises `DataError` when the decoder blocks cannot be found.
 
-        Blocks but the first may still be without weights, on the meta device. Only text needs a tokenizer.
+        All blocks except the first may still lack their weights, on the meta device. Only text needs a tokenizer.
         """
         self.network = network.eval().requires_grad_(False)
         self._tokenizer = tokenizer
@@ -35,7 +36,7 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises `DataError` when there is none."""
+        """The tokenizer. Raises `DataError` when there is none."""
         if self._tokenizer is None:
             raise DataError(f"this {type(self.network).__name__} came without a tokenizer; load its folder")
         return self._tokenizer
@@ -54,54 +55,57 @@ class LanguageModel:
         return self.config.hidden_size
 
     def blocks_prefix(self) -> str:
-        """The dotted name of the list of blocks, for example `model.layers`."""
+        """Return the dotted name of the list of blocks, for example `model.layers`."""
         return f"{self._decoder_name}.{self._blocks_name}"
 
     def run_lower(self, tokens: Int[Tensor, "batch time"], layer: int) -> Float[Tensor, "batch time hidden"]:
-        """The hidden states that enter block `layer`, at 0 the embeddings. Right padding is harmless: all is causal."""
+        """Return the hidden states that enter block `layer`; for 0, the embeddings.
+
+        Right padding is harmless: all is causal.
+        """
         if layer == 0:
             return self.network.get_input_embeddings()(tokens)
         above = self._placeholders(layer, len(self.blocks))
         self._decoder([*self.blocks[:layer], *above])(input_ids=tokens, use_cache=False)
-        return above[0].seen
+        return above[0].hidden
 
     def run_block(
         self, tokens: Int[Tensor, "batch time"], hidden: Float[Tensor, "batch time hidden"] | None, layer: int
     ) -> Float[Tensor, "batch time hidden"]:
-        """Run block `layer` alone on what enters it (block 0: the embedded tokens, whatever `hidden`)."""
+        """Run block `layer` alone on the hidden states that enter it (block 0: on the embedded tokens)."""
         below, above = self._placeholders(0, layer), self._placeholders(layer + 1, len(self.blocks))
         if below:
             below[-1].replacement = hidden
-        left = self._decoder([*below, self.blocks[layer], *above])(input_ids=tokens, use_cache=False)
-        return above[0].seen if above else left.last_hidden_state
+        output = self._decoder([*below, self.blocks[layer], *above])(input_ids=tokens, use_cache=False)
+        return above[0].hidden if above else output.last_hidden_state
 
     def run_upper(
         self, hidden: Float[Tensor, "batch time hidden"], layer: int, *, first_position: int = 0
     ) -> Float[Tensor, "batch time normed"]:
-        """Run block `layer` and all above it, and the final norm, on the hidden states that enter it.
+        """Run block `layer`, all blocks above it and the final norm on the hidden states that enter block `layer`.
 
-        Positions count from `first_position`. Raises `DataError` when that is not 0 and they are not rotary.
+        Positions count from `first_position`. Raises `DataError` when that is not 0 and positions are not rotary.
         """
-        where = {}
-        if first_position:  # a negative one is as good as another where only differences count
+        positions = {}
+        if first_position:  # it may be negative: only differences of positions count
             self.require_rotary()
-            last = first_position + hidden.shape[1]
-            where["position_ids"] = torch.arange(first_position, last, device=hidden.device)[None]
+            end = first_position + hidden.shape[1]
+            positions["position_ids"] = torch.arange(first_position, end, device=hidden.device)[None]
         if layer == 0:
-            return self._decoder([*self.blocks])(inputs_embeds=hidden, use_cache=False, **where).last_hidden_state
+            return self._decoder([*self.blocks])(inputs_embeds=hidden, use_cache=False, **positions).last_hidden_state
         below = self._placeholders(0, layer)
         below[-1].replacement = hidden
-        # the tokens only say how many positions there are: the last stand-in drops what comes of them, and where
-        # blocks above read them too, `require_separable` says so
+        # the tokens only give the number of positions: the last placeholder drops what is computed from them, and
+        # `require_separable` finds families whose upper blocks read them too
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         upper = self._decoder([*below, *self.blocks[layer:]])
-        return upper(input_ids=tokens, use_cache=False, **where).last_hidden_state
+        return upper(input_ids=tokens, use_cache=False, **positions).last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocab"]:
-        """The network's own head (scaling and soft-capping included) on normed hidden states at chosen positions."""
+        """Run the network's own head (scaling and soft-capping included) on normed hidden states at some positions."""
         network = _with_submodule(self.network, self._decoder_name, _FixedDecoderOutput(hidden[None]))
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        # not [0]: the gradient of a selection is a whole tensor of zeros, filled anew
+        # not [0]: the gradient of a selection fills a new whole tensor with zeros
         return network(input_ids=tokens, use_cache=False).logits.squeeze(0)
 
     def _placeholders(self, first: int, last: int) -> "list[BlockPlaceholder]":
@@ -122,9 +126,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def require_separable(self, layer: int) -> None:
-        """Raise `DataError` when the states that enter block `layer` are not all that it and those above it read.
+        """Raise `DataError` when block `layer`, or one above, reads more than the states that enter block `layer`.
 
-        Some families show every block the tokens (Gemma 4) or the embeddings (Zamba), others widen the embeddings on
+        Some families give every block the tokens (Gemma 4) or the embeddings (Zamba); others widen the embeddings on
         their way to block 0 (OPT-350m).
         """
         network = type(self.network).__name__
@@ -133,13 +137,13 @@ class LanguageModel:
             if width != self.hidden_size:
                 raise DataError(
                     f"{network}: embeddings of {width} numbers are widened to {self.hidden_size} before block 0, so "
-                    "nothing can act there; begin further up, or use another model"
+                    "nothing can act there; use a higher --layer, or another model"
                 )
             return
         tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         whole = self._decoder([*self.blocks])(input_ids=tokens, use_cache=False).last_hidden_state
         parts = self.run_upper(self.run_lower(tokens, layer), layer)
-        if (parts - whole).abs().max() > 1e-3 * whole.abs().max():  # of a model that gives NaN others say so
+        if (parts - whole).abs().max() > 1e-3 * whole.abs().max():  # false for NaN, which other checks report
             raise DataError(
                 f"{network}: blocks from {layer} up read more than the hidden states that enter "
                 "them, so they cannot run by themselves; use a model of another family"
@@ -148,7 +152,7 @@ class LanguageModel:
     def check_context(self, tokens: int, what: str, instead: str) -> None:
         """Raise `DataError` when so many tokens take positions that were never learned.
 
-        Rotary positions have no end: what a model makes of text beyond its context, its perplexity says.
+        Rotary positions have no end: the perplexity shows how well a model reads text beyond its context.
         """
         learned = getattr(self.config, "max_position_embeddings", None)
         if learned is not None and tokens > learned and not self.is_rotary:
@@ -156,19 +160,19 @@ class LanguageModel:
 
     @property
     def is_rotary(self) -> bool:
-        """Only differences of positions count."""
-        return any("rotary" in name for name, _ in self.network.named_modules())
+        """Whether positions are rotary, so that only their differences count."""
+        return any(ROTARY in name for name, _ in self.network.named_modules())
 
     def require_rotary(self) -> None:
         """Raise `DataError` when positions are not rotary."""
         if not self.is_rotary:
             raise DataError(
                 f"{type(self.network).__name__} has no rotary positions, so nothing can stand before its text; "
-                "use a family that has them"
+                "use a family with rotary positions"
             )
 
     def _probe_block(self) -> tuple[bool, bool]:
-        """Run block 0 alone on one token: whether a block gives a tuple, and whether it calls our attention."""
+        """Run block 0 on one token and return whether a block gives a tuple, and whether it calls our attention."""
         outputs: list[object] = []
         above = [BlockPlaceholder(block, gives_tuple=False) for block in self.blocks[1:]]
 
@@ -177,18 +181,14 @@ class LanguageModel:
             for standin in above:
                 standin.gives_tuple = isinstance(output, tuple)
 
-        handle = self.blocks[0].register_forward_hook(note)
-        try:
-            with torch.no_grad(), record_kv() as attended:
-                tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-                self._decoder([self.blocks[0], *above])(input_ids=tokens, use_cache=False)
-        finally:
-            handle.remove()
-        return isinstance(outputs[0], tuple), bool(attended)
+        with torch.no_grad(), forward_hooks([self.blocks[0]], note), record_kv() as recording:
+            tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self._decoder([self.blocks[0], *above])(input_ids=tokens, use_cache=False)
+        return isinstance(outputs[0], tuple), bool(recording)
 
 
 class BlockPlaceholder(nn.Module):
-    """Takes a block's place: notes the hidden states that come in and hands on `replacement`, or the same."""
+    """A module in the place of a block: it records the incoming hidden states and returns `replacement`, or them."""
 
     def __init__(self, block: nn.Module, gives_tuple: bool) -> None:
         super().__init__()
@@ -204,13 +204,13 @@ class BlockPlaceholder(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
     def forward(self, hidden: Tensor, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
-        self.seen = hidden
-        handed_on = hidden if self.replacement is None else self.replacement
-        return (handed_on,) if self.gives_tuple else handed_on
+        self.hidden = hidden
+        output = hidden if self.replacement is None else self.replacement
+        return (output,) if self.gives_tuple else output
 
 
 class _FixedDecoderOutput(nn.Module):
-    """Takes the decoder's place and answers with hidden states that are known already."""
+    """A module in the place of the decoder that returns given hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class _FixedDecoderOutput(nn.Module):
 
 
 class _HiddenStates(BaseModelOutputWithPast):
-    """Nothing but hidden states: all else that a family's head asks its decoder for, such as router logits, is None."""
+    """Hidden states alone: anything else that a family's head reads from its decoder, such as router logits, is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -229,14 +229,14 @@ class _HiddenStates(BaseModelOutputWithPast):
 
 
 def _view(module: Module) -> Module:
-    """A copy that shares every parameter and submodule, whose own list of submodules can be changed."""
+    """Return a copy that shares every parameter and submodule, whose own list of submodules can be changed."""
     view = copy.copy(module)
     view._modules = dict(module._modules)
     return view
 
 
 def _with_submodule(module: Module, name: str, submodule: nn.Module) -> Module:
-    """A view of `module` with another submodule at a dotted name."""
+    """Return a view of `module` with another submodule at a dotted name."""
     view = _view(module)
     first, _, rest = name.partition(".")
     view._modules[first] = _with_submodule(module.get_submodule(first), rest, submodule) if rest else submodule
@@ -244,7 +244,10 @@ def _with_submodule(module: Module, name: str, submodule: nn.Module) -> Module:
 
 
 def locate_blocks(network: PreTrainedModel) -> tuple[str, str]:
-    """The dotted name of the decoder, and the name in it of the list of its blocks. Raises `DataError` without one."""
+    """Return the dotted name of the decoder, and the name inside it of the list of its blocks.
+
+    Raises `DataError` when there is no such list.
+    """
     count = network.config.get_text_config().num_hidden_layers
     decoder = network.get_decoder()
     names = {module: name for name, module in network.named_modules()}
@@ -253,5 +256,5 @@ def locate_blocks(network: PreTrainedModel) -> tuple[str, str]:
             return names[decoder], name
     raise DataError(
         f"no list of {count} decoder blocks in {type(network).__name__}: this family cannot be taken apart; "
-        "use a decoder-only model whose blocks stand in one list"
+        "use a decoder-only model whose blocks are in one list"
     )

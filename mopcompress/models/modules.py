@@ -1,16 +1,18 @@
-"""The linears of a network, however they are stored: a weight is [out, in]."""
+"""Access to the modules of a network: the weights of linears as [out, in], and modules that replace others."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 Linear = nn.Linear | Conv1D
 
 
 def weight_of(linear: Linear) -> Tensor:
-    """The weight as [out, in]; GPT-2's Conv1D stores it transposed."""
+    """Return the weight as [out, in]; GPT-2's Conv1D stores it transposed."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
@@ -23,17 +25,38 @@ def set_weight(linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 @contextmanager
-def replaced_modules(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside it `modules` stand at these dotted names, in every view too; afterwards, whatever happens, the old ones.
+def forward_hooks(
+    modules: Iterable[nn.Module], hook: Callable[..., Any], *, pre: bool = False, with_kwargs: bool = False
+) -> Iterator[list[RemovableHandle]]:
+    """Call `hook` after every forward pass of these modules, or before it with `pre`, inside the `with` block only.
 
-    Raises `AttributeError` for a name that is not there, with nothing changed.
+    PyTorch gives `hook` (module, inputs, output), or (module, inputs) with `pre`; with `with_kwargs`, the keyword
+    arguments follow the inputs. A result other than None replaces the output, or the inputs. Yields the handles, with
+    which a hook can be removed before the block ends.
     """
-    places = {name: network.get_submodule(name.rpartition(".")[0]) for name in modules}
-    own = {name: network.get_submodule(name) for name in modules}
+    handles: list[RemovableHandle] = []
+    try:
+        for module in modules:
+            register = module.register_forward_pre_hook if pre else module.register_forward_hook
+            handles.append(register(hook, with_kwargs=with_kwargs))
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced_modules(network: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace the modules at these dotted names, in every view too, and put the old ones back at the end.
+
+    Raises `AttributeError` for an unknown name, with nothing changed.
+    """
+    parents = {name: network.get_submodule(name.rpartition(".")[0]) for name in modules}
+    originals = {name: network.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
-            places[name]._modules[name.rpartition(".")[2]] = module
+            parents[name]._modules[name.rpartition(".")[2]] = module
         yield
     finally:
-        for name, module in own.items():
-            places[name]._modules[name.rpartition(".")[2]] = module
+        for name, module in originals.items():
+            parents[name]._modules[name.rpartition(".")[2]] = module

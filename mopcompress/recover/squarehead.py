@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mopcompress.evaluation.hidden_states import ResponseBatch
 from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.modules import forward_hooks
 from mopcompress.storage.memmap import map_anonymous
 
 
@@ -73,9 +74,5 @@ def record_outputs(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     def note(_block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         seen.append(output if isinstance(output, Tensor) else output[0])
 
-    handles = [block.register_forward_hook(note) for block in blocks]
-    try:
+    with forward_hooks(blocks, note):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

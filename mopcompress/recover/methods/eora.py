@@ -7,6 +7,7 @@ without a gradient step. A repair that `prune` or `quantize` left beside the wei
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from mopcompress.data.encoding import Document
 from mopcompress.errors import DataError, NumericalError, UsageError
 from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import Linear, weight_of
+from mopcompress.models.modules import Linear, forward_hooks, weight_of
 from mopcompress.models.repair import repair_of
 from mopcompress.recover.adapter import Adapter, AdapterConfig, AdapterInit, AdapterInputs, DenseWeights
 from mopcompress.recover.methods import lora
@@ -67,13 +68,11 @@ def input_grams(
 
         return note
 
-    handles = [linear.register_forward_pre_hook(noting(name)) for name, linear in linears.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.enter_context(forward_hooks([linear], noting(name), pre=True))
         for rows in _equally_long(states.documents):
             model.run_upper(states.batch(rows).hidden, states.layer)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: gram.mean() for name, gram in grams.items()}
 
 
