@@ -5,13 +5,14 @@ Every field is also a flag, and a flag wins. Relative paths are relative to the 
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mopcompress.errors import UsageError
 from mopcompress.recipe.arms import ARM_DEFAULTS, known_arm
-from mopcompress.recipe.field_types import Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
+from mopcompress.recipe.field_types import STORED_NAMES, Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
 from mopcompress.recipe.validation_errors import Fault, faults_of, lines, nearest
 
 PRUNING_METHODS = ("sparsegpt", "alps", "wanda", "magnitude", "structured")
@@ -20,8 +21,23 @@ BACKENDS = (OURS, "llmcompressor", "gptqmodel")
 
 Arms = Annotated[tuple[Annotated[str, AfterValidator(known_arm)], ...], Listed, Distinct]
 Rows = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=8, le=1_048_576)]  # tokens
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+@dataclass(frozen=True)
+class Affects:
+    """Mark of a field of `RunSpec`: what depends on its value. Every output depends on a field without a mark.
+
+    `nothing`: no number at all. `cells`: which cells a bench has, not what is in them. `bench`: rows of a bench, not
+    the folders that the other commands write.
+    """
+
+    what: Literal["nothing", "cells", "bench"]
+
+
+NOTHING, CELLS, BENCH = Affects("nothing"), Affects("cells"), Affects("bench")
 
 
 def _method(name: str) -> str:
@@ -54,6 +70,11 @@ def _backend(name: str) -> str:
     return name
 
 
+Ratio = Annotated[Share, AfterValidator(_not_dense)]
+Method = Annotated[str, AfterValidator(_method)]
+GroupSize = Annotated[Annotated[int, Field(ge=2, le=65536)] | None, BeforeValidator(_whole_row)]
+
+
 class RunSpec(Spec):
     """What to run on; the defaults are those of `recipes/default.yaml`."""
 
@@ -69,25 +90,25 @@ class RunSpec(Spec):
     eval_text_samples: Rows = 24  # windows of it
     train_text: FilePath | None = None  # plain text among the training rows, a task of its own
     train_text_samples: Rows = 96  # windows of it, besides the training rows
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None  # test rows are answered too, with so many at most
+    max_new_tokens: Annotated[Tokens | None, BENCH] = None  # test rows are answered too, with so many tokens at most
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     max_seq_length: Length = 512  # tokens of a calibration sample
-    ratios: Annotated[tuple[Annotated[Share, AfterValidator(_not_dense)], ...], Listed, Distinct] = (0.5, 0.85, 0.95)
-    methods: Annotated[tuple[Annotated[str, AfterValidator(_method)], ...], Listed, Distinct] = ("sparsegpt",)
-    bits: Annotated[tuple[Bits, ...], Listed, Distinct] = ()
-    prune_then_quantize: bool = False  # with bits: round what pruning left, not the dense model
-    group_size: Annotated[Annotated[int, Field(ge=2, le=65536)] | None, BeforeValidator(_whole_row)] = 64
-    arms: Annotated[Arms, Field(min_length=1)] = ("none", "single", "mop")
-    dense_arms: Arms = ("none",)  # of the dense model: what it learns of the data tells recovery from adaptation
-    seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1)] = (0,)
+    ratios: Annotated[tuple[Ratio, ...], Listed, Distinct, CELLS] = (0.5, 0.85, 0.95)
+    methods: Annotated[tuple[Method, ...], Listed, Distinct, CELLS] = ("sparsegpt",)
+    bits: Annotated[tuple[Bits, ...], Listed, Distinct, CELLS] = ()
+    prune_then_quantize: Annotated[bool, CELLS] = False  # with bits: round what pruning left, not the dense model
+    group_size: Annotated[GroupSize, BENCH] = 64  # weights of a row that share a scale
+    arms: Annotated[Arms, Field(min_length=1), CELLS] = ("none", "single", "mop")
+    dense_arms: Annotated[Arms, CELLS] = ("none",)  # of the dense model: tells recovery from adaptation to the data
+    seeds: Annotated[tuple[Seed, ...], Listed, Distinct, Field(min_length=1), CELLS] = (0,)
     seed: Seed = 0
-    eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = 16  # rows, in evaluation
+    eval_batch_size: Annotated[int, Field(ge=1, le=65536), BENCH] = 16  # rows, in evaluation
     device: Annotated[str, AfterValidator(_device)] = "auto"
     backend: Annotated[str, AfterValidator(_backend)] = OURS  # the library whose methods compress
-    backend_python: FilePath | None = None  # the interpreter that has it; None: this one
-    output_dir: FilePath | None = None
-    max_fallback_fraction: Annotated[float, Field(ge=0, le=1)] = (
+    backend_python: Annotated[FilePath | None, BENCH] = None  # the interpreter that has it; None: this one
+    output_dir: Annotated[FilePath | None, NOTHING] = None
+    max_fallback_fraction: Annotated[float, Field(ge=0, le=1), NOTHING] = (
         0.1  # share of matrices that may need more damping than asked for
     )
 
@@ -106,6 +127,12 @@ class RunSpec(Spec):
     def computed_arms(self) -> tuple[str, ...]:
         """Those of them that have a closed form: the dense model's weights say all, and no seed is drawn from."""
         return tuple(arm for arm in self.trained_arms if ARM_DEFAULTS[arm].learning_rate is None)
+
+
+def stored_names_of_fields(*marks: Affects) -> tuple[str, ...]:
+    """Return the stored names of the fields of `RunSpec` that have one of these marks."""
+    fields = [name for name, field in RunSpec.model_fields.items() if any(mark in field.metadata for mark in marks)]
+    return tuple(STORED_NAMES.get(name, name) for name in fields)
 
 
 LISTS = {name for name, field in RunSpec.model_fields.items() if isinstance(field.default, tuple)}
