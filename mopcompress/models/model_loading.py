@@ -1,8 +1,10 @@
-"""Finding, loading and saving Hugging Face folders. safetensors only; nothing is fetched unless a hub id was named."""
+"""Find, load and save Hugging Face folders: safetensors only, and downloads only when a hub id was named."""
 
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,14 +32,34 @@ BUILT_IN = "smollm2"
 NO_HUB: Mapping[str, Any] = MappingProxyType({})
 
 
+@dataclass(frozen=True)
+class OpenedModel:
+    """A loaded model and the folder that it was read from."""
+
+    folder: Path
+    model: LanguageModel
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the folder's weights, computed once: what caches, adapters and manifests know the model by."""
+        return weights_hash(self.folder)
+
+
+def open_model(name: str, *, device: torch.device, log: Callable[[str], None] = lambda line: None) -> OpenedModel:
+    """Find and load a model by its name, as `resolve_model` and `load_model` do; raises as they do."""
+    folder = resolve_model(name, progress=log)
+    return OpenedModel(folder, load_model(folder, device=device))
+
+
 def resolve_model(
     name: str, *, hub: Mapping[str, Any] = NO_HUB, progress: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """The local folder of a model: `smollm2`, a folder, or a hub id (a local path wins).
+    """Return the local folder of a model: `smollm2`, a folder, or a hub id (a local path wins).
 
-    `hub` is what `snapshot_download` is told besides, such as a revision.
+    `hub` holds more arguments of `snapshot_download`, such as a revision.
 
-    Raises `InputNotFoundError` for a path that does not exist, `UnavailableError` for a hub id that cannot be had.
+    Raises `InputNotFoundError` for a path that does not exist, and `UnavailableError` when a hub id cannot be
+    downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -48,33 +70,31 @@ def resolve_model(
         raise DataError(f"model {name} is a file; name the Hugging Face folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputNotFoundError(f"model {name}: no such folder; name a Hugging Face folder, a hub id or {BUILT_IN}")
-    return _from_hub(name, hub)
+    return _download(name, hub)
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Load a folder, in fp32 unless told otherwise, ready to be taken apart and prompted.
+    """Load a folder's model, with its repair if it has one, ready to be taken apart and prompted.
 
-    A repair is computed beside its weights.
-
-    Raises `RefusedError` for pickled weights and remote code, `DataError` for a folder that holds no causal language
-    model, or not all of it.
+    Raises `RefusedError` for pickled weights and remote code, and `DataError` for a folder that holds no causal
+    language model, or an incomplete one.
     """
     check_folder(folder)
     try:
-        loaded: Any = attention.with_our_attention(
-            lambda **chosen: AutoModelForCausalLM.from_pretrained(
+        loaded: Any = attention.make_with_attention(
+            lambda **settings: AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
-                **chosen,
+                **settings,
             )
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _not_loaded(folder, error) from error
-    network, loading = loaded
-    missing = sorted(loading["missing_keys"])
+        raise _loading_error(folder, error) from error
+    network, loading_info = loaded
+    missing = sorted(loading_info["missing_keys"])
     if missing:
         raise DataError(f"model {folder}: its files hold no {missing[0]}; get the model again")
     broken = [name for name, weight in network.named_parameters() if not bool(torch.isfinite(weight).all())]
@@ -86,36 +106,39 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype = torch
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Raises `DataError` when there is none that can be loaded."""
+    """Load the folder's tokenizer. Raises `DataError` when it has none that can be loaded."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _not_loaded(folder, error) from error
+        raise _loading_error(folder, error) from error
 
 
-def without_weights(folder: Path) -> PreTrainedModel:
-    """The network with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
+def load_meta_network(folder: Path) -> PreTrainedModel:
+    """Build the network with its parameters on the meta device; buffers, such as rotary frequencies, are real."""
     check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            return attention.with_our_attention(
-                lambda **chosen: AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
+            return attention.make_with_attention(
+                lambda **settings: AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _not_loaded(folder, error) from error
+        raise _loading_error(folder, error) from error
 
 
-def _not_loaded(folder: Path, error: Exception) -> DataError:
+def _loading_error(folder: Path, error: Exception) -> DataError:
     reason = str(error).strip().split("\n")[0]
     return DataError(f"model {folder} cannot be loaded: {reason}; check that the folder is whole")
 
 
 def check_folder(folder: Path) -> dict[str, object]:
-    """Read `config.json` and refuse, before torch allocates anything, what must not or cannot be loaded."""
+    """Return the content of `config.json` after checks that need no memory.
+
+    Raises `InputNotFoundError`, `DataError` or `RefusedError` for a folder that cannot or must not be loaded.
+    """
     config_file = folder / "config.json"
     if not folder.is_dir() or not config_file.exists():
-        raise InputNotFoundError(f"model {folder}: no config.json there; name a Hugging Face folder")
+        raise InputNotFoundError(f"model {folder} has no config.json; name a Hugging Face folder")
     try:
         config = dict(json.loads(config_file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -127,11 +150,11 @@ def check_folder(folder: Path) -> dict[str, object]:
     if config.get("quantization_config"):
         raise DataError(
             f"{config_file}: the model is quantised already; start from its unquantised folder, or make one with "
-            "`mopcompress export FOLDER --format dense` if mopcompress wrote it"
+            "`mopcompress export FOLDER --format dense` if mopcompress wrote this folder"
         )
     if list(folder.glob(f"{SPARSE}*.safetensors")):
         raise DataError(
-            f"model {folder} is a sparse container; make a folder that loads everywhere of it: mopcompress export "
+            f"model {folder} is a sparse container; turn it into a folder that loads everywhere: mopcompress export "
             f"{folder} --format dense"
         )
     if not weight_files(folder):
@@ -140,26 +163,26 @@ def check_folder(folder: Path) -> dict[str, object]:
             raise RefusedError(
                 f"model {folder} has only pickled weights ({pickled[0]}), which can run code; convert it to safetensors"
             )
-        raise InputNotFoundError(f"model {folder}: no {SINGLE} or {INDEX} there; get the model again")
+        raise InputNotFoundError(f"model {folder} has no {SINGLE} or {INDEX}; get the model again")
     return config
 
 
 def weights_hash(folder: Path) -> str:
-    """One hash over the names and contents of the folder's weight files, and of the repair beside them."""
-    return artifacts.fingerprint({path.name: artifacts.sha256_file(path) for path in _used(folder)})
+    """Return one hash over the names and contents of the folder's weight files and of its repair."""
+    return artifacts.fingerprint({path.name: artifacts.sha256_file(path) for path in _hashed_files(folder)})
 
 
 def weights_bytes(folder: Path) -> int:
-    """Bytes of the folder's weight files, and of the repair beside them."""
-    return sum(path.stat().st_size for path in _used(folder))
+    """Return the bytes of the folder's weight files and of its repair."""
+    return sum(path.stat().st_size for path in _hashed_files(folder))
 
 
-def _used(folder: Path) -> list[Path]:
+def _hashed_files(folder: Path) -> list[Path]:
     return [*weight_files(folder), *folder.glob(REPAIR)]
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type that a folder keeps its weights in."""
+    """Return the dtype in which a folder stores its weights."""
     with safe_open(weight_files(folder)[0], framework="pt") as file:
         dtypes = [file.get_tensor(name).dtype for name in sorted(file.keys())[:8]]
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
@@ -172,7 +195,7 @@ def save_model(model: LanguageModel, source: Path, target: Path) -> None:
     source.
     """
     dtype = stored_dtype(source)
-    stored: dict[int, Tensor] = {}  # by address: weights that are tied stay tied, and are written once
+    stored: dict[int, Tensor] = {}  # by address: tied weights stay tied, and are written once
     weights = {
         name: stored.setdefault(weight.data_ptr(), weight.to(dtype) if weight.is_floating_point() else weight)
         for name, weight in model.network.state_dict().items()
@@ -182,7 +205,7 @@ def save_model(model: LanguageModel, source: Path, target: Path) -> None:
 
 
 def copy_other_files(source: Path, target: Path) -> None:
-    """Copy all that is neither weights nor a manifest of ours, byte for byte."""
+    """Copy every file that is neither weights nor a manifest of ours, byte for byte."""
     for path in source.iterdir():
         if path.is_file() and not _is_weights(path) and path.name != artifacts.MANIFEST:
             shutil.copyfile(path, target / path.name)
@@ -200,16 +223,16 @@ def _is_weights(path: Path) -> bool:
     return path.suffix in {".safetensors", ".bin", ".pt", ".pth"} or path.name.endswith(".index.json")
 
 
-def _from_hub(name: str, hub: Mapping[str, Any]) -> Path:
+def _download(name: str, hub: Mapping[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, **hub))
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UnavailableError(
-            f"model {name} is no local folder and could not be had from the hub: {reason}; "
+            f"model {name} is no local folder and could not be downloaded from the hub: {reason}; "
             "check the name and the network, or name a local folder"
         ) from error
