@@ -35,6 +35,7 @@ LOW_RANK = BUDGET | {"layer", "rank", "adapter_targets"}
 class ArmDefaults:
     """What is different from arm to arm unless a recipe says otherwise."""
 
+    summary: str  # one phrase for reports
     learning_rate: float | None  # None: found in closed form, without a step
     own: frozenset[str] = frozenset()  # fields of a recovery that say something to it, those of all steps apart
     at_input: bool = False  # it changes the network from its embeddings on, not from the middle
@@ -45,27 +46,89 @@ class ArmDefaults:
 
 
 ARM_DEFAULTS = {
-    "single": ArmDefaults(learning_rate=0.5, own=MIXED, deep_learning_rate=3e-2),
-    "mop": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_mode", "top_k"}, deep_learning_rate=3e-2),
-    "uniform": ArmDefaults(learning_rate=0.5, own=MIXED | {"gate_mode"}, deep_learning_rate=3e-2),
-    "oracle": ArmDefaults(
-        learning_rate=0.5, own=MIXED - {"gate_labels"} | {"gate_mode"}, needs_tasks=True, deep_learning_rate=3e-2
+    "single": ArmDefaults(
+        summary="one prompt in the middle of the network, with as many tokens as all experts of mop together",
+        learning_rate=0.5,
+        own=MIXED,
+        deep_learning_rate=3e-2,
     ),
-    "shuffled": ArmDefaults(learning_rate=0.5, own=MIXED | GATE | {"gate_mode", "top_k"}, deep_learning_rate=3e-2),
-    "idp": ArmDefaults(learning_rate=0.5, own=OPENED),
+    "mop": ArmDefaults(
+        summary="the Mixture of Prompts: groups of prompts (experts) in the middle of the network, weighed by a gate",
+        learning_rate=0.5,
+        own=MIXED | GATE | {"gate_mode", "top_k"},
+        deep_learning_rate=3e-2,
+    ),
+    "uniform": ArmDefaults(
+        summary="mop without a gate: every expert has weight 1",
+        learning_rate=0.5,
+        own=MIXED | {"gate_mode"},
+        deep_learning_rate=3e-2,
+    ),
+    "oracle": ArmDefaults(
+        summary="mop with all weight on the expert of the row's true task",
+        learning_rate=0.5,
+        own=MIXED - {"gate_labels"} | {"gate_mode"},
+        needs_tasks=True,
+        deep_learning_rate=3e-2,
+    ),
+    "shuffled": ArmDefaults(
+        summary="mop whose gate reads the instruction of another row",
+        learning_rate=0.5,
+        own=MIXED | GATE | {"gate_mode", "top_k"},
+        deep_learning_rate=3e-2,
+    ),
+    "idp": ArmDefaults(
+        summary="experts as in mop; the instruction's attention chooses one of them", learning_rate=0.5, own=OPENED
+    ),
     # not swept: AdamW's rate for prompt and prefix tuning in PEFT's own guide to prompt-based methods, which deep
     # prompts are too; Xu et al. take 1e-3 after 500 warm-up steps, more than ours are in all
-    "input": ArmDefaults(learning_rate=3e-2, own=BUDGET, at_input=True),
-    "smop": ArmDefaults(learning_rate=3e-2, own=BUDGET | {"gate_learning_rate", "gate_clipping"}, at_input=True),
-    "prefix": ArmDefaults(learning_rate=3e-2, own=BUDGET, at_input=True),
-    "lora": ArmDefaults(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
-    "masklora": ArmDefaults(learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2),
-    "eora": ArmDefaults(learning_rate=None, own=LOW_RANK, whole=True),
-    "ia3": ArmDefaults(learning_rate=3e-2, own=frozenset({"layer"}), whole=True),
-    "norms": ArmDefaults(learning_rate=1e-2, own=frozenset({"layer"}), whole=True),
-    "mop+": ArmDefaults(learning_rate=3e-3, own=BUDGET | GATE | {"layer"}, revision=2),
+    "input": ArmDefaults(
+        summary="one prompt before the text, at the input of the network (prompt tuning)",
+        learning_rate=3e-2,
+        own=BUDGET,
+        at_input=True,
+    ),
+    "smop": ArmDefaults(
+        summary="short prompts before the text, of which a router chooses one",
+        learning_rate=3e-2,
+        own=BUDGET | {"gate_learning_rate", "gate_clipping"},
+        at_input=True,
+    ),
+    "prefix": ArmDefaults(
+        summary="trained keys and values in every layer (prefix tuning)", learning_rate=3e-2, own=BUDGET, at_input=True
+    ),
+    "lora": ArmDefaults(
+        summary="trained low-rank updates of linears", learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2
+    ),
+    "masklora": ArmDefaults(
+        summary="lora that keeps pruned weights at zero", learning_rate=1e-2, own=LOW_RANK, whole=True, revision=2
+    ),
+    "eora": ArmDefaults(
+        summary="a low-rank repair from calibration inputs, computed without training",
+        learning_rate=None,
+        own=LOW_RANK,
+        whole=True,
+    ),
+    "ia3": ArmDefaults(
+        summary="trained scales of keys, values and MLP neurons",
+        learning_rate=3e-2,
+        own=frozenset({"layer"}),
+        whole=True,
+    ),
+    "norms": ArmDefaults(
+        summary="the model's own norms, trained", learning_rate=1e-2, own=frozenset({"layer"}), whole=True
+    ),
+    "mop+": ArmDefaults(
+        summary="trained norms and neuron scales, and low-rank updates weighed by a gate",
+        learning_rate=3e-3,
+        own=BUDGET | GATE | {"layer"},
+        revision=2,
+    ),
 }
-NO_ADAPTER = ArmDefaults(learning_rate=None, whole=True)  # of `none`, which changes nothing, from whatever block on
+# `none` changes nothing from any block on
+NO_ADAPTER = ArmDefaults(
+    summary="the compressed model without an adapter", learning_rate=None, whole=True
+)
 ARM_NAMES = ("none", *ARM_DEFAULTS)
 
 
