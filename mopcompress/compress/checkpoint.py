@@ -25,7 +25,7 @@ from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.compress.sequential import BlockInputs, CompressedBlock, LayerRow
 from mopcompress.errors import StorageError
 from mopcompress.models.repair import RepairsByName, repairs_from_tensors, repairs_to_tensors
-from mopcompress.models.safetensors_io import TensorLocation, overwrite, tensor_hash
+from mopcompress.models.safetensors_io import TensorLocation, overwrite, stored_hash
 from mopcompress.models.weight_files import INDEX, weight_files
 from mopcompress.storage import artifacts
 from mopcompress.storage.resume import clear_job, has_job, resumable_job, write_job
@@ -42,13 +42,13 @@ def resumable_compression(
     places: Mapping[str, TensorLocation],
     tell: Callable[[str], None],
     *,
-    begin_again: bool = False,
+    restart_on_mismatch: bool = False,
 ) -> Iterator["CompressionCheckpoint"]:
     """The job that is to become `target`, begun or gone on with; its folder is removed when the block ends well.
 
-    Raises `OutputError` as `resumable_job` does, which says what `begin_again` means.
+    Raises `OutputError` as `resumable_job` does, which explains `restart_on_mismatch`.
     """
-    with resumable_job(target, facts, tell, begin_again=begin_again) as folder:
+    with resumable_job(target, facts, tell, restart_on_mismatch=restart_on_mismatch) as folder:
         yield CompressionCheckpoint(folder, source, facts, places, tell)
 
 
@@ -108,7 +108,7 @@ class CompressionCheckpoint:
         """
         for name, place in self._places.items():
             before = replace(place, file=place.file.removesuffix(SUFFIX))
-            if name not in self._changed and tensor_hash(self._folder, place) != tensor_hash(self._source, before):
+            if name not in self._changed and stored_hash(self._folder, place) != stored_hash(self._source, before):
                 raise StorageError(f"{self._folder}: {name} was not copied whole; remove this folder and run again")
         for path in self._folder.glob(f"*{SUFFIX}"):
             there = folder / path.name.removesuffix(SUFFIX)
@@ -133,7 +133,7 @@ class CompressionCheckpoint:
         try:
             while facts := _read_json(self._folder / _block(self.done)):
                 for name, expected in facts["tensors"].items():
-                    if tensor_hash(self._folder, self._places[name]) != expected:
+                    if stored_hash(self._folder, self._places[name]) != expected:
                         return False
                 beside = load_file(self._folder / _beside_file(self.done))
                 if _checksums(beside) != facts["beside"]:
@@ -186,9 +186,8 @@ def _beside_file(index: int) -> str:
 
 
 def _save_whole(tensors: dict[str, Tensor], path: Path) -> None:
-    scratch = path.with_suffix(".partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
-    scratch.replace(path)
+    with artifacts.replaced_atomically(path) as scratch:  # never in memory as a whole, and not flushed: checksums tell
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def compress_into(
     recipe: Recipe,
     *,
     progress: Progress,
-    begin_again: bool = False,
+    restart_on_mismatch: bool = False,
 ) -> dict[str, Any]:
     """Compress a folder, block by block, into another; work that was stopped before goes on where it was.
 
-    Where that was another job's, such as of other code, it is refused, or removed to `begin_again`.
+    Work of another job, such as of other code, is refused, or removed with `restart_on_mismatch`.
     Structured pruning, which stands alone, makes matrices smaller, and begins anew.
     """
     check_not_repaired(source)
@@ -96,7 +96,7 @@ def compress_into(
     requested, made_by = request_facts(source, [*modifiers, *repair], calibration, recipe), provenance(device)
     asked = _job(requested, made_by, steps)
     with resumable_compression(
-        target, source, asked, streamed.places, progress.message, begin_again=begin_again
+        target, source, asked, streamed.locations, progress.message, restart_on_mismatch=restart_on_mismatch
     ) as job:
         _run(streamed, tokens.to(device), steps, job, _block_progress(progress, requested["method"]))
         facts: dict[str, Any] = {
@@ -142,9 +142,9 @@ def _run(
     for index in range(job.done, len(streamed.model.blocks)):
         start = time.perf_counter()
         with streamed.block(index):
-            dtype = streamed.dtype_of(index)
+            dtype = streamed.stored_dtype(index)
             block = compress_block(streamed.model, tokens, job.hidden, index, steps, dtype=dtype)
-            job.finish(index, block, streamed.stored(index), time.perf_counter() - start)
+            job.finish(index, block, streamed.weights_to_store(index), time.perf_counter() - start)
         for row in block.rows:
             told(row)
 

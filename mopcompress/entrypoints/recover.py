@@ -39,7 +39,7 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
     check_output(target, base)
     device, size = choose_device(recipe.run.device), recipe.run.eval_batch_size
     with join_workers(device) as workers:
-        tell = progress if workers.first else silent
+        tell = progress if workers.is_main else silent
         model = load_model(base, device=device)
         documents = load_dataset_for(model, recipe.run)
         layer, sha256 = first_layer(recipe.recovery.arm, recipe.recovery.layer, model), weights_hash(base)
@@ -47,12 +47,12 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
         log_expert_count([modifier], documents.tasks, tell)
         teacher, dense = teacher_hash(modifier), dense_weights(modifier, base, model)
         check_validation(documents, recipe.run.data, [modifier])
-        with workers.first_alone():
+        with workers.main_first():
             states = load_or_compute_states(
                 model, sha256, documents.train, layer, size, "training rows", tell, dtype=TRAINING_DTYPE
             )
         # hidden states are not kept: with them every process runs the teacher, all at once
-        with nullcontext() if modifier.squarehead else workers.first_alone():
+        with nullcontext() if modifier.squarehead else workers.main_first():
             taught = None if dense else build_distillation(modifier, base, model, documents.train, size, tell)
         facts = {
             "learning_rate": modifier.rate,
@@ -65,7 +65,7 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
             "processes": workers.count,
             **provenance(model.device),
         }
-        with _kept(target, facts, tell) if workers.first else nullcontext() as unfinished:
+        with _kept(target, facts, tell) if workers.is_main else nullcontext() as checkpoints:
             train = partial(
                 train_adapter,
                 material=AdapterInputs(model, states, documents.tasks, dense),
@@ -73,22 +73,22 @@ def recover(recipe: Recipe, target: Path, *, seed: int, progress: Progress = sil
                 seed=seed,
                 progress=tell,
                 distillation=taught,
-                unfinished=unfinished,
+                checkpoints=checkpoints,
                 workers=workers,
             )
             if modifier.sweeps:
-                with workers.first_alone():
+                with workers.main_first():
                     rows = load_or_compute_states(
                         model, sha256, documents.validation, layer, size, "validation rows", tell
                     )
                 sweep, recovered = _swept(
-                    modifier, model, rows, train, batch_size=size, unfinished=unfinished, workers=workers
+                    modifier, model, rows, train, batch_size=size, checkpoints=checkpoints, workers=workers
                 )
                 tell.message(describe_sweep(sweep))
                 modifier = modifier.at_rate(sweep.learning_rate)
                 facts |= {"learning_rate": modifier.rate, "sweep": asdict(sweep)}
             recovered = recovered or train(modifier)
-            return publish_adapter(recovered, target, facts) if workers.first else facts
+            return publish_adapter(recovered, target, facts) if workers.is_main else facts
 
 
 def _swept(
@@ -98,7 +98,7 @@ def _swept(
     train: Train,
     *,
     batch_size: int,
-    unfinished: CheckpointFolder | None,
+    checkpoints: CheckpointFolder | None,
     workers: Workers,
 ) -> tuple[Sweep, TrainedAdapter | None]:
     """The rate that all processes found, which one of them keeps; the training too, where a trial was as long."""
@@ -108,9 +108,9 @@ def _swept(
         validation,
         train,
         batch_size=batch_size,
-        known=workers.same(read_trials(unfinished.folder) if unfinished else {}),
-        keep=partial(write_trials, folder=unfinished.folder) if unfinished else lambda trials: None,
-        agreed=workers.same,
+        known=workers.same_for_all(read_trials(checkpoints.folder) if checkpoints else {}),
+        keep=partial(write_trials, folder=checkpoints.folder) if checkpoints else lambda trials: None,
+        agreed=workers.same_for_all,
     )
 
 
@@ -131,7 +131,7 @@ def publish_adapter(recovered: TrainedAdapter, target: Path, facts: dict[str, An
         "trained_parameters": trained_parameters(recovered.adapter),
         "train_steps": len(recovered.rows),
         "train_seconds": recovered.seconds,
-        "final_nats": recovered.rows[-1].nats if recovered.rows else None,
+        "final_nats": recovered.rows[-1].nll if recovered.rows else None,
         **facts,
     }
     with artifacts.publish(target, manifest) as scratch:

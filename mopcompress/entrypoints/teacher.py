@@ -11,7 +11,7 @@ from mopcompress.models.model_loading import load_model, resolve_model, weights_
 from mopcompress.progress import Progress
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover.adapter import DenseWeights
-from mopcompress.recover.distillation import Distillation, Teacher, store_of
+from mopcompress.recover.distillation import Distillation, Teacher
 from mopcompress.storage import artifacts
 
 
@@ -50,9 +50,9 @@ def build_distillation(
         documents,
         temperature=modifier.distill_temperature,
         batch_size=batch_size,
-        hidden=bool(modifier.squarehead),
+        with_hidden_states=bool(modifier.squarehead),
+        weights_sha256=weights_hash(folder),
         progress=lambda done: progress.update("teacher, once for all arms: training rows", done, len(documents)),
-        store=store_of(teacher, weights_hash(folder), documents, temperature=modifier.distill_temperature),
     )
     return Distillation(taught, modifier.distill, modifier.squarehead)
 

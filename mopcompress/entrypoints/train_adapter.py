@@ -23,10 +23,10 @@ def train_adapter(
     seed: int,
     progress: Progress,
     distillation: Distillation | None = None,
-    unfinished: CheckpointFolder | None = None,
+    checkpoints: CheckpointFolder | None = None,
     workers: Workers | None = None,
 ) -> TrainedAdapter:
-    """Begin and train one arm on cached states; go on with what `unfinished` kept.
+    """Begin and train one arm on cached states; resume from `checkpoints`.
 
     Raises `UsageError` when more experts are to act than there are.
     """
@@ -45,7 +45,7 @@ def train_adapter(
             training_config(modifier, modifier.rate, seed),
             distillation=distillation,
             progress=lambda row: progress.update(what, row.step, row.steps),
-            keeping=unfinished.at(modifier.rate, modifier.steps) if unfinished else None,
+            checkpoint=checkpoints.for_run(modifier.rate, modifier.steps) if checkpoints else None,
             workers=workers,
         )
     for group in adapter.parameter_groups().values():

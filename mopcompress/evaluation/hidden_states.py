@@ -1,8 +1,8 @@
-"""Hidden states half-way up, computed once a document.
+"""Hidden states at an adapter's layer, computed once per document.
 
-The blocks below an adapter are frozen and never see it, so their output is the same for every step, arm and seed on one
-compressed model: about a third of the depth is paid for once. Gates read the same states. At layer 0 they are
-embeddings.
+The blocks below an adapter are frozen and never see it. Their output is therefore the same for every step, arm and seed
+on one compressed model: about a third of the depth is computed once. Gates read the same states. At layer 0 the states
+are embeddings.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,35 +21,36 @@ from mopcompress.storage.memmap import map_anonymous
 
 @dataclass(frozen=True)
 class InstructionStates:
-    """All that an adapter may read of its examples: nothing of it depends on a response."""
+    """All that an adapter may read of its examples: nothing in it depends on a response."""
 
     hidden: Float[Tensor, "batch time hidden"]  # instruction tokens at the adapter's layer; zeros after their end
     lengths: Int[Tensor, " batch"]  # instruction tokens per example
-    mean: Float[Tensor, "batch hidden"]  # mean over the instruction's tokens
-    tasks: Sequence[str] | None = None  # the true ones, where they are known
-    shuffled_mean: Float[Tensor, "batch hidden"] | None = None  # means of other documents, whatever the batch
+    mean: Float[Tensor, "batch hidden"]  # over the instruction's tokens
+    tasks: Sequence[str] | None = None  # the true task per example, where it is known
+    shuffled_mean: Float[Tensor, "batch hidden"] | None = None  # `mean` of other documents, whatever the batch
 
 
 ApplyAdapter = Callable[[InstructionStates], AbstractContextManager[object]]
-"""Inside `applied(instructions)`, a trained adapter acts on the network."""
-
-
-Fill = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "documents hidden"]]
-"""Writes the states of all documents, in place, and gives their summaries."""
-
-Store = Callable[[int, int, Fill], tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "documents hidden"]]]
-"""`store(tokens, hidden, fill)`: states and summaries, from where they are kept or by calling `fill`."""
+"""Inside `apply_adapter(instructions)`, a trained adapter acts on the network."""
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """Right-padded documents at an adapter's layer, with what is to be predicted from them."""
+    """Documents at an adapter's layer, padded on the right, with the response tokens to predict from them."""
 
-    hidden: Float[Tensor, "batch time hidden"]
+    hidden: Float[Tensor, "batch time hidden"]  # all tokens; zeros after their end
     instructions: InstructionStates
-    example: Int[Tensor, " scored"]  # which document of the batch each scored token belongs to
-    position: Int[Tensor, " scored"]  # the position that predicts it: one before its own
+    example: Int[Tensor, " scored"]  # index in the batch of each scored token's document
+    position: Int[Tensor, " scored"]  # the position that predicts the token: one before its own
     target: Int[Tensor, " scored"]  # the response token itself
+
+
+@dataclass(frozen=True)
+class PackedStates:
+    """States of all documents without padding, one document after the other."""
+
+    hidden: Float[Tensor, "tokens hidden"]  # may be memory-mapped, and in another precision
+    means: Float[Tensor, "documents hidden"]  # over each instruction's tokens, before any rounding of `hidden`
 
 
 class HiddenStateDataset:
@@ -63,42 +64,24 @@ class HiddenStateDataset:
         *,
         batch_size: int,
         progress: Callable[[int], None] = lambda done: None,
-        store: Store | None = None,
+        packed: PackedStates | None = None,
     ) -> None:
-        """Run the blocks below `layer` on every document, unless `store` has their states.
+        """Take the states from `packed`, or else run the blocks below `layer` on every document.
 
-        `progress` is told how many are done. Raises `DataError` when the upper blocks read more than these states.
+        `progress` receives the number of documents that are done. Raises `DataError` when the blocks from `layer` on
+        read more than these states.
         """
+        if packed is None:
+            hidden = map_anonymous(count_tokens(documents), model.hidden_size, torch.float32)
+            means = compute_states(model, documents, layer, hidden, batch_size=batch_size, progress=progress)
+            packed = PackedStates(hidden, means)
         self.layer, self.documents, self.device = layer, tuple(documents), model.device
-        lengths = torch.tensor([len(document.tokens) for document in documents])
-        self._ends = lengths.cumsum(0)
+        self.means = packed.means.to(model.device)
+        self._hidden, self._ends = packed.hidden, _ends(documents)
         self._shuffled_rows = derangement(len(documents)) if len(documents) > 1 else None
-        order = lengths.argsort(stable=True).tolist()
-
-        def fill(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "documents hidden"]:
-            model.require_separable(layer)
-            self._hidden = hidden
-            summaries = torch.empty(len(documents), model.hidden_size, device=model.device)
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                with torch.inference_mode():
-                    entering = model.run_lower(_padded([documents[row].tokens for row in rows], model.device), layer)
-                for row, states in zip(rows, entering, strict=True):
-                    document = documents[row]
-                    self._of(row).copy_(states[: len(document.tokens)])
-                    summaries[row] = states[: document.context_tokens].mean(0)
-                progress(start + len(rows))
-            return summaries
-
-        size = int(lengths.sum()), model.hidden_size
-        if store is None:
-            self.summaries = fill(map_anonymous(*size, torch.float32))
-        else:
-            self._hidden, summaries = store(*size, fill)
-            self.summaries = summaries.to(model.device)
 
     def batch(self, rows: Sequence[int]) -> ResponseBatch:
-        """Gather some documents."""
+        """Gather the documents of these rows, in their order."""
         documents = [self.documents[row] for row in rows]
         longest = max(len(document.tokens) for document in documents)
         hidden = torch.zeros(len(rows), longest, self._hidden.shape[1])
@@ -108,38 +91,80 @@ class HiddenStateDataset:
         position: list[int] = []
         target: list[int] = []
         for index, (row, document) in enumerate(zip(rows, documents, strict=True)):
-            hidden[index, : len(document.tokens)] = self._of(row)
+            hidden[index, : len(document.tokens)] = self._row(row)
             instructions[index, : document.context_tokens] = hidden[index, : document.context_tokens]
             scored = range(document.context_tokens, len(document.tokens))
             example += [index] * len(scored)
             position += [time - 1 for time in scored]
             target += document.tokens[document.context_tokens :]
         indices = torch.tensor([example, position, target], device=self.device)
-        read = InstructionStates(
+        readable = InstructionStates(
             hidden=instructions.to(self.device),
             lengths=torch.tensor(contexts, device=self.device),
-            mean=self.summaries[list(rows)],
+            mean=self.means[list(rows)],
             tasks=[document.task for document in documents],
-            shuffled_mean=self.summaries[[self._shuffled_rows[row] for row in rows]] if self._shuffled_rows else None,
+            shuffled_mean=self.means[[self._shuffled_rows[row] for row in rows]] if self._shuffled_rows else None,
         )
-        return ResponseBatch(hidden.to(self.device), read, *indices)
+        return ResponseBatch(hidden.to(self.device), readable, *indices)
 
     def sample_states(
         self, rows: Sequence[int], count: int, generator: torch.Generator
     ) -> Float[Tensor, "count hidden"]:
-        """States at `count` random instruction positions; not the first, which attention uses as a sink, of several."""
-        picked = []
+        """Return the states at `count` random instruction positions.
+
+        Position 0 is skipped, which attention uses as a sink, unless the instruction has one token.
+        """
+        samples = []
         for _ in range(count):
             row = rows[int(torch.randint(len(rows), (), generator=generator))]
             tokens = self.documents[row].context_tokens
             time = int(torch.randint(min(1, tokens - 1), tokens, (), generator=generator))
-            picked.append(self._of(row)[time])
-        return torch.stack(picked).to(self.device, torch.float32)
+            samples.append(self._row(row)[time])
+        return torch.stack(samples).to(self.device, torch.float32)
 
-    def _of(self, row: int) -> Float[Tensor, "time hidden"]:
-        return self._hidden[int(self._ends[row]) - len(self.documents[row].tokens) : int(self._ends[row])]
+    def _row(self, row: int) -> Float[Tensor, "time hidden"]:
+        return self._hidden[self._ends[row] - len(self.documents[row].tokens) : self._ends[row]]
 
 
-def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "batch time"]:
+def compute_states(
+    model: LanguageModel,
+    documents: Sequence[Document],
+    layer: int,
+    hidden: Float[Tensor, "tokens hidden"],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Float[Tensor, "documents hidden"]:
+    """Run the blocks below `layer`, write the states of all documents to `hidden`, in place, and return their means.
+
+    The means are those of `PackedStates`. Documents run in the order of their lengths. Raises `DataError` when the
+    blocks from `layer` on read more than these states.
+    """
+    model.require_separable(layer)
+    ends, order = _ends(documents), sorted(range(len(documents)), key=lambda row: len(documents[row].tokens))
+    means = torch.empty(len(documents), model.hidden_size, device=model.device)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        with torch.inference_mode():
+            entering = model.run_lower(_right_padded([documents[row].tokens for row in rows], model.device), layer)
+        for row, states in zip(rows, entering, strict=True):
+            length = len(documents[row].tokens)
+            hidden[ends[row] - length : ends[row]].copy_(states[:length])
+            means[row] = states[: documents[row].context_tokens].mean(0)
+        progress(start + len(rows))
+    return means
+
+
+def count_tokens(documents: Sequence[Document]) -> int:
+    """Return the number of tokens of all documents."""
+    return sum(len(document.tokens) for document in documents)
+
+
+def _ends(documents: Sequence[Document]) -> list[int]:
+    """Return the index after each document's last token, where documents stand one after the other."""
+    return torch.tensor([len(document.tokens) for document in documents]).cumsum(0).tolist()
+
+
+def _right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "batch time"]:
     longest = max(map(len, sequences))
     return torch.tensor([[*sequence, *([0] * (longest - len(sequence)))] for sequence in sequences], device=device)

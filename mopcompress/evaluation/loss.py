@@ -1,4 +1,4 @@
-"""One function is both the training loss and the metric: nats a response token."""
+"""The negative log-likelihood of response tokens, in nats: one function for the training loss and the metric."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from mopcompress.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One entry a scored token."""
+    """An entry per scored token, in the order of `ResponseBatch.target`."""
 
-    nats: Float[Tensor, " scored"]  # negative log-likelihood given everything before the token
-    greedy: Bool[Tensor, " scored"]  # it is the most likely token
+    nll: Float[Tensor, " scored"]  # negative log-likelihood in nats, given everything before the token
+    greedy: Bool[Tensor, " scored"]  # True where the token is the most likely one
 
 
 def score_responses(model: LanguageModel, batch: ResponseBatch, layer: int) -> TokenScores:
@@ -24,16 +24,16 @@ def score_responses(model: LanguageModel, batch: ResponseBatch, layer: int) -> T
 
 
 def response_logits(model: LanguageModel, batch: ResponseBatch, layer: int) -> Float[Tensor, "scored vocab"]:
-    """What the blocks from `layer` on and the head say before each response token."""
-    left = model.run_upper(batch.hidden, layer)
-    return model.logits(left[batch.example, batch.position])
+    """Run the blocks from `layer` on, and the head at each position that predicts a response token."""
+    hidden = model.run_upper(batch.hidden, layer)
+    return model.logits(hidden[batch.example, batch.position])
 
 
 def token_scores(logits: Float[Tensor, "scored vocab"], batch: ResponseBatch) -> TokenScores:
-    """The scores of response tokens whose logits are known."""
+    """Score the response tokens of a batch by their logits."""
     return TokenScores(token_nll(logits, batch), logits.argmax(-1) == batch.target)
 
 
 def token_nll(logits: Float[Tensor, "scored vocab"], batch: ResponseBatch) -> Float[Tensor, " scored"]:
-    """The negative log-likelihood of each response token."""
+    """Return the negative log-likelihood of each response token, in nats."""
     return torch.nn.functional.cross_entropy(logits, batch.target, reduction="none")

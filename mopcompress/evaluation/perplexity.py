@@ -40,7 +40,7 @@ def evaluate(
             batch = states.batch(rows)
             with applied(batch.instructions) if applied else nullcontext():
                 scores = score_responses(model, batch, states.layer)
-            each = scores.nats.cpu().double()  # not on the device: some have no float64
+            each = scores.nll.cpu().double()  # not on the device: some have no float64
             sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, batch.example.cpu(), each)
             misses = torch.zeros(len(rows)).index_add_(0, batch.example.cpu(), (~scores.greedy).float().cpu())
             for row, total, missed in zip(rows, sums.tolist(), misses.tolist(), strict=True):

@@ -77,7 +77,7 @@ class TrainRow:
 
     step: int  # from 1
     steps: int
-    nats: float  # mean over the step's response tokens
+    nll: float  # nats per response token, the mean over the step's rows
     tokens: int  # real tokens that ran through the upper blocks, padding not counted
     seconds: float
     norms: Mapping[str, float]  # of the gradients before they were clipped, by the group that was clipped by itself

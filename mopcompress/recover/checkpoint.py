@@ -1,8 +1,8 @@
-"""A training so far, in a folder beside its output, so that it can be stopped anywhere and go on.
+"""Checkpoints of a training, so that it can be interrupted anywhere and resumed.
 
-The folder `.NAME.unfinished` holds the last standing that was kept, in one file that is replaced whole, and the job it
-belongs to: the same model, data, settings, versions and processes, which go on with the very same numbers. A sweep has
-a standing for each of its rates there, and its finished trials.
+The folder `.NAME.unfinished` beside the output holds the latest state of the training, in one file that is replaced
+whole, and the job that it belongs to. Only the same model, data, settings, versions and number of processes resume it,
+and they give the very same numbers. A sweep has a file per learning rate there, and its finished trials.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,117 +21,133 @@ from torch import Tensor
 
 from mopcompress.errors import StorageError
 from mopcompress.recover.adapter import Adapter, TrainRow
+from mopcompress.storage.artifacts import replaced_atomically
 from mopcompress.storage.resume import resumable_job, write_job
 
-INTERVAL_SECONDS = 20.0  # between two standings on disk: what a kill can cost
+INTERVAL_SECONDS = 20.0  # between two checkpoints: what a kill can cost
+
+# Checkpoint files keep the names that they were first written with.
+ROW_FIELDS_ON_DISK = {"nll": "nats"}  # name in the code -> name on disk
+OPTIMIZER_ON_DISK = "optimiser"
 
 
 @dataclass
 class TrainingState:
-    """The adapter, AdamW's means, and the steps that are done."""
+    """A training so far: the adapter, AdamW's moments, and a row per finished step."""
 
     adapter: Adapter
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     rows: list[TrainRow] = field(default_factory=list)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every number but the rows, by name: `adapter.NAME`, and `optimiser.PARAMETER.NAME` after the first step."""
-        weights = {f"adapter.{name}": tensor.cpu() for name, tensor in self.adapter.state_dict().items()}
-        means = {
-            f"optimiser.{index}.{name}": tensor.cpu()
-            for index, named in self.optimiser.state_dict()["state"].items()
-            for name, tensor in named.items()
-        }
-        return weights | means
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every tensor, on the CPU: `adapter.NAME`, and `optimiser.PARAMETER.NAME` after the first step.
 
-    def restore(self, tensors: dict[str, Tensor], rows: list[TrainRow]) -> None:
-        """Take the place, in place, of a standing whose `tensors()` these were."""
+        `PARAMETER` is the index that the optimizer gives a parameter.
+        """
+        weights = {f"adapter.{name}": tensor.cpu() for name, tensor in self.adapter.state_dict().items()}
+        moments = {
+            f"{OPTIMIZER_ON_DISK}.{index}.{name}": tensor.cpu()
+            for index, tensors in self.optimizer.state_dict()["state"].items()
+            for name, tensor in tensors.items()
+        }
+        return weights | moments
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], rows: list[TrainRow]) -> None:
+        """Take over, in place, the tensors of another state's `state_dict()`, and its rows."""
         with torch.no_grad():
             for name, weight in self.adapter.state_dict().items():
                 weight.copy_(tensors[f"adapter.{name}"])
-        means: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
-            if kind == "optimiser":
-                index, _, which = rest.partition(".")
-                means.setdefault(int(index), {})[which] = tensor
-        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": means})
+            if kind == OPTIMIZER_ON_DISK:
+                index, _, moment = rest.partition(".")
+                moments.setdefault(int(index), {})[moment] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self.rows[:] = rows
 
 
 @contextmanager
 def resumable_training(
-    target: Path, facts: Mapping[str, Any], tell: Callable[[str], None], *, begin_again: bool = False
+    target: Path, job: Mapping[str, Any], log: Callable[[str], None], *, restart_on_mismatch: bool = False
 ) -> Iterator["CheckpointFolder"]:
-    """The training that is to become `target`; its folder is removed when the block ends well, or could only end so.
+    """Yield the checkpoints of the training that is to become `target`, as `resumable_job` yields their folder.
 
-    Raises `OutputError` as `resumable_job` does, which says what `begin_again` means.
+    `job` holds all that the training's numbers depend on. Raises `OutputError` as `resumable_job` does.
     """
-    with resumable_job(target, facts, tell, begin_again=begin_again) as folder:
-        write_job(facts, folder)
-        yield CheckpointFolder(folder, tell)
+    with resumable_job(target, job, log, restart_on_mismatch=restart_on_mismatch) as folder:
+        write_job(job, folder)
+        yield CheckpointFolder(folder, log)
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """What is kept of a training, or of a sweep of trainings."""
+    """The checkpoints of a training, or of all trainings of a sweep."""
 
     folder: Path
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
 
-    def at(self, learning_rate: float, steps: int) -> "TrainingCheckpoint":
-        """The training with this rate and length."""
-        return TrainingCheckpoint(self.folder / f"{steps}-steps-at-{learning_rate:.9g}.safetensors", self.tell)
+    def for_run(self, learning_rate: float, steps: int) -> "TrainingCheckpoint":
+        """Return the checkpoint of the training with this learning rate and length."""
+        return TrainingCheckpoint(self.folder / f"{steps}-steps-at-{learning_rate:.9g}.safetensors", self.log)
 
 
 class TrainingCheckpoint:
-    """Keeps a standing in a file, at most every `INTERVAL_SECONDS`."""
+    """The file of one training's state, written at most every `INTERVAL_SECONDS`."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
-        self._path, self._tell = path, tell
-        self._kept = time.monotonic()
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        self._path, self._log = path, log
+        self._saved_at = time.monotonic()
 
-    def restore(self, standing: TrainingState) -> None:
-        """Bring `standing`, in place, to what the file holds; a damaged file is told of and not used."""
+    def load_into(self, state: TrainingState) -> None:
+        """Bring `state`, in place, to the one in the file, if there is one. A damaged file is logged and not used."""
         if not self._path.exists():
             return
         try:
             tensors, rows = _read(self._path)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            self._tell(f"{self._path} is damaged ({error}): beginning again")
+            self._log(f"{self._path} is damaged ({error}): beginning again")
             return
-        standing.restore(tensors, rows)
-        self._tell(f"going on after {len(rows)} finished steps, from {self._path.parent}")
+        state.load_state_dict(tensors, rows)
+        self._log(f"going on after {len(rows)} finished steps, from {self._path.parent}")
 
-    def keep(self, standing: TrainingState) -> None:
-        """Write `standing` if the last one is old enough. Raises `StorageError` when that fails."""
-        if time.monotonic() - self._kept < INTERVAL_SECONDS:
+    def save_if_due(self, state: TrainingState) -> None:
+        """Write `state` if the file is old enough. Raises `StorageError` when writing fails."""
+        if time.monotonic() - self._saved_at < INTERVAL_SECONDS:
             return
         try:
-            _write(self._path, standing)
+            _write(self._path, state)
         except OSError as error:
             raise StorageError(f"writing {self._path} failed: {error}; free some space and run again") from error
-        self._kept = time.monotonic()
+        self._saved_at = time.monotonic()
 
 
-def _write(path: Path, standing: TrainingState) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in standing.tensors().items()}
-    rows = json.dumps([asdict(row) for row in standing.rows])
-    # through memory: only the bytes that were meant can tell later whether the file still has them
-    whole = save(tensors, {"rows": rows, "crc32": str(_checksum(tensors, rows))})
-    scratch = path.with_suffix(".partial")
-    scratch.write_bytes(whole)
-    scratch.replace(path)
+def _write(path: Path, state: TrainingState) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in state.state_dict().items()}
+    rows = json.dumps([_row_to_disk(row) for row in state.rows])
+    # through memory: only the bytes that were meant can show later whether the file still has them
+    content = save(tensors, {"rows": rows, "crc32": str(_checksum(tensors, rows))})
+    with replaced_atomically(path) as scratch:  # not flushed to the disk: the checksum finds what a crash lost
+        scratch.write_bytes(content)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[TrainRow]]:
-    """Raises `ValueError`, or what safetensors raises, when the file is not as it was written."""
+    """Return a file's tensors and rows. Raises `ValueError`, or safetensors' own errors, for a damaged file."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         metadata = file.metadata()
     if int(metadata["crc32"]) != _checksum(tensors, metadata["rows"]):
         raise ValueError("its checksum is wrong")
-    return tensors, [TrainRow(**row) for row in json.loads(metadata["rows"])]
+    return tensors, [_row_from_disk(fields) for fields in json.loads(metadata["rows"])]
+
+
+def _row_to_disk(row: TrainRow) -> dict[str, Any]:
+    return {ROW_FIELDS_ON_DISK.get(name, name): value for name, value in asdict(row).items()}
+
+
+def _row_from_disk(fields: Mapping[str, Any]) -> TrainRow:
+    in_code = {stored: name for name, stored in ROW_FIELDS_ON_DISK.items()}
+    return TrainRow(**{in_code.get(name, name): value for name, value in fields.items()})
 
 
 def _checksum(tensors: Mapping[str, Tensor], rows: str) -> int:
@@ -139,16 +155,3 @@ def _checksum(tensors: Mapping[str, Tensor], rows: str) -> int:
     for name in sorted(tensors):
         checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
     return checksum
-
-
-@runtime_checkable  # so that the test run can check it
-class Keeping(Protocol):
-    """Keeps a training, so that it can be stopped anywhere and go on."""
-
-    def restore(self, standing: TrainingState) -> None:
-        """Bring `standing`, in place, to where the training stood; leave it alone when there was none."""
-        ...
-
-    def keep(self, standing: TrainingState) -> None:
-        """Take note of it, or not yet."""
-        ...

@@ -1,8 +1,8 @@
-"""Data-parallel training: every process runs a share of each step's rows, and gradients are added up.
+"""Data-parallel training: every process runs a part of each step's rows, and the gradients are summed.
 
-Started by `torchrun`, or by `accelerate launch`, which tell each process its place in the environment. Only the adapter
-is trained, a few hundred thousand numbers, so one sum over all of them a step is all that is sent: torch.distributed
-does it alone, and accelerate's wrappers of model, optimiser and data would hide the loop and add nothing.
+The processes are started by `torchrun` or `accelerate launch`, which pass each its rank in the environment. Only the
+adapter is trained, a few hundred thousand numbers, so one sum of them per step is all that is sent. torch.distributed
+alone does that: accelerate's wrappers of model, optimizer and data would hide the training loop and add nothing.
 """
 
 import os
@@ -18,66 +18,68 @@ from torch import Tensor, nn
 
 from mopcompress.recover.checkpoint import TrainingState
 
-PATIENCE = timedelta(days=1)  # the first process may compute states for hours while the others wait
-Known = TypeVar("Known")
+TIMEOUT = timedelta(days=1)  # the first process may compute states for hours while the others wait
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Workers:
-    """This process's place among those that train together; alone, nothing is sent."""
+    """The processes that train together, seen from this one. A process alone sends nothing."""
 
-    rank: int = 0
+    rank: int = 0  # of this process, from 0
     count: int = 1
 
     @property
-    def first(self) -> bool:
-        """It is the one that writes."""
+    def is_main(self) -> bool:
+        """True for the first process, which alone writes files."""
         return self.rank == 0
 
-    def add_up(self, losses: Float[Tensor, " losses"], parameters: Sequence[nn.Parameter]) -> None:
-        """Make losses and gradients, in place, the sums over all processes; those with no rows add zeros."""
+    def sum_over(self, losses: Float[Tensor, " losses"], parameters: Sequence[nn.Parameter]) -> None:
+        """Replace losses and gradients, in place, by their sums over all processes. A missing gradient counts as 0."""
         if self.count == 1:
             return
-        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-        flat = torch.cat([losses, *(one.flatten() for one in gradients)])
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters
+        ]
+        flat = torch.cat([losses, *(gradient.flatten() for gradient in gradients)])
         torch.distributed.all_reduce(flat)
-        totals, *sums = flat.split([len(losses), *(one.numel() for one in gradients)])
+        totals, *sums = flat.split([len(losses), *(gradient.numel() for gradient in gradients)])
         losses.copy_(totals)
-        for parameter, one in zip(parameters, sums, strict=True):
-            parameter.grad = one.view_as(parameter)
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total.view_as(parameter)
 
-    def make_equal(self, standing: TrainingState) -> None:
-        """Bring every process, in place, to where the first one stands."""
+    def sync_state(self, state: TrainingState) -> None:
+        """Bring the state of every process, in place, to that of the first one."""
         if self.count > 1:
-            standing.restore(*self.same((standing.tensors(), standing.rows)))
+            state.load_state_dict(*self.same_for_all((state.state_dict(), state.rows)))
 
-    def same(self, known: Known) -> Known:
-        """What the first process knows, in every process."""
-        given = [known]
+    def same_for_all(self, value: Value) -> Value:
+        """Return the first process's value in every process."""
+        values = [value]
         if self.count > 1:
-            torch.distributed.broadcast_object_list(given, src=0)
-        return given[0]
+            torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process runs the block before all others do: what it leaves on disk is there for them."""
-        if self.count > 1 and not self.first:
+    def main_first(self) -> Iterator[None]:
+        """Run the block in the first process before all others, which find there what it left on disk."""
+        if self.count > 1 and not self.is_main:
             torch.distributed.barrier()
         yield
-        if self.count > 1 and self.first:
+        if self.count > 1 and self.is_main:
             torch.distributed.barrier()
 
 
 @contextmanager
 def join_workers(device: torch.device) -> Iterator[Workers]:
-    """The processes that a launcher started, joined while the block runs; without one, this process alone."""
+    """Join the processes that a launcher started while the block runs; without a launcher, this process alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Workers()
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means in this process
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Workers(torch.distributed.get_rank(), count)
     finally:

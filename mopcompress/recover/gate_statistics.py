@@ -27,7 +27,7 @@ def measure_gate(
     weights: dict[int, Tensor] = {}
     with torch.inference_mode():
         for rows in batches_by_length(states.documents, batch_size, generator=None):
-            chosen = adapter.chosen(model, states.batch(rows).instructions)
+            chosen = adapter.expert_weights(model, states.batch(rows).instructions)
             if chosen is None:
                 return None
             weights |= zip(rows, chosen.cpu(), strict=True)

@@ -79,7 +79,7 @@ def low_rank(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
     assert isinstance(adapter, PatchedModules)
     tensors: dict[str, Tensor] = {}
     rank = 0
-    for name, change in adapter.by_name().items():
+    for name, change in adapter.patches_by_name().items():
         assert isinstance(change, LoRAUpdate)
         rank = len(change.down)
         tensors |= {f"{name}.lora_A.weight": change.down, f"{name}.lora_B.weight": change.up}
@@ -91,7 +91,7 @@ def scaled(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
     assert isinstance(adapter, PatchedModules)
     tensors: dict[str, Tensor] = {}
     of_inputs: list[str] = []
-    for name, change in adapter.by_name().items():
+    for name, change in adapter.patches_by_name().items():
         assert isinstance(change, IA3Scale)
         tensors[f"{name}.ia3_l"] = change.scale[None] if change.inputs else change.scale[:, None]
         of_inputs += [name] if change.inputs else []
@@ -183,7 +183,7 @@ def _prompt_learning(settings: dict[str, Any], embeddings: Tensor, model: Langua
 def _changed_linears(
     settings: dict[str, Any], tensors: dict[str, Tensor], adapter: PatchedModules, model: LanguageModel
 ) -> PeftAdapter:
-    names = list(adapter.by_name())  # whole ones: by their ends PEFT would find linears below the layer too
+    names = list(adapter.patches_by_name())  # whole ones: by their ends PEFT would find linears below the layer too
     transposed = any(isinstance(model.network.get_submodule(name), Conv1D) for name in names)
     found = {"target_modules": names, "fan_in_fan_out": transposed}
     held = {f"base_model.model.{name}": tensor.detach() for name, tensor in tensors.items()}

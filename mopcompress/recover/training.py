@@ -1,7 +1,7 @@
-"""One training loop, one loss, one order of the data for every arm.
+"""One training loop, one loss and one order of the data for every recovery method.
 
-A step's rows decide what is learned; in how many parts they run, one after the other or in several processes, only
-what memory and time it takes.
+The rows of a step decide what is learned. In how many parts they run, one after the other or in several processes,
+only changes the memory and the time that a step takes.
 """
 
 import itertools
@@ -21,29 +21,25 @@ from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import response_logits, token_nll
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.recover.adapter import Adapter, TrainRow
-from mopcompress.recover.checkpoint import Keeping, TrainingState
+from mopcompress.recover.checkpoint import TrainingCheckpoint, TrainingState
 from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.distributed import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How an adapter is trained."""
+    """The settings of a training."""
 
-    steps: int
-    batch_size: int  # rows a step, whatever the parts
-    learning_rate: float  # of all but the gate
-    gate_learning_rate: float
-    warmup_fraction: float
-    max_grad_norm: float  # the greatest norm of a gradient
-    grad_clip_percentile: (
-        float  # nor is it left longer than so many per cent of those above 0 were until then; 100: it is
-    )
-    clip_gate_separately: bool  # the gradient of a gate is clipped by itself, not together with that of what it weighs
-    seed: int
-    gradient_accumulation_steps: int = (
-        1  # parts of a step, one after the other: the same to rounding, but for the noise of `smop`
-    )
+    steps: int  # optimizer steps
+    batch_size: int  # rows per step, in however many parts they run
+    learning_rate: float  # of all parameters but a gate's
+    gate_learning_rate: float  # 0 freezes the gate
+    warmup_fraction: float  # of the steps, in which the learning rate rises linearly
+    max_grad_norm: float  # gradients are never longer
+    grad_clip_percentile: float  # also clip to this percentile of the non-zero norms so far (AutoClip); 100: do not
+    clip_gate_separately: bool  # clip a gate's gradient by its own norm, apart from that of the prompts it weighs
+    seed: int  # of the order of the rows
+    gradient_accumulation_steps: int = 1  # parts of a step; equal up to rounding, except for the noise of `smop`
 
 
 def fit(
@@ -54,85 +50,83 @@ def fit(
     *,
     distillation: Distillation | None = None,
     progress: Callable[[TrainRow], None] = lambda row: None,
-    keeping: Keeping | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
     workers: Workers | None = None,
 ) -> list[TrainRow]:
-    """Train an adapter, in place, by cross-entropy on response tokens; the model stays frozen.
-
-    With `distillation` a share of the loss is the divergence from a teacher's distributions.
+    """Train an adapter, in place, to lower the cross-entropy of response tokens; the model stays frozen.
 
     AdamW without weight decay, linear warm-up, cosine decay to zero, gradients clipped by their norms so far and to
-    `max_grad_norm` at most. Goes on where `keeping` says that it stopped.
-    Raises `NumericalError` when a loss or a gradient is not finite.
+    `max_grad_norm` at most. With `distillation`, a fraction of the loss is the divergence from a teacher.
     """
     workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}
-    learned = _trainable_groups(adapter, rates)
-    parameters = [parameter for group in learned.values() for parameter in group]
-    clipped = learned if training.clip_gate_separately else {"all": parameters}
-    optimiser = torch.optim.AdamW([{"params": group} for group in learned.values()], weight_decay=0.0)
-    standing = TrainingState(adapter, optimiser)
-    if keeping:
-        keeping.restore(standing)
-    workers.make_equal(standing)
-    order = itertools.islice(_batches(states, training), len(standing.rows), None)
-    for step in range(len(standing.rows) + 1, training.steps + 1):
+    groups = _trainable_groups(adapter, rates)
+    parameters = [parameter for group in groups.values() for parameter in group]
+    clipped = groups if training.clip_gate_separately else {"all": parameters}
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], weight_decay=0.0)
+    state = TrainingState(adapter, optimizer)
+    if checkpoint:
+        checkpoint.load_into(state)
+    workers.sync_state(state)
+    batches = itertools.islice(_batches(states, training), len(state.rows), None)
+    for step in range(len(state.rows) + 1, training.steps + 1):
         start = time.perf_counter()
-        chosen = next(order)
-        for group, name in zip(optimiser.param_groups, learned, strict=True):
-            group["lr"] = rates[name] * _lr_factor(step - 1, training)
-        optimiser.zero_grad()
-        losses = _backward(adapter, model, states, chosen, distillation, training.gradient_accumulation_steps, workers)
-        workers.add_up(losses, parameters)
-        loss, nats = losses.tolist()
-        _check(loss, "loss", step, training)
+        rows = next(batches)
+        for param_group, name in zip(optimizer.param_groups, groups, strict=True):
+            param_group["lr"] = rates[name] * _lr_factor(step - 1, training)
+        optimizer.zero_grad()
+        losses = _backward(adapter, model, states, rows, distillation, training.gradient_accumulation_steps, workers)
+        workers.sum_over(losses, parameters)
+        loss, nll = losses.tolist()
+        _check_finite(loss, "loss", step, training)
         norms = {
-            name: _clip_gradient(group, [row.norms[name] for row in standing.rows], step, training)
+            name: _clip_gradient(group, [row.norms[name] for row in state.rows], step, training)
             for name, group in clipped.items()
         }
-        optimiser.step()
-        row = TrainRow(
+        optimizer.step()
+        finished = TrainRow(
             step=step,
             steps=training.steps,
-            nats=nats,
-            tokens=sum(len(states.documents[row].tokens) for row in chosen),
+            nll=nll,
+            tokens=sum(len(states.documents[row].tokens) for row in rows),
             seconds=time.perf_counter() - start,
             norms=norms,
         )
-        standing.rows.append(row)
-        if keeping:
-            keeping.keep(standing)
-        progress(row)
-    return standing.rows
+        state.rows.append(finished)
+        if checkpoint:
+            checkpoint.save_if_due(state)
+        progress(finished)
+    return state.rows
 
 
 def _clip_gradient(
-    parameters: Sequence[nn.Parameter], before: Sequence[float], step: int, training: TrainingConfig
+    parameters: Sequence[nn.Parameter], earlier_norms: Sequence[float], step: int, training: TrainingConfig
 ) -> float:
-    """Clip a group's gradient, in place, and return its norm before.
+    """Clip the gradient of a group of parameters, in place, and return its norm before clipping.
 
-    AutoClip (Seetharaman et al., 2020, arXiv 2007.14469): to a percentile of all norms so far, this one among them, and
-    to `max_grad_norm` at most. What is long for a gradient differs by orders of magnitude between arms, groups and models
-    here, so that no fixed norm fits all; and AdamW's steps are short for long after an outlier. Norms of 0 are left
-    out: the gate of `mop+` has no gradient until its paths have moved, and would be held where it is.
+    AutoClip (Seetharaman et al., 2020, arXiv 2007.14469): clip to a percentile of all norms so far, this one included,
+    and to `max_grad_norm` at most. The usual norm differs by orders of magnitude between methods, groups and models, so
+    no fixed norm fits all; and after an outlier AdamW's steps stay short for long. Norms of 0 are left out: the gate of
+    `mop+` has no gradient until its paths have moved, and would otherwise be held where it is.
     """
-    norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    _check(float(norm), "gradient's norm", step, training)
-    most, norms = training.max_grad_norm, [one for one in (*before, float(norm)) if one > 0]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    _check_finite(float(norm), "gradient's norm", step, training)
+    limit = training.max_grad_norm
+    norms = [norm_so_far for norm_so_far in (*earlier_norms, float(norm)) if norm_so_far > 0]
     if norms and training.grad_clip_percentile < 100:
-        most = min(most, float(torch.tensor(norms).quantile(training.grad_clip_percentile / 100)))
-    torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        limit = min(limit, float(torch.tensor(norms).quantile(training.grad_clip_percentile / 100)))
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)
 
 
-def _check(value: float, name: str, step: int, training: TrainingConfig) -> None:
+def _check_finite(value: float, name: str, step: int, training: TrainingConfig) -> None:
     if not math.isfinite(value):
         rate = f"{training.learning_rate:g}"
         raise NumericalError(f"training step {step}: the {name} is {value} with --learning-rate {rate}; lower it")
 
 
 def _trainable_groups(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
-    """The groups that are trained. One of rate 0 is frozen, in place."""
+    """Return the groups that are trained. A group whose learning rate is 0 is frozen, in place."""
     groups = {name: list(group) for name, group in adapter.parameter_groups().items()}
     for name, group in groups.items():
         for parameter in group:
@@ -146,53 +140,56 @@ def compute_losses(
     states: HiddenStateDataset,
     rows: Sequence[int],
     distillation: Distillation | None = None,
-) -> Float[Tensor, " loss_and_nats"]:
-    """What training lowers and the nats, means over response tokens; without distillation they are the same."""
+) -> Float[Tensor, " loss_and_nll"]:
+    """Return the training loss and the NLL of these rows, both in nats per response token.
+
+    Without distillation the two are equal.
+    """
     batch = states.batch(rows)
-    # watched after the adapter began to act: what prompts give on their own way up is none of the text's
-    with adapter.active(model, batch.instructions), _watched(distillation, model, states.layer) as seen:
+    # recorded after the adapter became active: the outputs for its prompts, before that, are not those of the text
+    with adapter.active(model, batch.instructions), _recorded_outputs(distillation, model, states.layer) as outputs:
         logits = response_logits(model, batch, states.layer)
-    nats = token_nll(logits, batch).mean()
-    return torch.stack([distillation.loss(nats, logits, seen, batch, rows) if distillation else nats, nats])
+    nll = token_nll(logits, batch).mean()
+    return torch.stack([distillation.loss(nll, logits, outputs, batch, rows) if distillation else nll, nll])
 
 
-def _watched(
+def _recorded_outputs(
     distillation: Distillation | None, model: LanguageModel, layer: int
 ) -> AbstractContextManager[list[Tensor]]:
-    return distillation.watched(model, layer) if distillation else nullcontext([])
+    return distillation.record_outputs(model, layer) if distillation else nullcontext([])
 
 
 def _backward(
     adapter: Adapter,
     model: LanguageModel,
     states: HiddenStateDataset,
-    chosen: Sequence[int],
+    rows: Sequence[int],
     distillation: Distillation | None,
     gradient_accumulation_steps: int,
     workers: Workers,
-) -> Float[Tensor, " loss_and_nats"]:
-    """This process's share of the step's mean losses; the first one's gradient is added to the parameters'."""
+) -> Float[Tensor, " loss_and_nll"]:
+    """Return this process's part of the step's mean loss and NLL; add the loss's gradient to the parameters'."""
     parts = gradient_accumulation_steps * workers.count
-    scored = _scored_tokens(states, chosen)
-    share = torch.zeros(2, device=states.device)
+    scored = _count_scored(states, rows)
+    sums = torch.zeros(2, device=states.device)
     for part in range(workers.rank, parts, workers.count):
-        rows = chosen[part::parts]  # chosen is sorted by length: every part gets of each
-        if rows:
-            losses = compute_losses(adapter, model, states, rows, distillation) * (
-                _scored_tokens(states, rows) / scored
+        part_rows = rows[part::parts]  # rows are sorted by length: every part gets short and long ones
+        if part_rows:
+            losses = compute_losses(adapter, model, states, part_rows, distillation) * (
+                _count_scored(states, part_rows) / scored
             )
             losses[0].backward()
-            share += losses.detach()
-    return share
+            sums += losses.detach()
+    return sums
 
 
-def _scored_tokens(states: HiddenStateDataset, rows: Sequence[int]) -> int:
+def _count_scored(states: HiddenStateDataset, rows: Sequence[int]) -> int:
     documents = [states.documents[row] for row in rows]
     return sum(len(document.tokens) - document.context_tokens for document in documents)
 
 
 def _lr_factor(step: int, training: TrainingConfig) -> float:
-    """The share of the full learning rate at a step (from 0)."""
+    """Return the fraction of the full learning rate at a step, counted from 0."""
     warmup = max(1, round(training.warmup_fraction * training.steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -200,7 +197,7 @@ def _lr_factor(step: int, training: TrainingConfig) -> float:
 
 
 def _batches(states: HiddenStateDataset, training: TrainingConfig) -> Iterator[list[int]]:
-    """Endless epochs; the order depends on the seed alone, so every arm sees the same batches."""
+    """Yield batches of rows without end. Their order depends on the seed alone: every method sees the same batches."""
     generator = torch.Generator().manual_seed(training.seed)
     while True:
         yield from batches_by_length(states.documents, training.batch_size, generator=generator)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from mopcompress.errors import StorageError
 from mopcompress.report.content import build_content
 from mopcompress.report.render import to_html, to_markdown
 from mopcompress.report.run_folder import read_run
+from mopcompress.storage.artifacts import write_atomically
 
 __all__ = ["write_report"]
 
@@ -39,16 +39,10 @@ def _finite(value: Any) -> Any:
 
 
 def _write(text: str, path: Path) -> Path:
-    unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        with unfinished.open("wb") as file:
-            # A lone surrogate in a task's name has no UTF-8; it is shown as its escape.
-            file.write(text.encode("utf-8", errors="backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        # a lone surrogate in a task's name has no UTF-8; it is shown as its escape
+        write_atomically(path, text.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise StorageError(
             f"{path}: cannot be written ({error}); free some space or report on a writable copy"
         ) from error

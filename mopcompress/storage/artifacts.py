@@ -1,7 +1,7 @@
-"""Output folders appear whole or not at all, and know what is in them.
+"""Output folders that appear whole or not at all, with a manifest of what is in them.
 
-A folder is built beside its target and renamed into place; `manifest.json`, with the SHA-256 of every file, is written
-last. A folder without a manifest is not finished.
+A folder is built beside its target and renamed into place. `manifest.json`, with the SHA-256 of every file, is written
+last: a folder without a manifest is not finished.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a scratch folder that becomes `target` when the block ends without an error; on an error nothing stays.
+def publish(target: Path, metadata: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a scratch folder, which becomes `target` when the block ends; after an error nothing is left.
 
-    `facts` may still be changed inside the block: they are written to the manifest when it ends.
+    The manifest holds `metadata` as it is when the block ends: the block may still add to it.
     Raises `OutputError` when `target` exists or cannot be created, `StorageError` when writing fails.
     """
     if target.exists():
@@ -36,7 +36,7 @@ def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     try:
         yield scratch
         files = {path.relative_to(scratch).as_posix(): path for path in sorted(scratch.rglob("*")) if path.is_file()}
-        manifest = {**facts, "files": {name: sha256_file(path) for name, path in files.items()}}
+        manifest = {**metadata, "files": {name: sha256_file(path) for name, path in files.items()}}
         write_atomically(scratch / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         scratch.rename(target)
     except OSError as error:
@@ -46,29 +46,29 @@ def publish(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def being_built(folder: Path) -> bool:
-    """Whether it is the scratch folder of a process that still lives on this machine."""
+    """Return True for the scratch folder of a process that is still alive on this machine."""
     _, partial, process = folder.name.rpartition(".partial-")
     if not partial or not process.isdecimal():
         return False
-    if os.name == "nt":  # there os.kill(process, 0) sends Ctrl-C, so every such folder counts as in use
+    if os.name == "nt":  # os.kill(process, 0) sends Ctrl-C on Windows, so every such folder counts as in use
         return True
     try:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # alive, and another user's
         pass
     return True
 
 
 def job_folder(target: Path) -> Path:
-    """Where work on `target` lies that can be gone on with."""
+    """Return the folder of the resumable work that is to become `target`."""
     return target.parent / f".{target.name}.unfinished"
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` if need be, and keep every other process out. Raises `OutputError` when one is in it."""
+    """Keep every other process out of `folder`, which is made if need be. Raises `OutputError` when one is in it."""
     from filelock import FileLock, Timeout  # a tenth of a second to import: only commands that write pay
 
     lock = FileLock(folder / "LOCK", timeout=0)
@@ -86,7 +86,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder; None when there is none. Raises `DataError` when it is damaged."""
+    """Return the manifest of a finished folder, or None when it has none. Raises `DataError` when it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -109,34 +109,51 @@ def verify(folder: Path) -> None:
             raise DataError(f"{path} is missing or differs from its hash in {MANIFEST}; make the folder again")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write bytes, or text as UTF-8, and flush them to the disk: a reader sees the old file or the new one.
+
+    Raises `OSError` when that fails; the old file is still there then.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    with replaced_atomically(path) as scratch, scratch.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    scratch.replace(path)
+
+
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Yield the path of a scratch file, which replaces `path` when the block ends without an error.
+
+    It serves files that are too large to be in memory at once, or that carry their own checksums: the block itself
+    decides whether they are flushed to the disk.
+    """
+    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(facts: Mapping[str, Any]) -> str:
-    """A short hash of JSON-able settings, equal for equal settings whatever their order."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Return a short hash of settings that JSON can hold; their order does not matter."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The fields that differ between two trees of settings, by dotted name, each with both values."""
-    old, new = _flat(before), _flat(after)
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Name the fields that differ between two trees of settings, by dotted name and with both values."""
+    old_fields, new_fields = _flat(old), _flat(new)
     return [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        f"{name} was {old_fields.get(name)!r}, is {new_fields.get(name)!r}"
+        for name in sorted(old_fields.keys() | new_fields.keys())
+        if old_fields.get(name) != new_fields.get(name)
     ]
 
 

@@ -1,7 +1,7 @@
-"""What is computed once for a model and rows and kept in the user's cache for other runs, arms, seeds and processes.
+"""The user's cache: results of a model on some rows, for other runs, arms, seeds and processes.
 
-A folder each: whole or not there, hashed, named by all that its contents depend on. It only saves time: what cannot be
-kept, for want of room or rights, is computed again.
+Every entry is a folder with hashes, whole or absent, named by a hash of all that its content depends on. The cache only
+saves time: what cannot be written, for want of room or rights, is computed again.
 """
 
 import os
@@ -16,42 +16,43 @@ from safetensors import SafetensorError
 from mopcompress.errors import DataError, OutputError, StorageError
 from mopcompress.storage import artifacts
 
-LIMIT = 16 * 2**30  # bytes of all folders; what was not used for longest goes first
+LIMIT = 16 * 2**30  # bytes of all entries; the least recently used are removed first
 
 T = TypeVar("T")
 
 
 def cached(
-    facts: Mapping[str, Any],
+    key: Mapping[str, Any],
     *,
     size: int,
     write: Callable[[Path, dict[str, Any]], None],
     read: Callable[[Path], T],
-    otherwise: Callable[[], T],
+    compute: Callable[[], T],
 ) -> T:
-    """What `facts` describe: read, or first written, in about `size` bytes, into a folder with its manifest.
+    """Return the entry of `key`: read from its folder, which is written first when there is none.
 
-    `otherwise` makes it without a folder.
+    `write(folder, manifest)` fills the folder with about `size` bytes, and may add to the manifest. `compute()` gives
+    the same result without a folder; it runs when the folder cannot be written, or is removed before it is read.
     """
-    folder = cache_folder() / "states" / artifacts.fingerprint(dict(facts))
+    folder = cache_folder() / "states" / artifacts.fingerprint(key)
     if not is_intact(folder):
         try:
             _evict(folder.parent, size)
-            manifest = dict(facts)
+            manifest = dict(key)
             with artifacts.publish(folder, manifest) as scratch:
                 write(scratch, manifest)
         except (OSError, OutputError, StorageError, SafetensorError):
-            if not is_intact(folder):  # it can be that another process was faster
-                return otherwise()
+            if not is_intact(folder):  # another process may have been faster
+                return compute()
     try:
         os.utime(folder, ns=(time.time_ns(),) * 2)  # the file system's own clock is too coarse to order two uses
         return read(folder)
-    except OSError:  # another process made room, and took it away
-        return otherwise()
+    except OSError:  # another process removed it to make room
+        return compute()
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a folder is there and as it was written; a damaged one is removed."""
+    """Return True for an entry whose files have their hashes. A damaged entry is removed."""
     if not folder.exists():
         return False
     try:
@@ -63,11 +64,11 @@ def is_intact(folder: Path) -> bool:
 
 
 def _evict(parent: Path, size: int) -> None:
-    """Remove what was not used for longest until `size` more bytes fit. Raises `StorageError` when they never will."""
+    """Remove the least recently used entries until `size` more bytes fit. Raises `StorageError` if they never will."""
     if size > LIMIT:
         raise StorageError(f"{size} bytes are more than all that may be kept in {parent} ({LIMIT})")
-    there = [path for path in parent.glob("*") if path.is_dir() and not artifacts.being_built(path)]
-    folders = sorted(there, key=lambda path: path.stat().st_mtime)
+    entries = [path for path in parent.glob("*") if path.is_dir() and not artifacts.being_built(path)]
+    folders = sorted(entries, key=lambda path: path.stat().st_mtime)
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     for folder, freed in zip(folders, list(sizes), strict=True):
         if sum(sizes) + size <= LIMIT:
@@ -77,6 +78,6 @@ def _evict(parent: Path, size: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Where converted models and sampled calibration text are kept: `$MOPCOMPRESS_CACHE`, else the user's cache."""
+    """Return `$MOPCOMPRESS_CACHE`, or else `mopcompress` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mopcompress"
     return Path(os.environ.get("MOPCOMPRESS_CACHE") or default)

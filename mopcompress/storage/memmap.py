@@ -12,13 +12,13 @@ from mopcompress.errors import StorageError
 
 
 def map_file(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-    """A file as a tensor: what is written to the tensor is written to the file, which is made if need be."""
+    """Return a file as a tensor. Writing to the tensor writes to the file, which is made if need be."""
     flat = torch.from_file(str(path), shared=True, size=rows * columns, dtype=dtype)
     return flat.view(rows, columns)
 
 
 def map_anonymous(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
-    """The same with a file that has no name and ends with the process.
+    """Return a tensor in a file that has no name and ends with the process.
 
     Raises `StorageError` when there is no room for it.
     """
@@ -35,11 +35,11 @@ def map_anonymous(rows: int, columns: int, dtype: torch.dtype) -> Float[Tensor, 
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make a file of so many bytes, all there: a full disk would else be the process's end in the middle of a mapping.
+    """Make a file of `size` bytes and allocate them all. Raises `OSError` when the disk is too full.
 
-    Raises `OSError`.
+    Without that, a full disk would end the process in the middle of writing to a mapping.
     """
     with path.open("wb") as file:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
-        file.truncate(size)  # where there is no such call (macOS), the length alone
+        file.truncate(size)  # on systems without that call (macOS) the length alone

@@ -1,4 +1,7 @@
-"""Work that can be stopped and gone on with: a folder beside its output, and the job that it belongs to."""
+"""Work that can be interrupted and resumed: a folder beside its output, bound to one job.
+
+`job.json` in that folder holds all that the numbers of the work depend on. Work is only resumed by the very same job.
+"""
 
 import json
 import shutil
@@ -9,30 +12,30 @@ from typing import Any
 
 from mopcompress.errors import DataError, NumericalError, OutputError, UsageError
 from mopcompress.storage import artifacts
-from mopcompress.storage.artifacts import differences
 
 FILE = "job.json"
-MOST_DIFFERENCES = 6  # differences of two jobs; others are counted
+MOST_DIFFERENCES = 6  # differences of two jobs that a message names; it counts the others
 
 
 @contextmanager
 def resumable_job(
-    target: Path, facts: Mapping[str, Any], tell: Callable[[str], None], *, begin_again: bool
+    target: Path, job: Mapping[str, Any], log: Callable[[str], None], *, restart_on_mismatch: bool
 ) -> Iterator[Path]:
-    """The folder, `.NAME.unfinished`, of the work that is to become `target`: with work on this very job, or none.
+    """Yield the folder `.NAME.unfinished` of the work that is to become `target`, with this job's work or none.
 
-    It is removed when the block ends well, and when it ends with an error that would come again. Raises `OutputError`
-    when another process works there, or when the work is another job's, unless the block is to `begin_again` then.
+    The folder is removed when the block ends, and after an error that would come again. Raises `OutputError` when
+    another process works in it. Work of another job raises `OutputError` too, unless `restart_on_mismatch` asks to
+    delete it and start again.
     """
     folder = artifacts.job_folder(target)
     with artifacts.locked(folder):
-        if found := _differences(folder, facts):
-            if not begin_again:
+        if mismatch := _describe_mismatch(folder, job):
+            if not restart_on_mismatch:
                 raise OutputError(
-                    f"{folder} holds the unfinished work of another job ({found}); "
+                    f"{folder} holds the unfinished work of another job ({mismatch}); "
                     "finish it with that command, as it was then, or remove the folder"
                 )
-            tell(f"{folder} holds work that cannot go on here ({found}): beginning again")
+            log(f"{folder} holds work that cannot go on here ({mismatch}): beginning again")
             clear_job(folder)
         try:
             yield folder
@@ -43,32 +46,32 @@ def resumable_job(
 
 
 def has_job(folder: Path) -> bool:
-    """Whether work on the job is there."""
+    """Return True when the folder holds work of some job."""
     return (folder / FILE).exists()
 
 
-def write_job(facts: Mapping[str, Any], folder: Path) -> None:
-    """From now on what lies in the folder is work on this job."""
-    artifacts.write_atomically(folder / FILE, json.dumps(facts, indent=1))
+def write_job(job: Mapping[str, Any], folder: Path) -> None:
+    """Bind the folder's work, from now on, to `job`."""
+    artifacts.write_atomically(folder / FILE, json.dumps(job, indent=1))
 
 
 def clear_job(folder: Path) -> None:
-    """Remove the work, so that it can begin again."""
+    """Remove the work and its job, but not the lock."""
     for path in folder.iterdir():
         if path.name != "LOCK":
             path.unlink()
 
 
-def _differences(folder: Path, facts: Mapping[str, Any]) -> str:
-    """What the work that is there has another of than `facts`, the first few in words; nothing without work."""
+def _describe_mismatch(folder: Path, job: Mapping[str, Any]) -> str:
+    """Name the first few differences between the folder's job and `job`; "" when there are none, or no work."""
     if not has_job(folder):
         return ""
     try:
-        before = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except ValueError:
-        before = None
-    if not isinstance(before, dict):
+        stored = None
+    if not isinstance(stored, dict):
         return f"{FILE} is damaged"
-    found = differences(before, json.loads(json.dumps(facts)))
-    more = [f"and {len(found) - MOST_DIFFERENCES} more"] if len(found) > MOST_DIFFERENCES else []
-    return "; ".join([*found[:MOST_DIFFERENCES], *more])
+    differences = artifacts.differences(stored, json.loads(json.dumps(job)))
+    more = [f"and {len(differences) - MOST_DIFFERENCES} more"] if len(differences) > MOST_DIFFERENCES else []
+    return "; ".join([*differences[:MOST_DIFFERENCES], *more])

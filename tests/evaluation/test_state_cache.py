@@ -34,8 +34,8 @@ def states_of(model, *, sha256="of the weights", documents=DOCUMENTS, layer=LAYE
 @pytest.fixture
 def entered(monkeypatch):
     """The layers that lower blocks were run up to, once a batch."""
-    seen, enter = [], LanguageModel.enter
-    monkeypatch.setattr(LanguageModel, "enter", lambda self, *given: seen.append(given[1]) or enter(self, *given))
+    seen, enter = [], LanguageModel.run_lower
+    monkeypatch.setattr(LanguageModel, "run_lower", lambda self, *given: seen.append(given[1]) or enter(self, *given))
     return seen
 
 
@@ -119,7 +119,7 @@ def test_a_run_that_stops_half_way_leaves_nothing(tiny_llama, cache, monkeypatch
     def stop(*_given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LanguageModel, "enter", stop)
+    monkeypatch.setattr(LanguageModel, "run_lower", stop)
     with pytest.raises(KeyboardInterrupt):
         states_of(tiny_llama)
     assert not list(cache.iterdir())
@@ -157,7 +157,7 @@ def test_room_is_never_made_of_what_a_living_process_builds(tiny_llama, cache, m
 
 def test_states_that_another_process_takes_away_are_computed(tiny_llama, cache, monkeypatch):
     expected = everything(states_of(tiny_llama))
-    monkeypatch.setattr(storage_cache, "whole", lambda _folder: shutil.rmtree(_folder, ignore_errors=True) or True)
+    monkeypatch.setattr(storage_cache, "is_intact", lambda _folder: shutil.rmtree(_folder, ignore_errors=True) or True)
     found = everything(states_of(tiny_llama))
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 

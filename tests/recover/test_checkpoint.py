@@ -19,6 +19,7 @@ from mopcompress.environment import provenance
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.overrides import override_recovery, recovery_recipe
+from mopcompress.recover import checkpoint
 from mopcompress.recover.adapter import TrainRow
 from mopcompress.recover.checkpoint import CheckpointFolder, TrainingState
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
@@ -40,7 +41,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _kept_every_step(monkeypatch):
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "INTERVAL_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +109,7 @@ def test_a_stopped_training_goes_on_to_the_same_adapter(recipe, whole, tmp_path,
 def test_a_process_that_is_killed_goes_on_to_the_same_adapter(stories, data, tmp_path):
     words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *map(str, ARM_DEFAULTS)]
     words[words.index("--steps") + 1] = "12"
-    script = (
-        "from mopcompress.recover import checkpoint as u; u.SECONDS = 0.0; from mopcompress.cli import main; main()"
-    )
+    script = "from mopcompress.recover import checkpoint as u; u.INTERVAL_SECONDS = 0.0; from mopcompress.cli import main; main()"
 
     def start(target):
         return subprocess.Popen(
@@ -304,15 +303,15 @@ def standing_of(rows=()):
 
 
 def test_it_writes_no_more_often_than_it_should(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SECONDS", 1000.0)
-    keeping = CheckpointFolder(tmp_path, print).at(0.5, 2)
-    keeping.keep(standing_of())
+    monkeypatch.setattr(checkpoint, "INTERVAL_SECONDS", 1000.0)
+    keeping = CheckpointFolder(tmp_path, print).for_run(0.5, 2)
+    keeping.save_if_due(standing_of())
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    keeping.keep(standing_of([TrainRow(step=1, steps=2, nats=1.5, tokens=3, seconds=0.1, norms={})]))
+    monkeypatch.setattr(checkpoint, "INTERVAL_SECONDS", 0.0)
+    keeping.save_if_due(standing_of([TrainRow(step=1, steps=2, nll=1.5, tokens=3, seconds=0.1, norms={})]))
     assert [path.name for path in tmp_path.iterdir()] == ["2-steps-at-0.5.safetensors"]
 
 
 def test_a_disk_that_fails_is_named(tmp_path):
     with pytest.raises(StorageError, match=r"2-steps-at-0\.5\.safetensors failed"):
-        CheckpointFolder(tmp_path / "nowhere", print).at(0.5, 2).keep(standing_of())
+        CheckpointFolder(tmp_path / "nowhere", print).for_run(0.5, 2).save_if_due(standing_of())

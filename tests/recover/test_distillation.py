@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from cli_runner import invoke, write_data
+from factories import on_progress
 from safetensors.torch import save_file
 from tiny_models import VOCABULARY, random_documents, saved, tiny_model
 from torch.testing import assert_close
@@ -62,8 +63,8 @@ def test_what_is_kept_is_a_distribution_even_where_next_to_nothing_is_left():
     logits = logits_of(2)
     logits[0, 3] = 200.0
     kept = top_k_distribution(logits, temperature=1.0)
-    assert_close(kept.log_shares.exp().sum(1), torch.ones(6, dtype=torch.float64))
-    assert bool(kept.log_shares.isfinite().all())
+    assert_close(kept.log_probs.exp().sum(1), torch.ones(6, dtype=torch.float64))
+    assert bool(kept.log_probs.isfinite().all())
     assert bool(kl_divergence(kept, logits_of(3), temperature=1.0).isfinite().all())
 
 
@@ -87,21 +88,21 @@ def teacher_of(model, *, temperature=1.0, batch_size=4):
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_llama, temperature):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     batch = states.batch(ROWS)
-    kept = teacher_of(tiny_llama, temperature=temperature).of(ROWS, tiny_llama.device)
+    kept = teacher_of(tiny_llama, temperature=temperature).distributions(ROWS, tiny_llama.device)
     far = kl_divergence(kept, response_logits(tiny_llama, batch, LAYER), temperature=temperature)
     assert_close(far, torch.zeros_like(far), rtol=0, atol=1e-5)
 
 
 def test_the_teachers_entries_stand_where_the_batch_scores_them(tiny_llama):
     """Documents one at a time, without padding, from the whole network."""
-    kept = teacher_of(tiny_llama).of(ROWS, tiny_llama.device)
+    kept = teacher_of(tiny_llama).distributions(ROWS, tiny_llama.device)
     expected = []
     for row in ROWS:
         document = DOCUMENTS[row]
         logits = tiny_llama.network(torch.tensor([document.tokens])).logits[0]
         expected.append(top_k_distribution(logits[document.context_tokens - 1 : -1], temperature=1.0))
     assert kept.tokens.tolist() == [tokens for one in expected for tokens in one.tokens.tolist()]
-    assert_close(kept.log_shares, torch.cat([one.log_shares for one in expected]), rtol=1e-4, atol=1e-4)
+    assert_close(kept.log_probs, torch.cat([one.log_probs for one in expected]), rtol=1e-4, atol=1e-4)
 
 
 # --- in training
@@ -126,7 +127,7 @@ def trained(model, states, taught, *, steps=4):
         seed=0,
     )
     rows = fit(adapter, model, states, settings, distillation=taught)
-    return adapter, [row.nats for row in rows]
+    return adapter, [row.nll for row in rows]
 
 
 def test_without_a_share_the_training_is_bitwise_what_it_is_without_a_teacher(tiny_llama):
@@ -142,7 +143,9 @@ def distance(model, states, adapter, teacher):
     batch = states.batch(range(len(DOCUMENTS)))
     with torch.no_grad(), adapter.active(model, batch.instructions):
         logits = response_logits(model, batch, LAYER)
-    return float(kl_divergence(teacher.of(range(len(DOCUMENTS)), model.device), logits, temperature=1.0).mean())
+    return float(
+        kl_divergence(teacher.distributions(range(len(DOCUMENTS)), model.device), logits, temperature=1.0).mean()
+    )
 
 
 def test_a_taught_student_comes_closer_to_its_teacher_than_one_that_reads_the_text(tiny_llama):
@@ -158,7 +161,7 @@ def test_a_taught_student_comes_closer_to_its_teacher_than_one_that_reads_the_te
 
 def test_the_loss_mixes_text_and_teacher_by_the_share(tiny_llama):
     teacher = teacher_of(tiny_model(seed=1), temperature=2.0)
-    kept = teacher.of(ROWS, tiny_llama.device)
+    kept = teacher.distributions(ROWS, tiny_llama.device)
     student = logits_of(7, scored=len(kept.tokens)).float()
     far = kl_divergence(kept, student, temperature=2.0).mean()
     batch = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
@@ -173,8 +176,10 @@ def test_the_teacher_is_asked_as_the_recipe_says_and_speaks_the_same_tokens(tiny
     folder = saved(tiny_model(seed=1), tmp_path / "teacher")
     modifier = PromptRecoveryModifier(distill=0.25, distill_temperature=2.5, squarehead=3.0, teacher=str(folder))
     told = []
-    found = build_distillation(modifier, tmp_path, tiny_llama, DOCUMENTS, 4, lambda *line: told.append(line))
-    assert (found.share, found.squarehead, found.teacher.temperature) == (0.25, 3.0, 2.5)
+    found = build_distillation(
+        modifier, tmp_path, tiny_llama, DOCUMENTS, 4, on_progress(lambda *line: told.append(line))
+    )
+    assert (found.fraction, found.squarehead_weight, found.teacher.temperature) == (0.25, 3.0, 2.5)
     assert told[-1][1:] == (len(DOCUMENTS), len(DOCUMENTS))
     assert (
         build_distillation(PromptRecoveryModifier(teacher=str(folder)), tmp_path, tiny_llama, DOCUMENTS, 4, silent)

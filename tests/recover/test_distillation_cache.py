@@ -33,7 +33,9 @@ def folder(tmp_path):
 def asked(monkeypatch):
     """One entry a batch that a teacher was run on."""
     seen, keep = [], distillation.top_k_distribution
-    monkeypatch.setattr(distillation, "keep", lambda *given, **more: seen.append(given) or keep(*given, **more))
+    monkeypatch.setattr(
+        distillation, "top_k_distribution", lambda *given, **more: seen.append(given) or keep(*given, **more)
+    )
     return seen
 
 
@@ -41,11 +43,11 @@ def said(folder, model, *, documents=DOCUMENTS, **fields):
     """All that a teacher says, and its hidden states if it was asked for them."""
     modifier = PromptRecoveryModifier(**{"distill": 0.5, "teacher": str(folder)} | fields)
     teacher = build_distillation(modifier, folder, model, documents, 4, silent).teacher
-    return teacher.of(range(len(documents)), model.device), teacher.states
+    return teacher.distributions(range(len(documents)), model.device), teacher.hidden_states
 
 
 def same(first, second):
-    return torch.equal(first.tokens, second.tokens) and torch.equal(first.log_shares, second.log_shares)
+    return torch.equal(first.tokens, second.tokens) and torch.equal(first.log_probs, second.log_probs)
 
 
 def test_a_second_run_asks_nobody_and_has_the_same_distributions_to_the_bit(folder, tiny_llama, asked, cache):
@@ -96,7 +98,7 @@ def test_a_run_that_stops_half_way_leaves_nothing(folder, tiny_llama, cache, mon
     def stop(*_given, **_more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distillation, "keep", stop)
+    monkeypatch.setattr(distillation, "top_k_distribution", stop)
     with pytest.raises(KeyboardInterrupt):
         said(folder, tiny_llama)
     assert not list(cache.iterdir())

@@ -29,7 +29,7 @@ def noted(*given, **settings):
     rows = fit(*given, **settings)
     if os.environ.get("RANK", "0") == "0":
         with open(os.environ["NOTED"], "w") as file:
-            json.dump([row.nats for row in rows], file)
+            json.dump([row.nll for row in rows], file)
     return rows
 train_adapter.fit = noted
 from mopcompress.cli import main

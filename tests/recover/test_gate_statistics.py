@@ -90,7 +90,7 @@ def test_the_weights_are_those_of_the_evaluation(tiny_llama, states, monkeypatch
 def test_every_document_is_counted_for_its_own_task(tiny_llama, states):
     """Batches are by length, the reading by document."""
     mixture = mixture_of()
-    weights = mixture.gate(states.summaries).exp().detach()
+    weights = mixture.gate(states.means).exp().detach()
     expected = gate_statistics(weights, [document.task for document in DOCUMENTS], TASKS)
     reading = measure_gate(tiny_llama, mixture, states, TASKS, batch_size=4)
     assert reading.confusion == expected.confusion
@@ -108,7 +108,7 @@ def test_a_router_chooses_one_prompt_with_its_probability(tiny_llama):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, 0, batch_size=4)
     adapter = RoutedPrompts(torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(0)))
     reading = measure_gate(tiny_llama, adapter, states, (), batch_size=4)
-    likeliest = adapter.router(states.summaries).softmax(1).max(1)
+    likeliest = adapter.router(states.means).softmax(1).max(1)
     expected = torch.zeros(11, 3).scatter(1, likeliest.indices[:, None], likeliest.values[:, None]).mean(0)
     assert_close(torch.tensor(reading.load), expected.detach())
     assert (reading.accuracy, reading.entropy_nats) == (None, pytest.approx(0))

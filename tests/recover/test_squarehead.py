@@ -21,7 +21,7 @@ ROWS = [4, 0, 7]
 
 
 def teacher_of(model, *, hidden=True):
-    return Teacher(model, DOCUMENTS, temperature=1.0, batch_size=4, hidden=hidden)
+    return Teacher(model, DOCUMENTS, temperature=1.0, batch_size=4, with_hidden_states=hidden)
 
 
 def prompt():
@@ -56,9 +56,9 @@ def slow(student, teacher, first):
 def test_the_loss_is_the_definition_over_the_blocks_from_the_adapters_layer_on(family):
     student, teacher = tiny_model(family), tiny_model(family, seed=1)
     states = HiddenStateDataset(student, DOCUMENTS, LAYER, batch_size=4)
-    taught = Distillation(teacher_of(teacher), share=0.0, squarehead=1.0)
+    taught = Distillation(teacher_of(teacher), fraction=0.0, squarehead_weight=1.0)
     batch = states.batch(ROWS)
-    with torch.no_grad(), taught.watched(student, LAYER) as seen:
+    with torch.no_grad(), taught.record_outputs(student, LAYER) as seen:
         logits = response_logits(student, batch, LAYER)
     found = taught.loss(torch.tensor(2.0), logits, seen, batch, ROWS) - 2.0
     assert_close(found, slow(student, teacher, LAYER), rtol=2e-2, atol=0.0)  # the teacher's are kept in bfloat16
@@ -67,8 +67,8 @@ def test_the_loss_is_the_definition_over_the_blocks_from_the_adapters_layer_on(f
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_llama):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     batch = states.batch(ROWS)
-    taught = Distillation(teacher_of(tiny_llama), share=0.0, squarehead=1.0)
-    with torch.no_grad(), taught.watched(tiny_llama, LAYER) as seen:
+    taught = Distillation(teacher_of(tiny_llama), fraction=0.0, squarehead_weight=1.0)
+    with torch.no_grad(), taught.record_outputs(tiny_llama, LAYER) as seen:
         logits = response_logits(tiny_llama, batch, LAYER)
     assert float(taught.loss(torch.tensor(0.0), logits, seen, batch, ROWS)) < 1e-4
 
@@ -77,8 +77,8 @@ def test_states_too_large_for_float16_are_kept(tiny_llama):
     batch = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
     kept = TeacherStates(tiny_llama, [len(one.tokens) - one.context_tokens for one in DOCUMENTS])
     huge = [torch.full_like(batch.hidden, 1e6) for _ in range(BLOCKS)]
-    kept.keep(ROWS, batch, huge)
-    assert_close(kept._of(ROWS[0]).float(), torch.full_like(kept._of(ROWS[0]), 1e6).float(), rtol=1e-2, atol=0)
+    kept.record(ROWS, batch, huge)
+    assert_close(kept._row(ROWS[0]).float(), torch.full_like(kept._row(ROWS[0]), 1e6).float(), rtol=1e-2, atol=0)
 
 
 def test_no_block_weighs_more_for_having_larger_states():
@@ -101,7 +101,7 @@ def fitted(model, states, taught, *, steps=4, gradient_accumulation_steps=1):
         grad_clip_percentile=100.0,
         clip_gate_separately=True,
         seed=0,
-        gradient_accumulation_steps=accumulate,
+        gradient_accumulation_steps=gradient_accumulation_steps,
     )
     fit(adapter, model, states, settings, distillation=taught)
     return adapter
@@ -113,17 +113,19 @@ def test_hidden_states_of_a_taught_student_come_closer(tiny_llama):
     rows = range(len(DOCUMENTS))
 
     def far(adapter):
-        loss, nats = compute_losses(adapter, tiny_llama, states, rows, Distillation(teacher, share=0.0, squarehead=1.0))
+        loss, nats = compute_losses(
+            adapter, tiny_llama, states, rows, Distillation(teacher, fraction=0.0, squarehead_weight=1.0)
+        )
         return float((loss - nats).detach())
 
     reading = fitted(tiny_llama, states, None, steps=30)
-    taught = fitted(tiny_llama, states, Distillation(teacher, share=0.0, squarehead=100.0), steps=30)
+    taught = fitted(tiny_llama, states, Distillation(teacher, fraction=0.0, squarehead_weight=100.0), steps=30)
     assert far(taught) < min(far(prompt()), far(reading))
 
 
 def test_a_step_in_parts_is_the_same_step(tiny_llama):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
-    taught = Distillation(teacher_of(tiny_model(seed=1)), share=0.3, squarehead=2.0)
+    taught = Distillation(teacher_of(tiny_model(seed=1)), fraction=0.3, squarehead_weight=2.0)
     whole, parts = (fitted(tiny_llama, states, taught, gradient_accumulation_steps=parts) for parts in (1, 3))
     assert_close(whole.prompts, parts.prompts, rtol=1e-3, atol=1e-4)
 

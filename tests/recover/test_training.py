@@ -86,7 +86,7 @@ def test_equal_seeds_give_equal_results(tiny_llama, states, arm):
     for seed in (0, 0, 1):
         mixture = begun(states, arm)
         rows = fit(mixture, tiny_llama, states, training(seed=seed))
-        results.append(([row.nats for row in rows], mixture.prompts))
+        results.append(([row.nll for row in rows], mixture.prompts))
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
     assert results[0][0] != results[2][0]
@@ -190,7 +190,7 @@ def test_the_loss_of_a_step_is_the_metric_before_it(tiny_llama, states):
     mixture = begun(states)
     scores = evaluate(tiny_llama, states, mixture.compile_for_inference(tiny_llama), batch_size=12)
     (row,) = fit(mixture, tiny_llama, states, training(steps=1, batch_size=12))
-    assert row.nats == pytest.approx(math.fsum(scores.nats) / sum(scores.scored_tokens), rel=1e-5)
+    assert row.nll == pytest.approx(math.fsum(scores.nats) / sum(scores.scored_tokens), rel=1e-5)
 
 
 def test_rows_count_steps_and_real_tokens(tiny_llama, states):
@@ -277,7 +277,7 @@ def test_parts_of_a_step_learn_what_the_whole_learns(tiny_llama, states, arm, pa
     whole, split = begun(states, arm), begun(states, arm)
     rows = fit(whole, tiny_llama, states, training(batch_size=5))
     of_parts = fit(split, tiny_llama, states, training(batch_size=5, gradient_accumulation_steps=parts))
-    assert [row.nats for row in of_parts] == pytest.approx([row.nats for row in rows], rel=1e-4)
+    assert [row.nll for row in of_parts] == pytest.approx([row.nll for row in rows], rel=1e-4)
     for name, weight in whole.state_dict().items():
         assert_close(split.state_dict()[name], weight, rtol=1e-3, atol=1e-3)
 

@@ -746,7 +746,7 @@ def test_change_axes_have_nought_and_a_few_round_ticks(low: float, high: float) 
 def test_reports_are_written_beside_the_rows(folder: Path) -> None:
     paths = write_report(folder)
     assert paths == [folder / "report.json", folder / "report.md", folder / "report.html"]
-    assert not list(folder.glob(".*.tmp"))
+    assert not list(folder.glob(".*"))
     numbers = json.loads(paths[0].read_text())
     assert len(numbers["rows"]) == 43
     assert numbers["manifest"]["commit"] == "56cc124"
@@ -964,7 +964,7 @@ def test_an_unwritable_report_leaves_no_litter(tmp_path: Path) -> None:
     (tmp_path / "report.md").mkdir()
     with pytest.raises(StorageError, match=r"report\.md"):
         write_report(tmp_path)
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_report_never_imports_torch(folder: Path) -> None:

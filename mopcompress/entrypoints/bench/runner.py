@@ -37,7 +37,7 @@ from mopcompress.environment import choose_device, now, provenance
 from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.state_cache import TRAINING_DTYPE, load_or_compute_states
-from mopcompress.grid import DENSE, Cell, CompressionSetting, cells_of, modifiers_of, settings_of
+from mopcompress.grid import DENSE, CompressionSetting, cells_of, modifiers_of, settings_of
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.models.smollm2 import NOTE
@@ -52,6 +52,7 @@ from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.report import write_report
 from mopcompress.results import (
     BenchRow,
+    Cell,
     append_row,
     check_comparable,
     folder_name,
@@ -80,7 +81,7 @@ def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
     path = folder / "rows.jsonl"
     rows = read_rows(path)
     check_comparable(rows, path)
-    missing = {cell.arm for cell in {*cells} - {Cell(*row.cell) for row in rows}}
+    missing = {cell.arm for cell in {*cells} - {row.cell for row in rows}}
     for row in rows:
         if row.arm in missing and row.revision != revision_of(row.arm):
             raise DataError(
@@ -129,7 +130,7 @@ class _BenchRun:
         )
         write_manifest(manifest, self.folder)
         for setting in settings:
-            done = {Cell(*row.cell) for row in read_rows(self.folder / "rows.jsonl")}
+            done = {row.cell for row in read_rows(self.folder / "rows.jsonl")}
             missing = [
                 cell for cell in cells_of(self.recipe.run.model_dump(by_alias=True), setting) if cell not in done
             ]
@@ -157,7 +158,7 @@ class _BenchRun:
                 calibration,
                 self.recipe,
                 progress=self.progress,
-                begin_again=True,
+                restart_on_mismatch=True,
             )
         return target
 
@@ -191,16 +192,16 @@ class _BenchRun:
             modifier = self.recovery if cell.arm == "none" else self.recovery.with_arm(cell.arm)
             layer = first_layer(cell.arm, modifier.layer, model)
             trained, adapter = cell.arm != "none", adapter_folder(self.folder, base.setting, cell)
-            with self._unfinished(adapter, sha256) if trained else nullcontext() as unfinished:
+            with self._unfinished(adapter, sha256) if trained else nullcontext() as checkpoints:
                 recovered = None
-                if unfinished:
+                if checkpoints:
                     rows = states(layer, documents.train, "training rows", TRAINING_DTYPE)
                     material = AdapterInputs(model, rows, documents.tasks, dense_weights(modifier, self.source, model))
-                    train = self._training(material, sha256, cell.seed, unfinished)
+                    train = self._training(material, sha256, cell.seed, checkpoints)
                     if modifier.sweeps:
                         validation = states(layer, documents.validation, "validation rows")
                         name = sweep_name(base.setting.name, cell.arm)
-                        modifier, recovered = self._swept(name, modifier, model, validation, train, unfinished)
+                        modifier, recovered = self._swept(name, modifier, model, validation, train, checkpoints)
                     recovered = recovered or train(modifier)
                 test = states(layer, documents.test, "test rows")
                 scorable = cell.arm == "none" or not ARM_DEFAULTS[cell.arm].needs_tasks
@@ -223,9 +224,9 @@ class _BenchRun:
         """A cell's training so far. Its settings are the folder's: only model, code and machine can be others."""
         facts = provenance(self.device)
         job = {name: facts[name] for name in ("versions", "commit", "device", "threads")} | {"model": base_sha256}
-        return resumable_training(adapter, job, self.progress.message, begin_again=True)
+        return resumable_training(adapter, job, self.progress.message, restart_on_mismatch=True)
 
-    def _training(self, material: AdapterInputs, base_sha256: str, seed: int, unfinished: CheckpointFolder) -> Train:
+    def _training(self, material: AdapterInputs, base_sha256: str, seed: int, checkpoints: CheckpointFolder) -> Train:
         """How a cell's arm is trained, whatever the rate."""
         return partial(
             train_adapter,
@@ -234,7 +235,7 @@ class _BenchRun:
             seed=seed,
             progress=self.progress,
             distillation=self.taught,
-            unfinished=unfinished,
+            checkpoints=checkpoints,
         )
 
     def _swept(
@@ -244,7 +245,7 @@ class _BenchRun:
         model: LanguageModel,
         validation: HiddenStateDataset,
         train: Train,
-        unfinished: CheckpointFolder,
+        checkpoints: CheckpointFolder,
     ) -> tuple[PromptRecoveryModifier, TrainedAdapter | None]:
         """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds.
 
@@ -258,8 +259,8 @@ class _BenchRun:
                 validation,
                 train,
                 batch_size=self.recipe.run.eval_batch_size,
-                known=read_trials(unfinished.folder),
-                keep=partial(write_trials, folder=unfinished.folder),
+                known=read_trials(checkpoints.folder),
+                keep=partial(write_trials, folder=checkpoints.folder),
             )
             self.progress.message(describe_sweep(found))
             write_sweep(found, path)
