@@ -11,7 +11,7 @@ from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe import GPTQModifier, Recipe
 from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recipe.pruning_modifiers import Pruning
-from mopcompress.results import setting_name
+from mopcompress.results import Cell, setting_name
 
 QUANTIZER = "gptq"
 
@@ -33,15 +33,6 @@ class CompressionSetting:
     def pruning(self) -> str | None:
         """The method that removes weights."""
         return None if self.ratio is None else self.method.partition("+")[0]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row to be."""
-
-    setting: str
-    arm: str
-    seed: int
 
 
 DENSE = CompressionSetting("dense", 0.0, None)
