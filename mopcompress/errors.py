@@ -1,16 +1,16 @@
-"""What can go wrong for a reason the user can mend, one class an exit code.
+"""The errors that a user can mend, one class per exit code.
 
 MopError                      1   (only its children are raised)
 ├── UsageError                2   a flag has an impossible value
-├── QualityGateError         10   it ran, but more fallbacks happened than `--max-fallback` allows
-├── DataError                65   bad data, or a corrupt artefact
+├── QualityGateError         10   the run ended, but with more fallbacks than `--max-fallback` allows
+├── DataError                65   bad data, or a corrupt artifact
 ├── InputNotFoundError       66   a file or folder that was named does not exist
 ├── UnavailableError         69   a missing extra, a missing wheel, or no network
 ├── NumericalError           70   a Gram matrix, a loss or an activation is beyond repair
-├── OutOfMemoryError         71
+├── OutOfMemoryError         71   the memory of the device is too small
 ├── OutputError              73   the output cannot be created
 ├── StorageError             74   the disk is full or failed while writing
-├── StoppedError             75   stopped on request; run the same command again to go on
+├── StoppedError             75   stopped on request; the same command resumes
 ├── RefusedError             77   remote code, pickled weights, a path outside the root
 └── RecipeError              78   the recipe is invalid, or a resumed run was started with other settings
 
@@ -20,7 +20,19 @@ one line each).
 
 
 class MopError(Exception):
-    """Base of every error that ends a command with one clear line instead of a traceback."""
+    """Base of every error that ends a command with one clear line instead of a traceback.
+
+    The message says what is wrong, where, with what value, and what to do. `exit_code` is the status that the command
+    line ends with; every child has its own.
+
+    Example:
+        >>> import mopcompress
+        >>> try:
+        ...     mopcompress.load_recipe("missing.yaml")
+        ... except mopcompress.MopError as error:
+        ...     print(type(error).__name__, error.exit_code)
+        InputNotFoundError 66
+    """
 
     exit_code = 1
 
