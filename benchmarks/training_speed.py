@@ -174,7 +174,7 @@ def train_ours(arm: str, asked: argparse.Namespace, wait: Callable[[], None]) ->
         base_sha256="",
         tasks=given.tasks if len(given.tasks) == EXPERTS else (),
     )
-    adapter = RECOVERY_METHODS[arm].begin(
+    adapter = RECOVERY_METHODS[arm].initialize(
         config, AdapterInputs(model, train, given.tasks), adapter_init(settings, seed=0)
     )
 

@@ -34,7 +34,7 @@ def train_adapter(
     config = adapter_config(modifier, material.model, material.tasks, base_sha256)
     if modifier.rate is None:
         progress.message(f"{modifier.arm} has a closed form: no steps, and no learning rate to give or to sweep")
-    adapter = RECOVERY_METHODS[modifier.arm].begin(config, material, adapter_init(modifier, seed))
+    adapter = RECOVERY_METHODS[modifier.arm].initialize(config, material, adapter_init(modifier, seed))
     seconds, what = time.perf_counter() - start, f"training {modifier.arm}, seed {seed}"
     rows: list[TrainRow] = []
     if modifier.rate is not None:

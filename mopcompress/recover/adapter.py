@@ -90,7 +90,7 @@ class AdapterInputs:
     model: LanguageModel
     states: HiddenStateDataset  # of the training documents, at the adapter's layer
     tasks: tuple[str, ...]
-    dense: DenseWeights | None = None  # where it is known from what the model was compressed
+    dense_weights: DenseWeights | None = None  # where it is known from what the model was compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class RecoveryMethod:
     """One line of a comparison."""
 
     build: Callable[[LanguageModel, AdapterConfig], Adapter]  # its shapes; the values are loaded into it
-    begin: Callable[[AdapterConfig, AdapterInputs, AdapterInit], Adapter]  # as it is before the first step
+    initialize: Callable[[AdapterConfig, AdapterInputs, AdapterInit], Adapter]  # as it is before the first step
 
 
 @dataclass(frozen=True)

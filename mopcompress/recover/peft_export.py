@@ -93,8 +93,8 @@ def scaled(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
     of_inputs: list[str] = []
     for name, change in adapter.patches_by_name().items():
         assert isinstance(change, IA3Scale)
-        tensors[f"{name}.ia3_l"] = change.scale[None] if change.inputs else change.scale[:, None]
-        of_inputs += [name] if change.inputs else []
+        tensors[f"{name}.ia3_l"] = change.scale[None] if change.scales_inputs else change.scale[:, None]
+        of_inputs += [name] if change.scales_inputs else []
     return _changed_linears({"peft_type": "IA3", "feedforward_modules": of_inputs}, tensors, adapter, model)
 
 

@@ -20,7 +20,7 @@ WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
 # Adapter files keep the names that they were first written with: name in the code -> name on disk.
 FIELDS_ON_DISK = {"gate_mode": "gate_reading", "per_layer_prompts": "deep"}
-TENSORS_ON_DISK = {"prompt_log_weight": "log_opening", "layer_key_values": "deep"}
+TENSORS_ON_DISK = {"prompt_log_weight": "log_opening", "layer_key_values": "deep", "patches": "changes"}
 
 
 def save_adapter(adapter: Adapter, config: AdapterConfig, folder: Path) -> None:

@@ -25,8 +25,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {arm: (arm, {}) for arm in REC
     "mop, separate": ("mop", {"gate_mode": "separate"}),
     "mop, one expert": ("mop", {"top_k": 1}),
     "mop, shared": ("mop", {"shared_expert": True}),
-    "mop, deep": ("mop", {"deep": True}),
-    "single, deep": ("single", {"deep": True}),
+    "mop, deep": ("mop", {"per_layer_prompts": True}),
+    "single, deep": ("single", {"per_layer_prompts": True}),
 }
 WAYS = ("applied", "compiled", "left-padded", "right-padded in training")  # the last two in transformers
 CASES = [
@@ -48,8 +48,8 @@ class Seen:
 
 def weights_of(adapter: Any, model: LanguageModel, instructions: InstructionStates) -> list[Tensor]:
     """All that an adapter says about the instructions; for some there is nothing."""
-    chosen = adapter.chosen(model, instructions) if hasattr(adapter, "chosen") else None
-    trained = adapter.log_weights(instructions) if hasattr(adapter, "log_weights") else None
+    chosen = adapter.expert_weights(model, instructions) if hasattr(adapter, "expert_weights") else None
+    trained = adapter.training_log_weights(instructions) if hasattr(adapter, "training_log_weights") else None
     routed = adapter.log_gate(instructions.mean) if hasattr(adapter, "log_gate") else None
     return [one for one in (chosen, trained, routed) if one is not None]
 
@@ -57,7 +57,7 @@ def weights_of(adapter: Any, model: LanguageModel, instructions: InstructionStat
 def watch(adapter: Any) -> list[InstructionStates]:
     """The instructions that an adapter acts on from now on."""
     given: list[InstructionStates] = []
-    applied, compiled = adapter.applied, adapter.compiled
+    applied, compiled = adapter.active, adapter.compile_for_inference
 
     def noted(instructions: InstructionStates) -> InstructionStates:
         given.append(instructions)
@@ -67,8 +67,8 @@ def watch(adapter: Any) -> list[InstructionStates]:
         act = compiled(model)
         return lambda instructions: act(noted(instructions))
 
-    adapter.applied = lambda model, instructions: applied(model, noted(instructions))
-    adapter.compiled = compiled_and_noted
+    adapter.active = lambda model, instructions: applied(model, noted(instructions))
+    adapter.compile_for_inference = compiled_and_noted
     return given
 
 

@@ -30,7 +30,7 @@ DOCUMENTS = random_documents(9)
 def mixture_of(prompt_log_weight=0.0, hidden=HIDDEN):
     seeded = torch.Generator().manual_seed(0)
     gate = Gate(hidden, 3, generator=seeded)
-    gate.temper(5.0)
+    gate.scale_logits(5.0)
     return MixtureOfPrompts(
         torch.randn(3, 2, hidden, generator=seeded), LAYER, gate, prompt_log_weight=prompt_log_weight
     )

@@ -57,7 +57,7 @@ def mixture(layer: int = LAYER) -> MixtureOfPrompts:
     """Two experts of three prompts and a gate with a will of its own, large enough to change what is said."""
     generator = torch.Generator().manual_seed(0)
     gate = Gate(HIDDEN, 2, generator=generator)
-    gate.temper(3.0)
+    gate.scale_logits(3.0)
     return MixtureOfPrompts(3 * torch.randn(2, 3, HIDDEN, generator=generator), layer, gate)
 
 
@@ -74,7 +74,7 @@ def begun(model: LanguageModel, arm: str, base_sha256: str, **changes: Any) -> t
     config = replace(config, layer=0 if ARM_DEFAULTS[arm].at_input else LAYER, **changes)
     states = HiddenStateDataset(model, random_documents(9), config.layer, batch_size=4)
     start = AdapterInit(gate_pretraining_steps=3, gate_logit_scale=3.0, prompt_log_weight=1.0, seed=0)
-    adapter = RECOVERY_METHODS[arm].begin(
+    adapter = RECOVERY_METHODS[arm].initialize(
         config, AdapterInputs(model, states, tasks, lambda name: weight_of(model.network.get_submodule(name))), start
     )
     generator = torch.Generator().manual_seed(0)
@@ -346,7 +346,7 @@ def test_the_loss_is_that_of_training_and_evaluation(family: str, side: str) -> 
     model = made(family)
     batch = HiddenStateDataset(model.language_model, DOCUMENTS, LAYER, batch_size=2).batch(range(len(DOCUMENTS)))
     with torch.no_grad(), model.adapter.active(model.language_model, batch.instructions):
-        expected = score_responses(model.language_model, batch, LAYER).nats.mean()
+        expected = score_responses(model.language_model, batch, LAYER).nll.mean()
     for mode in (False, True):
         model.train(mode)
         with torch.no_grad():
@@ -499,7 +499,7 @@ def test_what_says_where_a_hub_model_comes_from_reaches_the_hub(
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_deep_adapter_is_loaded_in_half_the_precision_too(deep: bool, tmp_path: Path) -> None:
-    folders, batch = folders_of("mop", tmp_path, deep=deep), batch_of(DOCUMENTS, side="left")
+    folders, batch = folders_of("mop", tmp_path, per_layer_prompts=deep), batch_of(DOCUMENTS, side="left")
     half = MopForCausalLM.from_pretrained(*folders, dtype="bfloat16")
     whole = MopForCausalLM.from_pretrained(*folders)
     with torch.no_grad():
@@ -511,7 +511,7 @@ def test_in_evaluation_gradients_change_nothing(arm: str) -> None:
     """Whether they are wanted or not: no noise, and only the experts that act in generation."""
     adapter = begun(tiny_model(), arm, "")[0]
     if arm == "mop":
-        adapter.mixing = replace(adapter.mixing, top_k=1)
+        adapter.weighting = replace(adapter.weighting, top_k=1)
     model, batch = recovered(tiny_model(), adapter), batch_of(DOCUMENTS, side="left")
     with torch.no_grad():
         expected = model(**batch).logits

@@ -30,8 +30,8 @@ def states(tiny_llama):
 def mixture_of(**mixing):
     seeded = torch.Generator().manual_seed(0)
     gate = Gate(HIDDEN, EXPERTS, generator=seeded)
-    gate.temper(3.0)
-    return MixtureOfPrompts(torch.randn(3, 2, HIDDEN, generator=seeded), LAYER, gate, mixing=ExpertWeighting(**mixing))
+    gate.scale_logits(3.0)
+    return MixtureOfPrompts(torch.randn(3, 2, HIDDEN, generator=seeded), LAYER, gate, weighting=ExpertWeighting(**mixing))
 
 
 def test_a_reading_is_its_definition():
@@ -122,7 +122,7 @@ def test_what_has_no_gate_chooses_nothing(tiny_llama, states):
 def test_a_shared_expert_is_not_in_it(tiny_llama, states):
     seeded = torch.Generator().manual_seed(0)
     groups, gate = torch.randn(4, 2, HIDDEN, generator=seeded), Gate(HIDDEN, EXPERTS, generator=seeded)
-    mixture = MixtureOfPrompts(groups, LAYER, gate, mixing=ExpertWeighting(shared=True))
+    mixture = MixtureOfPrompts(groups, LAYER, gate, weighting=ExpertWeighting(shared=True))
     reading = measure_gate(tiny_llama, mixture, states, TASKS, batch_size=4)
     assert len(reading.load) == EXPERTS
     assert sum(reading.load) == pytest.approx(EXPERTS)

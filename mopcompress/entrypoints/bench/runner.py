@@ -47,7 +47,7 @@ from mopcompress.recipe.arms import ARM_DEFAULTS, revision_of
 from mopcompress.recipe.pruning_modifiers import replace_checked
 from mopcompress.recover.adapter import AdapterInputs, TrainedAdapter
 from mopcompress.recover.checkpoint import CheckpointFolder, resumable_training
-from mopcompress.recover.methods.eora import check_dense
+from mopcompress.recover.methods.eora import check_dense_shapes
 from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.report import write_report
 from mopcompress.results import (
@@ -112,7 +112,7 @@ class _BenchRun:
         for one in arms:
             config = adapter_config(one, model, documents.tasks, self.source_sha256)
             adapter = RECOVERY_METHODS[one.arm].build(model, config)
-            check_dense(adapter, model, dense_weights(one, self.source, model))
+            check_dense_shapes(adapter, model, dense_weights(one, self.source, model))
         check_validation(documents, self.recipe.run.data, arms)
         size = self.recipe.run.eval_batch_size
         self.taught = build_distillation(self.recovery, self.source, model, documents.train, size, self.progress)

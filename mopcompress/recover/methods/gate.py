@@ -1,4 +1,4 @@
-"""The gate: which experts an instruction should hear.
+"""The gate: the network that weighs the experts for an instruction.
 
 It reads the mean over instruction tokens of the hidden states that enter the prompts' layer, never the response (Dun
 et al., 2310.02842: a light MLP over the tenth layer's hidden state of the instruction).
@@ -14,10 +14,10 @@ WIDTH = 128
 
 
 class Gate(nn.Module):
-    """Standardise, Linear, GELU, Linear; gives log(experts * softmax), so that no preference is log 1 = 0 for all.
+    """Standardization, Linear, GELU, Linear; gives log(experts * softmax), so that no preference is log 1 = 0 for all.
 
-    Standardising by the training instructions' own mean and deviation (ours; the design is a LayerNorm) takes out what
-    all instructions share, such as the chat template's system prompt.
+    Standardization by the training instructions' own mean and deviation (ours; the design is a LayerNorm) removes the
+    part that all instructions share, such as the chat template's system prompt.
     """
 
     mean: Float[Tensor, " hidden"]
@@ -31,33 +31,33 @@ class Gate(nn.Module):
         self.register_buffer("deviation", torch.ones(hidden))
         self.inner = nn.Linear(hidden, width)
         self.outer = nn.Linear(width, experts)
-        self.draw(generator or torch.Generator())
+        self.reset_parameters(generator or torch.Generator())
 
-    def forward(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:
-        return self.logits(summary).log_softmax(-1) + math.log(self.outer.out_features)
+    def forward(self, means: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:
+        return self.logits(means).log_softmax(-1) + math.log(self.outer.out_features)
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        """Random weights, in place; equal states of the generator give equal weights on every device."""
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw random weights, in place; equal states of the generator give equal weights on every device."""
         for linear in (self.inner, self.outer):
-            drawn = torch.empty(linear.weight.shape).normal_(std=linear.in_features**-0.5, generator=generator)
-            linear.weight.copy_(drawn)
+            weight = torch.empty(linear.weight.shape).normal_(std=linear.in_features**-0.5, generator=generator)
+            linear.weight.copy_(weight)
             linear.bias.zero_()
 
-    def logits(self, summary: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:
-        """Unnormalised scores of the experts."""
-        return self.outer(nn.functional.gelu(self.inner((summary - self.mean) / self.deviation)))
+    def logits(self, means: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch experts"]:
+        """Return unnormalized scores of the experts."""
+        return self.outer(nn.functional.gelu(self.inner((means - self.mean) / self.deviation)))
 
-    def standardise_by(self, summaries: Float[Tensor, "documents hidden"]) -> None:
-        """Set, in place, the mean and deviation that inputs are measured with."""
-        self.mean.copy_(summaries.mean(0))
-        self.deviation.copy_(summaries.std(0, correction=0).clamp_min(1e-6))
+    def fit_standardization(self, means: Float[Tensor, "documents hidden"]) -> None:
+        """Set, in place, the mean and deviation that inputs are standardized with."""
+        self.mean.copy_(means.mean(0))
+        self.deviation.copy_(means.std(0, correction=0).clamp_min(1e-6))
 
     @torch.no_grad()
-    def temper(self, factor: float) -> None:
+    def scale_logits(self, factor: float) -> None:
         """Scale the logits, in place: 0 makes the mixture a plain prompt, 1 leaves the gate as it is.
 
-        A gate that starts near one-hot leaves every example a fraction of the prompts and every expert a fraction of
+        A gate that begins near one-hot gives every example a fraction of the prompts and every expert a fraction of
         the steps, while a damaged model first needs the same repair on every task.
         """
         self.outer.weight.mul_(factor)
@@ -65,12 +65,12 @@ class Gate(nn.Module):
 
 
 def pretrain(
-    gate: Gate, summaries: Float[Tensor, "documents hidden"], experts: Int[Tensor, " documents"], *, steps: int
+    gate: Gate, means: Float[Tensor, "documents hidden"], experts: Int[Tensor, " documents"], *, steps: int
 ) -> None:
-    """Teach the gate, in place, a map from instructions to experts by cross-entropy, the whole set in each step."""
-    gate.standardise_by(summaries)
-    optimiser = torch.optim.AdamW(gate.parameters(), lr=1e-3, weight_decay=0.01)
+    """Train the gate, in place, to map instructions to experts by cross-entropy, the whole set in each step."""
+    gate.fit_standardization(means)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-3, weight_decay=0.01)
     for _ in range(steps):
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(gate.logits(summaries), experts).backward()
-        optimiser.step()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(gate.logits(means), experts).backward()
+        optimizer.step()

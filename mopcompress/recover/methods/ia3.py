@@ -1,7 +1,7 @@
 """(IA)^3 (Liu et al., 2022, arXiv 2205.05638): keys, values and the inner activations of the MLP, each scaled.
 
 As PEFT has it: the outputs of the key and value projections, biases included, and the inputs of the MLP's last linear.
-Where a family has queries, keys and values in one linear, all of it is scaled, as PEFT does.
+In families with queries, keys and values in one linear, all of its outputs are scaled, as PEFT does.
 """
 
 import torch
@@ -20,30 +20,30 @@ from mopcompress.recover.methods.target_linears import first_present, linears_fr
 class IA3Scale(nn.Module):
     """A factor for each output of a linear, or for each input."""
 
-    def __init__(self, linear: Linear, *, inputs: bool) -> None:
+    def __init__(self, linear: Linear, *, scales_inputs: bool) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(weight_of(linear).shape[1 if inputs else 0]))
-        self.inputs = inputs
+        self.scale = nn.Parameter(torch.ones(weight_of(linear).shape[1 if scales_inputs else 0]))
+        self.scales_inputs = scales_inputs
 
     def forward(self, module: Linear, hidden: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        return module(hidden * self.scale) if self.inputs else module(hidden) * self.scale
+        return module(hidden * self.scale) if self.scales_inputs else module(hidden) * self.scale
 
     def merged(self, module: Linear) -> dict[str, Tensor]:
-        """Scaled columns, or scaled rows and bias: zeros stay."""
-        weight = weight_of(module) * (self.scale if self.inputs else self.scale[:, None])
+        """Return the weight with scaled columns, or weight and bias with scaled rows: zeros stay."""
+        weight = weight_of(module) * (self.scale if self.scales_inputs else self.scale[:, None])
         merged = {"weight": weight.T.contiguous() if isinstance(module, Conv1D) else weight}
-        return merged if self.inputs or module.bias is None else merged | {"bias": module.bias * self.scale}
+        return merged if self.scales_inputs or module.bias is None else merged | {"bias": module.bias * self.scale}
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> PatchedModules:
-    """Raises `DataError` when the family has no such linears."""
-    changes: dict[str, nn.Module] = {}
-    for choices, inputs in ((KEYS_AND_VALUES, False), (MLP_READERS, True)):
+    """Return scales of 1 for keys, values and MLPs. Raises `DataError` when the family has no such linears."""
+    patches: dict[str, nn.Module] = {}
+    for choices, scales_inputs in ((KEYS_AND_VALUES, False), (MLP_READERS, True)):
         linears = linears_from_layer(model, config.layer, first_present(model, choices))
-        changes |= {name: IA3Scale(linear, inputs=inputs) for name, linear in linears.items()}
-    return PatchedModules(config.layer, changes).to(model.device)
+        patches |= {name: IA3Scale(linear, scales_inputs=scales_inputs) for name, linear in linears.items()}
+    return PatchedModules(config.layer, patches).to(model.device)
 
 
-def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> PatchedModules:
-    """All factors are 1, whatever the seed."""
-    return build(material.model, config)
+def initialize(config: AdapterConfig, inputs: AdapterInputs, init: AdapterInit) -> PatchedModules:
+    """Return scales of 1, whatever the seed."""
+    return build(inputs.model, config)

@@ -38,26 +38,26 @@ class LoRAUpdate(nn.Module):
         return module(hidden) + hidden @ self.down.T @ self.up.T
 
     def merged(self, module: Linear) -> dict[str, Tensor]:
-        """The sum; if it is not masked no zero is left in it."""
+        """Return the sum of weight and update; the zeros of a pruned weight stay only if it is masked."""
         weight, update = weight_of(module), self.up @ self.down
-        summed = weight + update * (weight != 0) if self.masked else weight + update
-        return {"weight": summed.T.contiguous() if isinstance(module, Conv1D) else summed}
+        merged = weight + update * (weight != 0) if self.masked else weight + update
+        return {"weight": merged.T.contiguous() if isinstance(module, Conv1D) else merged}
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        """LoRA's own start, in place: `down` uniform as the weight of a new linear, `up` zero: nothing changes yet."""
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Set LoRA's own first values, in place: `down` uniform as in a new linear, `up` zero, so nothing changes."""
         bound = self.down.shape[1] ** -0.5
         self.down.copy_(torch.empty(self.down.shape).uniform_(-bound, bound, generator=generator))
         self.up.zero_()
 
 
 def build(model: LanguageModel, config: AdapterConfig) -> PatchedModules:
-    """`lora`, `masklora`, or the shape of `eora`, beside the linears that write to the residual stream.
+    """Return `lora`, `masklora`, or the shape of `eora`, for the linears that write to the residual stream.
 
-    Those repair most for their size, of what was measured: benchmarks/LOG.md. LoRA's own, queries and values, or others
-    are asked for by `targets`.
+    Those repaired most for their size of all that were measured: benchmarks/LOG.md. `targets` names others, such as
+    queries and values, which the paper uses.
 
-    Raises `DataError` when targets are not there, or a rank does not fit.
+    Raises `DataError` for targets that match no linear, and for a rank that does not fit.
     """
     linears = (
         linears_from_layer(model, config.layer, config.targets)
@@ -70,36 +70,37 @@ def build(model: LanguageModel, config: AdapterConfig) -> PatchedModules:
         if rank > min(rows, columns):
             raise DataError(f"rank: {rank} is more than {name} can have, whose weight is {rows} x {columns}; lower it")
     masked = config.arm == "masklora"
-    changes = {name: LoRAUpdate(linear, rank, masked=masked) for name, linear in linears.items()}
-    return PatchedModules(config.layer, changes).to(model.device)
+    patches = {name: LoRAUpdate(linear, rank, masked=masked) for name, linear in linears.items()}
+    return PatchedModules(config.layer, patches).to(model.device)
 
 
-def initialize(config: AdapterConfig, material: AdapterInputs, start: AdapterInit) -> PatchedModules:
-    """Random `down`, zero `up`."""
-    adapter = build(material.model, config)
-    generator = torch.Generator().manual_seed(start.seed)
-    for change in adapter.changes.values():
-        assert isinstance(change, LoRAUpdate)  # for mypy: a ModuleDict forgets what it holds
-        change.draw(generator)
+def initialize(config: AdapterConfig, inputs: AdapterInputs, init: AdapterInit) -> PatchedModules:
+    """Return updates with a random `down` and a zero `up`."""
+    adapter = build(inputs.model, config)
+    generator = torch.Generator().manual_seed(init.seed)
+    for patch in adapter.patches.values():
+        assert isinstance(patch, LoRAUpdate)  # for mypy: a ModuleDict forgets the type of its modules
+        patch.reset_parameters(generator)
     return adapter
 
 
 def rank_within_budget(model: LanguageModel, config: AdapterConfig, linears: Mapping[str, Linear]) -> int:
-    """The largest rank that trains no more than `mop` with the same experts and prompts would, its gate included.
+    """Return the largest rank that trains no more than `mop` with the same experts and prompts, its gate included.
 
-    Raises `DataError` when not even 1 does, or the family can have no `mop`.
+    Raises `DataError` when not even rank 1 does, or when the family can have no `mop`.
     """
     try:
-        budget = mixture_of_prompts.budget(model, config)
+        budget = mixture_of_prompts.parameter_budget(model, config)
     except DataError as error:
         raise DataError(
             f"{config.arm} trains as much as mop where no rank is given; but {error}; or give one"
         ) from error
     shapes = [tuple(weight_of(linear).shape) for linear in linears.values()]
-    of_one = sum(map(sum, shapes))
-    if of_one > budget:
+    rank_cost = sum(map(sum, shapes))
+    if rank_cost > budget:
         raise DataError(
-            f"{config.arm} of rank 1 on {len(linears)} linears trains {of_one} numbers, and mop with {config.experts} "
-            f"experts of {config.prompts_per_expert} prompts {budget}; name fewer adapter_targets or give a rank"
+            f"{config.arm} of rank 1 on {len(linears)} linears trains {rank_cost} numbers, and mop with "
+            f"{config.experts} experts of {config.prompts_per_expert} prompts {budget}; name fewer adapter_targets or "
+            "give a rank"
         )
-    return min(budget // of_one, min(map(min, shapes)))
+    return min(budget // rank_cost, min(map(min, shapes)))

@@ -1,7 +1,7 @@
-"""Adapters that change what single modules of the network compute, each through a small module of its own.
+"""Adapters that change the computation of single modules of the network, each through a small module of its own.
 
 PEFT has such layers too, but puts them into the network for good, under other names, and cannot mask an update. Here
-the network stays as it is outside of `active`; what PEFT can hold is written in its format (`peft_format`).
+the network stays as it is outside of `active`. Adapters that PEFT has are exported in its format (`peft_export`).
 """
 
 import copy
@@ -20,76 +20,78 @@ from mopcompress.models.modules import replaced_modules
 
 @runtime_checkable  # so that the test run can check it
 class ModulePatch(Protocol):
-    """A `torch.nn.Module` with the trained parameters of one changed module."""
+    """A `torch.nn.Module` with the trained parameters of one patched module."""
 
     def forward(self, module: nn.Module, hidden: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        """What the changed module gives for `hidden`; gradients reach the change, and `module` stays as it is."""
+        """Return the patched module's output for `hidden`; gradients reach the patch, and `module` stays as it is."""
         ...
 
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
-        """The parameters, as `module` stores them, with which it gives the same by itself."""
+        """Return parameters, as `module` stores them, with which it gives the patched output by itself."""
         ...
 
 
 class PatchedModules(nn.Module):
-    """One change a module, by the module's dotted name, all from block `layer` up."""
+    """One patch per module, by the module's dotted name, all from block `layer` up."""
 
-    def __init__(self, layer: int, changes: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layer: int, patches: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.layer = layer
         # torch takes no dots in the names of a ModuleDict
-        self.changes = nn.ModuleDict({name.replace(".", "/"): change for name, change in changes.items()})
+        self.patches = nn.ModuleDict({name.replace(".", "/"): patch for name, patch in patches.items()})
 
     def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
-        """Inside it the changes are in force, the same for every example."""
+        """Apply the patches inside the `with` block, the same for every example."""
         network = model.network
-        changed = {name: _PatchedModule(network.get_submodule(name), change) for name, change in self.by_name().items()}
-        return replaced_modules(network, changed)
+        patched = {
+            name: _PatchedModule(network.get_submodule(name), patch) for name, patch in self.patches_by_name().items()
+        }
+        return replaced_modules(network, patched)
 
     def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
-        """Merge the changes into copies of what they change, which then cost what the bare modules do."""
+        """Merge the patches into copies of the patched modules, which then cost as much as the bare modules."""
         network = model.network
         with torch.no_grad():
-            settled = {
-                name: _merged_copy(network.get_submodule(name), change) for name, change in self.by_name().items()
+            merged = {
+                name: _merged_copy(network.get_submodule(name), patch) for name, patch in self.patches_by_name().items()
             }
-        return lambda _instructions: replaced_modules(network, settled)
+        return lambda _instructions: replaced_modules(network, merged)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter; there is no gate."""
+        """Return every parameter; there is no gate."""
         return {"adapter": list(self.parameters()), "gate": []}
 
-    def by_name(self) -> dict[str, ModulePatch]:
-        """The changes by the dotted names of what they change."""
-        return {name.replace("/", "."): change for name, change in self.changes.items()}  # type: ignore[misc]
+    def patches_by_name(self) -> dict[str, ModulePatch]:
+        """Return the patches by the dotted names of the patched modules."""
+        return {name.replace("/", "."): patch for name, patch in self.patches.items()}  # type: ignore[misc]
 
     @torch.no_grad()
     def merged(self, model: LanguageModel) -> dict[str, Tensor]:
-        """New values of the network's parameters, by dotted name, with which it gives the same without an adapter."""
+        """Return the network's new parameters by dotted name; with them it needs no adapter."""
         return {
-            f"{name}.{own}": value
-            for name, change in self.by_name().items()
-            for own, value in change.merged(model.network.get_submodule(name)).items()
+            f"{name}.{parameter}": value
+            for name, patch in self.patches_by_name().items()
+            for parameter, value in patch.merged(model.network.get_submodule(name)).items()
         }
 
 
 class _PatchedModule(nn.Module):
-    """Stands in a module's place."""
+    """A module's replacement, which runs the module through its patch."""
 
-    def __init__(self, module: nn.Module, change: ModulePatch) -> None:
+    def __init__(self, module: nn.Module, patch: ModulePatch) -> None:
         super().__init__()
-        self.module, self.change = module, change
+        self.module, self.patch = module, patch
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.change.forward(self.module, hidden)
+        return self.patch.forward(self.module, hidden)
 
 
-def _merged_copy(module: nn.Module, change: ModulePatch) -> nn.Module:
-    """A copy of a module with parameters of its own, if its parameters are all there is to it."""
+def _merged_copy(module: nn.Module, patch: ModulePatch) -> nn.Module:
+    """Return a copy of a module with merged parameters; a module with hooks computes more, and is patched instead."""
     if module._forward_hooks or module._forward_pre_hooks:
-        return _PatchedModule(module, change)
-    view = copy.copy(module)
-    view._parameters = dict(module._parameters)
-    for name, value in change.merged(module).items():
-        view._parameters[name] = nn.Parameter(value, requires_grad=False)
-    return view
+        return _PatchedModule(module, patch)
+    merged = copy.copy(module)
+    merged._parameters = dict(module._parameters)
+    for name, value in patch.merged(module).items():
+        merged._parameters[name] = nn.Parameter(value, requires_grad=False)
+    return merged

@@ -1,11 +1,9 @@
-"""The arms that are prompts in the middle of the network, from one start: grouped and weighed or not, flowing or deep.
+"""First values of prompts, and the domain of each expert.
 
-- `single`: all prompts in one group; a plain prompt, whatever the reading of a gate.
-- `mop`: groups of prompts, the experts, weighed by a gate that reads the instruction.
-- `uniform`: the experts without a gate, each of weight 1. At equal seeds it equals `single` before and after training;
-  with the reading `separate` it does not, and says how much of `mop` is the gate.
-- `oracle`: all weight on the expert of the example's true task. No gate is trained, and none can tell tasks better.
-- `shuffled`: `mop`, but the gate reads another example (see `weighing.by_another`): what a gate does without sense.
+First prompts are hidden states of training instructions at the injection layer, or token embeddings at layer 0. They
+have the right scale: N(0, 0.02) is wrong mid-network. An expert's prompts come from the documents of its own domain.
+Domains are the tasks, one to one, when there are as many tasks as experts. Otherwise k-means on the mean instruction
+states finds them.
 """
 
 from collections.abc import Sequence
@@ -21,48 +19,49 @@ from mopcompress.recover.adapter import AdapterConfig, AdapterInit
 def first_prompts(
     states: HiddenStateDataset, domains: Int[Tensor, " documents"], config: AdapterConfig, *, generator: torch.Generator
 ) -> Float[Tensor, "groups prompts hidden"]:
-    """States at random instruction positions, each expert's of its own domain's documents, a shared one's of all."""
-    every = range(len(states.documents))
+    """Return states at random instruction positions, for each expert from its own domain's documents.
+
+    A shared expert, and an expert whose domain is empty, draws from all documents.
+    """
+    all_rows = range(len(states.documents))
     groups = [
         states.sample_states(
-            [row for row in every if domains[row] == expert] or every, config.prompts_per_expert, generator
+            [row for row in all_rows if domains[row] == expert] or all_rows, config.prompts_per_expert, generator
         )
         for expert in range(config.experts)
     ]
     if config.shared_expert:
-        groups.append(states.sample_states(every, config.prompts_per_expert, generator))
+        groups.append(states.sample_states(all_rows, config.prompts_per_expert, generator))
     return torch.stack(groups)
 
 
 def expert_domains(
     states: HiddenStateDataset, tasks: Sequence[str], experts: int, *, generator: torch.Generator
 ) -> Int[Tensor, " documents"]:
-    """Which expert each training document belongs to: its task, one to one, when there are as many; else k-means."""
+    """Return the expert of each training document: that of its task when there are as many, else its cluster."""
     if experts == len(tasks):
         return torch.tensor([tasks.index(document.task) for document in states.documents])
-    return kmeans(states.summaries, experts, generator=generator).cpu()
+    return kmeans(states.means, experts, generator=generator).cpu()
 
 
-def sample_token_embeddings(
-    states: HiddenStateDataset, count: int, start: AdapterInit
-) -> Float[Tensor, "count hidden"]:
-    """Embeddings of tokens at random places in training instructions."""
-    generator = torch.Generator().manual_seed(start.seed)
+def sample_token_embeddings(states: HiddenStateDataset, count: int, init: AdapterInit) -> Float[Tensor, "count hidden"]:
+    """Return embeddings of tokens at random positions in training instructions; `states` are those of layer 0."""
+    generator = torch.Generator().manual_seed(init.seed)
     return states.sample_states(range(len(states.documents)), count, generator)
 
 
 def kmeans(
-    summaries: Float[Tensor, "documents hidden"], clusters: int, *, generator: torch.Generator, rounds: int = 50
+    means: Float[Tensor, "documents hidden"], clusters: int, *, generator: torch.Generator, rounds: int = 50
 ) -> Int[Tensor, " documents"]:
-    """k-means on standardised summaries: the experts' domains when there are not as many tasks as experts.
+    """Cluster standardized means by k-means and return the cluster of each document.
 
     Seeds are spread by k-means++ (Arthur and Vassilvitskii, 2007); an emptied cluster keeps its old centre.
     """
-    points = (summaries - summaries.mean(0)) / summaries.std(0, correction=0).clamp_min(1e-6)
+    points = (means - means.mean(0)) / means.std(0, correction=0).clamp_min(1e-6)
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     while len(centres) < clusters:
-        nearest = torch.cdist(points, centres).amin(1).square() + 1e-12
-        centres = torch.cat([centres, points[torch.multinomial(nearest.cpu(), 1, generator=generator)]])
+        squared_distance = torch.cdist(points, centres).amin(1).square() + 1e-12
+        centres = torch.cat([centres, points[torch.multinomial(squared_distance.cpu(), 1, generator=generator)]])
     for _ in range(rounds):
         owner = torch.cdist(points, centres).argmin(1)
         for index in owner.unique():

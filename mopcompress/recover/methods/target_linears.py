@@ -11,10 +11,10 @@ from mopcompress.models.targets import ALL, matching_names
 
 
 def linears_from_layer(model: LanguageModel, layer: int, targets: Sequence[str]) -> dict[str, Linear]:
-    """The linears of block `layer` and those above that some target means, by dotted name.
+    """Return the linears of the blocks from `layer` up that match a target, by dotted name.
 
     A target is the end of a dotted name, as in PEFT (`q_proj`), a pattern `re:...`, or `Linear` for all. Raises
-    `DataError` when one means no linear.
+    `DataError` for a target that matches no linear.
     """
     prefix = model.blocks_prefix()
     linears = {
@@ -24,39 +24,48 @@ def linears_from_layer(model: LanguageModel, layer: int, targets: Sequence[str])
         for name, module in block.named_modules()
         if isinstance(module, Linear)
     }
-    chosen: set[str] = set()
+    selected: set[str] = set()
     for target in targets:
-        found = matching_names(list(linears), _pattern(target))
-        if not found:
-            there = dict.fromkeys(name.removeprefix(f"{prefix}.").partition(".")[2] for name in linears)
+        matches = matching_names(list(linears), _pattern(target))
+        if not matches:
+            names = dict.fromkeys(name.removeprefix(f"{prefix}.").partition(".")[2] for name in linears)
             raise DataError(
                 f"adapter_targets: no linear of the blocks of {type(model.network).__name__} is {target!r}; there are "
-                f"{', '.join(there)}: name some of them"
+                f"{', '.join(names)}: name some of them"
             )
-        chosen |= set(found)
-    return {name: linear for name, linear in linears.items() if name in chosen}
+        selected |= set(matches)
+    return {name: linear for name, linear in linears.items() if name in selected}
 
 
 def writers_from_layer(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that write to the residual stream. Raises `DataError` when none is known."""
+    """Return the linears of the blocks from `layer` up that write to the residual stream.
+
+    Raises `DataError` for families whose writers have unknown names.
+    """
     linears = linears_from_layer(model, layer, ("Linear",))
-    found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in WRITERS}
-    if not found:
+    writers = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in WRITERS}
+    if not writers:
         raise DataError(
             f"the blocks of {type(model.network).__name__} have no linear called {', '.join(sorted(WRITERS))}; "
             "use another arm"
         )
-    return found
+    return writers
 
 
 def attention_readers_from_layer(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that make queries, keys and values; none in families where they are called others."""
+    """Return the linears of the blocks from `layer` up that make queries, keys and values.
+
+    Empty for families in which they have unknown names.
+    """
     linears = linears_from_layer(model, layer, ("Linear",))
     return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in ATTENTION_READERS}
 
 
 def mlp_readers_from_layer(model: LanguageModel, layer: int) -> dict[str, Linear]:
-    """The linears of those blocks that read the neurons of an MLP; none in blocks where that is no linear."""
+    """Return the linears of the blocks from `layer` up that read the neurons of an MLP.
+
+    Blocks in which that is no linear, such as stacked experts, have none.
+    """
     ends = tuple(f".{target}" for targets in MLP_READERS for target in targets)
     return {
         name: linear for name, linear in linears_from_layer(model, layer, ("Linear",)).items() if name.endswith(ends)
@@ -64,7 +73,7 @@ def mlp_readers_from_layer(model: LanguageModel, layer: int) -> dict[str, Linear
 
 
 def first_present(model: LanguageModel, choices: Sequence[Sequence[str]]) -> Sequence[str]:
-    """The first choice whose targets all are in the first block. Raises `DataError` when there is none."""
+    """Return the first choice whose targets all match in the first block. Raises `DataError` when none does."""
     names = [name for name, module in model.blocks[0].named_modules() if isinstance(module, Linear)]
     for targets in choices:
         if all(matching_names(names, _pattern(target)) for target in targets):

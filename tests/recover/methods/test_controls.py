@@ -48,7 +48,7 @@ def states(tiny_llama):
 
 def begun(model, states, arm, *, start=START, **changes):
     config = replace(CONFIG, arm=arm, **changes)
-    return RECOVERY_METHODS[arm].begin(config, AdapterInputs(model, states, TASKS), start)
+    return RECOVERY_METHODS[arm].initialize(config, AdapterInputs(model, states, TASKS), start)
 
 
 def trained(model, states, arm, *, steps=3, gate_learning_rate=1e-2, start=START, **changes):
@@ -56,7 +56,7 @@ def trained(model, states, arm, *, steps=3, gate_learning_rate=1e-2, start=START
     settings = {"batch_size": 4, "learning_rate": 0.1, "warmup_fraction": 0.1, "seed": 0}
     settings |= {"max_grad_norm": 1.0, "grad_clip_percentile": 100.0, "clip_gate_separately": True}
     rows = fit(adapter, model, states, TrainingConfig(steps=steps, gate_learning_rate=gate_learning_rate, **settings))
-    return adapter.requires_grad_(False), [row.nats for row in rows]
+    return adapter.requires_grad_(False), [row.nll for row in rows]
 
 
 def everything(states):
@@ -66,7 +66,7 @@ def everything(states):
 def nats(model, states, adapter):
     batch = everything(states)
     with adapter.active(model, batch.instructions):
-        return score_responses(model, batch, states.layer).nats
+        return score_responses(model, batch, states.layer).nll
 
 
 # --- all of them
@@ -95,7 +95,7 @@ def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
 def test_compiled_is_trained(tiny_llama, states, arm):
     adapter, batch = begun(tiny_llama, states, arm), everything(states)
     with adapter.compile_for_inference(tiny_llama)(batch.instructions):
-        compiled = score_responses(tiny_llama, batch, LAYER).nats
+        compiled = score_responses(tiny_llama, batch, LAYER).nll
     assert_close(compiled, nats(tiny_llama, states, adapter))
 
 
@@ -161,7 +161,7 @@ def test_prompts_of_an_expert_begin_as_states_of_its_own_task(tiny_llama, states
 
 def test_the_oracle_gives_all_weight_to_the_true_tasks_expert(tiny_llama, states):
     read = everything(states).instructions
-    weights = begun(tiny_llama, states, "oracle").log_weights(read).exp()
+    weights = begun(tiny_llama, states, "oracle").training_log_weights(read).exp()
     expected = torch.tensor([[3.0 * (task == name) for name in TASKS] for task in read.tasks])
     assert_close(weights, expected)
 
@@ -172,7 +172,7 @@ def test_under_the_oracle_an_expert_learns_from_its_own_task_alone(states):
     rows = [row for row, document in enumerate(DOCUMENTS) if document.task == "sort"]
     batch = states.batch(rows)
     with adapter.active(model, batch.instructions):
-        score_responses(model, batch, LAYER).nats.mean().backward()
+        score_responses(model, batch, LAYER).nll.mean().backward()
     assert bool(adapter.prompts.grad[1].any(1).all())
     assert not bool(adapter.prompts.grad[2].any())  # the first is another matter: the second sees it
 
@@ -182,7 +182,7 @@ def test_an_unknown_task_is_no_matter_for_the_oracle(tiny_llama, states):
     with pytest.raises(UsageError, match="oracle: it needs the true task"):
         generate(tiny_llama, adapter, ["w5 w6"], max_new_tokens=2)
     with pytest.raises(DataError, match="no expert for the task 'sing', only for add, sort, tell"):
-        adapter.log_weights(instructions_of(tiny_llama, random_tokens(2, 5), LAYER, tasks=["add", "sing"]))
+        adapter.training_log_weights(instructions_of(tiny_llama, random_tokens(2, 5), LAYER, tasks=["add", "sing"]))
 
 
 def test_an_oracle_without_tasks_is_refused(tiny_llama, states):
@@ -208,23 +208,23 @@ def test_everyone_reads_another_and_is_read_once(count):
 def test_the_shuffled_gate_gives_anothers_weights(tiny_llama, states):
     read, shuffled = everything(states).instructions, begun(tiny_llama, states, "shuffled")
     mop = begun(tiny_llama, states, "mop")
-    weights = mop.log_weights(read)
-    assert_close(shuffled.log_weights(read), weights[derangement(len(DOCUMENTS))])
-    assert not torch.allclose(shuffled.log_weights(read), weights, atol=1e-2)
+    weights = mop.training_log_weights(read)
+    assert_close(shuffled.training_log_weights(read), weights[derangement(len(DOCUMENTS))])
+    assert not torch.allclose(shuffled.training_log_weights(read), weights, atol=1e-2)
 
 
 def test_whom_a_shuffled_gate_reads_does_not_depend_on_the_batch(tiny_llama, states):
     shuffled = begun(tiny_llama, states, "shuffled")
-    together = shuffled.log_weights(everything(states).instructions)
+    together = shuffled.training_log_weights(everything(states).instructions)
     for rows in ([3], [4, 5], [11, 0, 7]):
-        assert_close(shuffled.log_weights(states.batch(rows).instructions), together[rows])
+        assert_close(shuffled.training_log_weights(states.batch(rows).instructions), together[rows])
 
 
 def test_where_there_are_no_others_it_reads_the_mean_of_the_training_instructions(tiny_llama, states):
     shuffled = begun(tiny_llama, states, "shuffled").requires_grad_(False)
     alone = HiddenStateDataset(tiny_llama, DOCUMENTS[:1], LAYER, batch_size=4)
-    mean = states.summaries.mean(0, keepdim=True)
-    assert_close(shuffled.log_weights(alone.batch([0]).instructions), shuffled.gate(mean))
+    mean = states.means.mean(0, keepdim=True)
+    assert_close(shuffled.training_log_weights(alone.batch([0]).instructions), shuffled.gate(mean))
     assert generate(tiny_llama, shuffled, ["w5 w6"], max_new_tokens=4)
 
 
@@ -275,7 +275,7 @@ def test_the_group_most_attended_to_acts_alone(tiny_llama, states):
     attention = adapter.attention(tiny_llama, adapter.keys_and_values(tiny_llama), batch.instructions)
     chosen = attention.argmax(1)
     assert len(chosen.unique()) > 1  # else the test looks at nothing
-    assert_close(adapter.chosen(tiny_llama, batch.instructions), torch.eye(EXPERTS)[chosen])
+    assert_close(adapter.expert_weights(tiny_llama, batch.instructions), torch.eye(EXPERTS)[chosen])
     found = nats(tiny_llama, states, adapter)
     for group in range(EXPERTS):
         alone = MixtureOfPrompts(adapter.prompts[group].detach()[None], LAYER, None, prompt_log_weight=-0.5)
@@ -291,11 +291,11 @@ def test_one_group_is_the_single_prompt(tiny_llama, states):
 
 def test_gradients_reach_the_group_that_acts_alone(states):
     model, adapter = tiny_model(), idp_of()
-    chosen = adapter.chosen(model, everything(states).instructions).argmax(1)
+    chosen = adapter.expert_weights(model, everything(states).instructions).argmax(1)
     group = int(chosen[0])
     batch = states.batch([row for row in range(len(DOCUMENTS)) if chosen[row] == group])
     with adapter.active(model, batch.instructions):
-        score_responses(model, batch, LAYER).nats.mean().backward()
+        score_responses(model, batch, LAYER).nll.mean().backward()
     reached = adapter.prompts.grad.flatten(1).any(1)
     assert reached.tolist() == [expert == group for expert in range(EXPERTS)]
     assert adapter.prompt_log_weight.grad.item() != 0
@@ -303,9 +303,9 @@ def test_gradients_reach_the_group_that_acts_alone(states):
 
 def test_the_choice_of_a_batch_is_the_choice_of_each(tiny_llama, states):
     adapter, read = idp_of(), everything(states).instructions
-    together = adapter.chosen(tiny_llama, read)
+    together = adapter.expert_weights(tiny_llama, read)
     for row in range(len(DOCUMENTS)):
-        assert torch.equal(adapter.chosen(tiny_llama, states.batch([row]).instructions)[0], together[row])
+        assert torch.equal(adapter.expert_weights(tiny_llama, states.batch([row]).instructions)[0], together[row])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
@@ -325,7 +325,7 @@ def test_no_pretraining_leaves_a_random_gate(tiny_llama, states):
     taught = begun(tiny_llama, states, "mop").gate
     assert not bool(gate.outer.bias.any())  # as drawn
     assert not torch.equal(taught.outer.weight, gate.outer.weight)
-    assert float(gate(states.summaries).detach().std(0).min()) > 0.01  # random, not without preference
+    assert float(gate(states.means).detach().std(0).min()) > 0.01  # random, not without preference
     assert_close(gate.mean, taught.mean)  # what it measures its inputs by is known all the same
 
 
@@ -334,7 +334,7 @@ def test_a_gate_tempered_to_nought_starts_as_the_plain_prompt_and_then_learns(ti
     mop, single = (begun(tiny_llama, states, arm, start=start) for arm in ("mop", "single"))
     assert_close(nats(tiny_llama, states, mop), nats(tiny_llama, states, single))
     adapter, _ = trained(tiny_llama, states, "mop", start=start)
-    assert float(adapter.gate(states.summaries).detach().abs().max()) > 1e-3
+    assert float(adapter.gate(states.means).detach().abs().max()) > 1e-3
 
 
 def test_a_gate_without_a_learning_rate_stays_as_it_started(tiny_llama, states):
@@ -351,6 +351,6 @@ def test_clusters_take_the_place_of_tasks_without_a_name(tiny_llama, states):
     """The same arm with its tasks unknown: k-means chooses the domains, and the gate is taught those, one to one."""
     start = replace(START, gate_pretraining_steps=200)
     gate = begun(tiny_llama, states, "mop", tasks=(), start=start).gate
-    found = kmeans(states.summaries, EXPERTS, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(gate(states.summaries).argmax(1), found)
+    found = kmeans(states.means, EXPERTS, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(gate(states.means).argmax(1), found)
     assert found.tolist() != [TASKS.index(document.task) for document in DOCUMENTS]

@@ -55,7 +55,7 @@ def weights(model):
 
 def begun(model, dense, **changes):
     config = config_for("eora", **changes)
-    return RECOVERY_METHODS["eora"].begin(config, AdapterInputs(model, states_of(model), TASKS, weights(dense)), START)
+    return RECOVERY_METHODS["eora"].initialize(config, AdapterInputs(model, states_of(model), TASKS, weights(dense)), START)
 
 
 def inputs_of(model, name, documents=DOCUMENTS):
@@ -75,7 +75,7 @@ def inputs_of(model, name, documents=DOCUMENTS):
 def test_its_factors_are_the_definitions_for_the_inputs_of_the_training_rows(family):
     dense, model = tiny_model(family), pruned(family)
     adapter = begun(model, dense)
-    for name, change in adapter.by_name().items():
+    for name, change in adapter.patches_by_name().items():
         inputs = inputs_of(model, name)
         weight, compressed = (weight_of(one.network.get_submodule(name)).double() for one in (dense, model))
         expected = by_definition(weight, compressed, inputs.T @ inputs / len(inputs), rank=2)
@@ -87,7 +87,7 @@ def test_at_full_rank_its_linears_are_the_dense_ones():
     dense, model = tiny_model(), pruned()
     targets = ("re:.*q_proj", "re:.*o_proj")
     adapter = begun(model, dense, rank=32, targets=targets)
-    for name, change in adapter.by_name().items():
+    for name, change in adapter.patches_by_name().items():
         compressed, whole = (weight_of(one.network.get_submodule(name)) for one in (model, dense))
         assert_close(compressed + change.up @ change.down, whole, rtol=1e-3, atol=1e-4)
 
@@ -108,13 +108,13 @@ def test_where_nothing_is_missing_it_is_none_exactly_and_no_row_is_looked_at(fam
     model = tiny_model(family)
     with monkeypatch.context() as patch:
         patch.setattr(model, "require_separable", lambda layer: None)
-        patch.setattr(model, "resume", None)
+        patch.setattr(model, "run_upper", None)
         adapter = begun(model, tiny_model(family))
     batch = states_of(model).batch(ALL)
-    bare = score_responses(model, batch, LAYER).nats
+    bare = score_responses(model, batch, LAYER).nll
     for acting in (adapter.active(model, batch.instructions), adapter.compile_for_inference(model)(batch.instructions)):
         with torch.no_grad(), acting:
-            assert torch.equal(score_responses(model, batch, LAYER).nats, bare)
+            assert torch.equal(score_responses(model, batch, LAYER).nll, bare)
 
 
 def test_only_linears_that_were_changed_are_repaired_and_nothing_is_left_on_the_network():
@@ -122,7 +122,7 @@ def test_only_linears_that_were_changed_are_repaired_and_nothing_is_left_on_the_
     name = f"model.layers.{LAYER}.self_attn.o_proj"
     set_weight(model.network.get_submodule(name), weights(dense)(name), None)
     first, again = (begun(model, dense) for _ in range(2))
-    changed = {one: bool(change.up.any()) for one, change in first.by_name().items()}
+    changed = {one: bool(change.up.any()) for one, change in first.patches_by_name().items()}
     assert not changed.pop(name)
     assert all(changed.values())
     assert all(torch.equal(*pair) for pair in zip(first.parameters(), again.parameters(), strict=True))
@@ -134,7 +134,7 @@ def test_what_a_repair_beside_the_weight_gives_already_is_not_given_again():
     name = "model.layers.3.self_attn.o_proj"
     lost = (weights(dense)(name) - weights(model)(name)).detach()
     attach_repairs(model, {name: LowRankFactors(lost, torch.eye(HIDDEN))})
-    found = {one: change.up @ change.down for one, change in begun(model, dense).by_name().items()}
+    found = {one: change.up @ change.down for one, change in begun(model, dense).patches_by_name().items()}
     assert found.pop(name).abs().max() < 1e-5
     assert all(product.abs().max() > 1e-2 for product in found.values())
 
@@ -150,7 +150,7 @@ def test_it_stores_no_more_than_mop_trains(tiny_llama):
 def test_a_dense_model_that_is_unknown_or_another_is_refused(tiny_llama, tmp_path):
     config, states = config_for("eora"), states_of(tiny_llama)
     with pytest.raises(UsageError, match="--teacher"):
-        RECOVERY_METHODS["eora"].begin(config, AdapterInputs(tiny_llama, states, TASKS), START)
+        RECOVERY_METHODS["eora"].initialize(config, AdapterInputs(tiny_llama, states, TASKS), START)
     other, shallow = tiny_model(num_attention_heads=2), tiny_model(num_hidden_layers=3)
     for model, message in (
         (other, r"o_proj is 32 x 32, and 32 x 16 in the dense model: .* --teacher"),
@@ -159,7 +159,7 @@ def test_a_dense_model_that_is_unknown_or_another_is_refused(tiny_llama, tmp_pat
         folder = saved(model, tmp_path / str(len(model.blocks)))
         dense = open_dense_weights(folder, tiny_llama.tokenizer, device=CPU)
         with pytest.raises(DataError, match=message):
-            RECOVERY_METHODS["eora"].begin(config, AdapterInputs(tiny_llama, states, TASKS, dense), START)
+            RECOVERY_METHODS["eora"].initialize(config, AdapterInputs(tiny_llama, states, TASKS, dense), START)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +168,7 @@ def test_weights_of_a_folder_are_those_of_the_loaded_model(family, tmp_path):
     whole = load_model(folder, device=CPU)
     weight = open_dense_weights(folder, whole.tokenizer, device=CPU)
     names = list(
-        RECOVERY_METHODS["eora"].build(whole, config_for("eora", layer=0, targets=["Linear"], rank=1)).by_name()
+        RECOVERY_METHODS["eora"].build(whole, config_for("eora", layer=0, targets=["Linear"], rank=1)).patches_by_name()
     )
     found = [(weight(name), weights(whole)(name)) for name in [*names, names[0]]]  # back to a block that was left
     assert all(torch.equal(*pair) for pair in found)

@@ -193,9 +193,9 @@ def mixture_of(
     groups = torch.randn(experts + mixing.get("shared", False), PROMPTS, HIDDEN, generator=seeded)
     gate = Gate(HIDDEN, experts, generator=seeded) if gated else None
     if gate is not None:
-        gate.temper(temper)
+        gate.scale_logits(temper)
     return MixtureOfPrompts(
-        groups, layer, gate, prompt_log_weight=prompt_log_weight, mixing=ExpertWeighting(reading=reading, **mixing)
+        groups, layer, gate, prompt_log_weight=prompt_log_weight, weighting=ExpertWeighting(mode=reading, **mixing)
     )
 
 
@@ -212,7 +212,7 @@ def nats(model, states, mixture, *, compiled=False):
         else mixture.active(model, batch.instructions)
     )
     with applied:
-        return score_responses(model, batch, states.layer).nats
+        return score_responses(model, batch, states.layer).nll
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -233,7 +233,7 @@ def test_compiled_is_trained(tiny_llama, states, reading):
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_unopened_prompts_are_no_prompts(tiny_llama, states, reading):
-    bare = score_responses(tiny_llama, states.batch(range(len(DOCUMENTS))), LAYER).nats
+    bare = score_responses(tiny_llama, states.batch(range(len(DOCUMENTS))), LAYER).nll
     assert_close(nats(tiny_llama, states, mixture_of(reading, prompt_log_weight=-1e4)), bare, rtol=1e-5, atol=1e-5)
 
 
@@ -252,24 +252,24 @@ def test_all_experts_are_the_strongest_to_the_bit(tiny_llama, states, reading, c
 def test_only_the_strongest_act_and_only_at_inference(tiny_llama, states, reading, count):
     """The definition: others weigh nothing, kept ones as before to each other, all together the number of experts."""
     read, mixture = states.batch(range(len(DOCUMENTS))).instructions, mixture_of(reading, top_k=count)
-    weights = mixture.log_weights(read).exp()
+    weights = mixture.training_log_weights(read).exp()
     expected = torch.zeros_like(weights)
     for row, one in enumerate(weights.tolist()):
         kept = sorted(range(EXPERTS), key=lambda expert: -one[expert])[:count]
         for expert in kept:
             expected[row, expert] = one[expert] * EXPERTS / math.fsum(one[other] for other in kept)
-    assert_close(mixture.acting(read).exp(), expected)
-    assert_close(mixture.chosen(tiny_llama, read), expected)
+    assert_close(mixture.inference_log_weights(read).exp(), expected)
+    assert_close(mixture.expert_weights(tiny_llama, read), expected)
     full = to_prefix(mixture.keys_and_values(tiny_llama), expected.log(), mixture.prompt_log_weight, reading)
     with attend_to(full):
-        slow = score_responses(tiny_llama, states.batch(range(len(DOCUMENTS))), LAYER).nats
+        slow = score_responses(tiny_llama, states.batch(range(len(DOCUMENTS))), LAYER).nll
     assert_close(nats(tiny_llama, states, mixture, compiled=True), slow)
     assert torch.equal(nats(tiny_llama, states, mixture), nats(tiny_llama, states, mixture_of(reading)))
 
 
 def test_of_equal_experts_the_first_act(states):
     read = states.batch(range(len(DOCUMENTS))).instructions
-    acting = mixture_of(temper=0.0, top_k=2).acting(read).exp()
+    acting = mixture_of(temper=0.0, top_k=2).inference_log_weights(read).exp()
     assert_close(acting, torch.tensor([1.5, 1.5, 0.0]).expand(len(DOCUMENTS), -1))
 
 
@@ -302,13 +302,13 @@ def test_the_cache_and_the_batch_change_no_answer(tiny_llama, mixing):
 
 def test_a_shared_expert_weighs_one_and_the_gate_is_over_the_others(tiny_llama, states):
     read, shared = states.batch(range(len(DOCUMENTS))).instructions, mixture_of(shared=True, top_k=1)
-    weights = shared.log_weights(read)
+    weights = shared.training_log_weights(read)
     assert weights.shape == (len(DOCUMENTS), EXPERTS + 1)
     assert torch.equal(weights[:, -1], torch.zeros(len(DOCUMENTS)))
     assert torch.equal(weights[:, :-1], shared.gate(read.mean))
     assert_close(weights[:, :-1].exp().sum(1), torch.full((len(DOCUMENTS),), float(EXPERTS)))
-    assert torch.equal(shared.acting(read)[:, -1], torch.zeros(len(DOCUMENTS)))
-    assert shared.chosen(tiny_llama, read).shape == (len(DOCUMENTS), EXPERTS)
+    assert torch.equal(shared.inference_log_weights(read)[:, -1], torch.zeros(len(DOCUMENTS)))
+    assert shared.expert_weights(tiny_llama, read).shape == (len(DOCUMENTS), EXPERTS)
 
 
 def test_without_preference_a_shared_expert_is_one_more_group_of_the_plain_prompt(tiny_llama, states):

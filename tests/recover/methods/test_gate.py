@@ -45,7 +45,7 @@ def test_weights_are_experts_times_a_softmax():
 
 def test_a_gate_tempered_to_nothing_has_no_preference():
     gate, (summaries, _) = gate_of(), domains()
-    gate.temper(0.0)
+    gate.scale_logits(0.0)
     assert_close(gate(summaries), torch.zeros(30, EXPERTS), rtol=0, atol=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_tempering_scales_the_logits(factor):
     gate, (summaries, _) = gate_of(), domains()
     pretrain(gate, *domains(), steps=3)  # else biases are zero
     before = gate.logits(summaries)
-    gate.temper(factor)
+    gate.scale_logits(factor)
     assert_close(gate.logits(summaries), factor * before)
 
 
@@ -62,7 +62,7 @@ def test_a_shift_and_a_scale_of_the_hidden_states_do_not_matter():
     (summaries, _), logits = domains(), []
     for given in (summaries, 7 * summaries + 1000):
         gate = gate_of()
-        gate.standardise_by(given)
+        gate.fit_standardization(given)
         logits.append(gate.logits(given))
     assert_close(logits[1], logits[0], rtol=1e-2, atol=1e-2)
 
@@ -70,7 +70,7 @@ def test_a_shift_and_a_scale_of_the_hidden_states_do_not_matter():
 def test_a_feature_that_never_changes_does_no_harm():
     gate, (summaries, _) = gate_of(), domains()
     summaries[:, 3] = 1.0
-    gate.standardise_by(summaries)
+    gate.fit_standardization(summaries)
     assert bool(gate(summaries).isfinite().all())
 
 
@@ -147,7 +147,7 @@ def begun(states, arm, *, experts=EXPERTS, seed=0, temper=0.3, prompt_log_weight
     start = AdapterInit(
         gate_pretraining_steps=pretraining, gate_logit_scale=temper, prompt_log_weight=prompt_log_weight, seed=seed
     )
-    return RECOVERY_METHODS[arm].begin(config, AdapterInputs(MODEL, states, TASKS), start)
+    return RECOVERY_METHODS[arm].initialize(config, AdapterInputs(MODEL, states, TASKS), start)
 
 
 @pytest.mark.parametrize("experts", [2, EXPERTS, 5])
@@ -188,8 +188,8 @@ def test_the_seed_draws_the_gate(states, arm):
 
 def test_the_gate_begins_pretrained_and_tempered(states):
     full, tempered = (begun(states, "mop", temper=temper).gate for temper in (1.0, 0.25))
-    assert_close(tempered.logits(states.summaries), 0.25 * full.logits(states.summaries))
-    right = full(states.summaries).argmax(1) == expert_domains(states, TASKS, EXPERTS, generator=seeded())
+    assert_close(tempered.logits(states.means), 0.25 * full.logits(states.means))
+    right = full(states.means).argmax(1) == expert_domains(states, TASKS, EXPERTS, generator=seeded())
     assert float(right.float().mean()) > 0.6  # random instructions can only be learnt by heart
 
 
@@ -201,4 +201,4 @@ def test_as_many_experts_as_tasks_are_the_tasks(states):
 @pytest.mark.parametrize("experts", [1, 2, 5])
 def test_another_number_of_experts_is_found_by_clustering(states, experts):
     found = expert_domains(states, TASKS, experts, generator=seeded())
-    assert found.tolist() == kmeans(states.summaries, experts, generator=seeded()).tolist()
+    assert found.tolist() == kmeans(states.means, experts, generator=seeded()).tolist()

@@ -34,7 +34,7 @@ def start(seed=0):
 
 def mixture_of(*, seed=0, prompt_log_weight=0.0, temper=3.0):
     gate = Gate(HIDDEN, EXPERTS, generator=seeded(seed))
-    gate.temper(temper)
+    gate.scale_logits(temper)
     return MixtureOfPrompts(start(seed), LAYER, gate, prompt_log_weight=prompt_log_weight)
 
 
@@ -55,14 +55,14 @@ def nats(model, states, mixture):
     """Nats of every response token, document after document."""
     batch = states.batch(range(len(DOCUMENTS)))
     with mixture.active(model, batch.instructions):
-        return score_responses(model, batch, states.layer).nats
+        return score_responses(model, batch, states.layer).nll
 
 
 # --- what the gate weighs
 
 
 def test_gates_sum_to_the_number_of_experts_for_each_example(states):
-    weights = mixture_of().log_weights(everything(states)).exp().detach()
+    weights = mixture_of().training_log_weights(everything(states)).exp().detach()
     assert weights.shape == (len(DOCUMENTS), EXPERTS)
     assert_close(weights.sum(1), torch.full((len(DOCUMENTS),), float(EXPERTS)))
     assert float(weights.std(0).min()) > 0.01  # they differ between examples
@@ -71,7 +71,7 @@ def test_gates_sum_to_the_number_of_experts_for_each_example(states):
 def test_a_gate_weighs_the_prompts_of_an_expert_alike(tiny_llama, states):
     prefix = mixture_of().prefix(tiny_llama, everything(states))
     by_expert = prefix.log_gate.unflatten(1, (EXPERTS, PROMPTS))
-    assert_close(by_expert[..., 0], mixture_of().log_weights(everything(states)))
+    assert_close(by_expert[..., 0], mixture_of().training_log_weights(everything(states)))
     assert torch.equal(by_expert[..., 0], by_expert[..., 1])
 
 
@@ -94,7 +94,7 @@ def test_one_expert_with_a_gate_is_the_plain_prompt(tiny_llama, states):
 @pytest.mark.parametrize("build", [mixture_of, plain_of])
 def test_unopened_prompts_are_no_prompts(tiny_llama, states, build):
     batch = states.batch(range(len(DOCUMENTS)))
-    bare = score_responses(tiny_llama, batch, LAYER).nats
+    bare = score_responses(tiny_llama, batch, LAYER).nll
     assert_close(nats(tiny_llama, states, build(prompt_log_weight=-1e4)), bare, rtol=1e-5, atol=1e-5)
 
 
@@ -102,7 +102,7 @@ def closed_but(expert, experts=EXPERTS):
     """What a gate says that wants one expert alone."""
     row = torch.full((experts,), -math.inf)
     row[expert] = math.log(EXPERTS)
-    return ExpertWeighting(weighing=lambda _gate, read: row.expand(len(read.mean), -1))
+    return ExpertWeighting(weight_fn=lambda _gate, read: row.expand(len(read.mean), -1))
 
 
 @pytest.mark.parametrize("expert", range(EXPERTS))
@@ -110,10 +110,10 @@ def test_experts_that_the_gate_closes_are_absent_but_for_what_they_made_of_those
     tiny_llama, states, expert
 ):
     """It is as if the prompts ended with the expert that is open, and no text attended to those before it."""
-    only = MixtureOfPrompts(start(), LAYER, None, mixing=closed_but(expert))
-    ended = MixtureOfPrompts(start()[: expert + 1], LAYER, None, mixing=closed_but(expert, expert + 1))
+    only = MixtureOfPrompts(start(), LAYER, None, weighting=closed_but(expert))
+    ended = MixtureOfPrompts(start()[: expert + 1], LAYER, None, weighting=closed_but(expert, expert + 1))
     assert_close(nats(tiny_llama, states, only), nats(tiny_llama, states, ended), rtol=1e-5, atol=1e-5)
-    alone = MixtureOfPrompts(start()[expert : expert + 1], LAYER, None, mixing=closed_but(0, 1))
+    alone = MixtureOfPrompts(start()[expert : expert + 1], LAYER, None, weighting=closed_but(0, 1))
     same = torch.allclose(nats(tiny_llama, states, only), nats(tiny_llama, states, alone), atol=1e-3)
     assert same == (expert == 0)
 
@@ -155,7 +155,7 @@ def test_the_stream_of_prompts_is_a_text_of_its_own(tiny_llama):
 def test_compiled_prompts_are_the_trained_ones(tiny_llama, states):
     mixture, batch = mixture_of(prompt_log_weight=-1.0), states.batch(range(len(DOCUMENTS)))
     with mixture.compile_for_inference(tiny_llama)(batch.instructions):
-        compiled = score_responses(tiny_llama, batch, LAYER).nats
+        compiled = score_responses(tiny_llama, batch, LAYER).nll
     assert torch.equal(compiled, nats(tiny_llama, states, mixture))
 
 
@@ -202,7 +202,7 @@ def stored(folder, mixture, config):
 def test_an_adapter_comes_back_as_it_was(tiny_llama, states, tmp_path, arm):
     mixture = mixture_of(prompt_log_weight=-2.0) if arm == "mop" else plain_of(prompt_log_weight=-2.0)
     if arm == "mop":
-        mixture.gate.standardise_by(states.summaries)
+        mixture.gate.fit_standardization(states.means)
     folder = stored(tmp_path / "adapter", mixture, replace(CONFIG, arm=arm))
     again, config = load_adapter(folder, tiny_llama, base_sha256="base")
     assert config == replace(CONFIG, arm=arm)

@@ -46,7 +46,7 @@ def states_of(model, layer=LAYER, documents=DOCUMENTS):
 
 def begun(model, arm, *, seed=0, **changes):
     config = config_for(arm, **changes)
-    return RECOVERY_METHODS[arm].begin(
+    return RECOVERY_METHODS[arm].initialize(
         config, AdapterInputs(model, states_of(model, config.layer), TASKS), replace(START, seed=seed)
     )
 
@@ -85,7 +85,7 @@ def logits(model, adapter=None, *, tokens=None):
 def nats(model, adapter, states):
     batch = states.batch(range(len(DOCUMENTS)))
     with adapter.active(model, batch.instructions):
-        return score_responses(model, batch, states.layer).nats
+        return score_responses(model, batch, states.layer).nll
 
 
 # --- neutral at the start, gone afterwards
@@ -128,7 +128,7 @@ def test_the_network_is_what_it_was_also_after_a_failure(arm):
 def test_nothing_below_the_layer_changes_and_every_block_above_does(arm):
     model = tiny_model()
     adapter, tokens = moved(model, arm), random_tokens(2, 9)
-    blocks = {int(name.split(".")[2]) for name in adapter.by_name() if "layers" in name}
+    blocks = {int(name.split(".")[2]) for name in adapter.patches_by_name() if "layers" in name}
     assert blocks == set(range(LAYER, BLOCKS))
     bare = model.run_lower(tokens, LAYER)
     with adapter.active(model, NOTHING):
@@ -143,7 +143,7 @@ def test_nothing_below_the_layer_changes_and_every_block_above_does(arm):
 def merged_by_hand(model, adapter, arm):
     """The weights that the arm's equation gives, by dotted name, and biases with them."""
     expected = {}
-    for name, change in adapter.by_name().items():
+    for name, change in adapter.patches_by_name().items():
         module = model.network.get_submodule(name)
         if arm == "norms":
             expected |= {f"{name}.{own}": value for own, value in change.own.items()}
@@ -248,7 +248,7 @@ def test_training_lowers_the_loss_and_leaves_the_network_as_it_was(arm):
     before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
     states, adapter = states_of(model), begun(model, arm)
     rows = fit(adapter, model, states, training(steps=60, batch_size=6))
-    assert rows[-1].nats < 0.8 * rows[0].nats
+    assert rows[-1].nll < 0.8 * rows[0].nll
     assert model.network.state_dict().keys() == before.keys()
     assert all(torch.equal(weight, before[name]) for name, weight in model.network.state_dict().items())
 
@@ -295,7 +295,7 @@ def test_without_a_rank_it_is_the_largest_that_trains_no_more_than_mop(tiny_llam
 
 def test_without_a_rank_no_linear_has_more_than_it_can(tiny_llama):
     adapter = RECOVERY_METHODS["lora"].build(tiny_llama, config_for("lora", rank=None, targets=["v_proj"]))
-    assert {len(change.down) for change in adapter.by_name().values()} == {16}  # a value projection is 16 x 32
+    assert {len(change.down) for change in adapter.patches_by_name().values()} == {16}  # a value projection is 16 x 32
 
 
 def test_the_budget_grows_with_the_experts(tiny_llama):
@@ -333,7 +333,7 @@ def test_a_family_without_mop_needs_a_rank():
         RECOVERY_METHODS["lora"].build(model, config_for("lora", rank=None))
     adapter = RECOVERY_METHODS["lora"].build(model, config_for("lora", rank=1))
     writers = ("self_attention.dense", "mlp.dense_4h_to_h")
-    assert set(adapter.by_name()) == {f"transformer.h.{block}.{name}" for block in (2, 3) for name in writers}
+    assert set(adapter.patches_by_name()) == {f"transformer.h.{block}.{name}" for block in (2, 3) for name in writers}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -344,7 +344,7 @@ def test_stacked_experts_have_no_linear_that_ia3_could_scale(family):
 
 def test_targets_are_ends_of_names_or_patterns(tiny_llama):
     def changed(*targets):
-        names = RECOVERY_METHODS["lora"].build(tiny_llama, config_for("lora", targets=list(targets))).by_name()
+        names = RECOVERY_METHODS["lora"].build(tiny_llama, config_for("lora", targets=list(targets))).patches_by_name()
         return {name.removeprefix("model.layers.") for name in names}
 
     assert changed("q_proj") == {"2.self_attn.q_proj", "3.self_attn.q_proj"}
@@ -389,7 +389,7 @@ def test_norms_of_what_stands_beside_the_decoder_are_not_trained():
 
 
 def test_the_low_rank_start_is_that_of_a_linear(tiny_llama):
-    for change in begun(tiny_llama, "lora", rank=16).by_name().values():
+    for change in begun(tiny_llama, "lora", rank=16).patches_by_name().values():
         assert not change.up.any()
         down = change.down.detach()
         bound = down.shape[1] ** -0.5

@@ -84,7 +84,7 @@ def trained(model, states):
 def nats(model, states, adapter, rows=ALL):
     batch = states.batch(rows)
     with torch.no_grad(), adapter.active(model, batch.instructions):
-        return score_responses(model, batch, states.layer).nats
+        return score_responses(model, batch, states.layer).nll
 
 
 # --- what it computes
@@ -94,7 +94,7 @@ def nats(model, states, adapter, rows=ALL):
 def test_it_begins_at_the_bare_model_exactly(family):
     model = tiny_model(family)
     states = HiddenStateDataset(model, DOCUMENTS, LAYER, batch_size=4)
-    bare = score_responses(model, states.batch(ALL), LAYER).nats
+    bare = score_responses(model, states.batch(ALL), LAYER).nll
     assert torch.equal(nats(model, states, begun(model, states)), bare)
 
 
@@ -111,7 +111,7 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
     for row in ALL:
         merged = tiny_model(family)
         merged.network.load_state_dict(model.network.state_dict())
-        gates = adapter.gate(states.summaries[row : row + 1])[0].exp()
+        gates = adapter.gate(states.means[row : row + 1])[0].exp()
         for key, path in adapter.linears.items():
             linear = merged.network.get_submodule(key.replace("/", "."))
             scale = sum(1 + gate * 10 * own for gate, own in zip(gates, path.scales, strict=True)) / len(gates)
@@ -123,14 +123,14 @@ def test_each_example_gets_weights_of_its_own_and_norms_that_all_share(family):
             linear.register_forward_hook(lambda _linear, _inputs, output, constant=constant: output + constant)
         for key, norm in adapter.norms.items():
             merged.network.get_submodule(key.replace("/", ".")).load_state_dict(norm.state_dict())
-        expected.append(score_responses(merged, states.batch([row]), LAYER).nats)
+        expected.append(score_responses(merged, states.batch([row]), LAYER).nll)
     found = nats(model, states, adapter)
     assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
     for row, alone in zip(ALL, expected, strict=True):
         batch = states.batch([row])
         with torch.no_grad(), adapter.active(model, batch.instructions):
-            assert_close(score_responses(model, batch, LAYER).nats, alone, rtol=1e-4, atol=1e-4)
-    bare = score_responses(model, states.batch(ALL), LAYER).nats
+            assert_close(score_responses(model, batch, LAYER).nll, alone, rtol=1e-4, atol=1e-4)
+    bare = score_responses(model, states.batch(ALL), LAYER).nll
     assert float((found - bare).abs().min()) > 1e-4
 
 
@@ -186,7 +186,7 @@ def test_compiled_it_is_the_same(tiny_llama, states):
     adapter = trained(tiny_llama, states)
     batch = states.batch(ALL)
     with torch.no_grad(), adapter.compile_for_inference(tiny_llama)(batch.instructions):
-        found = score_responses(tiny_llama, batch, LAYER).nats
+        found = score_responses(tiny_llama, batch, LAYER).nll
     assert torch.equal(found, nats(tiny_llama, states, adapter))
 
 
@@ -219,7 +219,7 @@ def test_training_reaches_all_of_it_and_leaves_the_model_bitwise_as_it_was(state
         seed=0,
     )
     rows = fit(adapter, model, states, settings)
-    assert rows[-1].nats < rows[0].nats - 0.1
+    assert rows[-1].nll < rows[0].nll - 0.1
     assert all(torch.equal(weight, before[name]) for name, weight in model.network.state_dict().items())
     assert [type(module) for module in model.network.modules()] == modules
     changed = {name for name, tensor in adapter.state_dict().items() if not torch.equal(tensor, started[name])}
@@ -249,10 +249,10 @@ def test_it_begins_with_a_gate_that_knows_the_tasks_and_is_tempered(tiny_llama, 
         ).gate
         for temper in (1.0, 0.25)
     )
-    assert_close(tempered.logits(states.summaries), 0.25 * full.logits(states.summaries))
-    right = full(states.summaries).argmax(1) == torch.tensor([TASKS.index(one.task) for one in DOCUMENTS])
+    assert_close(tempered.logits(states.means), 0.25 * full.logits(states.means))
+    right = full(states.means).argmax(1) == torch.tensor([TASKS.index(one.task) for one in DOCUMENTS])
     assert bool(right.all())
-    assert_close(full.mean, states.summaries.mean(0))
+    assert_close(full.mean, states.means.mean(0))
 
 
 def test_inputs_of_deviation_1_begin_as_low_rank_ones_of_deviation_1(tiny_llama, states):

@@ -43,7 +43,7 @@ def config_of_arm(arm, model, *, experts=EXPERTS, prompts=PROMPTS, deep=False):
         hidden_size=model.hidden_size,
         base_sha256="base",
         tasks=[],
-        deep=deep,
+        per_layer_prompts=deep,
     )
 
 
@@ -51,7 +51,7 @@ def begun(arm, model, states, *, seed=0, **changes):
     """An adapter before its first step, and its config."""
     config = config_of_arm(arm, model, **changes)
     start = AdapterInit(gate_pretraining_steps=20, gate_logit_scale=3.0, prompt_log_weight=-1.0, seed=seed)
-    return RECOVERY_METHODS[arm].begin(config, AdapterInputs(model, states, TASKS), start), config
+    return RECOVERY_METHODS[arm].initialize(config, AdapterInputs(model, states, TASKS), start), config
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def nats(model, states, adapter, *, compiled=False):
         adapter.compile_for_inference(model) if compiled else lambda instructions: adapter.active(model, instructions)
     )
     with applied(batch.instructions):
-        return score_responses(model, batch, states.layer).nats
+        return score_responses(model, batch, states.layer).nll
 
 
 # --- one prompt at the input
@@ -98,7 +98,7 @@ def test_embedded_text_before_the_text_is_that_text(tiny_llama):
         before = InputPrompt(tiny_llama.run_lower(tokens[:, :4], 0)[0])
         found = nats(tiny_llama, HiddenStateDataset(tiny_llama, [shorter], 0, batch_size=1), before)
         states = HiddenStateDataset(tiny_llama, [longer], 0, batch_size=1)
-        expected = score_responses(tiny_llama, states.batch([0]), 0).nats
+        expected = score_responses(tiny_llama, states.batch([0]), 0).nll
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_the_prompts_run_once_a_step_and_the_head_on_response_tokens_alone(
 ):
     """Not once an example, and after training not at all."""
     adapter, rows, heads = begun(arm, tiny_llama, states_of(arm))[0], [], []
-    whole, head = LanguageModel.resume, LanguageModel.logits
+    whole, head = LanguageModel.run_upper, LanguageModel.logits
 
     def counted(self, hidden, *rest, **more):
         rows.append(len(hidden))
@@ -126,7 +126,7 @@ def test_the_prompts_run_once_a_step_and_the_head_on_response_tokens_alone(
         heads.append(len(hidden))
         return head(self, hidden)
 
-    monkeypatch.setattr(LanguageModel, "resume", counted)
+    monkeypatch.setattr(LanguageModel, "run_upper", counted)
     monkeypatch.setattr(LanguageModel, "logits", read)
     nats(tiny_llama, states_of(arm), adapter)
     assert rows == [groups, len(DOCUMENTS)]
@@ -167,7 +167,7 @@ def test_one_routed_prompt_is_the_prompt_at_the_input(tiny_llama, states_of):
 @torch.no_grad()
 def test_a_prompt_that_was_not_chosen_is_absent(tiny_llama, states_of):
     states, adapter = states_of("smop"), routed_of(noise=0.0)
-    before, chosen = nats(tiny_llama, states, adapter), adapter.log_gate(states.summaries)[:, ::PROMPTS].argmax(1)
+    before, chosen = nats(tiny_llama, states, adapter), adapter.log_gate(states.means)[:, ::PROMPTS].argmax(1)
     adapter.prompts[chosen[0]] += 1.0
     changed = nats(tiny_llama, states, adapter) != before
     example = states.batch(range(len(DOCUMENTS))).example
@@ -185,10 +185,10 @@ def test_noise_multiplies_the_routers_scores_in_training_alone(tiny_llama, state
     without = nats(tiny_llama, states, quiet)
     assert not torch.equal(steps[0], without)
     assert torch.equal(nats(tiny_llama, states, first, compiled=True), without)
-    factors = torch.tensor([[2.0, 0.5, -1.0]]).expand(len(states.summaries), -1)
-    scores = (states.summaries @ first.router.weight.T * factors).log_softmax(-1)
-    assert_close(first.log_gate(states.summaries, factors).amax(1), scores.amax(1))
-    drawn = torch.cat([first._noise(1000) for _ in range(3)])
+    factors = torch.tensor([[2.0, 0.5, -1.0]]).expand(len(states.means), -1)
+    scores = (states.means @ first.router.weight.T * factors).log_softmax(-1)
+    assert_close(first.log_gate(states.means, factors).amax(1), scores.amax(1))
+    drawn = torch.cat([first._draw_noise(1000) for _ in range(3)])
     assert float(drawn.mean()) == pytest.approx(0, abs=0.05)
     assert float(drawn.std()) == pytest.approx(1, abs=0.05)
 
@@ -241,7 +241,7 @@ def test_a_prefix_needs_no_rotary_positions():
     states = HiddenStateDataset(model, DOCUMENTS, 0, batch_size=4)
     adapter, _ = begun("prefix", model, states)
     assert sorted(adapter.prefix()[0]) == list(range(BLOCKS))
-    bare = score_responses(model, states.batch(range(len(DOCUMENTS))), 0).nats
+    bare = score_responses(model, states.batch(range(len(DOCUMENTS))), 0).nll
     assert not torch.allclose(nats(model, states, adapter), bare, atol=1e-2)
 
 
@@ -257,14 +257,14 @@ def test_a_prefix_has_the_keys_of_every_layer_in_their_shapes(tiny_llama):
 @pytest.mark.parametrize("arm", ["mop", "single"])
 def test_a_deep_mixture_begins_as_the_flowing_one(tiny_llama, states_of, arm):
     states = states_of(arm)
-    flowing, deep = (begun(arm, tiny_llama, states, deep=deep)[0] for deep in (False, True))
+    flowing, deep = (begun(arm, tiny_llama, states, per_layer_prompts=deep)[0] for deep in (False, True))
     assert torch.equal(nats(tiny_llama, states, deep), nats(tiny_llama, states, flowing))
     read = states.batch(range(len(DOCUMENTS))).instructions
-    assert torch.equal(deep.log_weights(read), flowing.log_weights(read))
+    assert torch.equal(deep.training_log_weights(read), flowing.training_log_weights(read))
 
 
 def test_a_deep_mixture_is_counted_whole(tiny_llama, states_of):
-    flowing, deep = (begun("mop", tiny_llama, states_of("mop"), deep=deep)[0] for deep in (False, True))
+    flowing, deep = (begun("mop", tiny_llama, states_of("mop"), per_layer_prompts=deep)[0] for deep in (False, True))
     tokens, numbers = EXPERTS * PROMPTS, 2 * 2 * 8
     grown = tokens * numbers * (BLOCKS - MIDDLE) - tokens * HIDDEN
     assert trained_parameters(deep) == trained_parameters(flowing) + grown
@@ -276,7 +276,7 @@ def test_a_deep_mixtures_layers_are_trained_by_themselves(tiny_llama, states_of)
     before, _ = deep.keys_and_values(tiny_llama)
     kept = {layer: key.clone() for layer, key in before.items()}
     with torch.no_grad():
-        deep.deep.keys[str(MIDDLE)].add_(1.0)
+        deep.layer_key_values.keys[str(MIDDLE)].add_(1.0)
     after, _ = deep.keys_and_values(tiny_llama)
     assert sorted(after) == list(range(MIDDLE, BLOCKS))
     assert [layer for layer in after if not torch.equal(after[layer], kept[layer])] == [MIDDLE]
@@ -291,7 +291,7 @@ def test_arms_that_can_be_named_are_arms_that_can_be_built():
 
 @pytest.mark.parametrize(("arm", "deep"), EVERY)
 def test_compiled_adapters_are_the_trained_ones(tiny_llama, states_of, arm, deep):
-    adapter, _ = begun(arm, tiny_llama, states_of(arm), deep=deep)
+    adapter, _ = begun(arm, tiny_llama, states_of(arm), per_layer_prompts=deep)
     adapter.noise = 0.0
     compiled = nats(tiny_llama, states_of(arm), adapter, compiled=True)
     assert torch.equal(compiled, nats(tiny_llama, states_of(arm), adapter))
@@ -300,7 +300,7 @@ def test_compiled_adapters_are_the_trained_ones(tiny_llama, states_of, arm, deep
 @pytest.mark.parametrize(("arm", "deep"), EVERY)
 def test_a_gradient_reaches_what_is_learned_and_nothing_else(states_of, arm, deep):
     model = tiny_model()
-    adapter, _ = begun(arm, model, states_of(arm), deep=deep)
+    adapter, _ = begun(arm, model, states_of(arm), per_layer_prompts=deep)
     nats(model, states_of(arm), adapter).mean().backward()
     learned = [one for group in adapter.parameter_groups().values() for one in group]
     assert {id(one) for one in learned} == {id(one) for one in adapter.parameters()}
@@ -311,7 +311,7 @@ def test_a_gradient_reaches_what_is_learned_and_nothing_else(states_of, arm, dee
 @pytest.mark.parametrize(("arm", "deep"), EVERY)
 def test_the_seed_decides_where_an_adapter_begins(tiny_llama, states_of, arm, deep):
     first, again, other = (
-        begun(arm, tiny_llama, states_of(arm), deep=deep, seed=seed)[0].state_dict() for seed in (0, 0, 1)
+        begun(arm, tiny_llama, states_of(arm), per_layer_prompts=deep, seed=seed)[0].state_dict() for seed in (0, 0, 1)
     )
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     assert any(not torch.equal(tensor, other[name]) for name, tensor in first.items())
@@ -328,7 +328,7 @@ def test_input_and_smop_begin_with_the_same_tokens(tiny_llama, states_of):
 @pytest.mark.parametrize(("arm", "deep"), EVERY)
 def test_a_small_problem_is_learnt_by_heart(tiny_llama, states_of, arm, deep):
     states = states_of(arm)
-    adapter, _ = begun(arm, tiny_llama, states, deep=deep)
+    adapter, _ = begun(arm, tiny_llama, states, per_layer_prompts=deep)
     settings = TrainingConfig(
         steps=40,
         batch_size=9,
@@ -341,12 +341,12 @@ def test_a_small_problem_is_learnt_by_heart(tiny_llama, states_of, arm, deep):
         seed=0,
     )
     rows = fit(adapter, tiny_llama, states, settings)
-    assert rows[-1].nats < 0.75 * rows[0].nats
+    assert rows[-1].nll < 0.75 * rows[0].nll
 
 
 @pytest.mark.parametrize(("arm", "deep"), EVERY)
 def test_an_adapter_comes_back_as_it_was(tiny_llama, states_of, tmp_path, arm, deep):
-    adapter, config = begun(arm, tiny_llama, states_of(arm), deep=deep)
+    adapter, config = begun(arm, tiny_llama, states_of(arm), per_layer_prompts=deep)
     with artifacts.publish(tmp_path / "adapter", {}) as scratch:
         save_adapter(adapter, config, scratch)
     again, found = load_adapter(tmp_path / "adapter", tiny_llama, base_sha256="base")
