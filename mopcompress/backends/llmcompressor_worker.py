@@ -1,7 +1,8 @@
-"""llm-compressor on one job: `python -I llmcompressor_worker.py FOLDER`, in its own environment, without mopcompress.
+"""The worker of llm-compressor: `python -I llmcompressor_worker.py FOLDER` runs a job without mopcompress.
 
-Linears are named one by one. By class, `ignore: [lm_head]` would not be heeded: the name that llm-compressor 0.14 looks
-for has a dot at its end. What it only logs, a matrix that could not be inverted and was left to the identity, is noted.
+Linears are targeted by name. With targets by class, llm-compressor 0.14 overlooks `ignore: [lm_head]`, because it
+compares names that end with a dot. A matrix that cannot be inverted and is replaced by the identity appears in its log
+only, which is therefore read too.
 """
 
 import importlib.metadata
@@ -25,19 +26,19 @@ def main(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, local_files_only=True)
     rows = load_file(folder / "tokens.safetensors")["tokens"]
     samples: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
-    listener = Listener()
-    logger.add(listener, level="DEBUG", format="{message}")
-    modifiers = [modifier_of(step) for step in job["steps"]]
+    log_reader = FallbackLogReader()
+    logger.add(log_reader, level="DEBUG", format="{message}")
+    modifiers = [build_modifier(step) for step in job["steps"]]
     start = time.perf_counter()
     oneshot(model=model, dataset=DataLoader(samples), recipe=modifiers)
     seconds = time.perf_counter() - start
     tensors = model.state_dict()
-    answer = {}
+    weights = {}
     for name in {name for step in job["steps"] for name in step["linears"]}:
-        answer[name] = tensors[f"{name}.weight"].detach().contiguous()
+        weights[name] = tensors[f"{name}.weight"].detach().contiguous()
         if f"{name}.weight_scale" in tensors:
-            answer[f"{name}.scales"] = tensors[f"{name}.weight_scale"].detach().contiguous()
-    save_file(answer, folder / "weights.safetensors")
+            weights[f"{name}.scales"] = tensors[f"{name}.weight_scale"].detach().contiguous()
+    save_file(weights, folder / "weights.safetensors")
     facts = {
         "seconds": seconds,
         "peak_bytes": peak_bytes(),
@@ -46,13 +47,13 @@ def main(folder: Path) -> None:
             name: importlib.metadata.version(name)
             for name in ("llmcompressor", "compressed-tensors", "transformers", "torch")
         },
-        "fallbacks": sorted(listener.fallbacks),
+        "fallbacks": sorted(log_reader.fallbacks),
     }
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-class Listener:
-    """Hears from the log which linear is being compressed, and for which of them the method was given up."""
+class FallbackLogReader:
+    """A receiver of log lines that collects the names of linears for which the method failed."""
 
     def __init__(self) -> None:
         self.fallbacks: set[str] = set()
@@ -67,8 +68,8 @@ class Listener:
             self.fallbacks |= {name for name in match[1].split(", ") if not name.startswith("and ")}
 
 
-def modifier_of(step: dict[str, Any]) -> Any:
-    """A step in llm-compressor's words."""
+def build_modifier(step: dict[str, Any]) -> Any:
+    """Return llm-compressor's modifier for a step of a job."""
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning import MagnitudePruningModifier, SparseGPTModifier, WandaPruningModifier
 
@@ -79,8 +80,10 @@ def modifier_of(step: dict[str, Any]) -> Any:
     structure = "0:0" if pattern is None else f"{pattern[0]}:{pattern[1]}"
     if step["method"] == "magnitude":
         targets = [f"{name}.weight" for name in linears]
-        share = options["sparsity"]
-        return MagnitudePruningModifier(init_sparsity=share, final_sparsity=share, targets=targets, start=0, end=1)
+        sparsity = options["sparsity"]
+        return MagnitudePruningModifier(
+            init_sparsity=sparsity, final_sparsity=sparsity, targets=targets, start=0, end=1
+        )
     fields = {"sparsity": options["sparsity"], "mask_structure": structure, "targets": linears}
     if step["method"] == "wanda":
         return WandaPruningModifier(**fields)
@@ -93,7 +96,7 @@ def modifier_of(step: dict[str, Any]) -> Any:
 
 
 def gptq_fields(options: dict[str, Any], linears: list[str]) -> dict[str, Any]:
-    """The fields of a GPTQModifier."""
+    """Return the fields of a GPTQModifier."""
     size = options["group_size"]
     shape = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
     weights = {"num_bits": options["bits"], "type": "int", "symmetric": True, **shape}
@@ -106,14 +109,17 @@ def gptq_fields(options: dict[str, Any], linears: list[str]) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process; Linux's getrusage may tell that of the process that started it."""
+    """Return the peak resident memory of this process in bytes; 0 where it cannot be measured.
+
+    On Linux, getrusage may report the peak of the process that started this one, so VmHWM is read first.
+    """
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    if found:
-        return 1024 * int(found[1])
+    match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if match:
+        return 1024 * int(match[1])
     try:
         import resource
-    except ImportError:  # Windows; 0 stands for "not measured"
+    except ImportError:  # Windows
         return 0
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -1,7 +1,7 @@
-"""A library in a child process: which Python runs it, the job that goes there, the answer that comes back.
+"""A library in a child process: the Python that runs it, the job that it reads and the answer that it writes.
 
-The job folder holds `job.json` and `tokens.safetensors` before, `weights.safetensors` and `facts.json` after. It is the
-child's working directory too, so whatever a library leaves lying about goes when the folder goes.
+The job folder holds `job.json` and `tokens.safetensors` before the run, and `weights.safetensors` and `facts.json`
+after it. It is also the child's working directory, so files that a library leaves behind are removed with the folder.
 """
 
 import importlib.util
@@ -27,18 +27,18 @@ LOG = "log.txt"
 
 @dataclass(frozen=True)
 class Backend:
-    """A library that can take the place of our own methods."""
+    """A library that can replace our own methods."""
 
     name: str  # of the module and of the package
-    worker: str  # the script beside this file that runs in its environment
+    worker: str  # the script in this folder that runs in the library's environment
     methods: tuple[str, ...]
-    install: str  # what pip is to be told
+    install: str  # the argument of `pip install`
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 BACKENDS = {
-    one.name: one
-    for one in (
+    backend.name: backend
+    for backend in (
         Backend(
             "llmcompressor",
             "llmcompressor_worker.py",
@@ -50,7 +50,7 @@ BACKENDS = {
             "gptqmodel_worker.py",
             ("gptq",),
             "'gptqmodel==7.6.*'",
-            {"GPTQMODEL_CPU_WORKERS": "2"},  # it asks itself for two, and with two cores gives itself one
+            {"GPTQMODEL_CPU_WORKERS": "2"},  # it needs two, and on two cores would start a single one
         ),
     )
 }
@@ -58,9 +58,9 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One step of a job: a method with its settings, in our words, and the linears that it goes to, by name.
+    """A step of a job: a method with our names of its settings, and the linears that it is applied to, by name.
 
-    Linears stand in the model's order. `sparsity`, when it is a sequence, has one share for each of them.
+    Linears are in the model's order. `sparsity`, when it is a sequence, has a fraction for each of them.
     """
 
     method: str
@@ -70,9 +70,9 @@ class Request:
 
 @dataclass(frozen=True)
 class BackendResult:
-    """What a library did, by its own word. `weights` is a file with a tensor for every linear of the job.
+    """The answer of a library, as it reports it. `weights` is a file with a tensor for every linear of the job.
 
-    A linear that was rounded has `<name>.scales`, [out, groups], beside it.
+    The file also holds `<name>.scales`, [out, groups], for a linear that was quantised.
     """
 
     weights: Path
@@ -81,32 +81,32 @@ class BackendResult:
     peak_bytes: int  # resident, of the whole child
     threads: int
     versions: dict[str, str]
-    fallbacks: tuple[str, ...]  # linears for which the library gave up its method, and says so in its log only
+    fallbacks: tuple[str, ...]  # linears for which the library's method failed, which only its log mentions
 
 
-def python_for(backend: Backend, named: str | None) -> Path:
-    """The interpreter that has the library: the one that was named, else this one.
+def find_python(backend: Backend, path: str | None) -> Path:
+    """Return the interpreter that has the library: the one at `path`, else this one.
 
-    Raises `InputNotFoundError` for a name where nothing is, `UnavailableError` when the library is not there.
+    Raises `InputNotFoundError` when `path` does not exist, and `UnavailableError` when the library is not installed.
     """
-    if named is None:
+    if path is None:
         if importlib.util.find_spec(backend.name) is not None:
             return Path(sys.executable)
-        raise _absent(backend, "is not installed beside mopcompress")
-    python = Path(named).expanduser().absolute()  # a link must stay one: it is how an environment is recognised
+        raise _not_installed(backend, "is not installed together with mopcompress")
+    python = Path(path).expanduser().absolute()  # not resolved: a virtual environment is found by its link
     if not python.is_file():
-        raise InputNotFoundError(f"--backend-python: no file {python}; name the python of an environment")
+        raise InputNotFoundError(f"--backend-python: there is no file {python}; name the python of an environment")
     probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({backend.name!r}) is None)"
     try:
-        found = subprocess.run([python, "-I", "-c", probe], capture_output=True, check=False).returncode == 0
+        installed = subprocess.run([python, "-I", "-c", probe], capture_output=True, check=False).returncode == 0
     except OSError as error:
         raise UnavailableError(f"--backend-python: {python} does not run ({error.strerror}); name a python") from error
-    if not found:
-        raise _absent(backend, f"is not installed for {python}")
+    if not installed:
+        raise _not_installed(backend, f"is not installed for {python}")
     return python
 
 
-def run(
+def run_backend(
     backend: Backend,
     python: Path,
     folder: Path,
@@ -115,36 +115,37 @@ def run(
     requests: Sequence[Request],
     tokens: Int[Tensor, "samples length"],
 ) -> BackendResult:
-    """Have the library compress the linears of the model folder, in a child process; `folder` is an empty one.
+    """Let the library compress linears of the model folder, in a child process; `folder` is an empty job folder.
 
-    Raises `OutOfMemoryError` when the child was killed, `UnavailableError` when it ended in another way than well.
+    Raises `OutOfMemoryError` when the child was killed, `UnavailableError` when it failed, and `NumericalError` when
+    its answer is incomplete.
     """
     save_file({"tokens": tokens.cpu().contiguous()}, folder / "tokens.safetensors")
-    steps = [asdict(one) for one in requests]
+    steps = [asdict(request) for request in requests]
     (folder / "job.json").write_text(json.dumps({"model": str(model.absolute()), "steps": steps}), encoding="utf-8")
     worker = Path(__file__).with_name(backend.worker)
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.perf_counter()
     with (folder / LOG).open("wb") as log:
         code = _wait(
             subprocess.Popen(
                 [python, "-I", worker, folder.absolute()],
                 cwd=folder,
-                env={**os.environ, **quiet, **backend.environment},
+                env={**os.environ, **offline, **backend.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
         )
     if code == -9:  # SIGKILL, which Windows does not name
-        raise OutOfMemoryError(f"{backend.name} was killed, probably for want of memory; use fewer calibration samples")
+        raise OutOfMemoryError(f"{backend.name} was killed, probably for lack of memory; use fewer calibration samples")
     if code != 0:
         raise UnavailableError(f"{backend.name} failed in {python}: {_last_line(folder / LOG)}")
-    return _answer(backend, folder, time.perf_counter() - start)
+    return _read_answer(backend, folder, time.perf_counter() - start)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
-    """The child's exit code; it never outlives us."""
+    """Wait for the child's exit code; when the wait is interrupted, kill the child."""
     try:
         return child.wait()
     finally:
@@ -153,7 +154,7 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
         child.wait()
 
 
-def _answer(backend: Backend, folder: Path, process_seconds: float) -> BackendResult:
+def _read_answer(backend: Backend, folder: Path, process_seconds: float) -> BackendResult:
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         answer = BackendResult(
@@ -163,18 +164,18 @@ def _answer(backend: Backend, folder: Path, process_seconds: float) -> BackendRe
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise NumericalError(
-            f"{backend.name} ended without a whole answer ({error}): {_last_line(folder / LOG)}"
+            f"{backend.name} ended without a complete answer ({error}): {_last_line(folder / LOG)}"
         ) from error
     return answer
 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1][:500] if lines else "it said nothing"
+    return lines[-1][:500] if lines else "it printed nothing"
 
 
-def _absent(backend: Backend, where: str) -> UnavailableError:
+def _not_installed(backend: Backend, where: str) -> UnavailableError:
     return UnavailableError(
-        f"backend {backend.name}: it {where}; make an environment of its own (python -m venv ENV && ENV/bin/pip "
+        f"backend {backend.name} {where}; make an environment of its own (python -m venv ENV && ENV/bin/pip "
         f"install {backend.install}) and give --backend-python ENV/bin/python"
     )

@@ -1,4 +1,4 @@
-"""Whether a weight that a library gave back is what was asked for: counted, whatever the library says."""
+"""Checks of the weights that a library returns against what was requested, whatever the library reports."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,97 +12,100 @@ from torch import Tensor
 from mopcompress.backends.subprocess_backend import Backend, BackendResult, Request
 from mopcompress.errors import DataError, NumericalError, QualityGateError
 
-_SLACK = 0.01  # a share may be missed by so much, or by a weight a row: libraries round down, and scores tie
-_RESIDUE = 1e-2  # of a code, from float arithmetic
+_SLACK = 0.01  # tolerance of a sparsity, or a weight per row if more: libraries round down, and scores tie
+_RESIDUE = 1e-2  # tolerance of a code, for float arithmetic
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
 
 
 @dataclass(frozen=True)
-class ReturnedLayer:
-    """What came back, by the linear's name: its weight, and the scales [out, groups] of its grid if it was rounded."""
+class ReturnedWeights:
+    """The returned weights by the linear's name, and the scales [out, groups] of those that were quantised."""
 
     weights: dict[str, Tensor]
     scales: dict[str, Tensor]
 
 
-def read_given(
+def read_returned_weights(
     backend: Backend, answer: BackendResult, shapes: Mapping[str, torch.Size], requests: Sequence[Request]
-) -> ReturnedLayer:
-    """The weights that came back, one for every name in `shapes`, after a look at each.
+) -> ReturnedWeights:
+    """Read and check the returned weights, one for every name in `shapes`.
 
-    Raises `NumericalError` when one is missing, misshapen or not finite, `QualityGateError` when a request was not
-    carried out.
+    Raises `DataError` when the file cannot be read, `NumericalError` when a weight is missing, misshapen or not finite,
+    and `QualityGateError` when a request was not carried out.
     """
-    given = ReturnedLayer({}, {})
+    returned = ReturnedWeights({}, {})
     try:
         with safe_open(answer.weights, framework="pt") as file:
-            there = set(file.keys())
+            stored = set(file.keys())
             for name, shape in shapes.items():
-                if name not in there:
-                    raise NumericalError(f"{backend.name} gave no weight back for {name}; use another backend")
-                given.weights[name] = file.get_tensor(name).float()
-                _check_tensor(backend, name, given.weights[name], shape)
-                if f"{name}.scales" in there:
-                    given.scales[name] = file.get_tensor(f"{name}.scales").float()
+                if name not in stored:
+                    raise NumericalError(f"{backend.name} returned no weight for {name}; use another backend")
+                returned.weights[name] = file.get_tensor(name).float()
+                _check_tensor(backend, name, returned.weights[name], shape)
+                if f"{name}.scales" in stored:
+                    returned.scales[name] = file.get_tensor(f"{name}.scales").float()
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{backend.name} gave no weights back that can be read ({error}); run again") from error
+        raise DataError(f"{backend.name} returned no weights that can be read ({error}); run again") from error
     version = answer.versions.get(backend.name, "")
     for request in requests:
-        shares = request.options.get("sparsity")
+        sparsity = request.options.get("sparsity")
         for index, name in enumerate(request.linears):
-            own = {"sparsity": shares[index]} if isinstance(shares, Sequence) else {}
-            problem = fault_of(given.weights[name], given.scales.get(name), {**request.options, **own})
+            options = dict(request.options)
+            if isinstance(sparsity, Sequence):
+                options["sparsity"] = sparsity[index]
+            problem = describe_mismatch(returned.weights[name], returned.scales.get(name), options)
             if problem:
                 raise QualityGateError(
-                    f"{backend.name} {version} did not do what {request.method} was asked for: {name} {problem}; "
-                    "leave --backend out, or ask for something else"
+                    f"{backend.name} {version} did not carry out {request.method} as requested: {name} {problem}; "
+                    "omit --backend, or change the request"
                 )
-    return given
+    return returned
 
 
-def fault_of(
+def describe_mismatch(
     weight: Float[Tensor, "out in"], scales: Float[Tensor, "rows groups"] | None, options: Mapping[str, Any]
 ) -> str | None:
-    """In what a weight contradicts the settings of a method; None when in nothing."""
+    """Describe how a weight contradicts the options of a method; None when it does not."""
     if "bits" in options:
-        return _fault_of_grid(weight, scales, options["bits"], options.get("group_size") or weight.shape[-1])
+        return _describe_grid_mismatch(weight, scales, options["bits"], options.get("group_size") or weight.shape[-1])
     if options.get("pattern"):
-        return _fault_of_pattern(weight, *options["pattern"])
-    counted, asked = float((weight == 0).float().mean()), options["sparsity"]
-    if abs(counted - asked) > max(_SLACK, 1 / weight.shape[-1]) + 1e-6:
-        return f"has {counted:.2%} zeros, asked were {asked:.2%}"
+        return _describe_pattern_mismatch(weight, *options["pattern"])
+    sparsity, requested = float((weight == 0).float().mean()), options["sparsity"]
+    if abs(sparsity - requested) > max(_SLACK, 1 / weight.shape[-1]) + 1e-6:
+        return f"has {sparsity:.2%} zeros instead of {requested:.2%}"
     return None
 
 
-def with_fp16_scales(
+def round_scales_to_fp16(
     weight: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"]
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out groups"]]:
-    """The same integers times scales that fp16 can hold, which is how quantised formats keep them; and those scales."""
-    spread = scales.repeat_interleave(weight.shape[-1] // scales.shape[-1], dim=-1)
-    kept = scales.half().clamp_min(_SMALLEST_SCALE).float()
-    return (weight / spread).round() * kept.repeat_interleave(weight.shape[-1] // scales.shape[-1], dim=-1), kept
+    """Return the weight's integers times scales rounded to fp16, and those scales, as quantised formats store them."""
+    group_size = weight.shape[-1] // scales.shape[-1]
+    codes = (weight / scales.repeat_interleave(group_size, dim=-1)).round()
+    rounded = scales.half().clamp_min(_SMALLEST_SCALE).float()
+    return codes * rounded.repeat_interleave(group_size, dim=-1), rounded
 
 
 def _check_tensor(backend: Backend, name: str, weight: Tensor, shape: torch.Size) -> None:
     if weight.shape != shape:
         raise NumericalError(
-            f"{backend.name} gave {name} back as {list(weight.shape)}, it is {list(shape)}; prune with another backend"
+            f"{backend.name} returned {name} as {list(weight.shape)} instead of {list(shape)}; use another backend"
         )
     if not bool(torch.isfinite(weight).all()):
-        raise NumericalError(f"{backend.name} gave NaN or infinite weights back for {name}; ask for more damping")
+        raise NumericalError(f"{backend.name} returned NaN or infinite weights for {name}; use more damping")
 
 
-def _fault_of_pattern(weight: Tensor, n: int, m: int) -> str | None:
+def _describe_pattern_mismatch(weight: Tensor, n: int, m: int) -> str | None:
     groups = (weight == 0).unflatten(-1, (-1, m)).sum(-1)
     violated = float((groups < n).float().mean())
     return f"has fewer than {n} zeros in {violated:.2%} of its groups of {m}" if violated else None
 
 
-def _fault_of_grid(weight: Tensor, scales: Tensor | None, bits: int, group_size: int) -> str | None:
+def _describe_grid_mismatch(weight: Tensor, scales: Tensor | None, bits: int, group_size: int) -> str | None:
     if scales is None or scales.shape != (len(weight), weight.shape[-1] // group_size):
-        return f"came without scales of groups of {group_size}"
+        return f"has no scales of groups of {group_size}"
     if not bool((scales > 0).all()):
-        return "came with scales that are not positive"
+        return "has scales that are not positive"
     codes = weight / scales.repeat_interleave(group_size, dim=-1)
     limit = 2 ** (bits - 1)
     whole = (codes - codes.round()).abs() <= _RESIDUE

@@ -1,21 +1,21 @@
-"""Formats: how the tensors of a dense folder are stored, so that they come back as they were.
+"""Formats of weight files: each stores the tensors of a dense folder so that they come back exactly.
 
-packing              small integers, masks and distances as bits
-gptq_v1              loads with transformers + gptqmodel, and with GPTQModel.load
+weight_format        the functions that make up a format, and the dense format
+gptq                 loads with transformers + gptqmodel, and with GPTQModel.load
 compressed_tensors   loads with transformers + compressed-tensors
-sparse               ours: where the weights are, and the weights
-folder               a folder in any of them, tensor by tensor
-runtime              linears that compute from their survivors alone
+sparse               our container: positions and values of the non-zero weights
+packing              small integers, masks and gaps as bits
+model_reader         a folder in any of these formats, tensor by tensor
 """
 
 from mopcompress.formats import compressed_tensors, gptq, sparse
 from mopcompress.formats.weight_format import DENSE, WeightFormat
 
-LAYOUTS: dict[str, WeightFormat] = {
+FORMATS: dict[str, WeightFormat] = {
     "dense": DENSE,
     "gptq": gptq.FORMAT,
     "compressed-tensors": compressed_tensors.FORMAT,
     "sparse": sparse.FORMAT,
 }
 
-__all__ = ["LAYOUTS", "Layout"]
+__all__ = ["FORMATS", "WeightFormat"]

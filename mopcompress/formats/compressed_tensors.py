@@ -1,13 +1,13 @@
-"""compressed-tensors' `pack-quantized`, symmetric: what llm-compressor writes and vLLM and transformers read.
+"""The symmetric `pack-quantized` format of compressed-tensors: llm-compressor writes it, vLLM and transformers read it.
 
-A linear `P` of [out, in] in b bits is, with signed codes:
+A linear `P` of [out, in] in b bits is stored, with signed codes, as:
 
     P.weight_packed  int32 [out, ceil(in*b/32)]  code + 2^(b-1), packed along the inputs
     P.weight_scale   fp16  [out, groups]         one group is the strategy `channel`
     P.weight_shape   int64 [2]                   out, in
     weight = code * scale
 
-Its asymmetric variant does not load in stock transformers, so there is none here.
+Its asymmetric variant does not load in stock transformers, so it is not supported here.
 """
 
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ from mopcompress.formats.weight_format import (
     WeightFormat,
     check_linears,
     dtype_name,
-    on_grid,
-    plain,
-    quantized,
+    linear_on_grid,
+    quantized_dtypes,
+    store_unchanged,
 )
 from mopcompress.models.meta_model import MetaModel
 from mopcompress.models.quantization_grid import QuantizationGrid
@@ -35,14 +35,14 @@ from mopcompress.models.quantization_grid import QuantizationGrid
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
-def fit(grid: QuantizationGrid, skeleton: MetaModel) -> QuantizationGrid:
-    """Any grid of linears can be held."""
-    check_linears(grid, skeleton, "compressed-tensors")
+def fit(grid: QuantizationGrid, meta_model: MetaModel) -> QuantizationGrid:
+    """Return the grid itself: any grid of `nn.Linear` can be held. Raises `DataError` for other modules."""
+    check_linears(grid, meta_model, "compressed-tensors")
     return grid
 
 
-def settings(grid: QuantizationGrid, skeleton: MetaModel) -> dict[str, Any]:
-    """Our keys of config.json; every linear that is not quantised, whatever the reason, is on the ignore list."""
+def settings(grid: QuantizationGrid, meta_model: MetaModel) -> dict[str, Any]:
+    """Return our keys of config.json; every linear that is not quantised is on the ignore list."""
     weights = {"num_bits": grid.bits, "type": "int", "symmetric": True, "dynamic": False}
     weights |= (
         {"strategy": "channel"} if grid.group_size is None else {"strategy": "group", "group_size": grid.group_size}
@@ -52,7 +52,7 @@ def settings(grid: QuantizationGrid, skeleton: MetaModel) -> dict[str, Any]:
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "ignore": [name for name in skeleton.linears if name not in grid.scales],
+            "ignore": [name for name in meta_model.linears if name not in grid.scales],
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
             "producer": f"mopcompress {__version__}",
         }
@@ -60,23 +60,23 @@ def settings(grid: QuantizationGrid, skeleton: MetaModel) -> dict[str, Any]:
 
 
 def encode(name: str, tensor: Tensor, grid: QuantizationGrid | None) -> EncodedTensor:
-    """A quantised weight as three tensors; any other tensor as it is."""
-    module = on_grid(name, grid)
+    """Store a quantised weight as three tensors, and any other tensor as it is."""
+    module = linear_on_grid(name, grid)
     if grid is None or module is None:
-        return plain(name, tensor)
+        return store_unchanged(name, tensor)
     unsigned = grid.codes(module, tensor).short() + 2 ** (grid.bits - 1)
-    stored = (pack_bits(unsigned, grid.bits), grid.scales[module].contiguous(), torch.tensor(tensor.shape))
-    tensors = {f"{module}.{part}": one for part, one in zip(PARTS, stored, strict=True)}
+    parts = (pack_bits(unsigned, grid.bits), grid.scales[module].contiguous(), torch.tensor(tensor.shape))
+    tensors = {f"{module}.{suffix}": part for suffix, part in zip(PARTS, parts, strict=True)}
     return EncodedTensor(tensors, {name: dtype_name(tensor)})
 
 
 def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense folder, by the formula above."""
+    """Return the tensors of the dense folder, by the formula above."""
     names = set(file.keys())
-    for name, dtype in quantized(file).items():
-        stored = [f"{name.removesuffix(WEIGHT)}.{part}" for part in PARTS]
-        names -= set(stored)
-        packed, scales, shape = (file.get_tensor(part) for part in stored)
+    for name, dtype in quantized_dtypes(file).items():
+        part_names = [f"{name.removesuffix(WEIGHT)}.{suffix}" for suffix in PARTS]
+        names -= set(part_names)
+        packed, scales, shape = (file.get_tensor(part) for part in part_names)
         _rows, columns = shape.tolist()
         codes = unpack_bits(packed, bits, columns).short() - 2 ** (bits - 1)
         spread = scales.float().repeat_interleave(columns // scales.shape[1], dim=1)
@@ -85,12 +85,12 @@ def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
         yield name, file.get_tensor(name)
 
 
-def scales_of(file: OpenFile) -> dict[str, Tensor]:
-    """Scales [out, groups] of the quantised linears."""
-    modules = [name.removesuffix(WEIGHT) for name in quantized(file)]
+def read_scales(file: OpenFile) -> dict[str, Tensor]:
+    """Read the scales [out, groups] of the quantised linears."""
+    modules = [name.removesuffix(WEIGHT) for name in quantized_dtypes(file)]
     return {module: file.get_tensor(f"{module}.weight_scale") for module in modules}
 
 
 FORMAT = WeightFormat(
-    prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=scales_of
+    prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=read_scales
 )

@@ -1,6 +1,6 @@
-"""GPTQ, version 1 of its checkpoint format, symmetric: what AutoGPTQ wrote and everything that came after it reads.
+"""Version 1 of the GPTQ checkpoint format, symmetric: AutoGPTQ introduced it, and all its successors read it.
 
-A linear `P` of [out, in] in groups of G inputs and b bits is, with unsigned codes and the zero z = 2^(b-1):
+A linear `P` of [out, in] in groups of G inputs and b bits is stored, with unsigned codes and zero z = 2^(b-1), as:
 
     P.qweight  int32 [in*b/32, out]    codes, packed along the inputs
     P.qzeros   int32 [in/G, out*b/32]  z - 1, packed along the outputs (version 1 stores one less)
@@ -8,8 +8,8 @@ A linear `P` of [out, in] in groups of G inputs and b bits is, with unsigned cod
     P.g_idx    int32 [in]              the group of each input
     weight = (code - z) * scale, transposed
 
-Loaders on CPUs take groups of 32, 64 or 128 inputs. Any grid whose groups those divide is written in the largest of
-them that does: the same scale several times over.
+Loaders on CPUs accept groups of 32, 64 or 128 inputs. A grid whose group size is a multiple of one of these is written
+in the largest such groups: a scale is then repeated for the groups that share it.
 """
 
 import math
@@ -31,9 +31,9 @@ from mopcompress.formats.weight_format import (
     WeightFormat,
     check_linears,
     dtype_name,
-    on_grid,
-    plain,
-    quantized,
+    linear_on_grid,
+    quantized_dtypes,
+    store_unchanged,
 )
 from mopcompress.models.meta_model import MetaModel
 from mopcompress.models.quantization_grid import QuantizationGrid
@@ -44,24 +44,24 @@ WORD = 32
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def fit(grid: QuantizationGrid, skeleton: MetaModel) -> QuantizationGrid:
-    """The same grid in groups that loaders take."""
-    check_linears(grid, skeleton, "gptq")
+def fit(grid: QuantizationGrid, meta_model: MetaModel) -> QuantizationGrid:
+    """Return the same grid in groups that loaders accept. Raises `DataError` when there are none."""
+    check_linears(grid, meta_model, "gptq")
     if grid.bits not in BITS:
         raise DataError(f"--format gptq holds 2, 3, 4 or 8 bits, not {grid.bits}; choose --format compressed-tensors")
-    linears = {name: skeleton.linears[name] for name in grid.scales}
+    linears = {name: meta_model.linears[name] for name in grid.scales}
     for name, linear in linears.items():
         if linear.out_features * grid.bits % WORD:
             raise DataError(
                 f"--format gptq: {linear.out_features} outputs of {name} in {grid.bits} bits do not fill whole words; "
                 "choose --format compressed-tensors"
             )
-    shared = grid.group_size or math.gcd(*(linear.in_features for linear in linears.values()))
-    size = next((size for size in GROUPS if shared % size == 0), None)
+    shared_size = grid.group_size or math.gcd(*(linear.in_features for linear in linears.values()))
+    size = next((size for size in GROUPS if shared_size % size == 0), None)
     if size is None:
         raise DataError(
-            f"--format gptq holds groups of 32, 64 or 128 inputs, and none of these divides {shared}; quantize with "
-            "another group_size, or choose --format compressed-tensors"
+            f"--format gptq holds groups of 32, 64 or 128 inputs, and none of these divides {shared_size}; quantize "
+            "with another group_size, or choose --format compressed-tensors"
         )
     scales = {
         name: scale.repeat_interleave(linears[name].in_features // size // scale.shape[1], dim=1)
@@ -70,13 +70,13 @@ def fit(grid: QuantizationGrid, skeleton: MetaModel) -> QuantizationGrid:
     return replace(grid, group_size=size, scales=scales)
 
 
-def settings(grid: QuantizationGrid, skeleton: MetaModel) -> dict[str, Any]:
-    """Our keys of config.json; linears of the blocks that are not quantised are named to each loader in its way."""
-    in_blocks = [name for name in skeleton.linears if name.startswith(f"{skeleton.blocks}.")]
-    left_out = [name for name in in_blocks if name not in grid.scales]
+def settings(grid: QuantizationGrid, meta_model: MetaModel) -> dict[str, Any]:
+    """Return our keys of config.json, which list unquantised linears of the blocks in each loader's own form."""
+    in_blocks = [name for name in meta_model.linears if name.startswith(f"{meta_model.blocks}.")]
+    unquantized = [name for name in in_blocks if name not in grid.scales]
     subset = {
         "modules_in_block_to_quantize": [sorted(grid.scales)],  # transformers with optimum: suffixes of names
-        "dynamic": {f"-:^{re.escape(name)}$": {} for name in left_out},  # GPTQModel and vLLM: what not to touch
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in unquantized},  # GPTQModel and vLLM: linears to exclude
     }
     return {
         "quantization_config": {
@@ -91,37 +91,37 @@ def settings(grid: QuantizationGrid, skeleton: MetaModel) -> dict[str, Any]:
             "pack_dtype": "int32",
             "lm_head": False,
             "meta": {"quantizer": [f"mopcompress:{__version__}"]},
-            **(subset if left_out else {}),
+            **(subset if unquantized else {}),
         }
     }
 
 
 def encode(name: str, tensor: Tensor, grid: QuantizationGrid | None) -> EncodedTensor:
-    """A quantised weight as four tensors; any other tensor as it is."""
-    module = on_grid(name, grid)
+    """Store a quantised weight as four tensors, and any other tensor as it is."""
+    module = linear_on_grid(name, grid)
     if grid is None or module is None:
-        return plain(name, tensor)
+        return store_unchanged(name, tensor)
     scales = grid.scales[module]
     columns, groups = tensor.shape[1], scales.shape[1]
     zero = 2 ** (grid.bits - 1)
     unsigned = grid.codes(module, tensor).short() + zero
     zeros = torch.full((groups, len(tensor)), zero - 1, dtype=torch.uint8)
-    stored = {
+    parts = {
         "qweight": pack_bits(unsigned, grid.bits).T.contiguous(),
         "qzeros": pack_bits(zeros, grid.bits),
         "scales": scales.T.contiguous(),
         "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
     }
-    return EncodedTensor({f"{module}.{part}": one for part, one in stored.items()}, {name: dtype_name(tensor)})
+    return EncodedTensor({f"{module}.{suffix}": part for suffix, part in parts.items()}, {name: dtype_name(tensor)})
 
 
 def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense folder, by the formula above."""
+    """Return the tensors of the dense folder, by the formula above."""
     names = set(file.keys())
-    for name, dtype in quantized(file).items():
-        stored = [f"{name.removesuffix(WEIGHT)}.{part}" for part in PARTS]
-        names -= set(stored)
-        weight, zeros, scales, group = (file.get_tensor(part) for part in stored)
+    for name, dtype in quantized_dtypes(file).items():
+        part_names = [f"{name.removesuffix(WEIGHT)}.{suffix}" for suffix in PARTS]
+        names -= set(part_names)
+        weight, zeros, scales, group = (file.get_tensor(part) for part in part_names)
         codes = unpack_bits(weight.T.contiguous(), bits, len(group)).short()
         zeros = unpack_bits(zeros, bits, scales.shape[1]).short() + 1
         group = group.long()
@@ -130,12 +130,12 @@ def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
         yield name, file.get_tensor(name)
 
 
-def scales_of(file: OpenFile) -> dict[str, Tensor]:
-    """Scales [out, groups] of the quantised linears."""
-    modules = [name.removesuffix(WEIGHT) for name in quantized(file)]
+def read_scales(file: OpenFile) -> dict[str, Tensor]:
+    """Read the scales [out, groups] of the quantised linears."""
+    modules = [name.removesuffix(WEIGHT) for name in quantized_dtypes(file)]
     return {module: file.get_tensor(f"{module}.scales").T.contiguous() for module in modules}
 
 
 FORMAT = WeightFormat(
-    prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=scales_of
+    prefix="", needs_grid=True, fit=fit, settings=settings, encode=encode, decode=decode, scales=read_scales
 )

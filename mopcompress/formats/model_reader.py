@@ -1,6 +1,6 @@
-"""A model folder in any of our formats, tensor by tensor as it would be in a dense folder.
+"""A model folder in any of our formats, read and written tensor by tensor as a dense folder.
 
-Each weight file says in its header how it is laid out, so that nothing else is needed to read it.
+The header of each weight file names the file's format, so that nothing else is needed to read it.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mopcompress.errors import DataError, InputNotFoundError
-from mopcompress.formats import LAYOUTS
+from mopcompress.formats import FORMATS
 from mopcompress.formats.weight_format import OpenFile, dtype_name
 from mopcompress.models.quantization_grid import QuantizationGrid, read_grid
 from mopcompress.models.weight_files import SPARSE, weight_files
@@ -26,7 +26,7 @@ _WHOLE_ROW = "-1"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReader:
-    """The weights of a folder; `grid` is that of the quantised ones, wherever its scales are kept."""
+    """The weights of a folder, and the grid of the quantised ones, wherever its scales are stored."""
 
     format: str
     files: tuple[Path, ...]
@@ -34,79 +34,83 @@ class ModelReader:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weight files."""
+        """The bytes of the weight files."""
         return sum(path.stat().st_size for path in self.files)
 
     def dense_name(self, path: Path) -> str:
-        """What a weight file is called in a dense folder."""
-        return path.name.removeprefix(LAYOUTS[self.format].prefix)
+        """Return the name of a weight file in a dense folder."""
+        return path.name.removeprefix(FORMATS[self.format].prefix)
 
     def tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        """The dense tensors of one file, by name. Raises `DataError` when it is damaged."""
-        with opened(path) as file:
-            yield from LAYOUTS[self.format].decode(file, self.grid.bits if self.grid else 0)
+        """Return the names and dense tensors of a file. Raises `DataError` when it is damaged."""
+        with open_safetensors(path) as file:
+            yield from FORMATS[self.format].decode(file, self.grid.bits if self.grid else 0)
 
 
 def open_model(folder: Path) -> ModelReader:
-    """See how a folder's weights are stored. Raises `DataError` for a damaged one, `InputNotFoundError` for none."""
+    """Find the format of a folder's weights.
+
+    Raises `InputNotFoundError` for a folder without weights, and `DataError` when a file is damaged or files are in
+    different formats.
+    """
     files = tuple(sorted(folder.glob(f"{SPARSE}*.safetensors")) or weight_files(folder))
     if not files:
-        raise InputNotFoundError(f"model {folder}: no weight files there; name a Hugging Face folder, or an export")
-    headers = [header_of(path) for path in files]
+        raise InputNotFoundError(f"model {folder} has no weight files; name a Hugging Face folder, or an export")
+    headers = [read_header(path) for path in files]
     formats = {header.get(FORMAT, "dense") for header in headers}
-    if len(formats) > 1 or formats - LAYOUTS.keys():
+    if len(formats) > 1 or formats - FORMATS.keys():
         raise DataError(f"model {folder}: its files are in the formats {', '.join(sorted(formats))}; export it again")
     (format,) = formats
     if format == "dense":
         return ModelReader(format=format, files=files, grid=read_grid(folder))
-    return ModelReader(format=format, files=files, grid=_grid(format, files, headers[0]))
+    return ModelReader(format=format, files=files, grid=_read_scales(format, files, headers[0]))
 
 
-def _grid(format: str, files: tuple[Path, ...], header: dict[str, str]) -> QuantizationGrid | None:
+def _read_scales(format: str, files: tuple[Path, ...], header: dict[str, str]) -> QuantizationGrid | None:
     if BITS not in header:
         return None
     scales: dict[str, Tensor] = {}
     for path in files:
-        with opened(path) as file:
-            scales |= LAYOUTS[format].scales(file)
+        with open_safetensors(path) as file:
+            scales |= FORMATS[format].scales(file)
     size = header[GROUP_SIZE]
     return QuantizationGrid(bits=int(header[BITS]), group_size=None if size == _WHOLE_ROW else int(size), scales=scales)
 
 
 @dataclass
 class ByteCounts:
-    """Bytes of the tensors that a format stores otherwise than a dense folder does, there and here."""
+    """Bytes of the tensors that a format encodes: in a dense folder, and as stored."""
 
     dense: int = 0
     stored: int = 0
 
     def facts(self) -> dict[str, int]:
-        """For a manifest."""
+        """Return the counts under their names in a manifest."""
         return {"matrices_dense_bytes": self.dense, "matrices_bytes": self.stored}
 
 
 def write_file(
     path: Path, tensors: Iterable[tuple[str, Tensor]], format: str, grid: QuantizationGrid | None, sizes: ByteCounts
 ) -> list[str]:
-    """Write one weight file from dense tensors and add to `sizes`; returns the names of what is stored.
+    """Write a weight file from dense tensors, add to `sizes`, and return the sorted names of the stored tensors.
 
-    Memory: one dense tensor, and all of the file as it is stored.
+    Memory: a single dense tensor, and the whole file as it is stored.
     """
     stored: dict[str, Tensor] = {}
     header = _header(format, grid)
     for name, tensor in tensors:
-        encoded = LAYOUTS[format].encode(name, tensor, grid)
+        encoded = FORMATS[format].encode(name, tensor, grid)
         stored |= encoded.tensors
         header |= encoded.header
         if encoded.header:
             sizes.dense += tensor.nbytes
-            sizes.stored += sum(one.nbytes for one in encoded.tensors.values())
+            sizes.stored += sum(part.nbytes for part in encoded.tensors.values())
     save_file(stored, path, header)
     return sorted(stored)
 
 
 def _header(format: str, grid: QuantizationGrid | None) -> dict[str, str]:
-    """What a weight file says of all its tensors. A dense one has nothing of ours."""
+    """Return the entries of a file's header about all its tensors; a dense file has none of ours."""
     header = {"format": "pt"}
     if format == "dense":
         return header
@@ -117,26 +121,26 @@ def _header(format: str, grid: QuantizationGrid | None) -> dict[str, str]:
 
 
 def tensor_hashes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """A hash of each tensor: its dtype, shape and numbers. The sign of a zero is no part of them."""
+    """Return the `tensor_hash` of each tensor, by name."""
     return {name: tensor_hash(tensor) for name, tensor in tensors}
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256, hexadecimal."""
+    """Return the SHA-256 of a tensor's dtype, shape and numbers, hexadecimal; the sign of a zero does not count."""
     numbers = tensor + 0 if tensor.is_floating_point() and tensor.dtype.itemsize > 1 else tensor
-    about = f"{dtype_name(tensor)} {list(tensor.shape)} ".encode()
-    return hashlib.sha256(about + numbers.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    prefix = f"{dtype_name(tensor)} {list(tensor.shape)} ".encode()
+    return hashlib.sha256(prefix + numbers.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def header_of(path: Path) -> dict[str, str]:
-    """The header of a file. Raises `DataError` when it is damaged."""
-    with opened(path) as file:
+def read_header(path: Path) -> dict[str, str]:
+    """Read the header of a file. Raises `DataError` when it is damaged."""
+    with open_safetensors(path) as file:
         return file.metadata() or {}
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[OpenFile]:
-    """A safetensors file; whatever is wrong with what it holds is a `DataError` that names it."""
+def open_safetensors(path: Path) -> Iterator[OpenFile]:
+    """Open a safetensors file; any error inside the `with` block becomes a `DataError` that names the file."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

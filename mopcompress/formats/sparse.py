@@ -1,16 +1,17 @@
-"""Our sparse container: for each matrix where its survivors are, and the survivors.
+"""Our sparse container: per matrix, the positions and the values of its survivors (weights that are not zero).
 
-A file is safetensors. A matrix `N` that is smaller so is not there by its own name but as
+A file is safetensors. A matrix `N` that becomes smaller is not stored under its own name but as
 
-    N.bitmask  uint8 [rows, ceil(columns/8)]  a bit a place                      | or
-    N.gaps     int32 [words]                  distances, in 3 to 8 bits          | or neither: all places
-    N.values   the survivors, in row order, in the dtype they had                | or
-    N.codes    int32 [words]                  the same as integers of the grid's bits, + 2^(bits-1)
+    N.bitmask  uint8 [rows, ceil(columns/8)]  one bit per position               | or
+    N.gaps     int32 [words]                  gaps, in 3 to 8 bits               | or neither: all positions
+    N.values   the survivors, in row order, in the dtype of the matrix           | or
+    N.codes    int32 [words]                  the survivors as integers of the grid's bits, + 2^(bits-1)
     N.scales   fp16  [out, groups]            the grid's scales
 
-whichever is smallest, and the header's entry `N` says the rest as JSON. `packing` defines bits and gaps. Every other
-tensor is there as it was. Nothing is ever rounded: codes are only for weights that lie on a grid already. (Experts that
-the files call otherwise than the network, as Mixtral's, are stored as values: their grid is not found.)
+whichever is smallest, with the rest as JSON in the header's entry `N`. `packing` defines bits and gaps. Every other
+tensor is stored unchanged. Nothing is ever rounded: only weights that lie on a grid already are stored as codes.
+(Experts whose names in the files differ from those in the network, such as Mixtral's, are stored as values, because
+their grid is not found.)
 """
 
 import json
@@ -24,15 +25,23 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mopcompress.formats.packing import (
-    gaps_of,
+    decode_gaps,
+    encode_gaps,
     narrowest_gaps,
     pack_bits,
     pack_mask,
-    places_of,
     unpack_bits,
     unpack_mask,
 )
-from mopcompress.formats.weight_format import WEIGHT, EncodedTensor, OpenFile, WeightFormat, dtype_name, on_grid, plain
+from mopcompress.formats.weight_format import (
+    WEIGHT,
+    EncodedTensor,
+    OpenFile,
+    WeightFormat,
+    dtype_name,
+    linear_on_grid,
+    store_unchanged,
+)
 from mopcompress.models.meta_model import MetaModel
 from mopcompress.models.quantization_grid import QuantizationGrid
 from mopcompress.models.weight_files import SPARSE
@@ -40,101 +49,106 @@ from mopcompress.models.weight_files import SPARSE
 PARTS = ("bitmask", "gaps", "values", "codes", "scales")
 
 
-def fit(grid: QuantizationGrid, skeleton: MetaModel) -> QuantizationGrid:
-    """Any grid can be held; GPT-2's Conv1D is noted, whose scales go with its columns."""
-    return replace(grid, transposed=skeleton.transposed.intersection(grid.scales))
+def fit(grid: QuantizationGrid, meta_model: MetaModel) -> QuantizationGrid:
+    """Return the same grid with the names of transposed linears (GPT-2's Conv1D), whose columns share scales."""
+    return replace(grid, transposed=meta_model.transposed.intersection(grid.scales))
 
 
 def encode(name: str, tensor: Tensor, grid: QuantizationGrid | None) -> EncodedTensor:
-    """The smallest of the ways to store a tensor."""
+    """Store a tensor in the smallest of the ways."""
     if tensor.ndim < 2 or not tensor.is_floating_point():
-        return plain(name, tensor)
-    module = on_grid(name, grid)
+        return store_unchanged(name, tensor)
+    module = linear_on_grid(name, grid)
     if grid is not None and module is not None:
         codes = grid.codes(module, tensor)
-        places, facts = _places(codes != 0, grid.bits)
-        kept = codes[codes != 0] if places else codes.flatten()
+        positions, entry = _encode_positions(codes != 0, grid.bits)
+        survivors = codes[codes != 0] if positions else codes.flatten()
         values = {
-            "codes": pack_bits(kept[None].short() + 2 ** (grid.bits - 1), grid.bits)[0],
+            "codes": pack_bits(survivors[None].short() + 2 ** (grid.bits - 1), grid.bits)[0],
             "scales": grid.scales[module].contiguous(),
         }
-        facts["transposed"] = module in grid.transposed
+        entry["transposed"] = module in grid.transposed
     else:
         matrix = tensor.reshape(-1, tensor.shape[-1])
-        survives = _has_a_bit(matrix)
-        places, facts = _places(survives, 8 * tensor.dtype.itemsize)
-        if not places:
-            return plain(name, tensor)
-        values = {"values": matrix[survives]}
-    facts |= {"shape": list(tensor.shape), "dtype": dtype_name(tensor)}
-    parts = {f"{name}.{part}": one for part, one in (places | values).items()}
-    return EncodedTensor(parts, {name: json.dumps(facts)})
+        mask = _is_survivor(matrix)
+        positions, entry = _encode_positions(mask, 8 * tensor.dtype.itemsize)
+        if not positions:
+            return store_unchanged(name, tensor)
+        values = {"values": matrix[mask]}
+    entry |= {"shape": list(tensor.shape), "dtype": dtype_name(tensor)}
+    tensors = {f"{name}.{suffix}": part for suffix, part in (positions | values).items()}
+    return EncodedTensor(tensors, {name: json.dumps(entry)})
 
 
-def _places(survives: Bool[Tensor, "rows columns"], value_bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Where the survivors are, in the fewest bits, and what to know of it; all places when the zeros cost fewer."""
-    packed = pack_mask(survives)
-    gap_bits, gaps_size = narrowest_gaps(survives.flatten())
-    zeros = survives.numel() - int(survives.sum())
+def _encode_positions(mask: Bool[Tensor, "rows columns"], value_bits: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Store the positions of the survivors in the fewest bits; returns the tensor, if any, and entries for the header.
+
+    When storing the zeros costs fewer bits than their positions, there is no tensor and all positions have values.
+    """
+    packed = pack_mask(mask)
+    gap_bits, gaps_size = narrowest_gaps(mask.flatten())
+    zeros = mask.numel() - int(mask.sum())
     sizes = {"all": value_bits * zeros, "bitmask": 8 * packed.numel(), "gaps": gaps_size}
-    way = min(sizes, key=lambda way: sizes[way])
-    if way == "gaps":
-        steps = gaps_of(survives.flatten(), gap_bits)
-        facts = {"places": way, "gap_bits": gap_bits, "steps": len(steps)}
-        return {"gaps": pack_bits(steps[None], gap_bits)[0]}, facts
-    return {"bitmask": packed} if way == "bitmask" else {}, {"places": way}
+    smallest = min(sizes, key=lambda way: sizes[way])
+    if smallest == "gaps":
+        steps = encode_gaps(mask.flatten(), gap_bits)
+        entry = {"places": smallest, "gap_bits": gap_bits, "steps": len(steps)}
+        return {"gaps": pack_bits(steps[None], gap_bits)[0]}, entry
+    return {"bitmask": packed} if smallest == "bitmask" else {}, {"places": smallest}
 
 
 def decode(file: OpenFile, bits: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense folder."""
+    """Return the tensors of the dense folder."""
     header = file.metadata() or {}
-    left = set(file.keys())
+    remaining = set(file.keys())
     for name in sorted(header):
-        parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in left}
+        parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in remaining}
         if parts:
-            left -= {f"{name}.{part}" for part in parts}
-            yield name, _decoded(json.loads(header[name]), parts, bits)
-    for name in sorted(left):
+            remaining -= {f"{name}.{part}" for part in parts}
+            yield name, _decode_matrix(json.loads(header[name]), parts, bits)
+    for name in sorted(remaining):
         yield name, file.get_tensor(name)
 
 
-def _decoded(facts: dict[str, Any], parts: dict[str, Tensor], bits: int) -> Tensor:
-    *outer, columns = facts["shape"]
+def _decode_matrix(entry: dict[str, Any], parts: dict[str, Tensor], bits: int) -> Tensor:
+    *outer, columns = entry["shape"]
     rows = math.prod(outer)
-    shape = (columns, rows) if facts.get("transposed") else (rows, columns)
-    survives = _survivors(facts, parts, shape)
-    dtype = getattr(torch, facts["dtype"])
+    shape = (columns, rows) if entry.get("transposed") else (rows, columns)
+    mask = _decode_positions(entry, parts, shape)
+    dtype = getattr(torch, entry["dtype"])
     if "values" in parts:
         matrix = torch.zeros(shape, dtype=dtype)
-        matrix[survives] = parts["values"]
-        return matrix.view(facts["shape"])
+        matrix[mask] = parts["values"]
+        return matrix.view(entry["shape"])
     codes = torch.zeros(shape)
-    unsigned = unpack_bits(parts["codes"][None], bits, int(survives.sum()))[0]
-    codes[survives] = unsigned.float() - 2 ** (bits - 1)
+    unsigned = unpack_bits(parts["codes"][None], bits, int(mask.sum()))[0]
+    codes[mask] = unsigned.float() - 2 ** (bits - 1)
     spread = parts["scales"].float().repeat_interleave(shape[1] // parts["scales"].shape[1], dim=1)
     matrix = (codes * spread).to(dtype)
-    return (matrix.T if facts["transposed"] else matrix).contiguous()
+    return (matrix.T if entry["transposed"] else matrix).contiguous()
 
 
-def _survivors(facts: dict[str, Any], parts: dict[str, Tensor], shape: tuple[int, int]) -> Bool[Tensor, "rows columns"]:
-    if facts["places"] == "all":
+def _decode_positions(
+    entry: dict[str, Any], parts: dict[str, Tensor], shape: tuple[int, int]
+) -> Bool[Tensor, "rows columns"]:
+    if entry["places"] == "all":
         return torch.ones(shape, dtype=torch.bool)
-    if facts["places"] == "bitmask":
+    if entry["places"] == "bitmask":
         return unpack_mask(parts["bitmask"], shape[1])
-    steps = unpack_bits(parts["gaps"][None], facts["gap_bits"], facts["steps"])[0]
-    survives = torch.zeros(math.prod(shape), dtype=torch.bool)
-    survives[places_of(steps, facts["gap_bits"])] = True
-    return survives.view(shape)
+    steps = unpack_bits(parts["gaps"][None], entry["gap_bits"], entry["steps"])[0]
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+    mask[decode_gaps(steps, entry["gap_bits"])] = True
+    return mask.view(shape)
 
 
-def scales_of(file: OpenFile) -> dict[str, Tensor]:
-    """Scales [out, groups] of the linears that are on a grid."""
+def read_scales(file: OpenFile) -> dict[str, Tensor]:
+    """Read the scales [out, groups] of the linears that are on a grid."""
     suffix = f"{WEIGHT}.scales"
     return {name.removesuffix(suffix): file.get_tensor(name) for name in file.keys() if name.endswith(suffix)}  # noqa: SIM118
 
 
-def _has_a_bit(matrix: Tensor) -> Bool[Tensor, "rows columns"]:
-    """Where a number is not +0.0: minus zero survives, so that every bit comes back."""
+def _is_survivor(matrix: Tensor) -> Bool[Tensor, "rows columns"]:
+    """Mark numbers other than +0.0: minus zero survives, so that every bit comes back."""
     raw = matrix.contiguous().view(torch.uint8)
     return raw.view(*matrix.shape, matrix.dtype.itemsize).bool().any(-1)
 
@@ -143,8 +157,8 @@ FORMAT = WeightFormat(
     prefix=SPARSE,
     needs_grid=False,
     fit=fit,
-    settings=lambda _grid, _skeleton: {},
+    settings=lambda _grid, _meta_model: {},
     encode=encode,
     decode=decode,
-    scales=scales_of,
+    scales=read_scales,
 )

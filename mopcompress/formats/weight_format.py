@@ -1,4 +1,4 @@
-"""What every format says of itself, and the dense one, which has nothing to say."""
+"""The functions that make up a format, and the dense format, which leaves every tensor as it is."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ WEIGHT = ".weight"
 
 @runtime_checkable
 class OpenFile(Protocol):
-    """A safetensors file that is open."""
+    """An open safetensors file."""
 
     def keys(self) -> list[str]: ...
 
@@ -27,7 +27,7 @@ class OpenFile(Protocol):
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """One weight as its format stores it: tensors, and entries of the file's header."""
+    """A weight as its format stores it: tensors, and entries of the file's header."""
 
     tensors: Mapping[str, Tensor]
     header: Mapping[str, str]
@@ -35,15 +35,15 @@ class EncodedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """One format.
+    """The functions of a format.
 
-    `fit` gives the grid as the format can hold it, which is the same numbers, or raises `DataError` saying what cannot
-    be held. `settings` are our keys of `config.json`. `encode` takes a tensor by its name in a dense folder; `decode`
-    gives a file's tensors as they are in a dense folder (taking the grid's bits, 0 without a grid), and `scales` the
-    scales [out, groups] of its linears that are on a grid.
+    `fit` returns the grid in a form that the format can hold, with the same numbers, or raises `DataError`. `settings`
+    returns our keys of `config.json`. `encode` takes a tensor and its name in a dense folder. `decode` takes a file and
+    the grid's bits (0 without a grid) and returns the tensors of the dense folder. `scales` returns the scales
+    [out, groups] of a file's linears that are on a grid.
     """
 
-    prefix: str  # what stands before the name of a dense weight file
+    prefix: str  # put before the name of a dense weight file
     needs_grid: bool
     fit: Callable[[QuantizationGrid, MetaModel], QuantizationGrid]
     settings: Callable[[QuantizationGrid, MetaModel], dict[str, Any]]
@@ -52,33 +52,35 @@ class WeightFormat:
     scales: Callable[[OpenFile], dict[str, Tensor]]
 
 
-def plain(name: str, tensor: Tensor) -> EncodedTensor:
-    """A tensor that stays as it is."""
+def store_unchanged(name: str, tensor: Tensor) -> EncodedTensor:
+    """Store a tensor as it is."""
     return EncodedTensor({name: tensor.contiguous()}, {})
 
 
-def on_grid(name: str, grid: QuantizationGrid | None) -> str | None:
-    """The linear whose weight the tensor `name` is, if it lies on the grid."""
+def linear_on_grid(name: str, grid: QuantizationGrid | None) -> str | None:
+    """Return the name of the linear whose weight is called `name`; None when it is not on the grid."""
     module = name.removesuffix(WEIGHT)
     return module if grid is not None and name != module and module in grid.scales else None
 
 
-def quantized(file: OpenFile) -> dict[str, torch.dtype]:
-    """The dense names and dtypes of a file's quantised weights, as `encode` notes them in the header."""
+def quantized_dtypes(file: OpenFile) -> dict[str, torch.dtype]:
+    """Return the dense names and dtypes of a file's quantised weights, which `encode` puts into the header."""
     header = sorted((file.metadata() or {}).items())
     return {name: getattr(torch, dtype) for name, dtype in header if name.endswith(WEIGHT)}
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """`float16`, for example."""
+    """Return the name of a tensor's dtype, for example `float16`."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def check_linears(grid: QuantizationGrid, skeleton: MetaModel, format: str) -> None:
-    """Raise `DataError` when something is on the grid that is no `nn.Linear`."""
-    other = [name for name in grid.scales if name not in skeleton.linears]
-    if other:
-        raise DataError(f"--format {format} holds nn.Linear alone, and {other[0]} is none; choose --format sparse")
+def check_linears(grid: QuantizationGrid, meta_model: MetaModel, format: str) -> None:
+    """Raise `DataError` when a module on the grid is no `nn.Linear`."""
+    others = [name for name in grid.scales if name not in meta_model.linears]
+    if others:
+        raise DataError(
+            f"--format {format} holds nn.Linear alone, and {others[0]} is another module; choose --format sparse"
+        )
 
 
 def _decode(file: OpenFile, _bits: int) -> Iterator[tuple[str, Tensor]]:
@@ -89,9 +91,9 @@ def _decode(file: OpenFile, _bits: int) -> Iterator[tuple[str, Tensor]]:
 DENSE = WeightFormat(
     prefix="",
     needs_grid=False,
-    fit=lambda grid, _skeleton: grid,
-    settings=lambda _grid, _skeleton: {},
-    encode=lambda name, tensor, _grid: plain(name, tensor),
+    fit=lambda grid, _meta_model: grid,
+    settings=lambda _grid, _meta_model: {},
+    encode=lambda name, tensor, _grid: store_unchanged(name, tensor),
     decode=_decode,
     scales=lambda _file: {},
 )

@@ -17,24 +17,25 @@ from mopcompress.models.streaming import StreamedModel
 def open_dense_weights(
     folder: Path, tokenizer: PreTrainedTokenizerBase, *, device: torch.device
 ) -> Callable[[str], Float[Tensor, "out in"]]:
-    """The weight of a linear of the blocks by its dotted name, in fp32, with its repair if it has one.
+    """Return a function that reads the weight of a linear by its dotted name, in fp32, with its repair if it has one.
 
-    One block at a time is read, so ask in order. Raises `DataError`, as what is given does, for what is not there.
+    It reads one block at a time, so call it in the order of the blocks. Both raise `DataError` when the folder does
+    not hold what is asked for.
     """
     streamed = StreamedModel(folder, tokenizer, torch.zeros(1, dtype=torch.long), device=device)
     repairs = read_repairs(folder)
     network, blocks = streamed.model.network, f"{streamed.model.blocks_prefix()}."
 
-    def weight(name: str) -> Float[Tensor, "out in"]:
+    def read_weight(name: str) -> Float[Tensor, "out in"]:
         try:
             linear = network.get_submodule(name)
-            streamed.hold(int(name.removeprefix(blocks).partition(".")[0]))
+            streamed.load_block(int(name.removeprefix(blocks).partition(".")[0]))
         except (AttributeError, ValueError) as error:
             raise DataError(f"model {folder} has no linear {name}; name the right --teacher") from error
-        own = weight_of(linear)
+        weight = weight_of(linear)
         if name not in repairs:
-            return own
+            return weight
         repair = repairs[name]
-        return own + (repair.up.to(own) @ repair.down.to(own))
+        return weight + (repair.up.to(weight) @ repair.down.to(weight))
 
-    return weight
+    return read_weight

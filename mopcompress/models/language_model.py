@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mopcompress.errors import DataError
 from mopcompress.models.attention import NAME, record_kv
+from mopcompress.models.families import ROTARY
 from mopcompress.models.modules import forward_hooks
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -176,12 +177,12 @@ class LanguageModel:
         outputs: list[object] = []
         above = [BlockPlaceholder(block, gives_tuple=False) for block in self.blocks[1:]]
 
-        def note(_block: nn.Module, _inputs: object, output: object) -> None:
+        def record_output(_block: nn.Module, _inputs: object, output: object) -> None:
             outputs.append(output)
-            for standin in above:
-                standin.gives_tuple = isinstance(output, tuple)
+            for placeholder in above:
+                placeholder.gives_tuple = isinstance(output, tuple)
 
-        with torch.no_grad(), forward_hooks([self.blocks[0]], note), record_kv() as recording:
+        with torch.no_grad(), forward_hooks([self.blocks[0]], record_output), record_kv() as recording:
             tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             self._decoder([self.blocks[0], *above])(input_ids=tokens, use_cache=False)
         return isinstance(outputs[0], tuple), bool(recording)
@@ -221,7 +222,7 @@ class _FixedDecoderOutput(nn.Module):
 
 
 class _HiddenStates(BaseModelOutputWithPast):
-    """Hidden states alone: anything else that a family's head reads from its decoder, such as router logits, is None."""
+    """Hidden states alone: all else that a family's head reads from its decoder, such as router logits, is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):

@@ -1,4 +1,4 @@
-"""What a network is made of, without its weights."""
+"""A network on the meta device: the names and shapes of its linears, without weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class MetaModel:
 
 
 def load_meta_model(folder: Path) -> MetaModel:
-    """The skeleton of a folder's network. Raises `DataError` when its config cannot be loaded."""
+    """Build the network of a folder without weights. Raises `DataError` when its config cannot be loaded."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):

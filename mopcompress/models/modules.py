@@ -1,4 +1,4 @@
-"""Access to the modules of a network: the weights of linears as [out, in], and modules that replace others."""
+"""Modules of a network: weights of linears as [out, in], hooks for a while, and modules replaced for a while."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,8 @@
-"""Linears that compute from their survivors alone, with `torch.sparse_csr`, on CPUs.
+"""Linears that compute from packed or sparse weights. They serve inference only: their weights cannot be trained.
 
-Worth it where few are left: faster than the dense product at 95 % sparsity, slower at 50 %, and the more tokens there
-are at once the more must be gone. `benchmarks/csr_runtime.py` measures it. For inference: the weights are not trained.
+`SparseLinear` multiplies the non-zero weights alone, with `torch.sparse_csr`, on CPUs. It is faster than the dense
+product at 95 % sparsity and slower at 50 %; the more tokens are computed at once, the higher the sparsity at which it
+pays. `benchmarks/csr_runtime.py` measures both.
 """
 
 import warnings
@@ -14,7 +15,7 @@ from mopcompress.models.repair import add_repair, repair_of
 
 
 class SparseLinear(nn.Module):
-    """Takes the place of an `nn.Linear`; the same numbers up to the order of summation."""
+    """An `nn.Linear` computed from its non-zero weights: equal to it up to the order of summation."""
 
     weight: Tensor
 
@@ -35,16 +36,16 @@ class SparseLinear(nn.Module):
 
 
 def use_sparse_linears(network: nn.Module, *, sparsity: float) -> int:
-    """Replace, in place, every `nn.Linear` with at least this share of zeros; returns how many were replaced."""
-    chosen = {
+    """Replace, in place, every `nn.Linear` with at least this fraction of zeros, and return their number."""
+    linears = {
         name: module
         for name, module in network.named_modules()
         if type(module) is nn.Linear and float((module.weight == 0).float().mean()) >= sparsity
     }
-    for name, linear in chosen.items():
+    for name, linear in linears.items():
         parent, _, child = name.rpartition(".")
         sparse, repair = SparseLinear(linear), repair_of(linear)
         if repair is not None:
             add_repair(sparse, LowRankFactors(repair.up, repair.down))
         setattr(network.get_submodule(parent), child, sparse)
-    return len(chosen)
+    return len(linears)

@@ -1,7 +1,7 @@
-"""`grid.safetensors`: the scales of the quantised linears, beside their dense weights.
+"""The file `grid.safetensors`: the scales of the quantised linears, next to their dense weights.
 
-For each quantised linear `<dotted name>.scales`, fp16 [out, groups]; bits and group size stand in the header. With them
-`codes_of` gives back the integers exactly, so that an export needs no second rounding.
+It holds `<dotted name>.scales`, fp16 [out, groups], for each quantised linear; bits and group size are in the header.
+With them `extract_codes` returns the integers exactly, so that an export needs no second rounding.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _SUFFIX, _WHOLE_ROW = ".scales", "-1"
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationGrid:
-    """A symmetric grid: every weight of a linear in `scales` is an integer of `bits` bits times its group's scale."""
+    """A symmetric grid: a weight of a linear in `scales` is an integer of `bits` bits times the scale of its group."""
 
     bits: int
     group_size: int | None  # consecutive inputs that share a scale; None: the whole row
@@ -30,9 +30,9 @@ class QuantizationGrid:
     transposed: frozenset[str] = frozenset()  # linears whose weight is [in, out], as GPT-2's Conv1D stores it
 
     def codes(self, name: str, weight: Float[Tensor, "rows columns"]) -> Int[Tensor, "out in"]:
-        """The integers of a linear's stored weight. Raises `DataError` naming it when it is not on the grid."""
+        """Return the integers of a linear's stored weight. Raises `DataError` when the weight is not on the grid."""
         try:
-            return codes_of(weight.T if name in self.transposed else weight, self.scales[name], bits=self.bits)
+            return extract_codes(weight.T if name in self.transposed else weight, self.scales[name], bits=self.bits)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
 
@@ -45,14 +45,14 @@ def write_grid(path: Path, scales: Mapping[str, Tensor], *, bits: int, group_siz
 
 
 def read_grid(folder: Path) -> QuantizationGrid | None:
-    """The grid of a compressed folder; None when it has none. Raises `DataError` when the file is damaged."""
+    """Read the grid of a compressed folder; None when it has none. Raises `DataError` when the file is damaged."""
     path = folder / FILE
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            bits, size = int(facts["bits"]), int(facts["group_size"])
+            metadata = file.metadata() or {}
+            bits, size = int(metadata["bits"]), int(metadata["group_size"])
             scales = {name.removesuffix(_SUFFIX): file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); make the folder again") from error
@@ -62,12 +62,12 @@ def read_grid(folder: Path) -> QuantizationGrid | None:
     return QuantizationGrid(bits=bits, group_size=None if size == -1 else size, scales=scales)
 
 
-def codes_of(
+def extract_codes(
     weight: Float[Tensor, "out in"], scales: Float[Tensor, "rows groups"], *, bits: int
 ) -> Int[Tensor, "out in"]:
-    """The integers of a weight that lies on a grid, as int8; fp16, bf16 and fp32 weights all hold them exactly.
+    """Return the integers of a weight on a grid, as int8; fp16, bf16 and fp32 weights all represent them exactly.
 
-    Raises `DataError` when the weight is not what these scales and any codes of `bits` bits give.
+    Raises `DataError` when no codes of `bits` bits give the weight with these scales.
     """
     rows, columns = weight.shape
     if len(scales) != rows or columns % scales.shape[1]:

@@ -1,8 +1,8 @@
-"""`repair.safetensors`: low-rank matrices beside compressed linears, y = W_c x + B (A x).
+"""The file `repair.safetensors`: low-rank repairs of compressed linears, y = W_c x + B (A x).
 
-For each repaired linear `<dotted name>.B` [out, rank] and `<dotted name>.A` [rank, in], in the weights' dtype. They are
-computed beside the linear and never merged into its weight: zeros stay zeros, and integers stay on their grid. Stock
-loaders know nothing of the file, and load the compressed model without it.
+It holds `<dotted name>.B` [out, rank] and `<dotted name>.A` [rank, in] for each repaired linear, in the weights' dtype.
+A repair is added to the linear's outputs and never merged into its weight: zeros stay zeros, and integers stay on
+their grid. Stock loaders ignore the file and load the compressed model without it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,16 @@ from torch.utils.hooks import RemovableHandle
 
 from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError
-from mopcompress.models.experts import call_one_by_one, named_linears, unstacked
+from mopcompress.models.experts import call_experts_separately, named_linears, unstack_experts
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, weight_of
 from mopcompress.models.weight_files import REPAIR
 
-_PLACE = "repair"  # the submodule of a linear
+_CHILD = "repair"  # the submodule of a linear
 
 
 class LowRankRepair(nn.Module):
-    """x -> B (A x). Its matrices are no part of the network's own weights: not trained, not in its state."""
+    """The product B (A x). Its matrices are neither trained nor part of the network's state dict."""
 
     up: Tensor
     down: Tensor
@@ -46,51 +46,51 @@ class LowRankRepair(nn.Module):
 
 
 RepairsByName = Mapping[str, LowRankFactors]
-"""By the dotted name of the linear."""
+"""The repairs of a model by the dotted name of the linear."""
 
 
 def add_repair(linear: nn.Module, factors: LowRankFactors) -> RemovableHandle:
-    """Add the repair to the linear's outputs from now on, in place; weight, name and state stay as they are."""
-    linear.add_module(_PLACE, LowRankRepair(factors.up, factors.down))
-    return linear.register_forward_hook(_add)
+    """Add the repair to the linear's outputs from now on, in place; its weight, name and state dict stay the same."""
+    linear.add_module(_CHILD, LowRankRepair(factors.up, factors.down))
+    return linear.register_forward_hook(_add_output)
 
 
 @contextmanager
 def temporary_repair(linear: Linear, factors: LowRankFactors) -> Iterator[None]:
-    """Inside the block, the repair is added to the linear's outputs."""
+    """Add the repair to the linear's outputs inside the `with` block only."""
     handle = add_repair(linear, factors)
     try:
         yield
     finally:
         handle.remove()
-        delattr(linear, _PLACE)
+        delattr(linear, _CHILD)
 
 
 def repair_of(linear: nn.Module) -> LowRankRepair | None:
-    """What stands beside a linear; None when nothing does."""
-    return linear._modules.get(_PLACE)  # type: ignore[return-value]
+    """Return the repair of a linear; None when it has none."""
+    return linear._modules.get(_CHILD)  # type: ignore[return-value]
 
 
 def attach_repairs(model: LanguageModel, repairs: RepairsByName) -> None:
-    """Put repairs beside the model's linears, in place; stacked experts are called one by one from then on.
+    """Add repairs to the model's linears, in place; stacked experts are called separately from then on.
 
-    Raises `DataError` when a name is no linear of the blocks, or a repair does not fit it.
+    Raises `DataError` when a name is no linear of the blocks, or when a repair does not fit its linear.
     """
-    left = dict(repairs)
+    remaining = dict(repairs)
     for index, block in enumerate(model.blocks):
-        experts = unstacked(block)
+        experts = unstack_experts(block)
         for linear, name in named_linears(block, experts, f"{model.blocks_prefix()}.{index}").items():
-            repair = left.pop(name, None)
+            repair = remaining.pop(name, None)
             if repair is None:
                 continue
             shape = (len(repair.up), repair.down.shape[1])
             if shape != tuple(weight_of(linear).shape):
-                raise DataError(f"{REPAIR}: {name} is {tuple(weight_of(linear).shape)}, and its repair {shape}")
+                raise DataError(f"{REPAIR}: {name} is {tuple(weight_of(linear).shape)}, but its repair {shape}")
             add_repair(linear, repair.rounded(linear.weight.dtype))
             linear.to(linear.weight.device)
-        call_one_by_one({name: found for name, found in experts.items() if any(map(_is_repaired, found[1]))})
-    if left:
-        raise DataError(f"{REPAIR}: the model has no linear {min(left)}; make the folder again")
+        call_experts_separately({name: stack for name, stack in experts.items() if any(map(_is_repaired, stack[1]))})
+    if remaining:
+        raise DataError(f"{REPAIR}: the model has no linear {min(remaining)}; make the folder again")
 
 
 def write_repairs(path: Path, repairs: RepairsByName) -> None:
@@ -99,7 +99,7 @@ def write_repairs(path: Path, repairs: RepairsByName) -> None:
 
 
 def read_repairs(folder: Path) -> dict[str, LowRankFactors]:
-    """The repairs of a folder; none when it has no file of them. Raises `DataError` when the file is damaged."""
+    """Read the repairs of a folder; an empty dict when it has none. Raises `DataError` when the file is damaged."""
     path = folder / REPAIR
     if not path.exists():
         return {}
@@ -114,14 +114,14 @@ def read_repairs(folder: Path) -> dict[str, LowRankFactors]:
 
 
 def repairs_to_tensors(repairs: RepairsByName) -> dict[str, Tensor]:
-    """Both matrices of each, as the file names them."""
-    found = {f"{name}.B": one.up for name, one in repairs.items()}
-    found |= {f"{name}.A": one.down for name, one in repairs.items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+    """Return both matrices of each repair under their names in the file."""
+    tensors = {f"{name}.B": repair.up for name, repair in repairs.items()}
+    tensors |= {f"{name}.A": repair.down for name, repair in repairs.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def repairs_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, LowRankFactors]:
-    """Return the repairs of a file. Raises `ValueError` when they are no pairs of matrices that fit."""
+    """Return the repairs of a file's tensors. Raises `ValueError` when they are not pairs of fitting matrices."""
     names = sorted({name[: -len(".B")] for name in tensors})
     if {f"{name}.{part}" for name in names for part in "AB"} != tensors.keys():
         raise ValueError("not a B and an A for each linear")
@@ -136,7 +136,7 @@ def _is_repaired(expert: object) -> bool:
     return any(repair_of(linear) is not None for linear in vars(expert).values())
 
 
-def _add(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_output(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     repair = repair_of(linear)
     assert repair is not None  # for mypy: the hook comes and goes with it
     return output + repair(inputs[0])

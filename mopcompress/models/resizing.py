@@ -1,7 +1,8 @@
-"""Where decoder blocks keep their MLP channels and attention heads, and how a configuration says how many there are.
+"""MLP channels and attention heads of decoder blocks as removable groups, and their numbers in a configuration.
 
-Blocks are known by the names of their matrices, whatever the model is called. Whether a family's own code can build a
-model with other numbers is not looked up but tried: a twin without memory is built from the changed configuration.
+Blocks are recognised by the names of their matrices, whatever the model is called. Whether a family's own code can
+build a model with other numbers is tried, not looked up: a resized network without memory is built from the changed
+configuration.
 """
 
 import json
@@ -24,10 +25,10 @@ from mopcompress.models.modules import Linear, set_weight, weight_of
 
 @dataclass(frozen=True)
 class PrunableGroups:
-    """The matrices of a block around its MLP channels or its heads, cut into equal groups that stay or go whole.
+    """The matrices of a block that write and read its MLP channels or its heads, in equal groups to keep or remove.
 
-    `segments` are the row counts of what each writer stacks, such as gate and up, or q, k and v: each is `groups`
-    groups of consecutive rows.
+    `segments` are, per writer, the row counts of the matrices that it stacks, such as gate and up, or q, k and v. Each
+    segment is `groups` groups of consecutive rows.
     """
 
     name: str  # of the reader
@@ -36,48 +37,54 @@ class PrunableGroups:
     groups: int
     segments: tuple[tuple[int, ...], ...]
 
-    def cut_writers(self, kept: Int[Tensor, " groups_kept"]) -> None:
-        """Leave only the rows of these groups, in place."""
+    def cut_writers(self, survivors: Int[Tensor, " survivors"]) -> None:
+        """Remove the rows of all other groups from the writers, in place."""
         for writer, segments in zip(self.writers, self.segments, strict=True):
-            rows = torch.arange(sum(segments), device=kept.device).split(segments)
-            left = torch.cat([segment.view(self.groups, -1)[kept].flatten() for segment in rows])
-            bias = None if writer.bias is None else writer.bias[left]
-            set_weight(writer, weight_of(writer)[left], bias)
+            segment_rows = torch.arange(sum(segments), device=survivors.device).split(segments)
+            rows = torch.cat([segment.view(self.groups, -1)[survivors].flatten() for segment in segment_rows])
+            bias = None if writer.bias is None else writer.bias[rows]
+            set_weight(writer, weight_of(writer)[rows], bias)
 
     @property
     def weights(self) -> int:
-        """How many weights the matrices have."""
+        """The number of weights of the matrices."""
         return sum(linear.weight.numel() for linear in (*self.writers, self.reader))
 
-    def shapes(self, kept: int) -> dict[Linear, tuple[int, int]]:
-        """[out, in] of every matrix when `kept` groups are left."""
-        written = [sum(segments) // self.groups * kept for segments in self.segments]
-        rows = {
-            writer: (count, weight_of(writer).shape[1]) for writer, count in zip(self.writers, written, strict=True)
+    def shapes(self, groups: int) -> dict[Linear, tuple[int, int]]:
+        """Return [out, in] of every matrix when only `groups` groups remain."""
+        row_counts = [sum(segments) // self.groups * groups for segments in self.segments]
+        shapes = {
+            writer: (count, weight_of(writer).shape[1]) for writer, count in zip(self.writers, row_counts, strict=True)
         }
         out, width = weight_of(self.reader).shape
-        return {**rows, self.reader: (out, width // self.groups * kept)}
+        return {**shapes, self.reader: (out, width // self.groups * groups)}
 
 
-def mlp_of(model: LanguageModel, index: int) -> PrunableGroups:
-    """The MLP of a block; every channel is a group. Raises `DataError` when there is none of a known form."""
-    name, writers, reader = _found(model.blocks_prefix(), index, model.blocks[index], MLPS, "MLP")
+def find_mlp(model: LanguageModel, index: int) -> PrunableGroups:
+    """Return the MLP of a block, a group per channel. Raises `DataError` when the block has none of a known form."""
+    name, writers, reader = _find_part(model.blocks_prefix(), index, model.blocks[index], MLPS, "MLP")
     width = weight_of(reader).shape[1]
     rows = [len(weight_of(writer)) for writer in writers]
     if any(count % width for count in rows):
-        raise DataError(f"{name}: reads {width} channels, but {rows} are written; this MLP cannot be narrowed")
+        raise DataError(
+            f"{name}: reads {width} channels, but {rows} are written; this MLP cannot be narrowed, leave "
+            "mlp_sparsity at 0"
+        )
     return PrunableGroups(name, writers, reader, width, tuple((width,) * (count // width) for count in rows))
 
 
-def attention_of(model: LanguageModel, index: int) -> PrunableGroups:
-    """The attention of a block; a group is a key-value head with all its query heads. Raises `DataError` likewise."""
-    name, writers, reader = _found(model.blocks_prefix(), index, model.blocks[index], ATTENTIONS, "attention")
+def find_attention(model: LanguageModel, index: int) -> PrunableGroups:
+    """Return the attention of a block, where a group is a key-value head with all its query heads.
+
+    Raises `DataError` when the block has no attention of a known form.
+    """
+    name, writers, reader = _find_part(model.blocks_prefix(), index, model.blocks[index], ATTENTIONS, "attention")
     heads, groups = _heads(model.config)
     width = weight_of(reader).shape[1]
     values = width // heads * groups
     segments = ((width, values, values),) if len(writers) == 1 else ((width,), (values,), (values,))
     rows = [len(weight_of(writer)) for writer in writers]
-    if width % heads or heads % groups or rows != [sum(one) for one in segments]:
+    if width % heads or heads % groups or rows != [sum(segment) for segment in segments]:
         raise DataError(
             f"{name}: {width} inputs and {rows} rows do not fit {heads} heads on {groups} key-value heads; "
             "these heads cannot be removed, leave head_sparsity at 0"
@@ -85,60 +92,65 @@ def attention_of(model: LanguageModel, index: int) -> PrunableGroups:
     return PrunableGroups(name, writers, reader, groups, segments)
 
 
-def channel_sizes(model: LanguageModel, kept: int) -> dict[str, int]:
-    """The key of the configuration that says how many MLP channels there are. Raises `DataError` when there is none."""
+def channel_sizes(model: LanguageModel, channels: int) -> dict[str, int]:
+    """Return the setting of the configuration for this number of MLP channels. Raises `DataError` without one."""
     for key in CHANNEL_KEYS:
         if hasattr(model.config, key):
-            return {key: kept}
+            return {key: channels}
     raise DataError(
         f"the configuration of {type(model.network).__name__} has no number of MLP channels, so stock transformers "
         "could not load fewer; leave mlp_sparsity at 0"
     )
 
 
-def head_sizes(model: LanguageModel, kept: int) -> dict[str, int]:
-    """The keys of the configuration that change when `kept` key-value groups stay; the size of a head does not."""
+def head_sizes(model: LanguageModel, kv_heads: int) -> dict[str, int]:
+    """Return the settings of the configuration for this number of key-value heads; the size of a head is unchanged."""
     heads, groups = _heads(model.config)
-    head_dim = weight_of(attention_of(model, 0).reader).shape[1] // heads
-    return {"num_attention_heads": heads // groups * kept, "num_key_value_heads": kept, "head_dim": head_dim}
+    head_dim = weight_of(find_attention(model, 0).reader).shape[1] // heads
+    return {"num_attention_heads": heads // groups * kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
 def build_resized(network: PreTrainedModel, sizes: Mapping[str, int]) -> PreTrainedModel:
-    """The network as its family builds it with these sizes, on the meta device: shapes and settings, no memory.
+    """Build the network with other sizes by its family's own code, on the meta device: shapes, but no memory.
 
-    Raises `DataError` when the family refuses them.
+    Raises `DataError` when the family's code rejects the sizes.
     """
-    kind: Any = type(network)
+    network_class: Any = type(network)
     try:
         config = type(network.config).from_dict(network.config.to_dict() | dict(sizes))
         with torch.device("meta"):
-            return kind(config)
+            return network_class(config)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise DataError(
-            f"{kind.__name__} cannot be built with {_shown(sizes)}: {' '.join(str(error).split())}; "
-            "ask for another share"
+            f"{network_class.__name__} cannot be built with {_format_sizes(sizes)}: {' '.join(str(error).split())}; "
+            "ask for another sparsity"
         ) from error
 
 
 def check_resized(
-    network: nn.Module, other: nn.Module, shapes: Mapping[Linear, tuple[int, int]], sizes: Mapping[str, int]
+    network: nn.Module, resized: nn.Module, shapes: Mapping[Linear, tuple[int, int]], sizes: Mapping[str, int]
 ) -> None:
-    """Raise `DataError` unless the twin has these linears in these shapes, and all else as the network has it."""
-    theirs = dict(other.named_modules())
+    """Raise `DataError` unless `resized` has these linears in these shapes, and all else in the network's shapes."""
+    counterparts = dict(resized.named_modules())
     for name, module in network.named_modules():
-        wanted = [shapes[module]] if module in shapes else _own_shapes(module)
-        found = theirs.get(name)
-        if found is None or wanted != ([tuple(weight_of(found).shape)] if module in shapes else _own_shapes(found)):
+        other = counterparts.get(name)
+        if module in shapes:
+            expected = [shapes[module]]
+            actual = None if other is None else [tuple(weight_of(other).shape)]
+        else:
+            expected = _parameter_shapes(module)
+            actual = None if other is None else _parameter_shapes(other)
+        if actual != expected:
             raise DataError(
-                f"a {type(network).__name__} with {_shown(sizes)} has no {name} of shape {wanted}: its configuration "
-                "cannot say what is asked for; leave that share at 0"
+                f"a {type(network).__name__} with {_format_sizes(sizes)} has no {name} of shape {expected}: its "
+                "configuration cannot express that; leave that sparsity at 0"
             )
 
 
-def adopt_sizes(network: PreTrainedModel, other: PreTrainedModel, sizes: Mapping[str, int]) -> None:
-    """Take over the sizes that modules of the narrower twin note for themselves, and those of its configuration."""
-    for module, its_twin in zip(network.modules(), other.modules(), strict=True):
-        for name, value in vars(its_twin).items():
+def adopt_sizes(network: PreTrainedModel, resized: PreTrainedModel, sizes: Mapping[str, int]) -> None:
+    """Copy the sizes that modules of the resized network store as attributes, and set those of the configuration."""
+    for module, counterpart in zip(network.modules(), resized.modules(), strict=True):
+        for name, value in vars(counterpart).items():
             if type(value) is int and getattr(module, name, value) != value:
                 setattr(module, name, value)
     for key, size in sizes.items():
@@ -146,34 +158,34 @@ def adopt_sizes(network: PreTrainedModel, other: PreTrainedModel, sizes: Mapping
 
 
 def write_config_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Put these keys into the folder's `config.json`; all others stay as their author wrote them."""
+    """Write these keys into the folder's `config.json`; all others stay as their author wrote them."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | dict(sizes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _found(
+def _find_part(
     prefix: str, index: int, block: nn.Module, forms: Sequence[tuple[tuple[str, ...], str]], what: str
 ) -> tuple[str, tuple[Linear, ...], Linear]:
-    found = list(_matches(block, forms))
-    if len(found) != 1:
-        known = "; ".join(f"{', '.join(writers)} and {reader}" for writers, reader in forms)
+    matches = list(_matches(block, forms))
+    if len(matches) != 1:
+        names = "; ".join(f"{', '.join(writers)} and {reader}" for writers, reader in forms)
         raise DataError(
-            f"{prefix}.{index}: found {len(found)} {what} parts made of linears with known names ({known}), "
+            f"{prefix}.{index}: found {len(matches)} {what} parts made of linears with known names ({names}), "
             "one is needed; this family cannot be narrowed there"
         )
-    name, writers, reader = found[0]
+    name, writers, reader = matches[0]
     return ".".join(filter(None, (prefix, str(index), name))), writers, reader
 
 
 def _matches(
     block: nn.Module, forms: Sequence[tuple[tuple[str, ...], str]]
 ) -> Iterator[tuple[str, tuple[Linear, ...], Linear]]:
-    for place, module in block.named_modules():
+    for parent, module in block.named_modules():
         linears = {name: child for name, child in module.named_children() if isinstance(child, Linear)}
         for writers, reader in forms:
             if {*writers, reader} <= linears.keys():
-                yield f"{place}.{reader}".strip("."), tuple(linears[name] for name in writers), linears[reader]
+                yield f"{parent}.{reader}".strip("."), tuple(linears[name] for name in writers), linears[reader]
 
 
 def _heads(config: Any) -> tuple[int, int]:
@@ -181,9 +193,9 @@ def _heads(config: Any) -> tuple[int, int]:
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 
-def _own_shapes(module: nn.Module) -> list[tuple[int, ...]]:
+def _parameter_shapes(module: nn.Module) -> list[tuple[int, ...]]:
     return [tuple(weight.shape) for weight in module.parameters(recurse=False)]
 
 
-def _shown(sizes: Mapping[str, int]) -> str:
+def _format_sizes(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())

@@ -1,11 +1,11 @@
-"""Tensors in safetensors files by their place: read without mapping a file into memory, and overwritten in place.
+"""Single tensors of safetensors files: read without mapping a file into memory, and overwritten in place.
 
 The safetensors package maps whole files and writes whole files. A model larger than memory needs neither: a compressed
-model has the names, shapes and dtypes of its source, so it is a copy of the source's files with other bytes here and
-there.
+model has the names, shapes and dtypes of its source, so it is a copy of the source's files with some bytes replaced.
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,7 +19,7 @@ from torch import Tensor
 from mopcompress.errors import DataError, StorageError
 from mopcompress.models.weight_files import weight_files
 
-_PIECE = 2**24  # bytes read at a time
+_CHUNK = 2**24  # bytes read at a time
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,7 +36,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies: the file's name, and its first byte there."""
+    """The location of a tensor: its file's name, and its first byte in that file."""
 
     file: str
     offset: int
@@ -49,8 +49,11 @@ class TensorLocation:
 
 
 def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
-    """All tensors of a folder's weight files. Raises `DataError` when a file is damaged or of a kind not known here."""
-    found: dict[str, TensorLocation] = {}
+    """Return the locations of all tensors of a folder's weight files, by name.
+
+    Raises `DataError` when a file is damaged or has a dtype that is not known here.
+    """
+    locations: dict[str, TensorLocation] = {}
     for path in weight_files(folder):
         try:
             with path.open("rb") as file:
@@ -59,62 +62,68 @@ def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             for name, entry in entries.items():
                 begin, end = entry["data_offsets"]
-                place = TensorLocation(path.name, 8 + size + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-                if place.bytes != end - begin or 8 + size + end > path.stat().st_size:
+                location = TensorLocation(path.name, 8 + size + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+                if location.bytes != end - begin or 8 + size + end > path.stat().st_size:
                     raise ValueError(f"{name} is cut off")
-                found[name] = place
+                locations[name] = location
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"model {folder} cannot be loaded: {path.name} is no whole safetensors file ({error}); "
                 "get the model again"
             ) from error
-    return found
+    return locations
 
 
-def read(folder: Path, place: TensorLocation) -> Tensor:
-    """The tensor, in memory of its own."""
-    count, at = place.bytes, place.offset
-    raw = np.fromfile(folder / place.file, dtype=np.uint8, count=count, offset=at)
-    if raw.size != count:
-        raise StorageError(f"{folder / place.file} became shorter while it was read; get the model again")
-    return torch.from_numpy(raw).view(place.dtype).view(place.shape)
+def read_tensor(folder: Path, location: TensorLocation) -> Tensor:
+    """Read a tensor into memory of its own. Raises `StorageError` when the file has become shorter."""
+    raw = np.fromfile(folder / location.file, dtype=np.uint8, count=location.bytes, offset=location.offset)
+    if raw.size != location.bytes:
+        raise StorageError(f"{folder / location.file} became shorter while it was read; get the model again")
+    return torch.from_numpy(raw).view(location.dtype).view(location.shape)
 
 
-def read_rows(folder: Path, place: TensorLocation, rows: Sequence[int]) -> Tensor:
-    """The tensor in fp32 with only these rows filled: memory that nothing was written to does not count."""
-    row = TensorLocation(place.file, place.offset, place.shape[1:], place.dtype)
-    tensor = torch.empty(place.shape)
-    with (folder / place.file).open("rb") as file:
+def read_rows(folder: Path, location: TensorLocation, rows: Sequence[int]) -> Tensor:
+    """Return the tensor in fp32 with only these rows filled: memory that was never written takes no space."""
+    row = TensorLocation(location.file, location.offset, location.shape[1:], location.dtype)
+    tensor = torch.empty(location.shape)
+    with (folder / location.file).open("rb") as file:
         for index in rows:
-            file.seek(place.offset + index * row.bytes)
-            tensor[index] = torch.frombuffer(bytearray(file.read(row.bytes)), dtype=place.dtype).view(row.shape)
+            file.seek(location.offset + index * row.bytes)
+            tensor[index] = torch.frombuffer(bytearray(file.read(row.bytes)), dtype=location.dtype).view(row.shape)
     return tensor
 
 
-def overwrite(folder: Path, place: TensorLocation, tensor: Tensor) -> str:
-    """Put `tensor` in its place, re-open the file and compare; returns the `digest`.
+def overwrite(folder: Path, location: TensorLocation, tensor: Tensor) -> str:
+    """Write `tensor` at its location, read the file again, compare, and return the `stored_hash`.
 
-    Raises `StorageError` when it is not there as given.
+    Raises `StorageError` when writing fails or the file holds other bytes afterwards.
     """
-    raw: Any = tensor.detach().to("cpu", place.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+    path = folder / location.file
+    raw: Any = tensor.detach().to("cpu", location.dtype).contiguous().view(-1).view(torch.uint8).numpy()
     try:
-        with (folder / place.file).open("r+b") as file:
-            file.seek(place.offset)
+        with path.open("r+b") as file:
+            file.seek(location.offset)
             file.write(raw)
     except OSError as error:
-        raise StorageError(f"writing {folder / place.file} failed: {error}; free some space and run again") from error
-    there = tensor_hash(folder, place)
-    if there != sha256(raw).hexdigest():
-        raise StorageError(f"{folder / place.file}: a tensor is not there as it was written; run again on another disk")
-    return there
+        raise StorageError(f"writing {path} failed: {error}; free some space and run again") from error
+    digest = stored_hash(folder, location)
+    if digest != sha256(raw).hexdigest():
+        raise StorageError(f"{path} does not hold a tensor as it was written; run again on another disk")
+    return digest
 
 
-def tensor_hash(folder: Path, place: TensorLocation) -> str:
-    """SHA-256 of a tensor's bytes, hexadecimal."""
-    seen, left = sha256(), place.bytes
-    with (folder / place.file).open("rb") as file:
-        file.seek(place.offset)
-        while piece := file.read(min(left, _PIECE)):
-            seen.update(piece)
-            left -= len(piece)
-    return seen.hexdigest()
+def stored_hash(folder: Path, location: TensorLocation) -> str:
+    """Return the SHA-256 of a tensor's bytes in its file, hexadecimal."""
+    digest, remaining = sha256(), location.bytes
+    with (folder / location.file).open("rb") as file:
+        file.seek(location.offset)
+        while chunk := file.read(min(remaining, _CHUNK)):
+            digest.update(chunk)
+            remaining -= len(chunk)
+    return digest.hexdigest()
+
+
+def tensor_crc32(tensor: Tensor, start: int = 0) -> int:
+    """Return the CRC-32 of a tensor's bytes in memory, continued from the checksum `start`."""
+    raw: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(raw, start)

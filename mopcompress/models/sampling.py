@@ -1,4 +1,4 @@
-"""Text that a model writes by itself: calibration data without data."""
+"""Text sampled from a model: calibration data without a data set."""
 
 from collections.abc import Callable
 
@@ -21,21 +21,22 @@ def sample_text(
     """Sample at temperature 1 from the model's own distribution, each sample from its own first token.
 
     First tokens are drawn uniformly from the vocabulary's ordinary tokens, so that topics differ. Special tokens are
-    never drawn: calibration text is plain text. `progress` is told how many tokens each sample has.
+    never drawn: calibration text is plain text. `progress` is called with the number of tokens per sample so far.
+
     Raises `DataError` when a sample is longer than the model's context.
     """
     model.check_context(length, "calibration text", "lower --max-seq-length")
     generator = torch.Generator(model.device).manual_seed(seed)
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=model.device)
-    drawn = torch.ones(samples, model.config.vocab_size, device=model.device)
+    probabilities = torch.ones(samples, model.config.vocab_size, device=model.device)
     tokens, cache = [], None
     with torch.inference_mode():
         while True:
-            drawn[:, special] = 0
-            tokens.append(torch.multinomial(drawn, 1, generator=generator))
+            probabilities[:, special] = 0
+            tokens.append(torch.multinomial(probabilities, 1, generator=generator))
             progress(len(tokens))
             if len(tokens) == length:
                 return torch.cat(tokens, dim=1)
             output = model.network(input_ids=tokens[-1], use_cache=True, **{CACHE: cache})
             cache = output[CACHE]
-            drawn = output.logits[:, -1].softmax(-1)
+            probabilities = output.logits[:, -1].softmax(-1)

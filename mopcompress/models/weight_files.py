@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder hold its weights. Needs no torch."""
+"""The files of a Hugging Face folder that hold its weights, found without torch."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 from mopcompress.errors import DataError, RefusedError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SPARSE = "sparse-"  # what our sparse container puts before the name of a weight file
-REPAIR = "repair.safetensors"  # low-rank matrices beside the weights; see `models.repair`
+SPARSE = "sparse-"  # prefix of the weight files of our sparse container
+REPAIR = "repair.safetensors"  # low-rank repairs of the linears; see `models.repair`
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads: `model.safetensors`, else the shards that its index names; none without both.
+    """Return the files that transformers loads: `model.safetensors`, or the shards that the index names, or none.
 
-    Every other safetensors file, such as `grid.safetensors` or a second copy in its author's own names, is no weight
-    file. Raises `DataError` for a damaged index or a missing shard, `RefusedError` for a shard outside the folder.
+    Any other safetensors file, such as `grid.safetensors` or a second copy in its author's own names, is no weight
+    file. Raises `DataError` for a damaged index or a missing shard, and `RefusedError` for a shard outside the folder.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -27,7 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise DataError(f"{index} is no index of weights ({error!r}); get the model again") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise RefusedError(f"{index} names {name!r}, which is no safetensors file beside it; get the model again")
+            raise RefusedError(
+                f"{index} names {name!r}, which is no safetensors file in its folder; get the model again"
+            )
         if not (folder / name).is_file():
-            raise DataError(f"model {folder}: its index names {name}, which is not there; get the model again")
+            raise DataError(f"model {folder}: its index names {name}, which is missing; get the model again")
     return [folder / name for name in names]
