@@ -57,4 +57,9 @@ def left_behind(folder: Path) -> list[str]:
 
 
 CALIBRATED = ("--num-calibration-samples", 4, "--max-seq-length", 32, "--device", "cpu")
-ARM_DEFAULTS = ("--steps", 2, "--prompts-per-expert", 2, "--gate-pretraining-steps", 3, "--rows-per-step", 4)
+SHORT_RECOVERY = {"prompts_per_expert": 2, "gate_pretraining_steps": 3, "train_batch_size": 4}
+ARM_DEFAULTS = (
+    "--steps",
+    2,
+    *(word for field, value in SHORT_RECOVERY.items() for word in ("--set", f"recovery.{field}={value}")),
+)

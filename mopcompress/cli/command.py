@@ -13,23 +13,27 @@ from typing import Any
 import typer
 
 from mopcompress.cli.exit_codes import exit_cleanly
-from mopcompress.cli.options import RECOVERY, Options, Resume
+from mopcompress.cli.options import RECIPE, RECOVERY, Options, Resume, setting_option
 from mopcompress.cli.progress_display import progress_on
-from mopcompress.errors import UsageError
+from mopcompress.cli.replaced_flags import RecipeCommand
 from mopcompress.progress import Progress
 from mopcompress.recipe import Recipe, RunSpec, load_recipe
+from mopcompress.recipe.settings import Settings, parse_settings
+from mopcompress.recipe.validation_errors import field_name
 
 Body = Callable[..., None]
 
+SETTINGS = "settings"
 DEFAULTS = {"resume": Resume.auto, **dict.fromkeys(("json", "verbose", "quiet", "dry_run"), False)}
 
 
 @dataclass(frozen=True)
 class Common:
-    """What the shared options of one call say. `run` and `recovery` are not checked yet; None was not given."""
+    """Values of the shared options of one call. `run` and `recovery` are not checked yet; None was not given."""
 
     run: Mapping[str, object]
     recovery: Mapping[str, object]
+    settings: Settings
     recipe: Path | None
     resume: str
     json: bool
@@ -38,8 +42,8 @@ class Common:
     quiet: bool
 
     def load(self) -> Recipe:
-        """The checked recipe with the flags in its `run:`."""
-        return load_recipe(self.recipe, self.run)
+        """Read the recipe, with the flags and settings in its `run:`."""
+        return load_recipe(self.recipe, self.run, self.settings.get("run", {}))
 
     @contextmanager
     def working(self) -> Iterator[Progress]:
@@ -52,43 +56,39 @@ class Common:
             yield progress
 
 
-def command(app: typer.Typer, *groups: Options) -> Callable[[Body], Body]:
-    """Register `body(common, **its own options)` as a command that has the options of `groups` too."""
-    shared = {name: option for group in groups for name, option in group.items()}
+def command(app: typer.Typer, *groups: Options, parts: tuple[str, ...] = ()) -> Callable[[Body], Body]:
+    """Register `body(common, **its own options)` as a command that has the options of `groups` too.
+
+    A command that uses `parts` of a recipe has `--recipe` and `--set`.
+    """
+    of_recipe = {**RECIPE, SETTINGS: setting_option(parts)} if parts else {}
+    shared = {name: option for group in (*groups[:1], of_recipe, *groups[1:]) for name, option in group.items()}
 
     def register(body: Body) -> Body:
         def call(**given: Any) -> None:
             with exit_cleanly():
-                common = _common({name: given.pop(name) for name in shared})
+                common = _common({name: given.pop(name) for name in shared}, parts)
                 body(common, **given)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
-        own = [one.replace(kind=keyword) for one in list(inspect.signature(body).parameters.values())[1:]]
+        own = [option.replace(kind=keyword) for option in list(inspect.signature(body).parameters.values())[1:]]
         added = [
             inspect.Parameter(name, keyword, default=DEFAULTS.get(name), annotation=option)
             for name, option in shared.items()
         ]
         call.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        call.__annotations__ = {one.name: one.annotation for one in (*own, *added)}
+        call.__annotations__ = {option.name: option.annotation for option in (*own, *added)}
         call.__name__, call.__doc__ = body.__name__, body.__doc__
-        return app.command()(call)
+        return app.command(cls=type("RecipeCommand", (RecipeCommand,), {"parts": parts}) if parts else None)(call)
 
     return register
 
 
-def _common(given: dict[str, Any]) -> Common:
-    folder = given.get("model_folder")
-    if folder is not None:
-        if given["model"] is not None:
-            raise UsageError(f"--model: given twice, as {folder!r} and as {given['model']!r}; give it once")
-        given["model"] = folder
+def _common(given: dict[str, Any], parts: tuple[str, ...]) -> Common:
     return Common(
-        run={name: value for name, value in given.items() if name in RunSpec.model_fields},
-        recovery={
-            "train_batch_size" if name == "rows_per_step" else name: value
-            for name, value in given.items()
-            if name in RECOVERY
-        },
+        run={name: value for name, value in given.items() if field_name(RunSpec, name) in RunSpec.model_fields},
+        recovery={name: value for name, value in given.items() if name in RECOVERY},
+        settings=parse_settings(given.get(SETTINGS) or (), parts),
         recipe=given.get("recipe"),
         resume=given.get("resume", Resume.auto).value,
         **{name: given.get(name, False) for name in ("json", "dry_run", "verbose", "quiet")},

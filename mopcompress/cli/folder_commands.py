@@ -8,7 +8,7 @@ import typer
 
 from mopcompress.cli.command import Common, command
 from mopcompress.cli.model_commands import app
-from mopcompress.cli.options import DRY_RUN, OUTPUT, SPEECH
+from mopcompress.cli.options import DRY_RUN, OUTPUT, VERBOSITY
 from mopcompress.cli.output import print_facts, print_json
 from mopcompress.entrypoints import preflight
 
@@ -22,7 +22,7 @@ class Format(StrEnum):
     sparse = "sparse"
 
 
-@command(app, OUTPUT, DRY_RUN, SPEECH)
+@command(app, OUTPUT, DRY_RUN, VERBOSITY)
 def export(
     common: Common,
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A compressed model, or an earlier export of one.")],
@@ -55,7 +55,7 @@ def export(
     print_facts({"format": format.value, **sizes, "tensors": equal, "output": str(target)})
 
 
-@command(app, OUTPUT, DRY_RUN, SPEECH)
+@command(app, OUTPUT, DRY_RUN, VERBOSITY)
 def export_adapter(
     common: Common,
     adapter: Annotated[
@@ -77,7 +77,7 @@ def export_adapter(
         (print_json if common.json else print_facts)(told)
         return
     with common.working() as progress:
-        from mopcompress.entrypoints.export_adapter import export_adapter as write
+        from mopcompress.entrypoints.export import export_adapter as write
 
         facts = write(adapter.expanduser(), model, target, resume=common.resume, progress=progress)
     if common.json:
@@ -86,7 +86,7 @@ def export_adapter(
         print_facts({"arm": facts["arm"], "base": facts["base"], "output": str(target)})
 
 
-@command(app, SPEECH)
+@command(app, VERBOSITY)
 def verify(
     common: Common, folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished model, adapter or export.")]
 ) -> None:
@@ -105,7 +105,7 @@ def _sizes(before: int, after: int) -> str:
     return f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after ({before / after:.2f} times smaller)"
 
 
-@command(app, SPEECH)
+@command(app, VERBOSITY)
 def report(
     common: Common, runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Folders of benches.")]
 ) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from mopcompress.cli.command import Common, command
 from mopcompress.cli.model_commands import Adapter, app, print_plan
-from mopcompress.cli.options import DRY_RUN, MACHINE, MODEL, SPEECH
+from mopcompress.cli.options import BATCH, DRY_RUN, MACHINE, MODEL, VERBOSITY
 from mopcompress.cli.output import print_json
 from mopcompress.entrypoints import preflight
 from mopcompress.errors import UsageError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mopcompress.entrypoints.generate import AnswerGenerator
 
 
-@command(app, MODEL, MACHINE, DRY_RUN, SPEECH)
+@command(app, MODEL, MACHINE, BATCH, DRY_RUN, VERBOSITY, parts=("run",))
 def generate(
     common: Common,
     adapter: Adapter = None,

@@ -15,27 +15,31 @@ import typer
 from mopcompress.cli.command import Common, command
 from mopcompress.cli.options import (
     BACKEND,
+    BATCH,
     CALIBRATION,
     DATA,
     DRY_RUN,
+    GENERATION,
     GRID,
-    JOINT,
     MACHINE,
     MODEL,
     OUTPUT,
     RECOVERY,
-    SPEECH,
-    WRITING,
+    STEPS,
+    TRAINING_DATA,
+    VERBOSITY,
 )
 from mopcompress.cli.output import print_bench, print_facts, print_harness, print_json, print_scores
 from mopcompress.entrypoints import preflight
 from mopcompress.errors import RecipeError, UsageError
-from mopcompress.recipe import GPTQModifier, Recipe, recipe_to_dict
+from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, recipe_to_dict
 from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recipe.field_types import Spec
-from mopcompress.recipe.overrides import override_recovery, pruning_recipe, quantization_recipe, recovery_recipe
+from mopcompress.recipe.overrides import bench_recipe, pruning_recipe, quantization_recipe, recovery_recipe
 from mopcompress.recipe.pruning_modifiers import Pruning
-from mopcompress.recipe.run_spec import OURS
+from mopcompress.recipe.run_spec import OURS, PRUNING_METHODS
+from mopcompress.recipe.settings import PARTS
+from mopcompress.recipe.validation_errors import field_name
 
 app = typer.Typer(
     name="mopcompress",
@@ -48,52 +52,83 @@ app = typer.Typer(
 RepairRank = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help="Rank of a matrix beside each compressed linear that repairs its outputs; none if not given."
+        metavar="N", help="Rank of a matrix beside each compressed linear that repairs its outputs (default none)"
     ),
 ]
+ROW_FIELDS = {  # that only matter where rows of the data are scored
+    *DATA,
+    *GENERATION,
+    "validation_rows",
+    "skip_rows_longer_than",
+    "eval_text",
+    "eval_text_samples",
+    "train_text",
+    "train_text_samples",
+}
 NARROWED = ("channels", "kv_groups", "parameters")  # what structured pruning counts besides
 Adapter = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapter that `recover` wrote for this model.")]
 
 
-@command(app, MODEL, CALIBRATION, DATA, BACKEND, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(
+    app,
+    MODEL,
+    BACKEND,
+    MACHINE,
+    CALIBRATION,
+    TRAINING_DATA,
+    OUTPUT,
+    DRY_RUN,
+    VERBOSITY,
+    parts=("run", "pruning", "repair"),
+)
 def prune(
     common: Common,
     method: Annotated[
-        str | None, typer.Option(help="alps (default), sparsegpt, wanda, magnitude or structured.")
+        str | None, typer.Option(metavar="NAME", help=f"{', '.join(PRUNING_METHODS)} (default alps)")
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of weights removed (default 0.5); structured: of MLP channels (0.25).")
+        float | None,
+        typer.Option(metavar="SHARE", help="Weights removed (default 0.5); structured: MLP channels (0.25)"),
     ] = None,
-    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights of a row.")] = None,
-    head_sparsity: Annotated[
-        float | None, typer.Option(help="Structured: share of key-value heads removed, with their queries (default 0).")
-    ] = None,
+    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights of a row")] = None,
     repair_rank: RepairRank = None,
 ) -> None:
     """Remove weights, block after block, into a normal Hugging Face folder."""
-    recipe = common.load()
     recipe = pruning_recipe(
-        recipe,
+        common.load(),
         method=method,
         sparsity=sparsity,
         pattern=pattern,
-        head_sparsity=head_sparsity,
         repair_rank=repair_rank,
+        settings=common.settings,
     )
     _compress(common, recipe, Path("runs/pruned"))
 
 
-@command(app, MODEL, CALIBRATION, DATA, BACKEND, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(
+    app,
+    MODEL,
+    BACKEND,
+    MACHINE,
+    CALIBRATION,
+    TRAINING_DATA,
+    OUTPUT,
+    DRY_RUN,
+    VERBOSITY,
+    parts=("run", "pruning", "quantization", "repair"),
+)
 def quantize(
     common: Common,
-    bits: Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3, 4 (default) or 8.")] = None,
+    bits: Annotated[int | None, typer.Option(metavar="N", help="Bits of a weight: 2, 3, 4 (default) or 8")] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale (default 64); -1: the whole row.")
+        int | None, typer.Option(metavar="N", help="Weights that share a scale (default 64); -1: the whole row")
     ] = None,
     repair_rank: RepairRank = None,
 ) -> None:
     """Round weights with GPTQ, block after block, into a normal Hugging Face folder."""
-    recipe = quantization_recipe(common.load(), bits=bits, group_size=group_size, repair_rank=repair_rank)
+    recipe = quantization_recipe(
+        common.load(), bits=bits, group_size=group_size, repair_rank=repair_rank, settings=common.settings
+    )
     _compress(common, recipe, Path("runs/quantized"))
 
 
@@ -113,7 +148,7 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
             from mopcompress.entrypoints.compress import compress
         else:
             from mopcompress.entrypoints.compress_external import compress_external as compress
-        from mopcompress.entrypoints.finished import verify_finished
+        from mopcompress.entrypoints.finished_inputs import verify_finished
 
         facts = (
             verify_finished(target, recipe, progress)
@@ -124,13 +159,14 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
     _print_result(common, target, facts, shown)
 
 
-@command(app, MODEL, DATA, RECOVERY, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(app, MODEL, MACHINE, BATCH, RECOVERY, TRAINING_DATA, OUTPUT, DRY_RUN, VERBOSITY, parts=("run", "recovery"))
 def recover(
     common: Common,
-    arm: Annotated[str | None, typer.Option(help=f"{', '.join(ARM_DEFAULTS)}; mop if not given.")] = None,
+    arm: Annotated[str | None, typer.Option(metavar="NAME", help=f"{', '.join(ARM_DEFAULTS)} (default mop)")] = None,
 ) -> None:
     """Train an arm (prompts, or a rival of theirs) for a compressed model, into an adapter folder; the model stays."""
-    recipe = recovery_recipe(common.load(), {"arm": arm, **common.recovery})
+    flags = {"arm": arm, **common.recovery}
+    recipe = recovery_recipe(common.load(), flags, common.settings.get("recovery", {}))
     target = _target(recipe, Path("runs/recovered"))
     preflight.check_inputs(recipe.run, data=True, calibration=False)
     done = preflight.completed_by_same_recipe(target, recipe, common.resume)
@@ -139,7 +175,7 @@ def recover(
         print_plan(common, recipe, target, done, {**run, "steps": recipe.recovery.least_steps})
         return
     with common.working() as progress:
-        from mopcompress.entrypoints.finished import verify_finished
+        from mopcompress.entrypoints.finished_inputs import verify_finished
         from mopcompress.entrypoints.recover import recover as train
 
         facts = (
@@ -153,7 +189,7 @@ def recover(
     _print_result(common, target, facts, shown)
 
 
-@command(app, MODEL, DATA, WRITING, MACHINE, DRY_RUN, SPEECH)
+@command(app, MODEL, MACHINE, BATCH, DATA, GENERATION, DRY_RUN, VERBOSITY, parts=("run",))
 def evaluate(
     common: Common,
     adapter: Adapter = None,
@@ -166,11 +202,15 @@ def evaluate(
 ) -> None:
     """Score a model on the test rows, with or without an adapter: perplexity, exact match, and written answers."""
     if lm_eval_path and lm_eval is None:
-        raise UsageError("--lm-eval-path: says nothing without --lm-eval; name its tasks, or leave it out")
-    of_rows = [name for name in (*DATA, *WRITING) if common.run.get(name) is not None]
+        raise UsageError("--lm-eval-path: has no effect without --lm-eval; name its tasks, or leave it out")
+    of_rows = [f"--{name.replace('_', '-')}" for name in (*DATA, *GENERATION) if common.run.get(name) is not None]
+    of_rows += [
+        f"--set run.{name}" for name in common.settings.get("run", {}) if field_name(RunSpec, name) in ROW_FIELDS
+    ]
     if lm_eval and of_rows:
-        flag = of_rows[0].replace("_", "-")
-        raise UsageError(f"--{flag}: says nothing with --lm-eval, whose tasks have rows of their own; leave it out")
+        raise UsageError(
+            f"{of_rows[0]}: has no effect with --lm-eval, whose tasks have rows of their own; leave it out"
+        )
     recipe = common.load()
     preflight.check_inputs(recipe.run, data=lm_eval is None, calibration=False)
     if common.dry_run:
@@ -194,10 +234,24 @@ def evaluate(
         print_harness(summary)
 
 
-@command(app, MODEL, GRID, JOINT, DATA, WRITING, RECOVERY, CALIBRATION, MACHINE, OUTPUT, DRY_RUN, SPEECH)
+@command(
+    app,
+    MODEL,
+    MACHINE,
+    BATCH,
+    GRID,
+    STEPS,
+    DATA,
+    GENERATION,
+    CALIBRATION,
+    OUTPUT,
+    DRY_RUN,
+    VERBOSITY,
+    parts=tuple(PARTS),
+)
 def bench(common: Common) -> None:
-    """Run the grid setting x arm x seed, and report. Run it again to go on, or with a larger grid."""
-    recipe = override_recovery(common.load(), common.recovery)
+    """Run the grid setting x arm x seed, and report. Run it again to resume it, or with a larger grid."""
+    recipe = bench_recipe(common.load(), common.recovery, common.settings)
     if recipe.run.backend != OURS:
         raise RecipeError(f"run.backend: bench has no {recipe.run.backend}; prune with it, then evaluate its folder")
     folder = _target(recipe, Path("runs/bench"))

@@ -1,41 +1,47 @@
-"""What one command takes from a recipe: the modifiers that it runs, with its flags put in.
+"""Recipes for single commands: the modifiers that a command runs, with its flags and settings put in.
 
-A flag that is None was not given. All functions raise `UsageError` naming a flag whose value is impossible.
+A flag that is None was not given; `settings` are the fields of `--set`, by part of the recipe. All functions raise
+`UsageError` naming the flag or setting whose value is impossible.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe.arms import arms_using
 from mopcompress.recipe.field_types import Spec, parse_structure
 from mopcompress.recipe.gptq_modifier import GPTQModifier
 from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier, replace_checked
-from mopcompress.recipe.recipe import DEFAULT_STAGES, DEFAULTS, Recipe
+from mopcompress.recipe.recipe import DEFAULT_STAGES, DEFAULTS, Recipe, recipe_from_dict, recipe_to_dict
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
-from mopcompress.recipe.run_spec import OURS, PRUNING_METHODS
+from mopcompress.recipe.run_spec import NO_FIELDS, OURS, PRUNING_METHODS
+from mopcompress.recipe.settings import (
+    NO_SETTINGS,
+    Fields,
+    Settings,
+    check_fields_exist,
+    fields_of,
+    replace_fields,
+)
 from mopcompress.recipe.stages import Group, Stage
-from mopcompress.recipe.validation_errors import Fault, faults_of, lines, nearest
+from mopcompress.recipe.validation_errors import Fault, field_name, nearest
 
-Kind = TypeVar("Kind", bound=Spec)
+Compressing = Pruning | GPTQModifier
 
-FLAG_OF = {  # fields that have another name on the command line
-    "final_sparsity": "sparsity",
-    "mlp_sparsity": "sparsity",
-    "mask_structure": "pattern",
-    "num_bits": "bits",
-    "train_batch_size": "rows_per_step",
+PRUNE_FLAGS = {"final_sparsity": "sparsity", "mlp_sparsity": "sparsity", "mask_structure": "pattern"}
+QUANTIZE_FLAGS = {"num_bits": "bits", "group_size": "group_size"}
+REPAIR_FLAGS = {"rank": "repair_rank"}  # recovery has a `--rank` of its own
+GRID_FIELDS: dict[str, dict[str, str]] = {  # what a bench sets itself: field -> what sets it
+    "pruning": dict.fromkeys(("sparsity", "final_sparsity", "mlp_sparsity"), "--ratios"),
+    "quantization": dict.fromkeys(("scheme", "config_groups"), "--bits and --set run.group_size"),
 }
-NEEDS = {  # fields that say nothing unless one of others is set
+DEPENDENT_FIELDS = {  # fields without effect unless one of others is set
     "teacher": ("distill", "squarehead"),
     "distill_temperature": ("distill",),
     "sweep_steps": ("sweep",),
 }
-REPAIR_FLAG_OF = {"rank": "repair_rank"}  # recovery has a `--rank` of its own
 
 
 def pruning_recipe(
@@ -44,168 +50,251 @@ def pruning_recipe(
     method: str | None = None,
     sparsity: float | None = None,
     pattern: str | None = None,
-    head_sparsity: float | None = None,
     repair_rank: int | None = None,
+    settings: Settings = NO_SETTINGS,
 ) -> Recipe:
-    """The recipe's pruning modifiers alone, in order; `method` picks one (ALPS without a recipe), flags go into each.
+    """Return the recipe's pruning modifiers alone, in order; `method` picks one (ALPS without a recipe).
 
-    The recipe's repair belongs to them unless it rounds, too: then it is of both, and `quantization_recipe` has it.
-
+    The recipe's repair belongs to them unless the recipe rounds too: then `quantization_recipe` has it.
     Raises `RecipeError` when the recipe compresses, but not by pruning.
     """
     if method is not None and method not in PRUNING_METHODS:
-        known = ", ".join(PRUNING_METHODS)
-        raise UsageError(Fault(("method",), f"not one of {known}", method, nearest(method, PRUNING_METHODS)).in_flags())
-    chosen: Sequence[Spec] = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
+        names = ", ".join(PRUNING_METHODS)
+        raise UsageError(Fault(("method",), f"not one of {names}", method, nearest(method, PRUNING_METHODS)).in_flags())
+    modifiers: list[Compressing] = [one for one in compressing_modifiers(recipe) if isinstance(one, Pruning)]
     if method is not None:
-        chosen = [recipe.modifier_for(method)]
+        modifiers = [recipe.modifier_for(method)]
     elif recipe.stages is DEFAULT_STAGES:  # no recipe was given, and a bench's default is SparseGPT, as the paper's
-        chosen = [_default(recipe, "alps")]
-    elif not chosen:
+        modifiers = [_default(recipe, "alps")]
+    elif not modifiers:
         _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
-        chosen = [_default(recipe, "alps")]
-    pruning = [one for one in chosen if isinstance(one, Pruning)]
-    given = [_pruned(one, sparsity, pattern, head_sparsity) for one in pruning]
-    return _oneshot(recipe, given, None if recipe.modifiers(GPTQModifier) else recipe.repair, repair_rank)
+        modifiers = [_default(recipe, "alps")]
+    modifiers = _prune_with(modifiers, settings, sparsity, pattern)
+    repair = None if recipe.modifiers(GPTQModifier) else recipe.repair
+    return _oneshot(recipe, modifiers, _repair_with(recipe, repair, modifiers, settings, repair_rank))
 
 
 def quantization_recipe(
-    recipe: Recipe, *, bits: int | None = None, group_size: int | None = None, repair_rank: int | None = None
+    recipe: Recipe,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    repair_rank: int | None = None,
+    settings: Settings = NO_SETTINGS,
 ) -> Recipe:
-    """The recipe's compressing modifiers, in order, the flags in its GPTQ ones; 4 bits in groups of 64 without any.
+    """Return the recipe's compressing modifiers, in order; 4 bits in groups of 64 without any.
 
-    `group_size` -1 is one scale for a whole row. Raises `RecipeError` when the recipe compresses, but without GPTQ.
+    The flags go into the GPTQ modifiers; `group_size` -1 is one scale per row. Raises `RecipeError` when the recipe
+    compresses, but without GPTQ.
     """
+    modifiers = compressing_modifiers(recipe)
     if not recipe.modifiers(GPTQModifier):
         _refuse_if_it_compresses(recipe, "GPTQModifier")
-        chosen: Sequence[Pruning | GPTQModifier] = [_default(recipe, "gptq")]
-    else:
-        chosen = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
-    return _oneshot(recipe, [_quantized(one, bits, group_size) for one in chosen], recipe.repair, repair_rank)
+        modifiers = [_default(recipe, "gptq")]
+    modifiers = _round_with(_prune_with(modifiers, settings), settings, bits, group_size)
+    return _oneshot(recipe, modifiers, _repair_with(recipe, recipe.repair, modifiers, settings, repair_rank))
 
 
-def recovery_recipe(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
-    """The recipe's prompt recovery alone; `flags` are fields of `PromptRecoveryModifier`.
+def bench_recipe(recipe: Recipe, flags: Fields = NO_FIELDS, settings: Settings = NO_SETTINGS) -> Recipe:
+    """Return the whole recipe; `flags` are fields of its recovery, and settings go into every part that they name."""
+    return override_recovery(_override_compression(recipe, settings), flags, settings.get("recovery", NO_FIELDS))
 
-    A flag that would change nothing is refused, too.
+
+def recovery_recipe(recipe: Recipe, flags: Fields, settings: Fields = NO_FIELDS) -> Recipe:
+    """Return the recipe's prompt recovery alone; `flags` and `settings` are fields of it.
+
+    Raises `UsageError` for a field that would change nothing, too.
     """
-    modifier = _recovery_with(recipe, flags)
-    for name, given in flags.items():
-        heard = arms_using(name)
-        idle = given is None or given == PromptRecoveryModifier.model_fields[name].default
-        flag = FLAG_OF.get(name, name).replace("_", "-")
-        if not idle and modifier.arm not in heard:
-            raise UsageError(f"--{flag}: says nothing to {modifier.arm}, only to {', '.join(heard)}; leave it out")
-        needed = NEEDS.get(name, ()) if modifier.rate is not None else ()
-        if not idle and needed and not any(getattr(modifier, other) for other in needed):
-            others = " or ".join(f"--{other.replace('_', '-')}" for other in needed)
-            raise UsageError(f"--{flag}: says nothing without {others}; add one, or leave it out")
+    modifier = _recovery_with(recipe, flags, settings)
+    shown = {name: f"--{name.replace('_', '-')}" for name in flags} | {
+        name: f"--set recovery.{name}" for name in settings
+    }
+    for typed, given in {**flags, **settings}.items():
+        name = field_name(PromptRecoveryModifier, typed)
+        if given is None or given == PromptRecoveryModifier.model_fields[name].default:
+            continue
+        arms = arms_using(name)
+        if modifier.arm not in arms:
+            raise UsageError(
+                f"{shown[typed]}: has no effect on {modifier.arm}, only on {', '.join(arms)}; leave it out"
+            )
+        needed = DEPENDENT_FIELDS.get(name, ()) if modifier.rate is not None else ()
+        if needed and not any(getattr(modifier, other) for other in needed):
+            others = " or ".join(needed)
+            raise UsageError(f"{shown[typed]}: has no effect without {others}; set one, or leave it out")
     return replace(recipe, stages=(_recovery_stage(modifier),))
 
 
-def override_recovery(recipe: Recipe, flags: Mapping[str, object]) -> Recipe:
-    """The whole recipe with these fields in its prompt recovery; the same recipe when no flag was given.
+def override_recovery(recipe: Recipe, flags: Fields, settings: Fields = NO_FIELDS) -> Recipe:
+    """Return the whole recipe with other fields in its prompt recovery; the same recipe when none is given.
 
-    A flag that no arm of the grid hears is not refused: the grid may grow, and then its settings must be the same.
+    A field that no arm of the grid uses is accepted: the grid may grow, and then its settings must be the same.
     """
-    if all(flag is None for flag in flags.values()):
+    if not settings and all(flag is None for flag in flags.values()):
         return recipe
-    kept = []
-    for stage in recipe.stages:
-        groups = [
-            Group(group.name, tuple(one for one in group.modifiers if not isinstance(one, PromptRecoveryModifier)))
-            for group in stage.groups
-        ]
-        kept.append(replace(stage, groups=tuple(group for group in groups if group.modifiers)))
-    others = [stage for stage in kept if stage.groups and stage.name != "recovery_stage"]
-    return replace(recipe, stages=(*others, _recovery_stage(_recovery_with(recipe, flags))))
+    others = [stage for stage in _stages_without(recipe, PromptRecoveryModifier) if stage.name != "recovery_stage"]
+    return replace(recipe, stages=(*others, _recovery_stage(_recovery_with(recipe, flags, settings))))
 
 
-def _default(recipe: Recipe, method: str) -> Pruning | GPTQModifier:
-    """Our best, or what every library has: SparseGPT for ALPS, and none that matches the dense model."""
+def compressing_modifiers(recipe: Recipe) -> list[Compressing]:
+    """Return the modifiers that prune or round, in order."""
+    return [modifier for modifier in recipe.modifiers(Spec) if isinstance(modifier, Compressing)]
+
+
+def _override_compression(recipe: Recipe, settings: Settings) -> Recipe:
+    """Return the recipe with other fields in the modifiers that a bench takes for its grid, default ones among them."""
+    fields = {part: settings.get(part, NO_FIELDS) for part in ("pruning", "quantization", "repair")}
+    if not any(fields.values()):
+        return recipe
+    _refuse_grid_fields(fields)
+    modifiers = compressing_modifiers(recipe)
+    methods = [
+        *recipe.run.methods * bool(fields["pruning"]),
+        *["gptq"] * bool(fields["quantization"] and recipe.run.bits),
+    ]
+    absent = [method for method in methods if method not in {modifier.method for modifier in modifiers}]
+    modifiers = sorted([*modifiers, *map(recipe.modifier_for, absent)], key=lambda one: isinstance(one, GPTQModifier))
+    modifiers = _round_with(_prune_with(modifiers, settings), settings)
+    compression = _oneshot(recipe, modifiers, _repair_with(recipe, recipe.repair, modifiers, settings))
+    others = _stages_without(recipe, Compressing, LowRankRepairModifier)
+    changed = replace(recipe, stages=(*compression.stages, *others))
+    recipe_from_dict(recipe_to_dict(changed), "the recipe with --set")  # a report or a resumed run reads it again
+    return changed
+
+
+def _refuse_grid_fields(fields: Settings) -> None:
+    """Raise `UsageError` for what the grid sets in each of its cells."""
+    for part, sources in GRID_FIELDS.items():
+        for name in fields[part]:
+            if name in sources:
+                raise UsageError(f"--set {part}.{name}: a bench takes it from its grid; give {sources[name]} instead")
+
+
+def _default(recipe: Recipe, method: str) -> Compressing:
+    """Return our best, or what every library has: SparseGPT for ALPS, and none that matches the dense model."""
     if recipe.run.backend == OURS:
         return DEFAULTS[method]
-    known = DEFAULTS["sparsegpt" if method == "alps" else method]
-    return replace_checked(known, match_dense=0.0)
+    return replace_checked(DEFAULTS["sparsegpt" if method == "alps" else method], match_dense=0.0)
 
 
-def _pruned(modifier: Pruning, sparsity: float | None, pattern: str | None, head_sparsity: float | None) -> Pruning:
-    if isinstance(modifier, StructuredPruningModifier):
-        if pattern is not None:
-            raise UsageError(f"--pattern: {pattern!r} is of single weights, and structured removes whole channels")
-        return _with(modifier, {"mlp_sparsity": sparsity, "head_sparsity": head_sparsity})
-    if head_sparsity is not None:
-        raise UsageError(f"--head-sparsity: {modifier.method} removes no heads; use --method structured")
-    structure = parse_structure(pattern) if pattern else None
-    share = structure[0] / structure[1] if structure and sparsity is None else sparsity
-    return _with(modifier, {"mask_structure": pattern, modifier.share_field: share})
+def _prune_with(
+    modifiers: Sequence[Compressing], settings: Settings, sparsity: float | None = None, pattern: str | None = None
+) -> list[Compressing]:
+    """Return the modifiers in order, pruning ones with these values; a setting goes into all that have its field."""
+    fields = settings.get("pruning", NO_FIELDS)
+    kinds = [type(modifier) for modifier in modifiers if isinstance(modifier, Pruning)]
+    if fields and not kinds:
+        raise UsageError(f"--set pruning.{next(iter(fields))}: nothing is pruned here; leave it out")
+    check_fields_exist(kinds, fields, "pruning")
+    return [
+        _pruned(modifier, fields_of(type(modifier), fields), sparsity, pattern)
+        if isinstance(modifier, Pruning)
+        else modifier
+        for modifier in modifiers
+    ]
 
 
-def _quantized(modifier: Pruning | GPTQModifier, bits: int | None, group_size: int | None) -> Spec:
-    if not isinstance(modifier, GPTQModifier) or (bits is None and group_size is None):
-        return modifier
-    size = modifier.group_size if group_size is None else group_size
-    whole_row = size in {None, -1}
-    weights = {
-        "num_bits": modifier.bits if bits is None else bits,
-        "group_size": None if whole_row else size,
-        "strategy": "channel" if whole_row else "group",
-    }
-    return _with(modifier, {"config_groups": {"group_0": {"targets": modifier.targets, "weights": weights}}})
+def _pruned(modifier: Pruning, fields: Fields, sparsity: float | None, pattern: str | None) -> Pruning:
+    if isinstance(modifier, StructuredPruningModifier) and pattern is not None:
+        raise UsageError(f"--pattern: {pattern!r} is of single weights, and structured removes whole channels")
+    flags: dict[str, object] = {modifier.share_field: sparsity}
+    if not isinstance(modifier, StructuredPruningModifier):
+        flags["mask_structure"] = pattern
+        structure = parse_structure(str(fields.get("mask_structure", pattern)))
+        if structure and sparsity is None and modifier.share_field not in fields:
+            flags[modifier.share_field] = structure[0] / structure[1]
+    return replace_fields(type(modifier), modifier.model_dump(), flags, fields, "pruning", PRUNE_FLAGS)
 
 
-def _with(modifier: Kind, changes: Mapping[str, object], flag_of: Mapping[str, str] = FLAG_OF) -> Kind:
-    """A checked copy whose faults are told as faults of flags."""
-    kind = type(modifier)
-    given = {name: value for name, value in changes.items() if value is not None}
-    try:
-        return kind.model_validate(modifier.model_dump() | given)
-    except ValidationError as error:
-        faults = [replace(found, path=(_flag(found, flag_of),)) for found in faults_of(error, kind)]
-        raise UsageError(lines(found.in_flags() for found in faults)) from error
+def _round_with(
+    modifiers: Sequence[Compressing], settings: Settings, bits: int | None = None, group_size: int | None = None
+) -> list[Compressing]:
+    """Return the modifiers in order, those that round with these values."""
+    fields = settings.get("quantization", NO_FIELDS)
+    if fields and not any(isinstance(modifier, GPTQModifier) for modifier in modifiers):
+        raise UsageError(f"--set quantization.{next(iter(fields))}: nothing is rounded here; leave it out")
+    return [
+        _rounded(modifier, fields, bits, group_size) if isinstance(modifier, GPTQModifier) else modifier
+        for modifier in modifiers
+    ]
 
 
-def _flag(found: Fault, flag_of: Mapping[str, str]) -> str:
-    field = str(found.path[-1])
-    return flag_of.get(field, field)
+def _rounded(modifier: GPTQModifier, fields: Fields, bits: int | None, group_size: int | None) -> GPTQModifier:
+    present, flags = modifier.model_dump(), {}
+    if bits is not None or group_size is not None:
+        size = modifier.group_size if group_size is None else group_size
+        whole_row = size in {None, -1}
+        weights = {
+            "num_bits": modifier.bits if bits is None else bits,
+            "group_size": None if whole_row else size,
+            "strategy": "channel" if whole_row else "group",
+        }
+        flags = {"config_groups": {"group_0": {"targets": modifier.targets, "weights": weights}}}
+    if "scheme" in fields:  # it spells out the groups
+        if flags:
+            raise UsageError("--set quantization.scheme: says what --bits and --group-size say; leave it or them out")
+        present = {name: old for name, old in present.items() if name != "config_groups"} | {
+            "targets": modifier.targets
+        }
+    return replace_fields(GPTQModifier, present, flags, fields, "quantization", QUANTIZE_FLAGS)
 
 
-def _oneshot(
-    recipe: Recipe, modifiers: Sequence[Spec], repair: LowRankRepairModifier | None, rank: int | None
-) -> Recipe:
-    if rank is not None:
-        repair = _with(repair or LowRankRepairModifier(rank=1), {"rank": rank}, REPAIR_FLAG_OF)
+def _repair_with(
+    recipe: Recipe,
+    repair: LowRankRepairModifier | None,
+    modifiers: Sequence[Compressing],
+    settings: Settings,
+    rank: int | None = None,
+) -> LowRankRepairModifier | None:
+    fields = settings.get("repair", NO_FIELDS)
+    if fields or rank is not None:
+        present = repair.model_dump() if repair else {}
+        repair = replace_fields(LowRankRepairModifier, present, {"rank": rank}, fields, "repair", REPAIR_FLAGS)
     if repair:
-        _check_repairable(recipe, modifiers)
-        modifiers = [*modifiers, repair]
-    # a stage each: a group cannot hold two modifiers of one name
+        cause = f"--set repair.{next(iter(fields))}" if fields else "--repair-rank"
+        if any(isinstance(modifier, StructuredPruningModifier) for modifier in modifiers):
+            raise UsageError(f"{cause}: structured refits what it keeps, and makes no repair; use another --method")
+        if recipe.run.backend != OURS:
+            raise UsageError(f"{cause}: {recipe.run.backend} makes no repair; leave it or --backend out")
+    return repair
+
+
+def _oneshot(recipe: Recipe, modifiers: Sequence[Spec], repair: LowRankRepairModifier | None) -> Recipe:
+    """Return the recipe with these modifiers alone, a stage each: a group cannot hold two modifiers of one name."""
     stages = [
-        Stage(f"compression_{number}_stage", "oneshot", (Group("compression_modifiers", (one,)),))
-        for number, one in enumerate(modifiers, start=1)
+        Stage(f"compression_{number}_stage", "oneshot", (Group("compression_modifiers", (modifier,)),))
+        for number, modifier in enumerate([*modifiers, *([repair] if repair else [])], start=1)
     ]
     return replace(recipe, stages=tuple(stages))
 
 
-def _check_repairable(recipe: Recipe, modifiers: Sequence[Spec]) -> None:
-    if any(isinstance(one, StructuredPruningModifier) for one in modifiers):
-        raise UsageError("--repair-rank: structured refits what it keeps, and makes no repair; use another --method")
-    if recipe.run.backend != OURS:
-        raise UsageError(f"--repair-rank: {recipe.run.backend} makes no repair; leave it or --backend out")
-
-
-def _recovery_with(recipe: Recipe, flags: Mapping[str, object]) -> PromptRecoveryModifier:
-    """A rate for all arms takes the place of those that the recipe gives to some."""
-    rates: dict[str, object] = {} if flags.get("learning_rate") is None else {"learning_rates": {}}
-    return _with(recipe.recovery, {**rates, **flags})
+def _recovery_with(recipe: Recipe, flags: Fields, settings: Fields) -> PromptRecoveryModifier:
+    """Return the recovery with these values; a rate for all arms replaces those that the recipe gives to some."""
+    present = recipe.recovery.model_dump()
+    if flags.get("learning_rate") is not None or settings.get("learning_rate") is not None:
+        present["learning_rates"] = {}
+    return replace_fields(PromptRecoveryModifier, present, flags, settings, "recovery")
 
 
 def _recovery_stage(modifier: PromptRecoveryModifier) -> Stage:
     return Stage("recovery_stage", "train", (Group("recovery_modifiers", (modifier,)),))
 
 
+def _stages_without(recipe: Recipe, *kinds: Any) -> list[Stage]:
+    """Return the stages without modifiers of these kinds; what is empty then is left out."""
+    stages = []
+    for stage in recipe.stages:
+        groups = [
+            Group(group.name, tuple(one for one in group.modifiers if not isinstance(one, kinds)))
+            for group in stage.groups
+        ]
+        stages.append(replace(stage, groups=tuple(group for group in groups if group.modifiers)))
+    return [stage for stage in stages if stage.groups]
+
+
 def _refuse_if_it_compresses(recipe: Recipe, wanted: str) -> None:
     """A recipe that only says where to run gets the default modifier; one that compresses otherwise is a mistake."""
-    compressing = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+    compressing = compressing_modifiers(recipe)
     if compressing and recipe.stages != DEFAULT_STAGES:
-        names = ", ".join(type(one).__name__ for one in compressing)
+        names = ", ".join(type(modifier).__name__ for modifier in compressing)
         raise RecipeError(f"the recipe has {names}, but no {wanted}; add one, or leave --recipe out")

@@ -84,18 +84,47 @@ DEFAULT_STAGES = (
 )
 
 
-def load_recipe(path: Path | None, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
-    """Read and check a whole recipe; `flags` (fields of `RunSpec`, None = not given) win over its `run:`.
+def load_recipe(
+    path: Path | None, flags: Mapping[str, object] = NO_FLAGS, settings: Mapping[str, object] = NO_FLAGS
+) -> Recipe:
+    """Read a recipe and check all of it, before anything slow happens.
 
-    A grid that neither `run:` nor the flags give is what the recipe's own modifiers say. Raises `InputNotFoundError`,
-    `RecipeError` or `UsageError`, the last two with all faults, one line each.
+    A grid that neither `run:` nor `flags` nor `settings` gives is what the recipe's own modifiers ask for.
+
+    Args:
+        path: A YAML, JSON or Markdown file; None is the default recipe, `recipes/default.yaml`.
+        flags: Fields of `run:` (see `RunSpec`) that win over the file, as a command line gives them: text is read as
+            the number or the list that belongs there, and None means not given.
+        settings: Fields of `run:` that win over the file, as `--set` gives them: of the type that a recipe has, so that
+            None is a value.
+
+    Returns:
+        The recipe: checked, frozen, and with every default filled in.
+
+    Raises:
+        InputNotFoundError: The file cannot be read.
+        RecipeError: The file is no recipe, or a field of it is wrong. All faults are named, one line each.
+        UsageError: A flag or a setting is wrong, or both give the same field. All faults are named, one line each.
+
+    Example:
+        >>> from mopcompress import load_recipe
+        >>> recipe = load_recipe(None, {"ratios": "0.5,0.85", "device": "cpu"})
+        >>> recipe.run.ratios
+        (0.5, 0.85)
+        >>> recipe.recovery.arm
+        'mop'
     """
     if path is None:
-        return Recipe(DEFAULT_STAGES, RunSpec.model_validate(check_flags(flags)))
-    return recipe_from_dict(read_document(path), str(path), flags)
+        return Recipe(DEFAULT_STAGES, RunSpec.model_validate(check_flags(flags, settings)))
+    return recipe_from_dict(read_document(path), str(path), flags, settings)
 
 
-def recipe_from_dict(document: Mapping[str, Any], name_of_file: str, flags: Mapping[str, object] = NO_FLAGS) -> Recipe:
+def recipe_from_dict(
+    document: Mapping[str, Any],
+    name_of_file: str,
+    flags: Mapping[str, object] = NO_FLAGS,
+    settings: Mapping[str, object] = NO_FLAGS,
+) -> Recipe:
     """Check a recipe that a file holds or `recipe_to_dict` gave; fields that are missing get their defaults."""
     faults: list[Fault] = []
     stages, run = [], {}
@@ -110,7 +139,7 @@ def recipe_from_dict(document: Mapping[str, Any], name_of_file: str, flags: Mapp
     if faults:
         raise RecipeError(lines(found.in_recipe(name_of_file) for found in faults))
     recipe = Recipe(tuple(stages), RunSpec())
-    return Recipe(recipe.stages, RunSpec.model_validate(_own_grid(recipe) | run | check_flags(flags)))
+    return Recipe(recipe.stages, RunSpec.model_validate(check_flags(flags, settings, _own_grid(recipe) | run)))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -145,7 +174,7 @@ def _own_grid(recipe: Recipe) -> dict[str, Any]:
             dict.fromkeys(one.sparsity for one in pruning if isinstance(one.sparsity, float) and one.sparsity)
         ),
         "bits": tuple(dict.fromkeys(one.bits for one in rounding)),
-        "joint": bool(pruning and rounding),
+        "prune_then_quantize": bool(pruning and rounding),
     }
     return grid | ({"group_size": rounding[0].group_size} if rounding else {})
 
@@ -155,7 +184,8 @@ def _checked_run(content: Any, faults: list[Fault]) -> dict[str, Any]:
         faults.append(Fault(("run",), "not a map of settings", content))
         return {}
     try:
-        RunSpec.model_validate(content)
+        run = RunSpec.model_validate(content)
     except ValidationError as error:
         faults += faults_of(error, RunSpec, ("run",))
-    return content
+        return {}
+    return {name: getattr(run, name) for name in run.model_fields_set}

@@ -1,22 +1,26 @@
 """`run:`, the part of a recipe that is ours: model, data, grid and machine.
 
-Every field is also a flag, and a flag wins. Relative paths are relative to the working directory, in a recipe too.
+`--set run.FIELD=VALUE` wins over every field of it, and so do the flags that some fields have. Relative paths are
+relative to the working directory, in a recipe too.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mopcompress.errors import UsageError
 from mopcompress.recipe.arms import ARM_DEFAULTS, known_arm
 from mopcompress.recipe.field_types import STORED_NAMES, Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
-from mopcompress.recipe.validation_errors import Fault, faults_of, lines, nearest
+from mopcompress.recipe.pruning_modifiers import Pruning
+from mopcompress.recipe.validation_errors import Fault, faults_of, field_name, lines, nearest
 
-PRUNING_METHODS = ("sparsegpt", "alps", "wanda", "magnitude", "structured")
+PRUNING_METHODS: tuple[str, ...] = tuple(modifier.method for modifier in get_args(Pruning))
 OURS = "mopcompress"
+NO_FIELDS: Mapping[str, object] = MappingProxyType({})
 BACKENDS = (OURS, "llmcompressor", "gptqmodel")
 
 Arms = Annotated[tuple[Annotated[str, AfterValidator(known_arm)], ...], Listed, Distinct]
@@ -115,7 +119,9 @@ class RunSpec(Spec):
     @model_validator(mode="after")
     def _scored_text_is_not_trained_on(self) -> "RunSpec":
         if self.train_text is not None and self.train_text == self.eval_text:
-            raise fault("train_text: the same as text, which is scored because no arm is trained on it; name another")
+            raise fault(
+                "train_text: the same as eval_text, which is scored because no arm is trained on it; name another"
+            )
         return self
 
     @property
@@ -152,35 +158,53 @@ WORDS = {
 }
 
 
-def check_flags(flags: Mapping[str, object]) -> dict[str, Any]:
-    """The flags as checked fields of `RunSpec`; None means not given, text is split at commas where a list belongs.
+def check_flags(
+    flags: Mapping[str, object], settings: Mapping[str, object] = NO_FIELDS, run: Mapping[str, object] = NO_FIELDS
+) -> dict[str, Any]:
+    """Return the fields of `run` (by present names, checked) with those of `flags` and `settings` in their place.
 
-    Raises `UsageError` with all faults, one line each.
+    A flag that is None was not given; text is split at commas where a list belongs. Settings are taken as they are.
+    Raises `UsageError` with all faults, one line each, and for a field that is given twice.
     """
+    given = {name: flag for name, flag in flags.items() if flag is not None}
+    by_field = {field_name(RunSpec, name): name for name in settings}
+    for name in given:
+        if field_name(RunSpec, name) in by_field:
+            flag = name.replace("_", "-")
+            raise UsageError(
+                f"--{flag}: given twice, by --set run.{by_field[field_name(RunSpec, name)]} too; give it once"
+            )
     faults: list[Fault] = []
-    given = {name: _parsed(name, flag, faults) for name, flag in flags.items() if flag is not None}
-    wrong = {found.path[0] for found in faults}
+    parsed = {name: _parsed(field_name(RunSpec, name), name, flag, faults) for name, flag in given.items()}
+    wrong = {fault.path[0] for fault in faults}
+    changes = {name: change for name, change in {**parsed, **settings}.items() if name not in wrong}
+    changed = {field_name(RunSpec, name) for name in changes}
     try:
-        checked = RunSpec.model_validate({name: flag for name, flag in given.items() if name not in wrong})
+        checked = RunSpec.model_validate({name: old for name, old in run.items() if name not in changed} | changes)
     except ValidationError as error:
-        raise UsageError(lines(found.in_flags() for found in faults + faults_of(error, RunSpec))) from error
+        faults += faults_of(error, RunSpec)
     if faults:
-        raise UsageError(lines(found.in_flags() for found in faults))
-    return {name: getattr(checked, name) for name in given}
+        raise UsageError(
+            lines(
+                fault.in_setting("run") if fault.path and fault.path[0] in settings else fault.in_flags()
+                for fault in faults
+            )
+        )
+    return {name: getattr(checked, name) for name in {*run, *changed}}
 
 
-def _parsed(name: str, flag: object, faults: list[Fault]) -> object:
-    if name == "columns" and isinstance(flag, str):
+def _parsed(field: str, name: str, flag: object, faults: list[Fault]) -> object:
+    if field == "columns" and isinstance(flag, str):
         pairs = [pair.partition("=") for pair in flag.split(",")]
         if not all(key and value for key, _, value in pairs):
             faults.append(Fault((name,), "not column=field, with commas between several", flag))
         return {key.strip(): value.strip() for key, _, value in pairs}
-    if name not in LISTS or not isinstance(flag, str | list | tuple):
-        return flag if name in WORDS else _number(flag)
+    if field not in LISTS or not isinstance(flag, str | list | tuple):
+        return flag if field in WORDS else _number(flag)
     pieces = [piece.strip() for piece in flag.split(",")] if isinstance(flag, str) and flag else list(flag)
     if "" in pieces:
         faults.append(Fault((name,), "an entry is empty: write values with one comma between", flag))
-    return tuple(pieces) if name in WORDS else tuple(_number(piece) for piece in pieces)
+    return tuple(pieces) if field in WORDS else tuple(_number(piece) for piece in pieces)
 
 
 def _number(flag: object) -> object:

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 MOST_FAULTS = 40  # lines
@@ -45,8 +47,14 @@ class Fault:
         place = f"{printable(file)}: {dotted(self.path)}" if self.path else printable(file)
         return f"{place}: {self._complaint()}"
 
+    def in_setting(self, part: str) -> str:
+        """`--set part.key: message, found VALUE; did you mean 'x'?`"""
+        return f"--set {dotted((part, *self.path))}: {self._complaint()}"
+
     def in_flags(self) -> str:
         """`--flag: VALUE is not ...; did you mean x?`"""
+        if not self.path:
+            return self._complaint()
         flag = "--" + str(self.path[0]).replace("_", "-")
         if self.message.startswith("not ") and self.found is not ABSENT:
             return f"{flag}: {value(self.found)} is {self.message}{self._question()}"
@@ -100,7 +108,10 @@ def faults_of(error: ValidationError, model: type[BaseModel], path: tuple[str | 
 def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int, ...]) -> Fault:
     place = path + tuple(part for part in details["loc"] if part not in (ONE, EACH))
     if details["type"] == "extra_forbidden":
-        return Fault(place, "no such field", hint=nearest(place[-1], _field_names(model)))
+        twin = _present_name(model, place[-1])
+        if twin is not None:
+            return Fault(place, f"the same field as {twin}, and both are given; keep {twin}")
+        return Fault(place, "no such field", hint=nearest(place[-1], suggested_fields(model)))
     if details["type"] == "missing":
         return Fault(place, "required, but missing")
     if isinstance(details["input"], str) and details["input"].startswith("eval("):
@@ -112,11 +123,39 @@ def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int,
             details["input"], [name.strip("'") for name in context["expected"].replace(" or ", ", ").split(", ")]
         )
     message = PLAIN.get(details["type"], details["msg"].replace("Input should be", "not"))
-    return Fault(place, message, details["input"], hint)
+    found = ABSENT if place == path and isinstance(details["input"], dict) else details["input"]
+    return Fault(place, message, found, hint)
 
 
-def _field_names(model: type[BaseModel]) -> list[str]:
-    names = [name for name, field in model.model_fields.items() if not field.exclude]
+def field_name(model: type[BaseModel], name: str) -> str:
+    """Return the present name of a field of `model` that older recipes call otherwise; `name` itself for all else."""
+    if name in model.model_fields:
+        return name
+    aliased = (present for present, field in model.model_fields.items() if name in _aliases(field))
+    return next(aliased, name)
+
+
+def suggested_fields(model: type[BaseModel]) -> list[str]:
+    """Return the names that a hint may offer: present ones, of fields that have an effect."""
+    names = own_fields(model)
     for part in getattr(model, "parts", ()):
-        names += _field_names(part)
+        names += suggested_fields(part)
     return names
+
+
+def own_fields(model: type[BaseModel]) -> list[str]:
+    """Return the names that a hint may offer, without those of the parts of `model`."""
+    return [name for name, field in model.model_fields.items() if not field.exclude]
+
+
+def _present_name(model: type[BaseModel], name: object) -> str | None:
+    """Return the present name of an alias in `model` or its parts; None when `name` is no alias."""
+    for part in (model, *getattr(model, "parts", ())):
+        for present, field in part.model_fields.items():
+            if name in _aliases(field):
+                return present
+    return None
+
+
+def _aliases(field: FieldInfo) -> list[Any]:
+    return field.validation_alias.choices if isinstance(field.validation_alias, AliasChoices) else []

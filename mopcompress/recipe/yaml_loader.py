@@ -92,6 +92,18 @@ def read_document(path: Path) -> dict[str, Any]:
     return document
 
 
+def read_value(text: str) -> Any:
+    """Read one value of plain data, as a recipe would hold it.
+
+    Raises `ValueError` that says in one line why the text is no such value.
+    """
+    try:
+        return _yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(" ".join(problem.split())[:200]) from error
+
+
 def _text(path: Path, shown: str) -> str:
     try:
         with path.open("rb") as file:

@@ -214,7 +214,7 @@ def test_a_sparsity_profile_is_an_allocation(write):
 def test_the_grid_is_the_recipes_own_unless_run_or_a_flag_says_otherwise(write):
     own = load_recipe(write(TWO_FOUR_THEN_W4A16)).run
     assert (own.methods, own.ratios, own.bits, own.group_size) == (("sparsegpt",), (0.5,), (4,), None)
-    assert own.joint
+    assert own.prune_then_quantize
     wanda = in_group("WandaPruningModifier", {"sparsity": 0.6})
     assert load_recipe(write(wanda)).run.methods == ("wanda",)
     assert not load_recipe(write(wanda)).run.prune_then_quantize
@@ -580,11 +580,11 @@ def test_contradictions_inside_gptq_are_named(write):
         ("run: {seed: " + "9" * 5000 + "}\n", "cannot be read as a recipe"),
         ("run: {1: 2}\n", "the key 1 is not text"),
         ("run: {? {a: b} : 2}\n", "is not text"),
-        ("run: {map: {a: 1}}\n", "run.columns.a: not text, found 1"),
+        ("run: {map: {a: 1}}\n", "run.map.a: not text, found 1"),
         ("run: {model: ''}\n", "run.model: not a name: empty, found ''"),
         ("run: {train_rows: 0}\n", "run.train_rows: not greater than or equal to 1, found 0"),
         ("run: {device: cudaa}\n", "cuda, cuda:N, mps, found 'cudaa'; did you mean 'cuda'?"),
-        ("run: {max_fallback: 2}\n", "run.max_fallback_fraction: not less than or equal to 1, found 2"),
+        ("run: {max_fallback: 2}\n", "run.max_fallback: not less than or equal to 1, found 2"),
         ("run: {arms: []}\n", "run.arms: not long enough: at least one entry is needed, found []"),
         ("run: [\n", "line 2, column 1: "),
         ("run:\n\t- a\n", "line 2, column 1: "),
@@ -777,11 +777,11 @@ def test_a_rank_is_told_by_the_flag_of_its_command() -> None:
 @pytest.mark.parametrize(
     ("arm", "flags", "said"),
     [
-        ("single", {"top_k": 1}, "--top-k: says nothing to single, only to mop, shuffled; leave it out"),
-        ("idp", {"deep": True}, "--deep: says nothing to idp, only to single, mop, uniform, oracle, shuffled; leave"),
-        ("lora", {"deep": True}, "--deep: says nothing to lora"),
-        ("input", {"rank": 2}, "--rank: says nothing to input, only to lora, masklora, eora; leave it out"),
-        ("eora", {"batch_size": 4}, "--rows-per-step: says nothing to eora"),
+        ("single", {"top_k": 1}, "--top-k: has no effect on single, only on mop, shuffled; leave it out"),
+        ("idp", {"deep": True}, "--deep: has no effect on idp, only on single, mop, uniform, oracle, shuffled; leave"),
+        ("lora", {"deep": True}, "--deep: has no effect on lora"),
+        ("input", {"rank": 2}, "--rank: has no effect on input, only on lora, masklora, eora; leave it out"),
+        ("eora", {"batch_size": 4}, "--batch-size: has no effect on eora"),
     ],
 )
 def test_a_flag_that_would_change_nothing_is_refused(arm, flags, said) -> None:
@@ -800,7 +800,7 @@ OTHERS = {  # another value than the default of each
     "experts": 3,
     "prompts_per_expert": 3,
     "layer": 2,
-    "deep": True,
+    "per_layer_prompts": True,
     "rank": 2,
     "adapter_targets": ("q_proj",),
     "gate_learning_rate": 0.5,
@@ -825,9 +825,9 @@ def test_an_arm_takes_the_flags_that_say_something_to_it(arm) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"teacher": "dense"}, "--teacher: says nothing without --distill or --squarehead; add one, or leave it out"),
-        ({"distill_temperature": 2.0}, "--distill-temperature: says nothing without --distill"),
-        ({"sweep_steps": 7}, "--sweep-steps: says nothing without --sweep"),
+        ({"teacher": "dense"}, "--teacher: has no effect without distill or squarehead; set one, or leave it out"),
+        ({"distill_temperature": 2.0}, "--distill-temperature: has no effect without distill"),
+        ({"sweep_steps": 7}, "--sweep-steps: has no effect without sweep"),
     ],
 )
 def test_a_flag_that_leans_on_another_is_refused_without_it(flags, said) -> None:
