@@ -1,4 +1,4 @@
-"""Answers to instructions, through transformers' own `generate`, from a stock network or a recovered model."""
+"""Greedy answers to instructions through transformers' own `generate`, of a stock network or a recovered model."""
 
 import itertools
 import sys
@@ -20,35 +20,35 @@ def generate(
     *,
     max_new_tokens: int,
     use_cache: bool = True,
-    told: Callable[[str], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """The greedy answer to each instruction, without special tokens and outer white space.
+    """Return the greedy answer to each instruction, without special tokens and outer white space.
 
-    An answer ends with the turn, or after `max_new_tokens`. `told` hears the answer to a single instruction in pieces,
-    as it comes. Raises `DataError` when an instruction and its answer do not fit the model's context.
+    An answer ends with the turn, or after `max_new_tokens`. With a single instruction, `on_text` receives its answer
+    in pieces as they are generated. Raises `DataError` when an instruction and its answer exceed the model's context.
     """
     if not prompts:
         return []
-    contexts, ends = contexts_of(model, tokenizer, prompts)
+    contexts, end_tokens = encode_prompts(model, tokenizer, prompts)
     check_fits(model, contexts, max_new_tokens)
-    return answer_contexts(
-        model, tokenizer, contexts, ends, max_new_tokens=max_new_tokens, use_cache=use_cache, told=told
+    return generate_from_contexts(
+        model, tokenizer, contexts, end_tokens, max_new_tokens=max_new_tokens, use_cache=use_cache, on_text=on_text
     )
 
 
-def answer_contexts(
+def generate_from_contexts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     contexts: Sequence[Sequence[int]],
-    ends: Set[int],
+    end_tokens: Set[int],
     *,
     max_new_tokens: int,
     use_cache: bool = True,
-    told: Callable[[str], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """The same for encoded prompts; an answer stops before the first token of `ends`."""
+    """Return the answers to encoded prompts, as `generate` does. An answer stops before the first of `end_tokens`."""
     padding = tokenizer.pad_token_id
-    # what is not said here, a checkpoint's own generation_config.json decides
+    # settings that are absent here would come from the model's own generation_config.json
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -56,54 +56,55 @@ def answer_contexts(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         use_cache=use_cache,
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends) if padding is None else padding,
+        eos_token_id=sorted(end_tokens),
+        pad_token_id=min(end_tokens) if padding is None else padding,
     )
     # padding stands on the left, where the mask hides it: all answers begin in one column
-    tokens, real = left_padded(contexts, settings.pad_token_id, model.device)
+    tokens, mask = left_padded(contexts, settings.pad_token_id, model.device)
     with torch.inference_mode():
-        written = model.generate(  # type: ignore[operator]
+        generated = model.generate(  # type: ignore[operator]
             input_ids=tokens,
-            attention_mask=real.long(),
+            attention_mask=mask.long(),
             generation_config=settings,
-            streamer=None if told is None else _TextStreamer(tokenizer, told),
+            streamer=None if on_text is None else _TextStreamer(tokenizer, on_text),
         )
-    answers = [itertools.takewhile(lambda token: token not in ends, row[tokens.shape[1] :]) for row in written.tolist()]
+    new_tokens = [row[tokens.shape[1] :] for row in generated.tolist()]
+    answers = [itertools.takewhile(lambda token: token not in end_tokens, row) for row in new_tokens]
     return [str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip() for answer in answers]
 
 
 class _TextStreamer(TextStreamer):
-    """Gives whole words to a function, without the white space before the first."""
+    """Passes whole words to a function, without white space before the first."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, told: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.told, self.begun = told, False
+        self.on_text, self.has_text = on_text, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """`text` is what is new; the last may be empty."""
-        text = text if self.begun else text.lstrip()
-        self.begun = self.begun or bool(text)
+        """Pass on the new `text`, which may be empty at the end."""
+        text = text if self.has_text else text.lstrip()
+        self.has_text = self.has_text or bool(text)
         if text:
-            self.told(text)
+            self.on_text(text)
 
 
-def contexts_of(
+def encode_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> tuple[list[tuple[int, ...]], set[int]]:
-    """The prompts as they are encoded for training and evaluation, and the tokens that end an answer."""
-    # what comes before a response does not depend on the response
+    """Return the prompts as training and evaluation encode them, and the tokens that end an answer."""
+    # the tokens before a response do not depend on the response
     rows = [Example(task="", instruction=prompt, input="", output="x") for prompt in prompts]
     documents = encode(rows, tokenizer, max_length=sys.maxsize).documents
-    stock = model.generation_config.eos_token_id
-    ends = {stock} if isinstance(stock, int) else set(stock or ())
+    configured = model.generation_config.eos_token_id
+    end_tokens = {configured} if isinstance(configured, int) else set(configured or ())
     return (
         [document.tokens[: document.context_tokens] for document in documents],
-        ends | {document.tokens[-1] for document in documents},
+        end_tokens | {document.tokens[-1] for document in documents},
     )
 
 
 def check_fits(model: PreTrainedModel, contexts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise `DataError` when a context and its answer are longer than what the model takes."""
+    """Raise `DataError` when the longest context and its answer have more tokens than the model's context."""
     longest = max(map(len, contexts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:

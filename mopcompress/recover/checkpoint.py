@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mopcompress.errors import StorageError
+from mopcompress.models.safetensors_io import tensor_crc32
 from mopcompress.recover.adapter import Adapter, TrainRow
 from mopcompress.storage.artifacts import replaced_atomically
 from mopcompress.storage.resume import resumable_job, write_job
@@ -153,5 +154,5 @@ def _row_from_disk(fields: Mapping[str, Any]) -> TrainRow:
 def _checksum(tensors: Mapping[str, Tensor], rows: str) -> int:
     checksum = zlib.crc32(rows.encode())
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
+        checksum = tensor_crc32(tensors[name], checksum)
     return checksum

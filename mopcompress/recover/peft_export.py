@@ -1,7 +1,7 @@
-"""Adapters that PEFT has too, as `PeftModel.from_pretrained` loads them; PEFT itself is not needed to write them.
+"""Export of adapters that PEFT has too, as `PeftModel.from_pretrained` loads them. Writing them needs no PEFT.
 
-What PEFT computes then is what this package computes, as long as no text outgrows a sliding window: PEFT's prompts
-fall out of it, ours stay.
+PEFT then computes the same as this package, as long as no text outgrows a sliding window: PEFT's prompts fall out of
+the window, ours stay.
 """
 
 import json
@@ -40,7 +40,7 @@ class PeftAdapter:
 
 
 def input_prompt(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
-    """Prompt tuning."""
+    """Convert an adapter to PEFT's prompt tuning."""
     assert isinstance(adapter, InputPrompt)
     settings = {
         "peft_type": "PROMPT_TUNING",
@@ -52,18 +52,21 @@ def input_prompt(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
 
 
 def trained_prefix(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
-    """Prefix tuning without projection. Raises `DataError` for families where PEFT's differs from ours."""
+    """Convert an adapter to PEFT's prefix tuning without projection.
+
+    Raises `DataError` for model families where PEFT's prefixes differ from ours.
+    """
     assert isinstance(adapter, TrainedPrefix)
-    keys, values = ({layer: one.detach() for layer, one in some.items()} for some in adapter.prefix())
-    shapes = {tuple(one.shape) for one in (*keys.values(), *values.values())}
+    keys, values = ({layer: tensor.detach() for layer, tensor in tensors.items()} for tensors in adapter.prefix())
+    shapes = {tuple(tensor.shape) for tensor in (*keys.values(), *values.values())}
     if len(keys) < len(model.blocks) or len(shapes) > 1:
         raise DataError(
             f"PEFT's prefixes have keys and values of one shape in every layer; {type(model.network).__name__} here "
             f"has {len(keys)} layers of {len(model.blocks)} in {len(shapes)} shapes; use the adapter with mopcompress"
         )
     heads, tokens, size = shapes.pop()
-    moved = moved_keys(model, keys, tokens)  # PEFT's text begins at position P, ours at 0
-    pairs = [one for layer in sorted(keys) for one in (moved[layer], values[layer])]
+    moved = shift_keys(model, keys, tokens)  # PEFT's text begins at position `tokens`, ours at 0
+    pairs = [tensor for layer in sorted(keys) for tensor in (moved[layer], values[layer])]
     settings = {
         "peft_type": "PREFIX_TUNING",
         "prefix_projection": False,
@@ -75,27 +78,27 @@ def trained_prefix(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
 
 
 def low_rank(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
-    """LoRA; its scale alpha / r is 1."""
+    """Convert an adapter to PEFT's LoRA, with a scale alpha / r of 1."""
     assert isinstance(adapter, PatchedModules)
     tensors: dict[str, Tensor] = {}
     rank = 0
-    for name, change in adapter.patches_by_name().items():
-        assert isinstance(change, LoRAUpdate)
-        rank = len(change.down)
-        tensors |= {f"{name}.lora_A.weight": change.down, f"{name}.lora_B.weight": change.up}
-    return _changed_linears({"peft_type": "LORA", "r": rank, "lora_alpha": rank}, tensors, adapter, model)
+    for name, patch in adapter.patches_by_name().items():
+        assert isinstance(patch, LoRAUpdate)
+        rank = len(patch.down)
+        tensors |= {f"{name}.lora_A.weight": patch.down, f"{name}.lora_B.weight": patch.up}
+    return _patched_linears({"peft_type": "LORA", "r": rank, "lora_alpha": rank}, tensors, adapter, model)
 
 
 def scaled(adapter: Adapter, model: LanguageModel) -> PeftAdapter:
-    """(IA)^3: a row where inputs are scaled, a column where outputs are."""
+    """Convert an adapter to PEFT's (IA)^3: a row vector scales inputs, a column vector scales outputs."""
     assert isinstance(adapter, PatchedModules)
     tensors: dict[str, Tensor] = {}
-    of_inputs: list[str] = []
-    for name, change in adapter.patches_by_name().items():
-        assert isinstance(change, IA3Scale)
-        tensors[f"{name}.ia3_l"] = change.scale[None] if change.scales_inputs else change.scale[:, None]
-        of_inputs += [name] if change.scales_inputs else []
-    return _changed_linears({"peft_type": "IA3", "feedforward_modules": of_inputs}, tensors, adapter, model)
+    scaling_inputs: list[str] = []
+    for name, patch in adapter.patches_by_name().items():
+        assert isinstance(patch, IA3Scale)
+        tensors[f"{name}.ia3_l"] = patch.scale[None] if patch.scales_inputs else patch.scale[:, None]
+        scaling_inputs += [name] if patch.scales_inputs else []
+    return _patched_linears({"peft_type": "IA3", "feedforward_modules": scaling_inputs}, tensors, adapter, model)
 
 
 FORMATS: dict[str, Callable[[Adapter, LanguageModel], PeftAdapter]] = {
@@ -108,10 +111,10 @@ FORMATS: dict[str, Callable[[Adapter, LanguageModel], PeftAdapter]] = {
 
 
 def write_peft(adapter: Adapter, config: AdapterConfig, model: LanguageModel, base: str, folder: Path) -> None:
-    """Write an adapter into `folder` as PEFT would; `base` is where PEFT's users find the model.
+    """Write an adapter into `folder` in PEFT's format; `base` is the folder or name under which PEFT finds the model.
 
-    Raises `DataError` for an arm that PEFT does not have, or has otherwise, and for a model with a repair, which PEFT
-    would load without it.
+    Raises `DataError` for an arm that PEFT lacks or defines otherwise, and for a model with a low-rank repair, which
+    PEFT would not load.
     """
     check_arm(config.arm)
     if any(repair_of(module) is not None for module in model.network.modules()):
@@ -128,43 +131,43 @@ def write_peft(adapter: Adapter, config: AdapterConfig, model: LanguageModel, ba
 
 
 def check_arm(arm: str) -> None:
-    """Raise `DataError` when PEFT has no such arm."""
+    """Raise `DataError` for an arm that PEFT lacks."""
     if arm not in FORMATS:
         raise DataError(f"arm {arm}: PEFT has no such adapter, only {', '.join(FORMATS)}; use it with mopcompress")
 
 
 @torch.no_grad()
-def moved_keys(model: LanguageModel, keys: TensorsByLayer, by: int) -> TensorsByLayer:
-    """Keys with rotary positions as if they stood `by` positions later.
+def shift_keys(model: LanguageModel, keys: TensorsByLayer, shift: int) -> TensorsByLayer:
+    """Return keys, [kv_heads, prompts, head] per layer, with rotary positions that are `shift` positions later.
 
-    Tried on keys that the model itself makes at both places; raises `DataError` when those do not agree.
+    Raises `DataError` when that fails on keys that the model itself computes at both positions.
     """
     model.require_rotary()
     rotary = next(module for name, module in model.network.named_modules() if name.endswith("rotary_emb"))
     noise = torch.randn(1, 4, model.hidden_size, generator=torch.Generator().manual_seed(0)).to(model.device)
     try:
-        cosines, sines = rotary(noise, torch.tensor([[by]], device=model.device))
+        cosines, sines = rotary(noise, torch.tensor([[shift]], device=model.device))
     except TypeError as error:  # a family with several kinds of positions
-        raise _not_movable(model) from error
-    scale = getattr(rotary, "attention_scaling", 1.0)  # keys have it already
+        raise _unmovable_error(model) from error
+    scale = getattr(rotary, "attention_scaling", 1.0)  # keys are scaled already
     angles = cosines[0, 0] / scale, sines[0, 0] / scale
-    here, _ = record_prompt_kv(model, noise, 0)
-    there, _ = record_prompt_kv(model, noise, 0, first_position=by)
-    if not all(torch.allclose(_turned(here[layer], *angles), there[layer], 1e-3, 1e-3) for layer in here):
-        raise _not_movable(model)
-    return {layer: _turned(key, *angles) for layer, key in keys.items()}
+    original, _ = record_prompt_kv(model, noise, 0)
+    shifted, _ = record_prompt_kv(model, noise, 0, first_position=shift)
+    if not all(torch.allclose(_rotate(original[layer], *angles), shifted[layer], 1e-3, 1e-3) for layer in original):
+        raise _unmovable_error(model)
+    return {layer: _rotate(key, *angles) for layer, key in keys.items()}
 
 
-def _turned(
-    keys: Float[Tensor, "kv_heads prompts head"], cosines: Float[Tensor, " turned"], sines: Float[Tensor, " turned"]
+def _rotate(
+    keys: Float[Tensor, "kv_heads prompts head"], cosines: Float[Tensor, " rotary"], sines: Float[Tensor, " rotary"]
 ) -> Float[Tensor, "kv_heads prompts head"]:
-    """Rotate the first dimensions, halves of which are pairs (Su et al., 2104.09864, as most families store it)."""
+    """Rotate the first dimensions, whose two halves are pairs (Su et al., 2104.09864, as most families store it)."""
     first, second = keys[..., : len(cosines)].chunk(2, dim=-1)
-    turned = keys[..., : len(cosines)] * cosines + torch.cat([-second, first], dim=-1) * sines
-    return torch.cat([turned, keys[..., len(cosines) :]], dim=-1)
+    rotated = keys[..., : len(cosines)] * cosines + torch.cat([-second, first], dim=-1) * sines
+    return torch.cat([rotated, keys[..., len(cosines) :]], dim=-1)
 
 
-def _not_movable(model: LanguageModel) -> DataError:
+def _unmovable_error(model: LanguageModel) -> DataError:
     return DataError(
         f"{type(model.network).__name__} has positions that PEFT's prefixes cannot be moved to; use the adapter with "
         "mopcompress"
@@ -180,11 +183,11 @@ def _prompt_learning(settings: dict[str, Any], embeddings: Tensor, model: Langua
     return PeftAdapter({**settings, **counts}, {"prompt_embeddings": embeddings})
 
 
-def _changed_linears(
+def _patched_linears(
     settings: dict[str, Any], tensors: dict[str, Tensor], adapter: PatchedModules, model: LanguageModel
 ) -> PeftAdapter:
-    names = list(adapter.patches_by_name())  # whole ones: by their ends PEFT would find linears below the layer too
+    names = list(adapter.patches_by_name())  # whole names: by their ends PEFT would match linears below the layer too
     transposed = any(isinstance(model.network.get_submodule(name), Conv1D) for name in names)
-    found = {"target_modules": names, "fan_in_fan_out": transposed}
-    held = {f"base_model.model.{name}": tensor.detach() for name, tensor in tensors.items()}
-    return PeftAdapter({**settings, **found}, held)
+    targets = {"target_modules": names, "fan_in_fan_out": transposed}
+    prefixed = {f"base_model.model.{name}": tensor.detach() for name, tensor in tensors.items()}
+    return PeftAdapter({**settings, **targets}, prefixed)

@@ -1,4 +1,9 @@
-"""The arms of the comparison: every line of a report is one of these, trained by one loop."""
+"""The recovery methods by arm name.
+
+A recovery method is an implementation: it builds and initializes adapters. An arm is a line of a comparison, as in a
+clinical trial: one method with one choice of settings, under the name that recipes and reports use. Several arms share
+a method and differ in grouping, gate or mask only (`single`, `mop`, `uniform`, ...). All arms are trained by one loop.
+"""
 
 from mopcompress.recover.adapter import RecoveryMethod
 from mopcompress.recover.methods import (

@@ -1,4 +1,4 @@
-"""An adapter folder: what was trained in safetensors, and what it belongs to."""
+"""Adapter folders: trained tensors in safetensors, and the settings and base model that they belong to, as JSON."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ TENSORS_ON_DISK = {"prompt_log_weight": "log_opening", "layer_key_values": "deep
 
 
 def save_adapter(adapter: Adapter, config: AdapterConfig, folder: Path) -> None:
-    """Write weights and config into `folder`."""
+    """Write an adapter's weights and config into `folder`."""
     tensors = tensors_to_disk(adapter.state_dict())
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / WEIGHTS)
     artifacts.write_atomically(folder / CONFIG, json.dumps(config_to_disk(config), indent=1) + "\n")
@@ -43,25 +43,26 @@ def config_from_disk(fields: Mapping[str, Any]) -> AdapterConfig:
 
 def tensors_to_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return an adapter's tensors under their names in `adapter.safetensors`."""
-    return _with_first_part_renamed(tensors, TENSORS_ON_DISK)
+    return _rename_first_part(tensors, TENSORS_ON_DISK)
 
 
 def tensors_from_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors that `tensors_to_disk` named under their names in the adapter's state dict."""
-    return _with_first_part_renamed(tensors, {stored: name for name, stored in TENSORS_ON_DISK.items()})
+    return _rename_first_part(tensors, {stored: name for name, stored in TENSORS_ON_DISK.items()})
 
 
-def _with_first_part_renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def _rename_first_part(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     parts = {name: name.partition(".") for name in tensors}
     return {"".join((names.get(first, first), dot, rest)): tensors[name] for name, (first, dot, rest) in parts.items()}
 
 
 def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tuple[Adapter, AdapterConfig]:
-    """Read an adapter for the model whose weights have this hash.
+    """Return the adapter in `folder`, frozen and on the model's device, and its config.
 
-    Raises `InputNotFoundError` when there is none, `DataError` when it is damaged or belongs to another model.
+    `base_sha256` is the hash of the model's weights. Raises `InputNotFoundError` when there is no adapter, `DataError`
+    when it is damaged or belongs to another model.
     """
-    config = config_for(folder, base_sha256=base_sha256)
+    config = read_config(folder, base_sha256=base_sha256)
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -80,8 +81,8 @@ def load_adapter(folder: Path, model: LanguageModel, *, base_sha256: str) -> tup
     return adapter, config
 
 
-def config_for(folder: Path, *, base_sha256: str) -> AdapterConfig:
-    """What an adapter is, if it is whole and of the model whose weights have this hash; else raises as loading it."""
+def read_config(folder: Path, *, base_sha256: str) -> AdapterConfig:
+    """Verify an adapter's folder and return its config. Raises the errors of `load_adapter`."""
     if not (folder / CONFIG).exists():
         raise InputNotFoundError(f"adapter {folder}: no {CONFIG} there; name a folder that `mopcompress recover` wrote")
     artifacts.verify(folder)
@@ -98,5 +99,5 @@ def config_for(folder: Path, *, base_sha256: str) -> AdapterConfig:
 
 
 def adapter_bytes(folder: Path) -> int:
-    """Bytes of the adapter's weights on disk."""
+    """Return the size of the adapter's weights on disk, in bytes."""
     return (folder / WEIGHTS).stat().st_size

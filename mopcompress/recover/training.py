@@ -55,8 +55,55 @@ def fit(
 ) -> list[TrainRow]:
     """Train an adapter, in place, to lower the cross-entropy of response tokens; the model stays frozen.
 
-    AdamW without weight decay, linear warm-up, cosine decay to zero, gradients clipped by their norms so far and to
-    `max_grad_norm` at most. With `distillation`, a fraction of the loss is the divergence from a teacher.
+    The optimizer is AdamW without weight decay. The learning rate rises linearly, then decays to zero as a cosine.
+    Gradients are clipped by their norms so far, and to `max_grad_norm` at most.
+
+    Args:
+        adapter: The adapter, initialized for `model`; its parameters change in place.
+        model: The frozen model.
+        states: The training documents' hidden states at the adapter's layer, [documents, tokens, hidden].
+        training: Steps, rows per step, learning rates, clipping and seed.
+        distillation: A teacher, whose divergence replaces a fraction of the cross-entropy; None: the text alone.
+        progress: Receives the record of each step.
+        checkpoint: Where the state is saved, and resumed from if there is one; None: nothing is saved.
+        workers: The processes that train together; None: this one alone.
+
+    Returns:
+        A row per step: its cross-entropy in nats per response token, its tokens, seconds and gradient norms.
+
+    Raises:
+        NumericalError: A loss or a gradient is not finite.
+        StorageError: The checkpoint cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from mopcompress import fit
+        >>> from mopcompress.data.encoding import Document
+        >>> from mopcompress.evaluation.hidden_states import HiddenStateDataset
+        >>> from mopcompress.models.language_model import LanguageModel
+        >>> from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
+        >>> from mopcompress.recover.training import TrainingConfig
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32}
+        >>> config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, attn_implementation="mopcompress", **sizes)
+        >>> model = LanguageModel(LlamaForCausalLM(config).eval())
+        >>> documents = [Document(task="count", tokens=(1, 2, 3, 4, 5), context_tokens=3)]  # instruction: 1, 2, 3
+        >>> states = HiddenStateDataset(model, documents, layer=1, batch_size=1)
+        >>> prompt = MixtureOfPrompts(torch.randn(1, 4, 16), layer=1, gate=None)  # one group of four prompt tokens
+        >>> settings = TrainingConfig(
+        ...     steps=20,
+        ...     batch_size=1,
+        ...     learning_rate=0.1,
+        ...     gate_learning_rate=0.0,
+        ...     warmup_fraction=0.1,
+        ...     max_grad_norm=1.0,
+        ...     grad_clip_percentile=100.0,
+        ...     clip_gate_separately=True,
+        ...     seed=0,
+        ... )
+        >>> rows = fit(prompt, model, states, settings)
+        >>> rows[-1].nll < rows[0].nll
+        True
     """
     workers = workers or Workers()
     rates = {"adapter": training.learning_rate, "gate": training.gate_learning_rate}

@@ -96,6 +96,6 @@ def test_an_answer_that_does_not_fit_the_context_is_refused(tiny_llama: Language
 
 def test_an_answer_is_told_in_pieces_as_it_comes(tiny_llama: LanguageModel) -> None:
     told: list[str] = []
-    answer = generate(tiny_llama, mixture(), PROMPTS[:1], max_new_tokens=8, told=told.append)
+    answer = generate(tiny_llama, mixture(), PROMPTS[:1], max_new_tokens=8, on_text=told.append)
     assert len(told) > 1
     assert ["".join(told).rstrip()] == answer

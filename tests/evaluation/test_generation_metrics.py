@@ -12,7 +12,7 @@ from tiny_models import generate, random_documents, tiny_model
 from mopcompress.data.encoding import Document
 from mopcompress.errors import DataError
 from mopcompress.evaluation.batching import batches_by_length
-from mopcompress.evaluation.generation import contexts_of
+from mopcompress.evaluation.generation import encode_prompts
 from mopcompress.evaluation.generation_metrics import generate_answers, sample_answers, score_generation
 from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.perplexity import evaluate, macro_rouge_l, micro_average, task_scores
@@ -135,7 +135,7 @@ def test_instructions_are_answered_as_generate_answers_them() -> None:
     """The same words through tokens of documents, and as text through `generate`."""
     model, adapter = arm_of("mop")
     prompts = ["w5 w6 w7", "w9", "w10 w11 w12 w13"]
-    contexts, _ = contexts_of(model.network, model.tokenizer, prompts)
+    contexts, _ = encode_prompts(model.network, model.tokenizer, prompts)
     documents = tuple(Document("add", (*context, 7, 2), len(context)) for context in contexts)
     assert answers(model, adapter, documents) == generate(model, adapter, prompts, max_new_tokens=NEW)
 
@@ -166,7 +166,7 @@ def test_nothing_is_written_unless_asked_for() -> None:
 
 def test_samples_leave_the_template_out() -> None:
     model, _ = arm_of("none")
-    (context,), _ = contexts_of(model.network, model.tokenizer, ["w5 w6 w5"])
+    (context,), _ = encode_prompts(model.network, model.tokenizer, ["w5 w6 w5"])
     documents = [Document("add", (*context, 7, 8, 2), len(context))] * 4
     written = GeneratedAnswers(
         answers=["w7", "w7 w8", "", "w9"], rouge_l=[0.5, 1.0, 0.0, 0.0], exact=[False, True, False, False]

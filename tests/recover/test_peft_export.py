@@ -19,7 +19,7 @@ from mopcompress.evaluation.hidden_states import HiddenStateDataset, Instruction
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.repair import add_repair
 from mopcompress.recover.methods.prompt_kv import record_prompt_kv
-from mopcompress.recover.peft_export import FORMATS, moved_keys, write_peft
+from mopcompress.recover.peft_export import FORMATS, shift_keys, write_peft
 from mopcompress.recover.registry import RECOVERY_METHODS
 
 pytestmark = [
@@ -139,13 +139,13 @@ def test_positions_that_peft_moves_and_we_do_not_are_refused(tmp_path, family):
 
 
 @pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}])
-def test_moved_keys_are_those_that_the_model_makes_there(rope):
+def test_shift_keys_are_those_that_the_model_makes_there(rope):
     """Yarn makes keys longer too, and that must not happen twice."""
     model = tiny_model("llama", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"} | rope)
     states = model.run_lower(random_tokens(1, 5), 0)
     here, _ = record_prompt_kv(model, states, 0)
     there, _ = record_prompt_kv(model, states, 0, first_position=3)
-    for layer, key in moved_keys(model, here, 3).items():
+    for layer, key in shift_keys(model, here, 3).items():
         assert_close(key, there[layer], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(key, here[layer], atol=1e-2)
 
@@ -156,7 +156,7 @@ def test_pairs_that_are_not_halves_are_refused():
     model = LanguageModel(network_of(CohereConfig(**TOKEN_IDS, **sizes, num_key_value_heads=2)), word_tokenizer())
     keys, _ = record_prompt_kv(model, model.run_lower(random_tokens(1, 5), 0), 0)
     with pytest.raises(DataError, match="CohereForCausalLM has positions that PEFT's prefixes cannot be moved to"):
-        moved_keys(model, keys, 3)
+        shift_keys(model, keys, 3)
 
 
 def test_every_format_is_of_an_arm():
