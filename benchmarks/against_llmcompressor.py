@@ -110,7 +110,8 @@ def parse() -> argparse.Namespace:
 
 def runs_of(arguments: argparse.Namespace) -> list[Run]:
     """Arm after arm in every setting, so that a machine that gets slower does so for all."""
-    backend = f"--backend llmcompressor --backend-python {shlex.quote(str(arguments.their_python))} --max-fallback 1"
+    python = shlex.quote(str(arguments.their_python))
+    backend = f"--backend llmcompressor --backend-python {python} --set run.max_fallback_fraction=1"
     runs = []
     for repeat in range(arguments.repeats):
         for setting in arguments.settings.split(","):
@@ -131,7 +132,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def compressed(run: Run, source: Path, text: Path, target: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the command; what it took, as its manifest and the operating system tell it."""
-    words = [*shlex.split(run.words), "--model", source, "--calibration", text, "--output-dir", target, "--json"]
+    words = [*shlex.split(run.words), source, "--calibration", text, "--output-dir", target, "--json"]
     size = ["--num-calibration-samples", arguments.samples, "--max-seq-length", arguments.length, "--device", "cpu"]
     command = [sys.executable, "-m", "mopcompress", *map(str, words + size)]
     start = time.perf_counter()

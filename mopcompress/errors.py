@@ -2,7 +2,7 @@
 
 MopError                      1   (only its children are raised)
 ├── UsageError                2   a flag has an impossible value
-├── QualityGateError         10   the run ended, but with more fallbacks than `--max-fallback` allows
+├── QualityGateError         10   the run ended, but with more fallbacks than `max_fallback_fraction` allows
 ├── DataError                65   bad data, or a corrupt artifact
 ├── InputNotFoundError       66   a file or folder that was named does not exist
 ├── UnavailableError         69   a missing extra, a missing wheel, or no network

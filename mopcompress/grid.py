@@ -71,7 +71,9 @@ def settings_of(recipe: Recipe) -> list[CompressionSetting]:
     Raises `RecipeError` when a modifier has no one share of weights to remove, `UsageError` when the grid is empty.
     """
     if recipe.run.prune_then_quantize and recipe.run.bits and "structured" in recipe.run.methods:
-        raise RecipeError("run.joint: structured pruning is measured alone; leave joint or the method structured out")
+        raise RecipeError(
+            "run.prune_then_quantize: structured pruning is measured alone; leave it or the method structured out"
+        )
     if recipe.repair and "structured" in recipe.run.methods:
         raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
     if recipe.run.computed_arms and "structured" in recipe.run.methods:

@@ -37,6 +37,11 @@ def invoke(*words: object) -> Outcome:
     return Outcome(ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
+def set_fields(part: str, **fields: object) -> list[str]:
+    """Return the words of `--set` that give these fields of a part of the recipe."""
+    return [word for field, value in fields.items() for word in ("--set", f"{part}.{field}={value}")]
+
+
 def write_data(folder: Path, *, rows: int = 8) -> Path:
     """Two tasks in three splits, short enough for a model of 512 tokens."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +62,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 CALIBRATED = ("--num-calibration-samples", 4, "--max-seq-length", 32, "--device", "cpu")
-SHORT_RECOVERY = {"prompts_per_expert": 2, "gate_pretraining_steps": 3, "train_batch_size": 4}
-ARM_DEFAULTS = (
-    "--steps",
-    2,
-    *(word for field, value in SHORT_RECOVERY.items() for word in ("--set", f"recovery.{field}={value}")),
+QUICK_RECOVERY = (
+    *("--steps", 2),
+    *set_fields("recovery", prompts_per_expert=2, gate_pretraining_steps=3, train_batch_size=4),
 )

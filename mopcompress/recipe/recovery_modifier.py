@@ -104,7 +104,7 @@ class PromptRecoveryModifier(Spec):
         """How many experts there are: one a task unless told otherwise. Raises `UsageError` when more are to act."""
         experts = self.experts or len(tasks) or UNLABELLED
         if self.top_k is not None and self.top_k > experts:
-            raise UsageError(f"--top-k: {self.top_k} of {experts} experts cannot act; give at most {experts}")
+            raise UsageError(f"recovery.top_k: {self.top_k} of {experts} experts cannot act; give at most {experts}")
         return experts
 
     def at_rate(self, rate: float) -> "PromptRecoveryModifier":

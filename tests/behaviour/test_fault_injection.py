@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cli_runner import ARM_DEFAULTS, CALIBRATED, invoke, left_behind, write_data
+from cli_runner import CALIBRATED, QUICK_RECOVERY, invoke, left_behind, write_data
 
 ROW = {"task": "say", "instruction": "say cat", "input": "", "output": "the cat"}
 
@@ -55,7 +55,7 @@ def fails(code: int, *words: object, says: tuple[str, ...], left: Path = Path())
         ("--bits", "17", "17"),
         ("--seed", "-1", "-1"),
         ("--device", "gpu", "not one of auto, cpu, cuda"),
-        ("--map", "question", "not column=field"),
+        ("--columns", "question", "not column=field"),
         ("--steps", "0", "0"),
     ],
 )
@@ -88,8 +88,8 @@ def test_bits_that_no_grid_has() -> None:
 
 def test_a_layer_that_the_model_has_not(stories: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
-    words = ("recover", stories, "--data", data, "--layer", 5, *ARM_DEFAULTS, "--device", "cpu")
-    fails(2, *words, says=("--layer", "5 is not 1 to 4"))
+    words = ("recover", stories, "--data", data, "--set", "recovery.layer=5", *QUICK_RECOVERY, "--device", "cpu")
+    fails(2, *words, says=("recovery.layer", "5 is not 1 to 4"))
 
 
 def test_an_option_that_does_not_exist() -> None:
@@ -192,7 +192,7 @@ def only(lines: list[object]) -> Callable[[Path], Path]:
 def test_bad_data(
     stories: Path, tmp_path: Path, write: Callable[[Path], Path], code: int, says: tuple[str, ...]
 ) -> None:
-    words = ("recover", stories, "--data", write(tmp_path), *ARM_DEFAULTS, "--device", "cpu", "--output-dir", "out")
+    words = ("recover", stories, "--data", write(tmp_path), *QUICK_RECOVERY, "--device", "cpu", "--output-dir", "out")
     fails(code, *words, says=says)
 
 
@@ -273,9 +273,9 @@ def test_more_fallbacks_than_allowed(stories: Path, tmp_path: Path) -> None:
         "pruning_stage:\n  pruning_modifiers:\n    SparseGPTModifier: {sparsity: 0.5, dampening_frac: 1.0e-30}\n"
     )
     words = ("prune", stories, "--recipe", recipe, "--num-calibration-samples", 1, "--max-seq-length", 8)
-    says = ("matrices needed more damping", "--max-fallback allows 0 of them")
-    fails(10, *words, "--max-fallback", 0, "--output-dir", "out", says=says)
-    allowed = invoke(*words, "--max-fallback", 1, "--output-dir", "out", "--json")
+    says = ("matrices needed more damping", "run.max_fallback_fraction allows 0 of them")
+    fails(10, *words, "--set", "run.max_fallback_fraction=0", "--output-dir", "out", says=says)
+    allowed = invoke(*words, "--set", "run.max_fallback_fraction=1", "--output-dir", "out", "--json")
     assert allowed.code == 0, allowed.err
     assert allowed.json["fallbacks"] > 0
 
@@ -283,7 +283,7 @@ def test_more_fallbacks_than_allowed(stories: Path, tmp_path: Path) -> None:
 def test_an_adapter_of_another_model(stories: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     words = ("--data", data, "--device", "cpu")
-    assert invoke("recover", stories, *words, *ARM_DEFAULTS, "--output-dir", "adapter").code == 0
+    assert invoke("recover", stories, *words, *QUICK_RECOVERY, "--output-dir", "adapter").code == 0
     words = (*words, "--adapter", "adapter")
     pruned = invoke("prune", stories, "--method", "magnitude", *CALIBRATED, "--output-dir", "pruned")
     assert pruned.code == 0, pruned.err
