@@ -76,5 +76,5 @@ def _chat(answering: "AnswerGenerator") -> None:
             return
         if not line.strip():
             return
-        answering.tell(line, lambda text: typer.echo(text, nl=False))
+        answering.stream(line, lambda text: typer.echo(text, nl=False))
         typer.echo()

@@ -7,9 +7,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mopcompress.algorithms import sparsity_allocation
-from mopcompress.algorithms.magnitude import one_threshold
+from mopcompress.algorithms.magnitude import global_threshold_sparsities
 from mopcompress.algorithms.sparsity_allocation import LayerProfile, LayerSparsities
-from mopcompress.compress.layer_profile import Present, errors_of, no_op, profile_layers
+from mopcompress.compress.layer_profile import Present, allocation_errors, no_op, profile_layers
 from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import linears_of, plan_methods
 from mopcompress.errors import DataError
@@ -58,7 +58,7 @@ def allocate_sparsity(
                 )
 
     if globally:
-        shares = one_threshold(weights, modifier.sparsity)
+        shares = global_threshold_sparsities(weights, modifier.sparsity)
     else:
         allocated, shares = _best_allocation(modifier, model, tokens, step.target_index, present)
         compression = replace(compression, allocation=allocated)
@@ -81,6 +81,6 @@ def _best_allocation(
         for name, allocate in ALLOCATIONS.items()
         if trying or name == modifier.allocation
     }
-    errors = errors_of(model, unseen, shares, norms, present=present) if trying else dict.fromkeys(shares, 0.0)
+    errors = allocation_errors(model, unseen, shares, norms, present=present) if trying else dict.fromkeys(shares, 0.0)
     best = min(errors, key=lambda name: errors[name])
     return best, shares[best]

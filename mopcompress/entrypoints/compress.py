@@ -16,14 +16,14 @@ from mopcompress.entrypoints.allocate_sparsity import allocate_sparsity
 from mopcompress.entrypoints.compress_structured import compress_structured_into
 from mopcompress.entrypoints.compressed_folder import (
     check_fallbacks,
-    mask_facts,
-    published,
-    request_facts,
+    count_zeros,
+    publish_model,
+    request_metadata,
     write_repair_file,
     write_scales,
 )
 from mopcompress.entrypoints.from_recipe import method_config, repair_config
-from mopcompress.entrypoints.inputs import calibration_tokens, check_calibration
+from mopcompress.entrypoints.inputs import CalibrationSet, check_calibration, load_calibration
 from mopcompress.entrypoints.shape_checks import check_not_repaired, check_shapes
 from mopcompress.environment import choose_device, peak_bytes, provenance
 from mopcompress.errors import RecipeError
@@ -39,10 +39,7 @@ from mopcompress.models.model_loading import (
 from mopcompress.models.modules import weight_of
 from mopcompress.models.streaming import StreamedModel
 from mopcompress.progress import Progress, silent
-from mopcompress.recipe import (
-    GPTQModifier,
-    Recipe,
-)
+from mopcompress.recipe import GPTQModifier, Recipe
 from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier
 
 
@@ -51,109 +48,112 @@ def compress(
 ) -> dict[str, Any]:
     """Compress the recipe's model by `modifiers`, in order, into `target`; returns the manifest.
 
-    Raises `QualityGateError` when too many matrices needed more damping than asked for; then nothing is published.
+    Raises `QualityGateError`, and publishes nothing, when too many matrices needed more damping than asked for.
     """
     source = resolve_model(recipe.run.model, progress=progress.message)
     check_output(target, source)
     check_folder(source)
-    tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
-    return compress_into(target, source, modifiers, tokens, calibration, recipe, progress=progress)
+    calibration = load_calibration(recipe.run, source, weights_hash(source), progress)
+    return compress_into(target, source, modifiers, calibration, recipe, progress=progress)
 
 
 def compress_into(
     target: Path,
     source: Path,
     modifiers: Sequence[Pruning | GPTQModifier],
-    tokens: Int[Tensor, "samples length"],
-    calibration: dict[str, Any],
+    calibration: CalibrationSet,
     recipe: Recipe,
     *,
     progress: Progress,
     restart_on_mismatch: bool = False,
 ) -> dict[str, Any]:
-    """Compress a folder, block by block, into another; work that was stopped before goes on where it was.
+    """Compress the model in `source`, block by block, into `target`; an interrupted run of the same job is resumed.
 
-    Work of another job, such as of other code, is refused, or removed with `restart_on_mismatch`.
-    Structured pruning, which stands alone, makes matrices smaller, and begins anew.
+    Work of another job, such as of other code, raises `OutputError`; `restart_on_mismatch` deletes it instead.
+    Structured pruning works on the whole model, in one go.
     """
     check_not_repaired(source)
-    structured = next((one for one in modifiers if isinstance(one, StructuredPruningModifier)), None)
-    repair = [] if recipe.repair is None else [recipe.repair]
-    if structured and repair:
+    structured = next((modifier for modifier in modifiers if isinstance(modifier, StructuredPruningModifier)), None)
+    if structured and recipe.repair:
         raise RecipeError("LowRankRepairModifier: structured pruning makes no repair; leave one of them out")
     if structured:
-        return compress_structured_into(target, source, structured, tokens, calibration, recipe, progress=progress)
+        return compress_structured_into(target, source, structured, calibration, recipe, progress=progress)
     device = choose_device(recipe.run.device)
-    masking = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
-    streamed = StreamedModel(source, load_tokenizer(source), tokens, device=device)
-    check_calibration(tokens, streamed.model)
-    check_shapes(_shapes_of(streamed.model), masking, recipe.repair)
-    compressions = [
-        allocate_sparsity(method_config(one), one, streamed.model, tokens.to(device), present=streamed.block)
-        for one in masking
+    masking = [modifier for modifier in modifiers if not isinstance(modifier, StructuredPruningModifier)]
+    repair = [] if recipe.repair is None else [recipe.repair]
+    tokens = calibration.tokens.to(device)
+    streamed = StreamedModel(source, load_tokenizer(source), calibration.tokens, device=device)
+    check_calibration(calibration, streamed.model)
+    check_shapes(_linear_shapes(streamed.model), masking, recipe.repair)
+    configs = [
+        allocate_sparsity(method_config(modifier), modifier, streamed.model, tokens, present=streamed.block)
+        for modifier in masking
     ]
-    steps = plan_methods(streamed.model, [*compressions, *map(repair_config, repair)])
-    requested, made_by = request_facts(source, [*modifiers, *repair], calibration, recipe), provenance(device)
-    asked = _job(requested, made_by, steps)
+    methods = plan_methods(streamed.model, [*configs, *map(repair_config, repair)])
+    request = request_metadata(source, [*modifiers, *repair], calibration, recipe)
+    origin = provenance(device)
     with resumable_compression(
-        target, source, asked, streamed.locations, progress.message, restart_on_mismatch=restart_on_mismatch
-    ) as job:
-        _run(streamed, tokens.to(device), steps, job, _block_progress(progress, requested["method"]))
-        facts: dict[str, Any] = {
-            **requested,
-            "allocation": "+".join(one.allocation for one in compressions),
-            **mask_facts(job.rows),
-            "fallbacks": check_fallbacks(job.rows, recipe.run.max_fallback_fraction, ": the work is kept"),
-            "unreached": [row.name for row in job.rows if not row.methods],  # experts that are as they were
-            "compress_seconds": job.seconds,
+        target,
+        source,
+        _job(request, origin, methods),
+        streamed.locations,
+        progress.message,
+        restart_on_mismatch=restart_on_mismatch,
+    ) as checkpoint:
+        _compress_blocks(streamed, tokens, methods, checkpoint, _block_progress(progress, request["method"]))
+        metadata: dict[str, Any] = {
+            **request,
+            "allocation": "+".join(config.allocation for config in configs),
+            **count_zeros(checkpoint.rows),
+            "fallbacks": check_fallbacks(checkpoint.rows, recipe.run.max_fallback_fraction, ": the work is kept"),
+            "unreached": [row.name for row in checkpoint.rows if not row.methods],  # experts that no token reached
+            "compress_seconds": checkpoint.seconds,
             "peak_bytes": peak_bytes(),
-            **made_by,
+            **origin,
         }
-        with published(target, facts, job.rows) as scratch:
-            job.give(scratch)
+        with publish_model(target, metadata, checkpoint.rows) as scratch:
+            checkpoint.publish_weights(scratch)
             copy_other_files(source, scratch)
-            write_scales(
-                scratch, job.scales, [(one.bits, one.group_size) for one in masking if isinstance(one, GPTQModifier)]
-            )
-            facts["repair"] = write_repair_file(scratch, job.repairs)
-    return facts
+            write_scales(scratch, checkpoint.scales, masking)
+            metadata["repair"] = write_repair_file(scratch, checkpoint.repairs)
+    return metadata
 
 
-def _job(requested: dict[str, Any], made_by: dict[str, Any], steps: Sequence[PlannedMethod]) -> dict[str, Any]:
-    """All that a block's result depends on: work that was stopped goes on only where this is the same."""
+def _job(request: dict[str, Any], origin: dict[str, Any], methods: Sequence[PlannedMethod]) -> dict[str, Any]:
+    """Return all that the result of a block depends on: interrupted work is only resumed by an equal job."""
+    configs = [method.config for method in methods]
     return {
-        "model": requested["base"]["sha256"],
-        "calibration": requested["calibration"]["sha256"],
-        "compressions": {
-            str(number): asdict(one) for number, one in enumerate([step.compression for step in steps], start=1)
-        },
-        **{name: made_by[name] for name in ("versions", "commit", "device")},
+        "model": request["base"]["sha256"],
+        "calibration": request["calibration"]["sha256"],
+        "compressions": {str(number): asdict(config) for number, config in enumerate(configs, start=1)},
+        **{name: origin[name] for name in ("versions", "commit", "device")},
     }
 
 
-def _run(
+def _compress_blocks(
     streamed: StreamedModel,
     tokens: Int[Tensor, "samples length"],
-    steps: Sequence[PlannedMethod],
-    job: CompressionCheckpoint,
-    told: Callable[[LayerRow], None],
+    methods: Sequence[PlannedMethod],
+    checkpoint: CompressionCheckpoint,
+    on_row: Callable[[LayerRow], None],
 ) -> None:
-    """Compress the blocks that are not finished yet."""
-    for index in range(job.done, len(streamed.model.blocks)):
+    """Compress the blocks that the checkpoint does not have yet."""
+    for index in range(checkpoint.blocks_done, len(streamed.model.blocks)):
         start = time.perf_counter()
         with streamed.block(index):
             dtype = streamed.stored_dtype(index)
-            block = compress_block(streamed.model, tokens, job.hidden, index, steps, dtype=dtype)
-            job.finish(index, block, streamed.weights_to_store(index), time.perf_counter() - start)
+            block = compress_block(streamed.model, tokens, checkpoint.hidden, index, methods, dtype=dtype)
+            checkpoint.save_block(index, block, streamed.weights_to_store(index), time.perf_counter() - start)
         for row in block.rows:
-            told(row)
+            on_row(row)
 
 
-def _shapes_of(model: LanguageModel) -> dict[str, tuple[int, int]]:
-    every = [(name, linear) for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()]
-    return {name: (weight_of(one).shape[0], weight_of(one).shape[1]) for name, one in every}
+def _linear_shapes(model: LanguageModel) -> dict[str, tuple[int, int]]:
+    """Return `(out, in)` of every linear in the blocks, by name."""
+    named = [(name, linear) for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()]
+    return {name: (weight_of(linear).shape[0], weight_of(linear).shape[1]) for name, linear in named}
 
 
 def _block_progress(progress: Progress, method: str) -> Callable[[LayerRow], None]:
-    what = f"{method}: calibrating and compressing block by block"
-    return lambda row: progress.update(what, row.block + 1, row.blocks)
+    label = f"{method}: calibrating and compressing block by block"
+    return lambda row: progress.update(label, row.block + 1, row.blocks)

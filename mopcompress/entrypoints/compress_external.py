@@ -1,4 +1,4 @@
-"""`prune` and `quantize` by another library: the same recipe in, the same kind of folder and manifest out."""
+"""`prune` and `quantize` by another library: the same recipe, and the same kind of folder and manifest."""
 
 import tempfile
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopcompress.backends.subprocess_backend import BACKENDS, Backend, BackendResult, Request, python_for, run
-from mopcompress.backends.validation import read_given, with_fp16_scales
+from mopcompress.backends.subprocess_backend import BACKENDS, Backend, BackendResult, Request, find_python, run_backend
+from mopcompress.backends.validation import read_returned_weights, round_scales_to_fp16
 from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import LayerRow, linears_of, plan_methods
 from mopcompress.entrypoints.allocate_sparsity import allocate_sparsity
-from mopcompress.entrypoints.compressed_folder import mask_facts, published, request_facts, write_scales
+from mopcompress.entrypoints.compressed_folder import count_zeros, publish_model, request_metadata, write_scales
 from mopcompress.entrypoints.from_recipe import Compressing, method_config
-from mopcompress.entrypoints.inputs import calibration_tokens
+from mopcompress.entrypoints.inputs import load_calibration
 from mopcompress.entrypoints.shape_checks import check_not_repaired
 from mopcompress.environment import provenance
 from mopcompress.errors import QualityGateError, UsageError
@@ -33,7 +33,7 @@ from mopcompress.recipe import GPTQModifier, Recipe, StructuredPruningModifier
 from mopcompress.recipe.pruning_modifiers import Pruning
 
 CPU = torch.device("cpu")
-COMMON = ("method", "options", "targets", "ignore")  # what every library has of a `MethodConfig`
+COMMON_FIELDS = ("method", "options", "targets", "ignore")  # fields of `MethodConfig` that every library has
 
 
 def compress_external(
@@ -41,112 +41,120 @@ def compress_external(
 ) -> dict[str, Any]:
     """Have the recipe's backend compress the model by `modifiers`, in order, into `target`; returns the manifest.
 
-    Raises `UnavailableError` when the library is not there or fails, `UsageError` for a method that it has not,
-    `QualityGateError` when it did not do what it was asked for, or gave up its method for too many matrices.
+    Raises `UnavailableError` when the library is missing or fails, and `UsageError` for a method that it lacks. Raises
+    `QualityGateError` when its result is not the one that was asked for, or too many matrices fell back.
     """
     backend = BACKENDS[recipe.run.backend]
     if recipe.repair:
         raise UsageError(f"--backend: {backend.name} makes no low-rank repair; leave one of them out")
-    known = _without_structured(backend, modifiers)
-    compressions = [method_config(modifier) for modifier in known]
-    _check_methods(backend, compressions)
-    python = python_for(backend, recipe.run.backend_python)
+    supported = _require_unstructured(backend, modifiers)
+    configs = [method_config(modifier) for modifier in supported]
+    _check_methods(backend, configs)
+    python = find_python(backend, recipe.run.backend_python)
     source = resolve_model(recipe.run.model, progress=progress.message)
     check_output(target, source)
     check_not_repaired(source)
     model = load_model(source, device=CPU)
-    tokens, calibration = calibration_tokens(recipe.run, source, weights_hash(source), progress)
-    pairs = zip(compressions, known, strict=True)
-    requests = requests_of(backend, model, [allocate_sparsity(one, modifier, model, tokens) for one, modifier in pairs])
+    calibration = load_calibration(recipe.run, source, weights_hash(source), progress)
+    allocated = [
+        allocate_sparsity(config, modifier, model, calibration.tokens)
+        for config, modifier in zip(configs, supported, strict=True)
+    ]
+    requests = build_requests(backend, model, allocated)
     with tempfile.TemporaryDirectory(prefix="mopcompress-") as folder:
         progress.message(f"{backend.name} is compressing, in {python}")
-        answer = run(backend, python, Path(folder), model=source, requests=requests, tokens=tokens)
-        rows, scales = _take_over(model, backend, answer, requests)
-    if len(answer.fallbacks) > recipe.run.max_fallback_fraction * len(rows):
+        result = run_backend(backend, python, Path(folder), model=source, requests=requests, tokens=calibration.tokens)
+        rows, scales = _load_result(model, backend, result, requests)
+    if len(result.fallbacks) > recipe.run.max_fallback_fraction * len(rows):
         raise QualityGateError(
-            f"{backend.name} gave up its method for {len(answer.fallbacks)} of {len(rows)} matrices, for example "
-            f"{answer.fallbacks[0]}, and says so in its log only; --max-fallback allows {recipe.run.max_fallback_fraction:g} of "
-            "them; calibrate on more tokens, ask for more damping, or allow it"
+            f"{backend.name} gave up its method for {len(result.fallbacks)} of {len(rows)} matrices, for example "
+            f"{result.fallbacks[0]}, and says so in its log only; run.max_fallback_fraction allows "
+            f"{recipe.run.max_fallback_fraction:g} of them; calibrate on more tokens, ask for more damping, or allow it"
         )
-    facts: dict[str, Any] = {
-        **request_facts(source, modifiers, calibration, recipe),
-        **mask_facts(rows),
-        "fallbacks": len(answer.fallbacks),
-        "compress_seconds": answer.seconds,
-        "peak_bytes": answer.peak_bytes,
-        "backend": {"name": backend.name, "python": str(python), **_backend_facts(answer)},
+    metadata: dict[str, Any] = {
+        **request_metadata(source, modifiers, calibration, recipe),
+        **count_zeros(rows),
+        "fallbacks": len(result.fallbacks),
+        "compress_seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "backend": {"name": backend.name, "python": str(python), **_backend_metadata(result)},
         **provenance(CPU),
     }
-    with published(target, facts, rows) as scratch:
+    with publish_model(target, metadata, rows) as scratch:
         save_model(model, source, scratch)
-        write_scales(scratch, scales, [(one.bits, one.group_size) for one in known if isinstance(one, GPTQModifier)])
-    return facts
+        write_scales(scratch, scales, supported)
+    return metadata
 
 
-def requests_of(backend: Backend, model: LanguageModel, compressions: Sequence[MethodConfig]) -> list[Request]:
-    """The steps with their linears by name, so that every library compresses exactly those that ours would."""
-    kinds = {name: linear for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()}
+def build_requests(backend: Backend, model: LanguageModel, configs: Sequence[MethodConfig]) -> list[Request]:
+    """Name the linears of every method, so that each library compresses exactly those that ours would."""
+    linears = {name: linear for index in range(len(model.blocks)) for linear, name in linears_of(model, index).items()}
     requests = []
-    for step in plan_methods(model, compressions):
-        names = [name for name in kinds if name in step.target_index]
-        strange = next((name for name in names if not isinstance(kinds[name], nn.Linear)), None)
-        if strange:
-            raise UsageError(f"--backend: {backend.name} cannot compress {strange}, a {type(kinds[strange]).__name__}")
-        requests.append(Request(step.compression.method, step.options_for(names), names))
+    for planned in plan_methods(model, configs):
+        names = [name for name in linears if name in planned.target_index]
+        unsupported = next((name for name in names if not isinstance(linears[name], nn.Linear)), None)
+        if unsupported:
+            kind = type(linears[unsupported]).__name__
+            raise UsageError(f"--backend: {backend.name} cannot compress {unsupported}, a {kind}")
+        requests.append(Request(planned.config.method, planned.options_for(names), names))
     return requests
 
 
-def _without_structured(backend: Backend, modifiers: Sequence[Pruning | GPTQModifier]) -> list[Compressing]:
-    known = [one for one in modifiers if not isinstance(one, StructuredPruningModifier)]
-    if len(known) < len(modifiers):
+def _require_unstructured(backend: Backend, modifiers: Sequence[Pruning | GPTQModifier]) -> list[Compressing]:
+    supported = [modifier for modifier in modifiers if not isinstance(modifier, StructuredPruningModifier)]
+    if len(supported) < len(modifiers):
         raise UsageError(f"--backend: {backend.name} has no structured pruning; leave --backend out")
-    return known
+    return supported
 
 
-def _check_methods(backend: Backend, compressions: Sequence[MethodConfig]) -> None:
-    for one in compressions:
-        if one.method not in backend.methods:
-            known = ", ".join(backend.methods)
-            raise UsageError(f"--backend: {backend.name} has no {one.method} ({known}); leave --backend out")
-        if one.method == "gptq" and one.options.get("sparsity"):
+def _check_methods(backend: Backend, configs: Sequence[MethodConfig]) -> None:
+    for config in configs:
+        if config.method not in backend.methods:
+            names = ", ".join(backend.methods)
+            raise UsageError(f"--backend: {backend.name} has no {config.method} ({names}); leave --backend out")
+        if config.method == "gptq" and config.options.get("sparsity"):
             raise UsageError(f"--backend: {backend.name} does not prune while it rounds; write a stage for each")
-        for field in fields(one):
-            if field.name not in COMMON and getattr(one, field.name) != field.default:
+        for field in fields(config):
+            if field.name not in COMMON_FIELDS and getattr(config, field.name) != field.default:
                 raise UsageError(f"--backend: {backend.name} has no {field.name}; leave it out of the recipe")
 
 
-def _take_over(
-    model: LanguageModel, backend: Backend, answer: BackendResult, requests: Sequence[Request]
+def _load_result(
+    model: LanguageModel, backend: Backend, result: BackendResult, requests: Sequence[Request]
 ) -> tuple[list[LayerRow], dict[str, Tensor]]:
-    """Put what came back into the model, in place, once it is checked; a row for every linear, and its scales."""
-    asked = {name: [one.method for one in requests if name in one.linears] for one in requests for name in one.linears}
+    """Put the library's weights, once checked, into the model in place; return a row per linear, and the scales."""
+    methods = {
+        name: [request.method for request in requests if name in request.linears]
+        for request in requests
+        for name in request.linears
+    }
     weights = model.network.state_dict()
-    shapes = {name: weights[f"{name}.weight"].shape for name in asked}
-    given = read_given(backend, answer, shapes, requests)
-    for name, scale in given.scales.items():
-        given.weights[name], given.scales[name] = with_fp16_scales(given.weights[name], scale)
+    shapes = {name: weights[f"{name}.weight"].shape for name in methods}
+    returned = read_returned_weights(backend, result, shapes, requests)
+    for name, scale in returned.scales.items():
+        returned.weights[name], returned.scales[name] = round_scales_to_fp16(returned.weights[name], scale)
     rows = []
     for index in range(len(model.blocks)):
         for linear, name in linears_of(model, index).items():
-            if name not in asked:
+            if name not in methods:
                 continue
-            linear.weight.copy_(given.weights.pop(name))
+            linear.weight.copy_(returned.weights.pop(name))
             rows.append(
                 LayerRow(
                     name=name,
                     block=index,
                     blocks=len(model.blocks),
-                    methods=asked[name],
+                    methods=methods[name],
                     weights=linear.weight.numel(),
                     zeros=int((linear.weight == 0).sum()),
-                    escalations=int(name in answer.fallbacks),
-                    seconds=answer.seconds / len(asked),
+                    escalations=int(name in result.fallbacks),
+                    seconds=result.seconds / len(methods),
                 )
             )
-    return rows, given.scales
+    return rows, returned.scales
 
 
-def _backend_facts(answer: BackendResult) -> dict[str, Any]:
-    facts = asdict(answer)
-    del facts["weights"]  # a file that is gone by now
-    return facts
+def _backend_metadata(result: BackendResult) -> dict[str, Any]:
+    metadata = asdict(result)
+    del metadata["weights"]  # a file in the temporary folder, which is removed
+    return metadata

@@ -1,6 +1,6 @@
-"""`prune --method structured`: a dense folder in, a folder of a smaller model out, which stock `from_pretrained` loads.
+"""`prune --method structured`: from a dense folder to a folder of a smaller model that stock `from_pretrained` loads.
 
-The model is in memory as a whole, and a stopped run begins anew.
+The model is in memory as a whole, and an interrupted run starts anew.
 """
 
 import time
@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from mopcompress.compress.sequential import linears_of
 from mopcompress.compress.structured import StructuredRow, prune_structured
-from mopcompress.entrypoints.compressed_folder import check_fallbacks, published, request_facts
+from mopcompress.entrypoints.compressed_folder import check_fallbacks, publish_model, request_metadata
 from mopcompress.entrypoints.from_recipe import structured_config
-from mopcompress.entrypoints.inputs import check_calibration
+from mopcompress.entrypoints.inputs import CalibrationSet, check_calibration
 from mopcompress.environment import choose_device, peak_bytes, provenance
 from mopcompress.errors import StorageError
 from mopcompress.models.language_model import LanguageModel
@@ -30,57 +28,58 @@ def compress_structured_into(
     target: Path,
     source: Path,
     modifier: StructuredPruningModifier,
-    tokens: Int[Tensor, "samples length"],
-    calibration: dict[str, Any],
+    calibration: CalibrationSet,
     recipe: Recipe,
     *,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Narrow a folder's model into another folder; returns the manifest.
+    """Remove channels and heads of the model in `source`, and write it to `target`; returns the manifest.
 
-    Raises `QualityGateError` when too many matrices needed more damping than asked for; then nothing is written.
+    Raises `QualityGateError`, and writes nothing, when too many matrices needed more damping than asked for.
     """
     device = choose_device(recipe.run.device)
     model = load_model(source, device=device)
-    check_calibration(tokens, model)
-    parameters, weights = model.network.num_parameters(), _weights(model)
+    check_calibration(calibration, model)
+    parameters, weights = model.network.num_parameters(), _count_weights(model)
     start = time.perf_counter()
-    done = prune_structured(model, tokens.to(device), structured_config(modifier), progress=_block_progress(progress))
+    result = prune_structured(
+        model, calibration.tokens.to(device), structured_config(modifier), progress=_block_progress(progress)
+    )
     seconds = time.perf_counter() - start
-    facts: dict[str, Any] = {
-        **request_facts(source, [modifier], calibration, recipe),
+    metadata: dict[str, Any] = {
+        **request_metadata(source, [modifier], calibration, recipe),
         "weights": weights,
-        "sparsity": 1 - _weights(model) / weights,
-        "channels": _counted(done.rows, "channels", modifier.mlp_sparsity),
-        "kv_groups": _counted(done.rows, "kv_groups", modifier.head_sparsity),
+        "sparsity": 1 - _count_weights(model) / weights,
+        "channels": _count_groups(result.rows, "channels", modifier.mlp_sparsity),
+        "kv_groups": _count_groups(result.rows, "kv_groups", modifier.head_sparsity),
         "parameters": {"before": parameters, "after": model.network.num_parameters()},
         "base_bytes": weights_bytes(source),
-        "fallbacks": check_fallbacks(done.rows, recipe.run.max_fallback_fraction),
+        "fallbacks": check_fallbacks(result.rows, recipe.run.max_fallback_fraction),
         "compress_seconds": seconds,
         "peak_bytes": peak_bytes(),
         **provenance(device),
     }
-    with published(target, facts, done.rows) as scratch:
+    with publish_model(target, metadata, result.rows) as scratch:
         save_model(model, source, scratch)
-        if done.sizes:
-            write_config_sizes(scratch, done.sizes)
-        _check_written(scratch, model)
-    return facts
+        if result.sizes:
+            write_config_sizes(scratch, result.sizes)
+        _check_saved(scratch, model)
+    return metadata
 
 
-def _weights(model: LanguageModel) -> int:
-    """Weights of all linears in the blocks."""
+def _count_weights(model: LanguageModel) -> int:
+    """Count the weights of all linears in the blocks."""
     blocks = range(len(model.blocks))
     return sum(linear.weight.numel() for index in blocks for linear in linears_of(model, index))
 
 
-def _counted(rows: Sequence[StructuredRow], kind: str, share: float) -> dict[str, Any] | None:
-    """How many a block had and has, and the share that was asked for; None when none were to go."""
+def _count_groups(rows: Sequence[StructuredRow], kind: str, sparsity: float) -> dict[str, Any] | None:
+    """Count the channels or heads of a block before and after; None when none were to be removed."""
     counts = {(row.before, row.after) for row in rows if row.kind == kind}
     if not counts:
         return None
     [(before, after)] = counts  # equally many in every block
-    return {"before": before, "after": after, "removed_share": 1 - after / before, "asked_share": share}
+    return {"before": before, "after": after, "removed_share": 1 - after / before, "asked_share": sparsity}
 
 
 def _block_progress(progress: Progress) -> Callable[[StructuredRow], None]:
@@ -89,11 +88,11 @@ def _block_progress(progress: Progress) -> Callable[[StructuredRow], None]:
     )
 
 
-def _check_written(folder: Path, model: LanguageModel) -> None:
-    """Load what was written as anybody would, and compare every weight with the one in memory."""
+def _check_saved(folder: Path, model: LanguageModel) -> None:
+    """Load the folder as any user would, and compare every weight with the one in memory."""
     dtype = stored_dtype(folder)
-    read = load_model(folder, device=torch.device("cpu")).network.state_dict()
+    loaded = load_model(folder, device=torch.device("cpu")).network.state_dict()
     for name, weight in model.network.state_dict().items():
-        wanted = weight.to(dtype).to(weight.dtype) if weight.is_floating_point() else weight
-        if not torch.equal(read[name], wanted.cpu()):
+        expected = weight.to(dtype).to(weight.dtype) if weight.is_floating_point() else weight
+        if not torch.equal(loaded[name], expected.cpu()):
             raise StorageError(f"{folder}: {name} was not written as it is in memory; run again on another disk")

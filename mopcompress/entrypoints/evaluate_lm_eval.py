@@ -1,4 +1,4 @@
-"""`evaluate --lm-eval`: tasks of the lm-evaluation-harness, on a model with or without an adapter."""
+"""`evaluate --lm-eval`: tasks of the lm-evaluation-harness, for a model with or without an adapter."""
 
 import importlib.metadata
 from collections.abc import Sequence
@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from mopcompress.environment import choose_device
+from mopcompress.entrypoints.generate import load_network
 from mopcompress.errors import UnavailableError, UsageError
-from mopcompress.hf.model import MopForCausalLM
-from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
 from mopcompress.progress import Progress, silent
 from mopcompress.recipe import Recipe
-from mopcompress.recover.save_and_load import load_adapter
 
 
 def evaluate_tasks(
@@ -25,9 +21,10 @@ def evaluate_tasks(
     *,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """The harness's results by task; a JSON-able summary. `definitions` is a folder of tasks besides its own.
+    """Run tasks of the harness; returns a JSON-able summary with its results by task.
 
-    Raises `UnavailableError` without the harness, `UsageError` for a task that it does not know.
+    `definitions` is a folder of tasks besides its own. Raises `UnavailableError` without the harness, `UsageError` for
+    a task that it does not know.
     """
     try:
         import lm_eval
@@ -41,15 +38,11 @@ def evaluate_tasks(
     manager = TaskManager(include_path=None if definitions is None else str(definitions))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UsageError(f"--lm-eval: the harness knows no task {unknown[0]!r}; lm-eval ls tasks lists them")
-    base = resolve_model(recipe.run.model, progress=progress.message)
-    model = load_model(base, device=choose_device(recipe.run.device))
-    network: PreTrainedModel = model.network
-    if adapter is not None:
-        network = MopForCausalLM.around(model, *load_adapter(adapter, model, base_sha256=weights_hash(base)))
+    network, tokenizer = load_network(recipe.run, adapter, progress)
     progress.message(f"{', '.join(tasks)}, in the lm-evaluation-harness")
     with torch.inference_mode():
-        found = lm_eval.simple_evaluate(
-            model=HarnessModel(network, model.tokenizer, batch_size=recipe.run.eval_batch_size),
+        results = lm_eval.simple_evaluate(
+            model=HarnessModel(network, tokenizer, batch_size=recipe.run.eval_batch_size),
             tasks=list(tasks),
             task_manager=manager,
             log_samples=False,
@@ -62,8 +55,8 @@ def evaluate_tasks(
         "model": recipe.run.model,
         "adapter": str(adapter) if adapter else None,
         "harness": importlib.metadata.version("lm_eval"),
-        "results": found["results"],
-        "versions": found["versions"],
-        "shots": found["n-shot"],
-        "samples": found["n-samples"],
+        "results": results["results"],
+        "versions": results["versions"],
+        "shots": results["n-shot"],
+        "samples": results["n-samples"],
     }

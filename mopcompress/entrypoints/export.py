@@ -1,6 +1,7 @@
-"""`export`: the same weights in another format. Nothing is rounded; all is read back before it is published.
+"""`export` and `export-adapter`: the same weights in the format of another tool.
 
-A low-rank repair goes along unchanged, so that a dense folder made of any export is the model that was measured.
+Nothing is rounded. A model is read back and compared before it is published. A low-rank repair is copied unchanged, so
+that a dense folder made from any export is the model that was measured.
 """
 
 import json
@@ -12,101 +13,132 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from mopcompress.entrypoints.finished import confirm_finished, read_finished
 from mopcompress.environment import provenance
-from mopcompress.errors import DataError, InputNotFoundError, OutputError, StorageError
-from mopcompress.formats import LAYOUTS
+from mopcompress.errors import DataError, InputNotFoundError, StorageError, UsageError
+from mopcompress.formats import FORMATS
 from mopcompress.formats.model_reader import ByteCounts, ModelReader, open_model, tensor_hashes, write_file
+from mopcompress.models import model_loading
 from mopcompress.models.meta_model import load_meta_model
-from mopcompress.models.model_loading import check_output, copy_other_files, resolve_model
+from mopcompress.models.model_loading import check_output, copy_other_files, resolve_model, weights_hash
 from mopcompress.models.quantization_grid import FILE, QuantizationGrid, write_grid
 from mopcompress.models.repair import read_repairs
 from mopcompress.models.weight_files import INDEX, REPAIR, SINGLE
 from mopcompress.progress import Progress, silent
+from mopcompress.recover.peft_export import check_arm, write_peft
+from mopcompress.recover.save_and_load import load_adapter, read_config
 from mopcompress.storage import artifacts
 
-KIND = "exported model"
+MODEL_KIND, ADAPTER_KIND = "exported model", "PEFT adapter"
+CPU = torch.device("cpu")
 _CONFIG, _SETTINGS, _QUANTIZE_CONFIG = "config.json", "quantization_config", "quantize_config.json"
 
 
 def export(
     model: str, format: str, target: Path, *, resume: str = "auto", progress: Progress = silent
 ) -> dict[str, Any]:
-    """Write a folder's weights, in whatever format of ours they are, as `format` into `target`; returns the manifest.
+    """Write a model folder's weights, whatever their format, as `format` into `target`; returns the manifest.
 
     Raises `DataError` when the format cannot hold them, `StorageError` when they do not read back as they were.
     """
     folder = resolve_model(model, progress=progress.message)
-    source, origin = open_model(folder), _origin(folder)
-    if target.exists() or resume == "required":
-        return _finished(target, format, origin, resume, progress)
+    source, origin = open_model(folder), _describe_source(folder)
+    finished = read_finished(target, resume, resumable=False)
+    if finished is not None:
+        made = finished.get("format"), finished.get("source", {}).get("sha256")
+        confirm_finished(target, progress.message, same=made == (format, origin["source"]["sha256"]))
+        return finished
     check_output(target, folder)
-    grid, settings = _fitted(folder, source, format)
-    facts: dict[str, Any] = {"kind": KIND, "format": format, **origin, **provenance(torch.device("cpu"))}
-    with artifacts.publish(target, facts) as scratch:
+    grid, settings = _fit_grid(folder, source, format)
+    metadata: dict[str, Any] = {"kind": MODEL_KIND, "format": format, **origin, **provenance(CPU)}
+    with artifacts.publish(target, metadata) as scratch:
         copy_other_files(folder, scratch)
-        facts["repair"] = _carry_repair(folder, scratch, progress)
+        metadata["repair"] = _copy_repair(folder, scratch, progress)
         _write_config(scratch, settings, source.format)
         sizes = ByteCounts()
         weight_map: dict[str, str] = {}
         for number, path in enumerate(source.files):
             progress.update(f"writing {format}", number, len(source.files))
-            file = scratch / f"{LAYOUTS[format].prefix}{source.dense_name(path)}"
+            file = scratch / f"{FORMATS[format].prefix}{source.dense_name(path)}"
             names = write_file(file, source.tensors(path), format, grid, sizes)
             weight_map |= dict.fromkeys(names, file.name)
-        if not LAYOUTS[format].prefix and not (scratch / SINGLE).exists():
+        if not FORMATS[format].prefix and not (scratch / SINGLE).exists():
             _write_index(scratch, weight_map)
         if format == "dense" and grid is not None:
             write_grid(scratch / FILE, grid.scales, bits=grid.bits, group_size=grid.group_size)
-        facts["tensors"] = _compared(source, scratch, progress)
-        facts |= {"source_bytes": source.bytes, "model_bytes": open_model(scratch).bytes, **sizes.facts()}
-    return facts
+        metadata["tensors"] = _compare(source, scratch, progress)
+        metadata |= {"source_bytes": source.bytes, "model_bytes": open_model(scratch).bytes, **sizes.facts()}
+    return metadata
 
 
-def _origin(folder: Path) -> dict[str, Any]:
-    """What an export says of its source. `dense_sha256` is of the dense files, whatever the format since then."""
+def export_adapter(
+    adapter: Path, model: str | None, target: Path, *, resume: str = "auto", progress: Progress = silent
+) -> dict[str, Any]:
+    """Write `adapter` in PEFT's format into `target`; returns the manifest.
+
+    Without `model`, the adapter's manifest names its model. Raises `DataError` when the adapter is damaged, belongs to
+    another model, or is of an arm that PEFT does not have.
+    """
+    made = artifacts.read_manifest(adapter)
+    if made is None:
+        raise InputNotFoundError(f"adapter {adapter}: not finished; name a folder that `mopcompress recover` wrote")
+    check_arm(str(made.get("arm")))
+    artifacts.verify(adapter)
+    source = {"folder": str(adapter), "sha256": artifacts.fingerprint(made["files"])}
+    finished = read_finished(target, resume, resumable=False)
+    if finished is not None:
+        if model is not None:  # a finished export of this adapter says nothing of the model that is named now
+            read_config(adapter, base_sha256=weights_hash(resolve_model(model)))
+        same = (finished.get("kind"), finished.get("source", {}).get("sha256")) == (ADAPTER_KIND, source["sha256"])
+        confirm_finished(target, progress.message, same=same)
+        return finished
+    name = model or made.get("base", {}).get("folder")
+    if name is None:
+        raise UsageError(f"--model: not given, and {adapter} does not say which it was trained on; name its folder")
+    base = model_loading.open_model(name, device=CPU, log=progress.message)
+    loaded, config = load_adapter(adapter, base.model, base_sha256=base.sha256)
+    metadata = {
+        "kind": ADAPTER_KIND,
+        "arm": config.arm,
+        "source": source,
+        "base": str(base.folder),
+        **provenance(CPU),
+    }
+    with artifacts.publish(target, metadata) as scratch:
+        write_peft(loaded, config, base.model, str(base.folder), scratch)
+    return metadata
+
+
+def _describe_source(folder: Path) -> dict[str, Any]:
+    """Return the manifest's entries for the source; `dense_sha256` is of the dense files that it once came from."""
     manifest = artifacts.read_manifest(folder)
     if manifest is not None:
         artifacts.verify(folder)
-    stored = open_model(folder)
+    reader = open_model(folder)
     sha256 = artifacts.fingerprint(
-        {path.name: artifacts.sha256_file(path) for path in (*stored.files, *folder.glob(REPAIR))}
+        {path.name: artifacts.sha256_file(path) for path in (*reader.files, *folder.glob(REPAIR))}
     )
     made = {name: value for name, value in (manifest or {}).items() if name not in ("files", "tensors")}
-    dense = sha256 if stored.format == "dense" else made.get("dense_sha256")
+    dense = sha256 if reader.format == "dense" else made.get("dense_sha256")
     return {"source": {"folder": str(folder), "sha256": sha256, "manifest": made or None}, "dense_sha256": dense}
 
 
-def _finished(target: Path, format: str, origin: Mapping[str, Any], resume: str, progress: Progress) -> dict[str, Any]:
-    """The manifest of `target` if it is this very export. Raises `OutputError` when it is something else."""
-    manifest = artifacts.read_manifest(target) if target.is_dir() else None
-    if not target.exists():
-        raise InputNotFoundError(f"--resume required: nothing finished in {target}; name its folder, or use auto")
-    if resume == "never":
-        raise OutputError(f"output {target} exists already and --resume is never; remove it or name another")
-    made = (manifest or {}).get("format"), (manifest or {}).get("source", {}).get("sha256")
-    if manifest is None or made != (format, origin["source"]["sha256"]):
-        raise OutputError(f"output {target} exists already and is another thing; name another --output-dir")
-    artifacts.verify(target)
-    progress.message(f"done already: {target}")
-    return manifest
-
-
-def _fitted(folder: Path, source: ModelReader, format: str) -> tuple[QuantizationGrid | None, dict[str, Any]]:
-    layout = LAYOUTS[format]
+def _fit_grid(folder: Path, source: ModelReader, format: str) -> tuple[QuantizationGrid | None, dict[str, Any]]:
+    weight_format = FORMATS[format]
     if source.grid is None:
-        if layout.needs_grid:
+        if weight_format.needs_grid:
             raise DataError(
                 f"--format {format} holds quantised weights, and those of {folder} are on no grid; run `mopcompress "
                 "quantize` first (it keeps the zeros of a pruned folder), or choose --format sparse"
             )
         return None, {}
-    skeleton = load_meta_model(folder)
-    grid = layout.fit(source.grid, skeleton)
-    return grid, layout.settings(grid, skeleton)
+    meta_model = load_meta_model(folder)
+    grid = weight_format.fit(source.grid, meta_model)
+    return grid, weight_format.settings(grid, meta_model)
 
 
 def _write_config(scratch: Path, settings: dict[str, Any], source_format: str) -> None:
-    """Put our keys into config.json, or take them out; without any, the file stays as its author wrote it."""
+    """Write the format's keys to config.json, or remove those of the source's format; else leave the file as it is."""
     path = scratch / _CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     changed = {name: value for name, value in config.items() if name != _SETTINGS} | settings
@@ -125,8 +157,8 @@ def _write_index(scratch: Path, weight_map: Mapping[str, str]) -> None:
     (scratch / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _carry_repair(folder: Path, scratch: Path, progress: Progress) -> dict[str, Any] | None:
-    """Copy the repair, byte for byte; what a manifest says of it."""
+def _copy_repair(folder: Path, scratch: Path, progress: Progress) -> dict[str, Any] | None:
+    """Copy the repair byte for byte; return the manifest's entry, None without a repair."""
     repairs = read_repairs(folder)
     if not repairs:
         return None
@@ -135,15 +167,20 @@ def _carry_repair(folder: Path, scratch: Path, progress: Progress) -> dict[str, 
     return {"linears": len(repairs), "bytes": (scratch / REPAIR).stat().st_size}
 
 
-def _compared(source: ModelReader, scratch: Path, progress: Progress) -> dict[str, str]:
-    """Read both folders and compare them tensor by tensor; the hashes of the tensors."""
-    written = open_model(scratch)
+def _compare(source: ModelReader, scratch: Path, progress: Progress) -> dict[str, str]:
+    """Compare the written folder with the source tensor by tensor; return the tensors' hashes.
+
+    Raises `StorageError` at the first tensor that differs.
+    """
+    copy = open_model(scratch)
     hashes: dict[str, str] = {}
-    for number, (before, after) in enumerate(zip(source.files, written.files, strict=True)):
+    for number, (old_file, new_file) in enumerate(zip(source.files, copy.files, strict=True)):
         progress.update("reading it back", number, len(source.files))
-        was, now = tensor_hashes(source.tensors(before)), tensor_hashes(written.tensors(after))
-        wrong = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-        if wrong:
-            raise StorageError(f"{after}: {wrong[0]} does not read back as it was; run again, or choose another format")
-        hashes |= now
+        old, new = tensor_hashes(source.tensors(old_file)), tensor_hashes(copy.tensors(new_file))
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if changed:
+            raise StorageError(
+                f"{new_file}: {changed[0]} does not read back as it was; run again, or choose another format"
+            )
+        hashes |= new
     return hashes

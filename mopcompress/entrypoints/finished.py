@@ -1,42 +1,42 @@
-"""A finished output that the same command is asked for again."""
+"""An output that is there already when a command is asked for it: one policy of `--resume` for all commands."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mopcompress.data.dataset import load_dataset
-from mopcompress.entrypoints.inputs import calibration_tokens
-from mopcompress.entrypoints.teacher import teacher_hash
-from mopcompress.errors import OutputError
-from mopcompress.models.model_loading import load_tokenizer, resolve_model, weights_hash
-from mopcompress.progress import Progress
-from mopcompress.recipe import Recipe
+from mopcompress.errors import InputNotFoundError, OutputError
 from mopcompress.storage import artifacts
 
 
-def verify_finished(target: Path, recipe: Recipe, progress: Progress) -> dict[str, Any]:
-    """The manifest of `target`, whose recipe is known to be the same, after a look at all else it came from.
+def read_finished(target: Path, resume: str, *, resumable: bool) -> dict[str, Any] | None:
+    """Return the manifest of a finished `target`; None when the command has to run, from the start or not.
 
-    Raises `DataError` when a file of it changed, `OutputError` when the model or the data are others by now.
+    `resume` is `auto`, `never` or `required`. `resumable` is true for a command that leaves its work in a job folder
+    when it is interrupted. Raises `OutputError` when something is there that must not be used or replaced, and
+    `InputNotFoundError` when nothing is there and `resume` is `required`.
     """
-    artifacts.verify(target)
-    manifest = artifacts.read_manifest(target) or {}
-    base = resolve_model(recipe.run.model, progress=progress.message)
-    now: dict[str, Any] = {"model": weights_hash(base)}
-    before = {"model": manifest["base"]["sha256"]}
-    if "teacher" in manifest:
-        now["teacher"], before["teacher"] = teacher_hash(recipe.recovery), manifest["teacher"]
-    if "data" in manifest:
-        facts = load_dataset(recipe.run, load_tokenizer(base)).facts
-        for what, field in (("data", "sha256"), ("training text", "train_text")):
-            now[what], before[what] = facts.get(field), manifest["data"].get(field)
-    if "calibration" in manifest and recipe.run.calibration != "self":  # the model's own text is the model's
-        _, calibration = calibration_tokens(recipe.run, base, now["model"], progress)
-        now["calibration"], before["calibration"] = calibration["sha256"], manifest["calibration"]["sha256"]
-    for what in now:
-        if now[what] != before[what]:
-            raise OutputError(
-                f"output {target} was made from another {what} ({before[what]}, now {now[what]}); "
-                "remove it or name another --output-dir"
-            )
-    progress.message(f"done already: {target}")
+    manifest = artifacts.read_manifest(target) if target.is_dir() else None
+    job = artifacts.job_folder(target)
+    interrupted = resumable and job.exists()
+    if resume == "required" and manifest is None and not interrupted:
+        raise InputNotFoundError(f"--resume required: nothing finished in {target}; name its folder, or use auto")
+    if resume == "never" and interrupted:
+        raise OutputError(f"output {target} is begun in {job} and --resume is never; remove that or name another")
+    if not target.exists():
+        return None
+    if resume == "never":
+        raise OutputError(f"output {target} exists already and --resume is never; remove it or name another")
+    if manifest is None:
+        raise OutputError(f"output {target} exists already and holds no result of this; name another --output-dir")
     return manifest
+
+
+def confirm_finished(target: Path, log: Callable[[str], None], *, same: bool) -> None:
+    """Log that `target` is done already, after a comparison of its files with their hashes.
+
+    Raises `OutputError` unless it is the `same` output as the one that is asked for, `DataError` when a file changed.
+    """
+    if not same:
+        raise OutputError(f"output {target} exists already and is another thing; name another --output-dir")
+    artifacts.verify(target)
+    log(f"done already: {target}")

@@ -141,5 +141,5 @@ def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
     if layer is None:
         return max(1, round(10 / 32 * blocks))
     if not 0 < layer < blocks:
-        raise UsageError(f"--layer: {layer} is not 1 to {blocks - 1}, and the model has {blocks} blocks")
+        raise UsageError(f"recovery.layer: {layer} is not 1 to {blocks - 1}, and the model has {blocks} blocks")
     return layer

@@ -8,34 +8,21 @@ from typing import Any
 
 from mopcompress.data.sources import local_path
 from mopcompress.entrypoints.bench.manifest import check_settings
+from mopcompress.entrypoints.finished import read_finished
 from mopcompress.entrypoints.shape_checks import check_not_repaired, check_shapes, shapes_on_disk
 from mopcompress.errors import InputNotFoundError, OutputError
-from mopcompress.grid import Cell, cells_of, modifiers_of, settings_of
+from mopcompress.grid import cells_of, modifiers_of, settings_of
 from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, recipe_to_dict
 from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recipe.pruning_modifiers import Pruning
+from mopcompress.recipe.run_spec import BENCH, CELLS, NOTHING, stored_names_of_fields
 from mopcompress.results import read_rows, read_sweeps, sweep_name
-from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
 from mopcompress.storage.cache import cache_folder
 
-ANYWAY = (
-    "ratios",
-    "methods",
-    "bits",
-    "joint",
-    "group_size",
-    "arms",
-    "dense_arms",
-    "seeds",
-    "output_dir",
-    "max_fallback",
-    "batch_size",
-    "backend_python",
-    "write_tokens",
-)
-"""Fields of `run:` that do not change what prune, quantize, recover and evaluate make."""
+IRRELEVANT_FIELDS = stored_names_of_fields(NOTHING, CELLS, BENCH)
+"""Stored names of the fields of `run:` that do not change the folders of prune, quantize and recover."""
 
 
 def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
@@ -90,28 +77,19 @@ def check_creatable(target: Path) -> None:
 
 
 def completed_by_same_recipe(target: Path, recipe: Recipe, resume: str) -> bool:
-    """Whether `target` was finished by the same recipe, the model and the grid apart.
+    """Return True when the same recipe, model and grid apart, finished `target`; False when there is work to do.
 
-    Raises `OutputError` when something else is there or `resume` is never, `InputNotFoundError` when there is nothing,
-    not even begun, and `resume` is required.
+    Raises `OutputError` when `target` cannot be made or holds something else, and as `read_finished` does.
     """
     check_creatable(target)
-    manifest = artifacts.read_manifest(target) if target.is_dir() else None
-    begun = artifacts.job_folder(target)
-    if resume == "required" and manifest is None and not begun.exists():
-        raise InputNotFoundError(f"--resume required: nothing finished in {target}; name its folder, or use auto")
-    if resume == "never" and begun.exists():
-        raise OutputError(f"output {target} is begun in {begun} and --resume is never; remove that or name another")
-    if not target.exists():
-        return False
-    if resume == "never":
-        raise OutputError(f"output {target} exists already and --resume is never; remove it or name another")
+    manifest = read_finished(target, resume, resumable=True)
     if manifest is None:
-        raise OutputError(f"output {target} exists already and holds no result of this; name another --output-dir")
-    found = differences(_request(manifest.get("recipe", {})), _request(recipe_to_dict(recipe)))
-    if found:
+        return False
+    changes = differences(_relevant_settings(manifest.get("recipe", {})), _relevant_settings(recipe_to_dict(recipe)))
+    if changes:
         raise OutputError(
-            f"output {target} was made with other settings ({'; '.join(found)}); remove it or name another --output-dir"
+            f"output {target} was made with other settings ({'; '.join(changes)}); "
+            "remove it or name another --output-dir"
         )
     return True
 
@@ -139,7 +117,7 @@ def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The grid: settings, cells in all and finished, training steps (of sweeps the least) and bytes still to come."""
     settings = settings_of(recipe)
     cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(by_alias=True), setting)}
-    done = {Cell(*row.cell) for row in read_rows(folder / "rows.jsonl")} & cells
+    done = {row.cell for row in read_rows(folder / "rows.jsonl")} & cells
     stepping = {arm for arm, settings in ARM_DEFAULTS.items() if settings.learning_rate is not None}
     trained = [cell for cell in cells - done if cell.arm in stepping]
     sweeps = read_sweeps(folder / "sweeps")
@@ -155,9 +133,9 @@ def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
-def _request(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe without what does not change a result; the model's weights are compared by their hash."""
-    run = {name: value for name, value in recipe.get("run", {}).items() if name not in (*ANYWAY, "model")}
+def _relevant_settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored recipe without the fields that change no folder, and without the model, compared by its hash."""
+    run = {name: value for name, value in recipe.get("run", {}).items() if name not in (*IRRELEVANT_FIELDS, "model")}
     return {**recipe, "run": run}
 
 

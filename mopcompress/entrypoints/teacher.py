@@ -1,4 +1,4 @@
-"""Who teaches: the dense model that a compressed one was made from, or another that is named."""
+"""The teacher of a recovery: the dense model that a compressed one was made from, or another model by name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 from mopcompress.data.encoding import Document
 from mopcompress.errors import DataError, InputNotFoundError
 from mopcompress.models.dense_weights import open_dense_weights
-from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
+from mopcompress.models.model_loading import OpenedModel, load_model, resolve_model, weights_hash
 from mopcompress.progress import Progress
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover.adapter import DenseWeights
@@ -17,35 +16,35 @@ from mopcompress.storage import artifacts
 
 def build_distillation(
     modifier: PromptRecoveryModifier,
-    base: Path,
-    model: LanguageModel,
+    base: OpenedModel,
     documents: Sequence[Document],
     batch_size: int,
     progress: Progress,
 ) -> Distillation | None:
-    """What the teacher of the model in `base` makes of the training documents; None where nothing is distilled.
+    """Run the teacher of `base` on the training documents; None when the recipe does not distill.
 
-    Its distributions are those kept from another run, or computed and kept; its hidden states are too large for that.
-    Raises `InputNotFoundError` without a teacher, `DataError` when it is not the one that the model was made from.
+    Its distributions come from the cache when an earlier run computed them; its hidden states are too large for that.
+    Raises `InputNotFoundError` without a teacher, `DataError` when it does not fit the model or has changed.
     """
     if not modifier.distill and not modifier.squarehead:
         return None
-    folder = resolve_model(modifier.teacher) if modifier.teacher else dense_folder(base)
+    model = base.model
+    folder = _teacher_folder(modifier, base)
     teacher = load_model(folder, device=model.device)
     if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-        raise DataError(f"teacher {folder}: its tokens are not those of {base}; name another --teacher")
-    widths = [one.config.vocab_size for one in (teacher, model)]
-    if widths[0] != widths[1]:
+        raise DataError(f"teacher {folder}: its tokens are not those of {base.folder}; name another recovery.teacher")
+    if teacher.config.vocab_size != model.config.vocab_size:
         raise DataError(
-            f"teacher {folder} scores {widths[0]} tokens, padding included, and {base} {widths[1]}; "
-            "name another --teacher"
+            f"teacher {folder} scores {teacher.config.vocab_size} tokens, padding included, and {base.folder} "
+            f"{model.config.vocab_size}; name another recovery.teacher"
         )
     if modifier.squarehead and (len(teacher.blocks), teacher.hidden_size) != (len(model.blocks), model.hidden_size):
         raise DataError(
-            f"teacher {folder} has {len(teacher.blocks)} blocks of width {teacher.hidden_size}, and {base} "
-            f"{len(model.blocks)} of {model.hidden_size}: leave --squarehead out, or name another --teacher"
+            f"teacher {folder} has {len(teacher.blocks)} blocks of width {teacher.hidden_size}, and {base.folder} "
+            f"{len(model.blocks)} of {model.hidden_size}: leave recovery.squarehead out, or name another "
+            "recovery.teacher"
         )
-    taught = Teacher(
+    outputs = Teacher(
         teacher,
         documents,
         temperature=modifier.distill_temperature,
@@ -54,44 +53,47 @@ def build_distillation(
         weights_sha256=weights_hash(folder),
         progress=lambda done: progress.update("teacher, once for all arms: training rows", done, len(documents)),
     )
-    return Distillation(taught, modifier.distill, modifier.squarehead)
+    return Distillation(outputs, modifier.distill, modifier.squarehead)
 
 
 def teacher_hash(modifier: PromptRecoveryModifier) -> str | None:
-    """The hash of the weights of the teacher that the recipe names; None where it names none."""
+    """Return the hash of the weights of the teacher that the recipe names; None when it names none."""
     return weights_hash(resolve_model(modifier.teacher)) if modifier.teacher else None
 
 
-def dense_weights(modifier: PromptRecoveryModifier, base: Path, model: LanguageModel) -> DenseWeights | None:
-    """The weights that linears had before `base` was compressed, read when asked for; None for an arm that trains.
+def load_dense_weights(modifier: PromptRecoveryModifier, base: OpenedModel) -> DenseWeights | None:
+    """Return a reader of the weights that linears had before compression; None for an arm that takes training steps.
 
     Raises as `dense_folder` does.
     """
     if modifier.rate is not None:
         return None
-    folder = resolve_model(modifier.teacher) if modifier.teacher else dense_folder(base)
-    return open_dense_weights(folder, model.tokenizer, device=model.device)
+    return open_dense_weights(_teacher_folder(modifier, base), base.model.tokenizer, device=base.model.device)
+
+
+def _teacher_folder(modifier: PromptRecoveryModifier, base: OpenedModel) -> Path:
+    return resolve_model(modifier.teacher) if modifier.teacher else dense_folder(base.folder)
 
 
 def dense_folder(base: Path) -> Path:
-    """Where the dense model lies that `base` was compressed from, in as many commands as there were.
+    """Return the folder of the dense model that `base` was compressed from, by any number of commands.
 
-    Raises `InputNotFoundError` when no manifest says so or the folder is gone, `DataError` when it holds another model.
+    Raises `InputNotFoundError` when no manifest names it or it is gone, `DataError` when it holds another model.
     """
     folder = base
     while made := (artifacts.read_manifest(folder) or {}).get("base"):
         folder = Path(made["folder"])
         if not folder.is_dir():
             raise InputNotFoundError(
-                f"teacher {folder}, which {base} was made from, is not there; name it by --teacher"
+                f"teacher {folder}, which {base} was made from, is not there; name it by recovery.teacher"
             )
         if weights_hash(folder) != made["sha256"]:
             raise DataError(
                 f"teacher {folder} has weights {weights_hash(folder)}, but {base} was made from {made['sha256']}; "
-                "name the right one by --teacher"
+                "name the right one by recovery.teacher"
             )
     if folder == base:
         raise InputNotFoundError(
-            f"teacher: nothing in {base} says which dense model it was made from; name one by --teacher"
+            f"teacher: nothing in {base} says which dense model it was made from; name one by recovery.teacher"
         )
     return folder

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from mopcompress.errors import DataError, InputNotFoundError
-from mopcompress.formats import LAYOUTS
-from mopcompress.formats.model_reader import open_model, opened, tensor_hash
-from mopcompress.formats.weight_format import on_grid
+from mopcompress.formats import FORMATS
+from mopcompress.formats.model_reader import open_model, open_safetensors, tensor_hash
+from mopcompress.formats.weight_format import linear_on_grid
 from mopcompress.models.meta_model import load_meta_model
 from mopcompress.models.repair import read_repairs
 from mopcompress.progress import Progress, silent
@@ -43,7 +43,7 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
     stored = open_model(folder)
     grid = None
     if stored.format == "dense" and stored.grid:  # the other formats decode from their grid, so are on it
-        grid = LAYOUTS["sparse"].fit(stored.grid, load_meta_model(folder))
+        grid = FORMATS["sparse"].fit(stored.grid, load_meta_model(folder))
     found: set[str] = set()
     for number, path in enumerate(stored.files):
         progress.update("decoding tensors", number, len(stored.files))
@@ -51,7 +51,7 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
             if expected is not None and expected.get(name) != tensor_hash(tensor):
                 raise DataError(f"{path}: {name} is not what was exported; make the folder again")
             _check_finite(path, name, tensor)
-            module = on_grid(name, grid)
+            module = linear_on_grid(name, grid)
             if grid is not None and module is not None:
                 grid.codes(module, tensor)
             found.add(name)
@@ -62,7 +62,7 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
 
 
 def _check_file(path: Path) -> int:
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         names = sorted(file.keys())
         for name in names:
             _check_finite(path, name, file.get_tensor(name))

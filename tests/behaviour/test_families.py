@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from compress.test_checkpoint import FACTS, ROUND, TOKENS
+from compression_cases import CALIBRATION_TOKENS
 from factories import on_progress
+from resumable_runs import CALIBRATION, ROUND
 from safetensors.torch import load_file
 from tiny_models import BLOCKS, saved, tiny_model
 from transformers import AutoModelForCausalLM
@@ -41,12 +42,12 @@ def test_a_family_is_compressed_and_loads_elsewhere(family, command, tmp_path):
     source, target = saved(tiny_model(family), tmp_path / "dense", torch.float16), tmp_path / "out"
     recipe = load_recipe(None, {"device": "cpu", "model": "unused"})
     facts = compress_into(
-        target, source, [COMMANDS[command]], TOKENS, FACTS, recipe, progress=on_progress(lambda *_told: None)
+        target, source, [COMMANDS[command]], CALIBRATION, recipe, progress=on_progress(lambda *_told: None)
     )
     network, loading = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
     assert not any(loading[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = load_model(target, device=CPU).network
-    torch.testing.assert_close(network(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network(input_ids=CALIBRATION_TOKENS).logits, ours(input_ids=CALIBRATION_TOKENS).logits, rtol=1e-4, atol=1e-4)
 
     rows = [json.loads(line) for line in (target / "layers.jsonl").read_text().splitlines()]
     assert len({row["name"] for row in rows}) == len(rows) == LINEARS[family] * BLOCKS

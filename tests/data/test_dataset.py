@@ -13,7 +13,7 @@ from mopcompress.data.dataset import encode_splits
 from mopcompress.data.encoding import encode
 from mopcompress.data.splits import Example, Splits, assemble
 from mopcompress.entrypoints.compress import compress_into
-from mopcompress.entrypoints.inputs import calibration_tokens, load_dataset_for
+from mopcompress.entrypoints.inputs import CalibrationSet, load_calibration, load_dataset_for
 from mopcompress.errors import DataError
 from mopcompress.progress import silent
 from mopcompress.recipe import RunSpec, load_recipe
@@ -64,7 +64,7 @@ def test_a_task_of_the_rows_is_not_that_of_plain_text(tmp_path: Path) -> None:
     run = RunSpec(train_rows=8, test_rows=3)
     assert encode_splits(splits(**named), run, word_tokenizer()).tasks == ("plain text",)
     beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
-    with pytest.raises(DataError, match="rows have the task 'plain text', that of the windows of --train-text"):
+    with pytest.raises(DataError, match=r"rows have the task 'plain text', that of the windows of run.train_text"):
         encode_splits(splits(**named), beside, word_tokenizer())
 
 
@@ -72,7 +72,10 @@ def test_a_task_of_the_rows_is_not_that_of_plain_text(tmp_path: Path) -> None:
     ("field", "said"),
     [
         ({}, "rows.jsonl: a row of 71 tokens exceeds the model's context of 64 tokens; lower --max-length"),
-        ({"max_length": 40, "text": True}, "--text: a window of 256 tokens exceeds the model's context of 64 tokens"),
+        (
+            {"max_length": 40, "text": True},
+            "run.eval_text: a window of 256 tokens exceeds the model's context of 64 tokens",
+        ),
     ],
 )
 def test_what_exceeds_learned_positions_is_refused(field: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -101,7 +104,9 @@ def test_calibration_text_beyond_learned_positions_is_refused(modifier: Any, tmp
     base = saved(tiny_model("gpt2"), tmp_path / "base")
     recipe = load_recipe(None, {"model": str(base), "device": "cpu"})
     with pytest.raises(DataError, match="calibration text of 65 tokens exceeds"):
-        compress_into(tmp_path / "out", base, [modifier], torch.full((2, 65), 5), {}, recipe, progress=silent)
+        compress_into(
+            tmp_path / "out", base, [modifier], CalibrationSet(torch.full((2, 65), 5), {}), recipe, progress=silent
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -159,15 +164,15 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_own_text_is_sampled_once_and_depends_on_the_seed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunSpec(calibration="self", num_calibration_samples=3, max_seq_length=8)
-    first, facts = calibration_tokens(run, source, "hash", silent)
-    assert first.shape == (3, 8)
-    assert not set(first.flatten().tolist()) & set(word_tokenizer().all_special_ids)
-    other, _ = calibration_tokens(run.model_copy(update={"seed": 1}), source, "hash", silent)
-    assert not torch.equal(first, other)
+    first = load_calibration(run, source, "hash", silent)
+    assert first.tokens.shape == (3, 8)
+    assert not set(first.tokens.flatten().tolist()) & set(word_tokenizer().all_special_ids)
+    other = load_calibration(run.model_copy(update={"seed": 1}), source, "hash", silent)
+    assert not torch.equal(first.tokens, other.tokens)
     monkeypatch.setattr("mopcompress.entrypoints.inputs.sample_text", None)  # a second sampling would fail
-    again, same_facts = calibration_tokens(run, source, "hash", silent)
-    assert torch.equal(first, again)
-    assert facts == same_facts
+    again = load_calibration(run, source, "hash", silent)
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.metadata == again.metadata
 
 
 def test_own_text_follows_the_models_distribution() -> None:
@@ -190,11 +195,11 @@ def test_training_rows_and_text_files_calibrate(source: Path, tmp_path: Path) ->
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{3 + index % 60}" for index in range(40)))
     run = RunSpec(calibration=str(text), num_calibration_samples=4, max_seq_length=8)
-    tokens, facts = calibration_tokens(run, source, "hash", silent)
-    assert tokens[0].tolist() == list(range(3, 11))
-    assert facts["source"] == str(text)
+    calibration = load_calibration(run, source, "hash", silent)
+    assert calibration.tokens[0].tolist() == list(range(3, 11))
+    assert calibration.metadata["source"] == str(text)
     run = RunSpec(calibration="data", data="skills", train_rows=30, num_calibration_samples=2, max_seq_length=8)
-    tokens, _ = calibration_tokens(run, source, "hash", silent)
+    tokens = load_calibration(run, source, "hash", silent).tokens
     from mopcompress.data.examples import load_examples, subset
 
     train = subset(load_examples("skills", rename={}, seed=0).train, 30, seed=0)
@@ -228,7 +233,7 @@ def test_windows_of_plain_text_are_training_rows_of_one_more_task(tmp_path: Path
 
 
 def test_a_text_that_is_too_short_is_told_by_its_flag(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"text of --train-text has 10 window\(s\) .* lower --train-text-samples"):
+    with pytest.raises(DataError, match=r"text of run.train_text has 10 window\(s\) .* lower run.train_text_samples"):
         encode_splits(splits(), with_text(tmp_path, train_text_samples=11), word_tokenizer())
     with pytest.raises(DataError, match=r"text of --text has 1 window\(s\) .* lower --text-samples"):
         encode_splits(splits(), with_text(tmp_path, train_text=None, text=str(tmp_path / "text.txt")), word_tokenizer())

@@ -6,7 +6,7 @@ import pytest
 from tiny_models import random_tokens, tiny_model
 
 from mopcompress.algorithms import METHODS
-from mopcompress.compress.layer_profile import errors_of, profile_layers
+from mopcompress.compress.layer_profile import allocation_errors, profile_layers
 from mopcompress.compress.sequential import compress_model, plan_methods
 from mopcompress.entrypoints.allocate_sparsity import ALLOCATIONS, allocate_sparsity
 from mopcompress.entrypoints.from_recipe import method_config
@@ -110,7 +110,7 @@ def test_the_best_allocation_is_the_one_that_hurts_least_on_text_kept_back() -> 
     names = list(plan_methods(model, [found])[0].target_index)
     surveys, norms = profile_layers(model, tokens[:7], names, multiple=5.0)
     tried = {name: allocate(surveys, 0.5, 0.2) for name, allocate in ALLOCATIONS.items()}
-    errors = errors_of(model, tokens[7:], tried, norms)
+    errors = allocation_errors(model, tokens[7:], tried, norms)
     assert len(set(errors.values())) == len(ALLOCATIONS)
     assert found.allocation == min(errors, key=lambda name: errors[name])
     assert found.options["sparsity"] == tried[found.allocation]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import CALIBRATED, invoke, left_behind, write_data
+from cli_runner import CALIBRATED, invoke, left_behind, set_fields, write_data
 from safetensors.torch import load_file
 from tiny_models import saved, tiny_model
 from transformers import AutoModelForCausalLM
@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from mopcompress.compress.structured import prune_structured
 from mopcompress.entrypoints.compress import compress
 from mopcompress.entrypoints.from_recipe import structured_config
-from mopcompress.entrypoints.inputs import calibration_tokens
+from mopcompress.entrypoints.inputs import load_calibration
 from mopcompress.errors import QualityGateError, RecipeError
 from mopcompress.models.model_loading import load_model, weights_bytes
+from mopcompress.progress import silent
 from mopcompress.recipe import StructuredPruningModifier, load_recipe
 from mopcompress.recipe.overrides import pruning_recipe
 from mopcompress.results import read_rows
@@ -24,7 +25,7 @@ from mopcompress.storage import artifacts
 
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[2] / "recipes"
-BOTH = ("--method", "structured", "--sparsity", 0.25, "--head-sparsity", 0.5)
+BOTH = ("--method", "structured", "--sparsity", 0.25, "--set", "pruning.head_sparsity=0.5")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,7 +58,7 @@ def config_of(folder: Path) -> dict[str, object]:
 @torch.no_grad()
 def test_stock_transformers_computes_what_the_model_in_memory_does(stories: Path, narrowed: Path) -> None:
     run = load_recipe(None, {"model": str(stories), "num_calibration_samples": "4", "max_seq_length": "32"}).run
-    tokens, _ = calibration_tokens(run, stories, artifacts.read_manifest(narrowed)["base"]["sha256"], lambda *_: None)
+    tokens = load_calibration(run, stories, artifacts.read_manifest(narrowed)["base"]["sha256"], silent).tokens
     model = load_model(stories, device=CPU)
     prune_structured(model, tokens, structured_config(StructuredPruningModifier(mlp_sparsity=0.25, head_sparsity=0.5)))
     stock = AutoModelForCausalLM.from_pretrained(narrowed)
@@ -125,7 +126,7 @@ def test_nothing_removed_is_the_same_folder(stories: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mixtral"])
 def test_other_families_go_through_the_command_too(family: str, tmp_path: Path) -> None:
     source = saved(tiny_model(family), tmp_path / "source", torch.float16)
-    share = ("--sparsity", 0, "--head-sparsity", 0.5) if family == "mixtral" else ("--sparsity", 0.25)
+    share = ("--sparsity", 0, "--set", "pruning.head_sparsity=0.5") if family == "mixtral" else ("--sparsity", 0.25)
     calibrated = ("--num-calibration-samples", 4, "--max-seq-length", 16, "--device", "cpu")
     words = (source, "--method", "structured", *share, *calibrated, "--output-dir", tmp_path / "narrower")
     outcome = invoke("prune", *words)
@@ -160,10 +161,10 @@ def test_too_much_damping_is_told(stories: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_bench_has_it_as_a_method(stories: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
-    rows = ("--train-rows", 4, "--test-rows", 4, "--validation-rows", 4, "--max-length", 128)
+    rows = ("--train-rows", 4, "--test-rows", 4, "--set", "run.validation_rows=4", "--max-length", 128)
     grid = ("--methods", "structured", "--ratios", "0.25,0.5", "--arms", "none")
     words = (*grid, "--data", data, *rows, *CALIBRATED, "--output-dir", tmp_path / "run")
-    outcome = invoke("bench", "--model", stories, *words)
+    outcome = invoke("bench", stories, *words)
     assert outcome.code == 0, outcome.err
     dense, quarter, half = read_rows(tmp_path / "run" / "rows.jsonl")
     assert [row.setting for row in (dense, quarter, half)] == ["dense", "structured 25%", "structured 50%"]
@@ -201,10 +202,13 @@ def test_flags_reach_the_modifier() -> None:
     ("words", "message"),
     [
         (["--method", "structured", "--pattern", "2:4"], "--pattern: '2:4' is of single weights"),
-        (["--method", "wanda", "--head-sparsity", 0.5], "--head-sparsity: wanda removes no heads"),
-        (["--head-sparsity", 0.5], "--head-sparsity: alps removes no heads"),
+        (["--method", "wanda", "--set", "pruning.head_sparsity=0.5"], "--set pruning.head_sparsity: no such field"),
+        (["--set", "pruning.head_sparsity=0.5"], "--set pruning.head_sparsity: no such field"),
         (["--method", "structured", "--sparsity", 1], "--sparsity: 1.0 is not a share of weights"),
-        (["--method", "structured", "--head-sparsity", 25], "--head-sparsity: 25.0 is not a share"),
+        (
+            ["--method", "structured", "--set", "pruning.head_sparsity=25"],
+            "--set pruning.head_sparsity: not a share of weights between 0 and 1, found 25; did you mean 0.25?",
+        ),
         (["--method", "structured", "--backend", "llmcompressor"], "--backend: llmcompressor has no structured"),
     ],
 )
@@ -223,7 +227,8 @@ def test_it_stands_alone(other: str, tmp_path: Path) -> None:
 
 
 def test_a_joint_bench_refuses_it() -> None:
-    outcome = invoke("bench", "--methods", "structured", "--bits", 4, "--joint", "--dry-run")
+    joint = set_fields("run", prune_then_quantize="true")
+    outcome = invoke("bench", "--methods", "structured", "--bits", 4, *joint, "--dry-run")
     assert outcome.code == 78
     assert "structured pruning is measured alone" in outcome.errors[0]
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cli_runner import TINY, invoke, write_data
+from cli_runner import TINY, invoke, set_fields, write_data
 from safetensors.torch import load_file
 from tiny_models import random_documents
 
@@ -213,7 +213,7 @@ def documents_of(validation, *, tasks):
 def test_recover_trains_with_the_rate_that_it_found_and_keeps_what_it_tried(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
     target = tmp_path / "adapter"
-    flags = ["--arm", "single", "--sweep", "--sweep-steps", 1, "--steps", 1, "--prompts-per-expert", 1]
+    flags = ["--arm", "single", "--sweep", "--steps", 1, *set_fields("recovery", sweep_steps=1, prompts_per_expert=1)]
     outcome = invoke("recover", stories, "--data", write_data(tmp_path), "--output-dir", target, "--json", *flags)
     assert outcome.code == 0, outcome.stderr
     manifest = json.loads((target / "manifest.json").read_text())
@@ -225,7 +225,7 @@ def test_recover_trains_with_the_rate_that_it_found_and_keeps_what_it_tried(stor
 
 def test_the_adapter_of_a_whole_sweep_is_that_of_its_rate_alone(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
-    data, flags = write_data(tmp_path), ["--arm", "mop", "--steps", 2, "--prompts-per-expert", 1]
+    data, flags = write_data(tmp_path), ["--arm", "mop", "--steps", 2, *set_fields("recovery", prompts_per_expert=1)]
     common = ["recover", stories, "--data", data, *flags]
     assert invoke(*common, "--sweep", "--output-dir", tmp_path / "swept").code == 0
     rate = json.loads((tmp_path / "swept" / "manifest.json").read_text())["learning_rate"]

@@ -5,7 +5,7 @@ from cli_runner import invoke
 from tiny_models import saved, tiny_model
 
 from mopcompress.compress.sequential import linears_of
-from mopcompress.entrypoints.compress import _shapes_of
+from mopcompress.entrypoints.compress import _linear_shapes
 from mopcompress.entrypoints.shape_checks import check_shapes, shapes_on_disk
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import SparseGPTModifier, load_recipe
@@ -20,7 +20,7 @@ def gptq(group_size, **changes):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gpt2", "gpt_neox"])
 def test_the_files_tell_what_the_loaded_model_tells(family, tmp_path):
     model = tiny_model(family)
-    loaded = _shapes_of(model)
+    loaded = _linear_shapes(model)
     assert len(loaded) == sum(len(linears_of(model, index)) for index in range(len(model.blocks)))
     assert shapes_on_disk(saved(model, tmp_path / "model")) == loaded
 
@@ -63,8 +63,8 @@ def test_a_structure_that_does_not_fit_is_told():
 
 def test_a_plan_says_so_before_anything_is_loaded(stories, tmp_path):
     words = ("--output-dir", tmp_path / "out", "--dry-run")
-    for name, flag in (("quantize", "--group-size"), ("bench", "--bits=4 --group-size")):
-        outcome = invoke(name, stories, *flag.split(), 32, *words)
+    for name, flags in (("quantize", "--group-size 32"), ("bench", "--bits 4 --set run.group_size=32")):
+        outcome = invoke(name, stories, *flags.split(), *words)
         assert (outcome.code, len(outcome.errors)) == (78, 1), outcome.err
         assert "group_size 32 does not divide the 172 inputs of model.layers.0.mlp.down_proj" in outcome.errors[0]
         assert "choose -1 (one scale for a whole row)" in outcome.errors[0]

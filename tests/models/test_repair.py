@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from cli_runner import invoke
-from compress.test_checkpoint import BLOCKS, FACTS, PRUNE, ROUND, TOKENS, KilledError, contents, stop
+from compression_cases import CALIBRATION_TOKENS
+from resumable_runs import CALIBRATION, PRUNE, ROUND, KilledError, folder_contents, stop_at
 from safetensors.torch import load_file, save_file
-from tiny_models import saved, tiny_model
+from tiny_models import BLOCKS, saved, tiny_model
 from transformers import AutoModelForCausalLM
 
 from mopcompress.entrypoints.compress import compress_into
@@ -17,6 +18,7 @@ from mopcompress.errors import DataError, RecipeError, UsageError
 from mopcompress.models.model_loading import load_model, weights_bytes, weights_hash
 from mopcompress.models.packed_linears import use_sparse_linears
 from mopcompress.models.repair import read_repairs, repair_of
+from mopcompress.progress import silent
 from mopcompress.recipe import GPTQModifier, LowRankRepairModifier, StructuredPruningModifier, load_recipe
 from mopcompress.recipe.overrides import pruning_recipe, quantization_recipe
 from mopcompress.storage import artifacts
@@ -30,12 +32,12 @@ def recipe_of(rank=None, **run):
 
 
 def run(source, target, recipe, modifiers=(PRUNE, ROUND)):
-    return compress_into(target, source, list(modifiers), TOKENS, FACTS, recipe, progress=silent)
+    return compress_into(target, source, list(modifiers), CALIBRATION, recipe, progress=silent)
 
 
 def logits(folder):
     with torch.no_grad():
-        return load_model(folder, device=CPU).network(input_ids=TOKENS).logits
+        return load_model(folder, device=CPU).network(input_ids=CALIBRATION_TOKENS).logits
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral"])
@@ -88,7 +90,7 @@ def test_what_is_loaded_is_the_weights_and_the_product_of_the_file(made):
         place += change.T if model.network.config.model_type == "gpt2" else change
     with torch.no_grad():
         torch.testing.assert_close(
-            model.network(input_ids=TOKENS).logits, slow.network(input_ids=TOKENS).logits, rtol=1e-4, atol=1e-4
+            model.network(input_ids=CALIBRATION_TOKENS).logits, slow.network(input_ids=CALIBRATION_TOKENS).logits, rtol=1e-4, atol=1e-4
         )
 
 
@@ -98,17 +100,17 @@ def test_later_layers_were_calibrated_on_what_is_loaded(made, monkeypatch):
     seen = []
     from mopcompress.compress.checkpoint import CompressionCheckpoint
 
-    finish = CompressionCheckpoint.finish
+    save_block = CompressionCheckpoint.save_block
 
     def note(self, index, block, *rest):
         seen.append(block.outputs.compressed)
         return finish(self, index, block, *rest)
 
-    monkeypatch.setattr(CompressionCheckpoint, "finish", note)
+    monkeypatch.setattr(CompressionCheckpoint, "save_block", note)
     run(source, folder.parent / "again", recipe_of(4))
     model = load_model(folder.parent / "again", device=CPU)
     with torch.no_grad():
-        hidden = model.run_upper(model.run_lower(TOKENS, 0), 0)
+        hidden = model.run_upper(model.run_lower(CALIBRATION_TOKENS, 0), 0)
     torch.testing.assert_close(hidden, seen[-1].clone(), rtol=1e-4, atol=1e-4)
 
 
@@ -155,23 +157,23 @@ def test_a_hash_is_of_weights_and_repair(llama, tmp_path):
     assert len({weights_hash(folder), changed, weights_hash(tmp_path)}) == 3
 
 
-@pytest.mark.parametrize(("what", "count"), [("_save_whole", 3), ("_save_whole", 4), ("overwrite", 14)])
+@pytest.mark.parametrize(("what", "count"), [("_save_atomically", 3), ("_save_atomically", 4), ("overwrite", 14)])
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, llama, tmp_path, monkeypatch):
     source, whole = llama
     with monkeypatch.context() as patch:
-        stop(patch, what, count)
+        stop_at(patch, what, count)
         with pytest.raises(KilledError):
             run(source, tmp_path / "out", recipe_of(4))
     assert len(list(artifacts.job_folder(tmp_path / "out").glob("block-*.json"))) == 1
     run(source, tmp_path / "out", recipe_of(4))
-    assert contents(tmp_path / "out") == contents(whole)
-    assert "repair.safetensors" in contents(whole)[2]
+    assert folder_contents(tmp_path / "out") == folder_contents(whole)
+    assert "repair.safetensors" in folder_contents(whole)[2]
 
 
 def test_a_repair_that_is_damaged_in_unfinished_work_is_made_again(llama, tmp_path, monkeypatch):
     source, whole = llama
     with monkeypatch.context() as patch:
-        stop(patch, "_save_whole", 5)
+        stop_at(patch, "_save_atomically", 5)
         with pytest.raises(KilledError):
             run(source, tmp_path / "out", recipe_of(4))
     path = artifacts.job_folder(tmp_path / "out") / "beside-00000.safetensors"
@@ -179,7 +181,7 @@ def test_a_repair_that_is_damaged_in_unfinished_work_is_made_again(llama, tmp_pa
     content[-1] ^= 0xFF
     path.write_bytes(bytes(content))
     run(source, tmp_path / "out", recipe_of(4))
-    assert contents(tmp_path / "out") == contents(whole)
+    assert folder_contents(tmp_path / "out") == folder_contents(whole)
 
 
 @pytest.mark.parametrize(
@@ -313,9 +315,9 @@ def test_it_stays_beside_linears_that_compute_from_their_survivors(llama):
     _, folder = llama
     model = load_model(folder, device=CPU)
     with torch.no_grad():
-        before = model.network(input_ids=TOKENS).logits
+        before = model.network(input_ids=CALIBRATION_TOKENS).logits
         assert use_sparse_linears(model.network, sparsity=0.5) >= 7
-        torch.testing.assert_close(model.network(input_ids=TOKENS).logits, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.network(input_ids=CALIBRATION_TOKENS).logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_are_trained_through_it(llama):

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from cli_runner import ARM_DEFAULTS, TINY, write_data
+from cli_runner import QUICK_RECOVERY, TINY, write_data
 from factories import on_progress
 from safetensors.torch import load_file, save_file
 
 from mopcompress.entrypoints.bench.runner import bench
-from mopcompress.entrypoints.finished import verify_finished
+from mopcompress.entrypoints.finished_inputs import verify_finished
 from mopcompress.entrypoints.recover import recover
 from mopcompress.environment import provenance
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
@@ -107,7 +107,7 @@ def test_a_stopped_training_goes_on_to_the_same_adapter(recipe, whole, tmp_path,
 
 
 def test_a_process_that_is_killed_goes_on_to_the_same_adapter(stories, data, tmp_path):
-    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *map(str, ARM_DEFAULTS)]
+    words = ["recover", str(stories), "--data", str(data), "--device", "cpu", *map(str, QUICK_RECOVERY)]
     words[words.index("--steps") + 1] = "12"
     script = "from mopcompress.recover import checkpoint as u; u.INTERVAL_SECONDS = 0.0; from mopcompress.cli import main; main()"
 

@@ -7,21 +7,12 @@ from typing import Any
 
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from mopcompress.recipe.run_spec import CELLS, NOTHING, stored_names_of_fields
 from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
 
 FILE = "run.json"
-GRID = (
-    "ratios",
-    "methods",
-    "bits",
-    "joint",
-    "arms",
-    "dense_arms",
-    "seeds",
-    "output_dir",
-    "max_fallback",
-)  # may differ when a run goes on
+GRID_FIELDS = stored_names_of_fields(NOTHING, CELLS)  # of `run:`: they may differ when a run goes on
 BEFORE = {"clip_percentile": 100.0, "gate_clipping": "together"}  # what was done before these could be asked for
 
 
@@ -91,7 +82,7 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {**recipe, "run": {name: value for name, value in recipe["run"].items() if name not in GRID}}
+    return {**recipe, "run": {name: value for name, value in recipe["run"].items() if name not in GRID_FIELDS}}
 
 
 def _refuse(folder: Path, found: list[str]) -> None:

@@ -1,52 +1,39 @@
-"""`bench`: the grid setting x arm x seed, one compressed model a setting, one row a finished cell.
+"""`bench`: the grid setting x arm x seed, with one compressed model per setting and one row per finished cell.
 
-A run can be stopped anywhere and started again: compressed models and rows that are finished are kept, a training goes
-on where it stopped, a larger grid runs only what is new, and a run with other settings than the folder's is refused.
+A run can be stopped anywhere and started again: finished models and rows stay, a training is resumed from its
+checkpoint, and a larger grid runs only what is new. A run with other settings than the folder's raises an error.
 """
 
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mopcompress.data.dataset import EncodedDataset
-from mopcompress.entrypoints.bench.cell import OpenedModel, adapter_folder, score_cell
+from mopcompress.entrypoints.bench.cell import adapter_folder, record_cell
 from mopcompress.entrypoints.bench.manifest import continue_manifest, write_manifest
 from mopcompress.entrypoints.bench.protocol import new_manifest
 from mopcompress.entrypoints.compress import compress_into
+from mopcompress.entrypoints.evaluate import measure
 from mopcompress.entrypoints.from_recipe import adapter_config, first_layer
-from mopcompress.entrypoints.inputs import calibration_tokens, load_dataset_for
-from mopcompress.entrypoints.lr_sweep import (
-    Train,
-    check_validation,
-    describe_sweep,
-    read_trials,
-    sweep_rate,
-    write_sweep,
-    write_trials,
-)
-from mopcompress.entrypoints.teacher import build_distillation, dense_weights
-from mopcompress.entrypoints.train_adapter import log_expert_count, train_adapter
+from mopcompress.entrypoints.inputs import CalibrationSet, SplitStates, load_calibration, load_dataset_for
+from mopcompress.entrypoints.lr_sweep import check_validation
+from mopcompress.entrypoints.teacher import build_distillation, load_dense_weights
+from mopcompress.entrypoints.train_adapter import TrainingSetup, log_expert_count, train_with_sweep
 from mopcompress.environment import choose_device, now, provenance
 from mopcompress.errors import DataError
-from mopcompress.evaluation.hidden_states import HiddenStateDataset
-from mopcompress.evaluation.state_cache import TRAINING_DTYPE, load_or_compute_states
 from mopcompress.grid import DENSE, CompressionSetting, cells_of, modifiers_of, settings_of
-from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
+from mopcompress.models.model_loading import OpenedModel, open_model
 from mopcompress.models.smollm2 import NOTE
 from mopcompress.progress import Progress, silent
 from mopcompress.recipe import PromptRecoveryModifier, Recipe
-from mopcompress.recipe.arms import ARM_DEFAULTS, revision_of
+from mopcompress.recipe.arms import revision_of
 from mopcompress.recipe.pruning_modifiers import replace_checked
-from mopcompress.recover.adapter import AdapterInputs, TrainedAdapter
 from mopcompress.recover.checkpoint import CheckpointFolder, resumable_training
+from mopcompress.recover.distillation import Distillation
 from mopcompress.recover.methods.eora import check_dense_shapes
 from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.report import write_report
@@ -63,205 +50,225 @@ from mopcompress.results import (
 from mopcompress.storage import artifacts
 from mopcompress.storage.cache import cache_folder
 
+ROWS, SWEEPS = "rows.jsonl", "sweeps"
+
 
 def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress = silent) -> list[BenchRow]:
-    """Run what the grid still lacks, write the report, and return all rows of the folder.
+    """Run the cells of a grid that are still missing, write the report, and return all rows of the folder.
 
-    Raises `RecipeError` when the folder was made with other settings, `OutputError` when another run is using it,
-    and, before anything is written, `UsageError` or `DataError` when an arm cannot be as the recipe wants it.
+    The grid is compression setting x arm x seed, from `run:` of the recipe: `methods`, `ratios`, `bits`, `arms` and
+    `seeds`. Each setting compresses the model once; each of its arms is trained on the compressed model and scored on
+    the same test rows. A finished cell is never run again, and a run that was stopped is resumed.
+
+    Args:
+        recipe: Checked settings, as `load_recipe` returns them.
+        folder: The run's folder; it is created, or continued. It gets `run.json`, `rows.jsonl`, `models/`,
+            `adapters/`, `documents/`, `sweeps/` and the report in three formats.
+        command: The command line, for the manifest.
+        progress: Receives messages and counts.
+
+    Returns:
+        One row per cell, in the order in which they were measured: perplexities, the exact match as a fraction of
+        documents, sizes in bytes, and times in seconds.
+
+    Raises:
+        RecipeError: The folder was made with other settings.
+        OutputError: Another run is using the folder.
+        UsageError: The grid is empty, or the model cannot have an arm as the recipe asks for it.
+        DataError: The data do not fit the model or an arm, or finished rows are of another model or arm.
+        QualityGateError: Too many matrices needed more damping than asked for.
+
+    Example:
+        Prune the built-in model to half of its weights, and compare a Mixture of Prompts with no recovery:
+
+        >>> from pathlib import Path
+        >>> from mopcompress import bench, load_recipe
+        >>> recipe = load_recipe(None, {"ratios": "0.5", "arms": "none,mop", "output_dir": "runs/half"})
+        >>> rows = bench(recipe, Path("runs/half"))  # doctest: +SKIP
+        >>> [(row.setting, row.arm, round(row.perplexity, 2)) for row in rows]  # doctest: +SKIP
+        [('dense', 'none', 21.81), ('sparsegpt 50%', 'none', 33.75), ('sparsegpt 50%', 'mop', 13.11)]
     """
     with artifacts.locked(folder):
-        for unfinished in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):
-            shutil.rmtree(unfinished)  # what a killed run was building
-        return _BenchRun(recipe, folder, command, progress).run()
+        for scratch in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):
+            shutil.rmtree(scratch)  # of a run that was killed
+        return _run(recipe, folder, command, progress)
 
 
-def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
-    """Raise `DataError` where rows of `folder` cannot be compared with each other, or with those still to come."""
-    path = folder / "rows.jsonl"
-    rows = read_rows(path)
-    check_comparable(rows, path)
-    missing = {cell.arm for cell in {*cells} - {row.cell for row in rows}}
-    for row in rows:
-        if row.arm in missing and row.revision != revision_of(row.arm):
-            raise DataError(
-                f"{path}: {row.arm} has changed since (revision {row.revision}, now {revision_of(row.arm)}), so that "
-                "its other cells would be of another arm; use another --output-dir"
-            )
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """Everything that the cells of one run share."""
 
+    recipe: Recipe
+    recovery: PromptRecoveryModifier  # the recipe's, with a teacher: the bench's own dense model unless it names one
+    folder: Path
+    source: Path  # of the dense model
+    dataset: EncodedDataset
+    distillation: Distillation | None
+    calibration: CalibrationSet
+    progress: Progress
 
-class _BenchRun:
-    """What all cells of one run share."""
+    def cells(self, setting: CompressionSetting) -> list[Cell]:
+        """Return the cells of a setting, those included that are finished."""
+        return cells_of(self.recipe.run.model_dump(by_alias=True), setting)
 
-    def __init__(self, recipe: Recipe, folder: Path, command: str, progress: Progress) -> None:
-        self.recipe, self.folder, self.progress = recipe, folder, progress
-        self.device = choose_device(recipe.run.device)
-        self.source = resolve_model(recipe.run.model, progress=progress.message)
-        self.source_sha256 = weights_hash(self.source)
-        # the bench's own dense model teaches, unless another is named
-        self.recovery = replace_checked(recipe.recovery, teacher=recipe.recovery.teacher or str(self.source))
-        self.command = command
+    def finished_rows(self) -> list[BenchRow]:
+        """Read the rows of finished cells."""
+        return read_rows(self.folder / ROWS)
 
-    def run(self) -> list[BenchRow]:
-        start, settings = time.perf_counter(), settings_of(self.recipe)
-        model = load_model(self.source, device=self.device)
-        documents = load_dataset_for(model, self.recipe.run)
-        arms = [self.recovery.with_arm(arm) for arm in self.recipe.run.trained_arms]
-        log_expert_count(arms, documents.tasks, self.progress)
-        first_layer("none", self.recovery.layer, model)
-        for one in arms:
-            config = adapter_config(one, model, documents.tasks, self.source_sha256)
-            adapter = RECOVERY_METHODS[one.arm].build(model, config)
-            check_dense_shapes(adapter, model, dense_weights(one, self.source, model))
-        check_validation(documents, self.recipe.run.data, arms)
-        size = self.recipe.run.eval_batch_size
-        self.taught = build_distillation(self.recovery, self.source, model, documents.train, size, self.progress)
-        weights = model.network.num_parameters()
-        del model  # each setting loads its own
-        tokens, calibration = calibration_tokens(self.recipe.run, self.source, self.source_sha256, self.progress)
-        model_facts = {"name": self.recipe.run.model, "sha256": self.source_sha256, "weights": weights}
-        note = NOTE if self.source.is_relative_to(cache_folder()) else None
-        manifest = new_manifest(self.recipe, model_facts | {"note": note}, documents, calibration)
-        manifest |= {"command": self.command, **provenance(self.device)}
-        manifest = continue_manifest(manifest, self.folder)
-        before = manifest["seconds"] or 0.0
-        check_rows(
-            self.folder, [cell for one in settings for cell in cells_of(self.recipe.run.model_dump(by_alias=True), one)]
-        )
-        write_manifest(manifest, self.folder)
-        for setting in settings:
-            done = {row.cell for row in read_rows(self.folder / "rows.jsonl")}
-            missing = [
-                cell for cell in cells_of(self.recipe.run.model_dump(by_alias=True), setting) if cell not in done
-            ]
-            if missing:
-                self._fill(self._base(setting, self._compressed(setting, tokens, calibration)), documents, missing)
-            manifest["seconds"] = before + time.perf_counter() - start
-            manifest["sweeps"] = {name: asdict(one) for name, one in read_sweeps(self.folder / "sweeps").items()}
-            write_manifest(manifest, self.folder)
-        write_manifest(manifest | {"finished": now()}, self.folder)
-        write_report(self.folder)
-        return read_rows(self.folder / "rows.jsonl")
+    def run_setting(self, setting: CompressionSetting) -> None:
+        """Compress the model of one setting unless it is there, and fill the cells that have no row yet."""
+        finished = {row.cell for row in self.finished_rows()}
+        missing = [cell for cell in self.cells(setting) if cell not in finished]
+        if missing:
+            base = self._open(setting, self._compress(setting))
+            states = SplitStates(base, self.dataset, self.recipe.run.eval_batch_size, self.progress)
+            for cell in missing:
+                self._fill(cell, setting, states)
 
-    def _compressed(self, setting: CompressionSetting, tokens: Any, calibration: dict[str, Any]) -> Path:
-        """The folder of the setting's model, made when it is not there."""
+    def _compress(self, setting: CompressionSetting) -> Path:
+        """Return the folder of the setting's model, and write it if it is missing."""
         if setting == DENSE:
             return self.source
         target = self.folder / "models" / folder_name(setting.name)
         if artifacts.read_manifest(target) is None:
-            modifiers = modifiers_of(self.recipe, setting)
             compress_into(
                 target,
                 self.source,
-                modifiers,
-                tokens,
-                calibration,
+                modifiers_of(self.recipe, setting),
+                self.calibration,
                 self.recipe,
                 progress=self.progress,
                 restart_on_mismatch=True,
             )
         return target
 
-    def _base(self, setting: CompressionSetting, compressed: Path) -> OpenedModel:
-        """The setting's model. Raises `DataError` when finished rows are of another one."""
-        sha256 = weights_hash(compressed)
-        finished = [row for row in read_rows(self.folder / "rows.jsonl") if row.setting == setting.name]
-        if {row.model_sha256 for row in finished} - {None, sha256}:
+    def _open(self, setting: CompressionSetting, folder: Path) -> OpenedModel:
+        """Load the setting's model. Raises `DataError` when finished rows are of another one."""
+        base = open_model(str(folder), device=choose_device(self.recipe.run.device))
+        hashes = {row.model_sha256 for row in self.finished_rows() if row.setting == setting.name}
+        if hashes - {None, base.sha256}:
             raise DataError(
                 f"{self.folder}: finished rows of {setting.name} are of another model than models/ holds now, as "
                 "pruning with other threads gives; restore that model, or use another --output-dir"
             )
-        return OpenedModel(setting, compressed, sha256, load_model(compressed, device=self.device))
+        return base
 
-    def _fill(self, base: OpenedModel, documents: EncodedDataset, cells: Sequence[Cell]) -> None:
-        """Train and score the missing cells of one setting, on states that they share."""
-        model, sha256 = base.model, base.sha256
-        cached: dict[tuple[int, str], HiddenStateDataset] = {}
-
-        def states(
-            layer: int, rows: tuple[Any, ...], which: str, dtype: torch.dtype = torch.float32
-        ) -> HiddenStateDataset:
-            if (layer, which) not in cached:
-                size = self.recipe.run.eval_batch_size
-                cached[layer, which] = load_or_compute_states(
-                    model, sha256, rows, layer, size, which, self.progress, dtype=dtype
-                )
-            return cached[layer, which]
-
-        for cell in cells:
-            modifier = self.recovery if cell.arm == "none" else self.recovery.with_arm(cell.arm)
-            layer = first_layer(cell.arm, modifier.layer, model)
-            trained, adapter = cell.arm != "none", adapter_folder(self.folder, base.setting, cell)
-            with self._unfinished(adapter, sha256) if trained else nullcontext() as checkpoints:
-                recovered = None
-                if checkpoints:
-                    rows = states(layer, documents.train, "training rows", TRAINING_DTYPE)
-                    material = AdapterInputs(model, rows, documents.tasks, dense_weights(modifier, self.source, model))
-                    train = self._training(material, sha256, cell.seed, checkpoints)
-                    if modifier.sweeps:
-                        validation = states(layer, documents.validation, "validation rows")
-                        name = sweep_name(base.setting.name, cell.arm)
-                        modifier, recovered = self._swept(name, modifier, model, validation, train, checkpoints)
-                    recovered = recovered or train(modifier)
-                test = states(layer, documents.test, "test rows")
-                scorable = cell.arm == "none" or not ARM_DEFAULTS[cell.arm].needs_tasks
-                text = states(layer, documents.text, "windows of text") if documents.text and scorable else None
-                row = score_cell(
-                    cell,
-                    base,
-                    test,
-                    text,
-                    recovered,
-                    run=self.recipe.run,
-                    data=documents.facts["name"],
-                    folder=self.folder,
+    def _fill(self, cell: Cell, setting: CompressionSetting, states: SplitStates) -> None:
+        """Train and measure one cell, and append its row."""
+        modifier = self.recovery if cell.arm == "none" else self.recovery.with_arm(cell.arm)
+        layer = first_layer(cell.arm, modifier.layer, states.base.model)
+        trained = None
+        with nullcontext() if cell.arm == "none" else self._resumable(cell, setting, states.base) as checkpoints:
+            if checkpoints:
+                setup = TrainingSetup(
+                    states=states,
+                    seed=cell.seed,
                     progress=self.progress,
+                    dense_weights=load_dense_weights(modifier, states.base),
+                    distillation=self.distillation,
+                    checkpoints=checkpoints,
                 )
-                append_row(row, self.folder / "rows.jsonl")
-            self.progress.message(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}")
-
-    def _unfinished(self, adapter: Path, base_sha256: str) -> AbstractContextManager[CheckpointFolder]:
-        """A cell's training so far. Its settings are the folder's: only model, code and machine can be others."""
-        facts = provenance(self.device)
-        job = {name: facts[name] for name in ("versions", "commit", "device", "threads")} | {"model": base_sha256}
-        return resumable_training(adapter, job, self.progress.message, restart_on_mismatch=True)
-
-    def _training(self, material: AdapterInputs, base_sha256: str, seed: int, checkpoints: CheckpointFolder) -> Train:
-        """How a cell's arm is trained, whatever the rate."""
-        return partial(
-            train_adapter,
-            material=material,
-            base_sha256=base_sha256,
-            seed=seed,
-            progress=self.progress,
-            distillation=self.taught,
-            checkpoints=checkpoints,
-        )
-
-    def _swept(
-        self,
-        name: str,
-        modifier: PromptRecoveryModifier,
-        model: LanguageModel,
-        validation: HiddenStateDataset,
-        train: Train,
-        checkpoints: CheckpointFolder,
-    ) -> tuple[PromptRecoveryModifier, TrainedAdapter | None]:
-        """With the rate found for this arm and setting: once, with the seed that comes first, for all seeds.
-
-        The training too, where the sweep was done here and its trials were as long.
-        """
-        path, recovered = self.folder / "sweeps" / f"{name}.json", None
-        if not path.exists():
-            found, recovered = sweep_rate(
-                modifier,
-                model,
-                validation,
-                train,
-                batch_size=self.recipe.run.eval_batch_size,
-                known=read_trials(checkpoints.folder),
-                keep=partial(write_trials, folder=checkpoints.folder),
+                # one sweep per arm and setting, with the first seed, serves all seeds
+                sweep_file = self.folder / SWEEPS / f"{sweep_name(setting.name, cell.arm)}.json"
+                trained, _ = train_with_sweep(modifier, setup, sweep_file=sweep_file)
+            measurement = measure(
+                states,
+                layer,
+                trained.adapter if trained else None,
+                trained.config if trained else None,
+                max_new_tokens=self.recipe.run.max_new_tokens,
+                progress=self.progress,
             )
-            self.progress.message(describe_sweep(found))
-            write_sweep(found, path)
-        return modifier.at_rate(read_sweeps(path.parent)[name].learning_rate), recovered
+            row = record_cell(cell, setting, states, measurement, trained, self.folder)
+            append_row(row, self.folder / ROWS)
+        self.progress.message(f"{row.setting} {row.arm} seed {row.seed}: perplexity {row.perplexity:.4g}")
+
+    def _resumable(
+        self, cell: Cell, setting: CompressionSetting, base: OpenedModel
+    ) -> AbstractContextManager[CheckpointFolder]:
+        """Return the training of a cell. Its settings are the folder's: only model, code and machine can differ."""
+        origin = provenance(base.model.device)
+        job = {name: origin[name] for name in ("versions", "commit", "device", "threads")} | {"model": base.sha256}
+        target = adapter_folder(self.folder, setting, cell)
+        return resumable_training(target, job, self.progress.message, restart_on_mismatch=True)
+
+
+def _run(recipe: Recipe, folder: Path, command: str, progress: Progress) -> list[BenchRow]:
+    start, settings = time.perf_counter(), settings_of(recipe)
+    grid, model = _prepare(recipe, folder, progress)
+    manifest = new_manifest(recipe, model, grid.dataset, grid.calibration.metadata)
+    manifest |= {"command": command, **provenance(choose_device(recipe.run.device))}
+    manifest = continue_manifest(manifest, folder)
+    earlier_seconds = manifest["seconds"] or 0.0
+    check_rows(folder, [cell for setting in settings for cell in grid.cells(setting)])
+    write_manifest(manifest, folder)
+    for setting in settings:
+        grid.run_setting(setting)
+        manifest["seconds"] = earlier_seconds + time.perf_counter() - start
+        manifest["sweeps"] = {name: asdict(sweep) for name, sweep in read_sweeps(folder / SWEEPS).items()}
+        write_manifest(manifest, folder)
+    write_manifest(manifest | {"finished": now()}, folder)
+    write_report(folder)
+    return grid.finished_rows()
+
+
+def _prepare(recipe: Recipe, folder: Path, progress: Progress) -> tuple[_Grid, dict[str, Any]]:
+    """Load what all cells share, after a check that every arm can be built; return it and the manifest's model.
+
+    The dense model is freed again: each setting loads its own.
+    """
+    source = open_model(recipe.run.model, device=choose_device(recipe.run.device), log=progress.message)
+    recovery = replace_checked(recipe.recovery, teacher=recipe.recovery.teacher or str(source.folder))
+    dataset = load_dataset_for(source.model, recipe.run)
+    arms = [recovery.with_arm(arm) for arm in recipe.run.trained_arms]
+    log_expert_count(arms, dataset.tasks, progress)
+    _check_arms(recovery, arms, source, dataset)
+    check_validation(dataset, recipe.run.data, arms)
+    distillation = build_distillation(recovery, source, dataset.train, recipe.run.eval_batch_size, progress)
+    model = {
+        "name": recipe.run.model,
+        "sha256": source.sha256,
+        "weights": source.model.network.num_parameters(),
+        "note": NOTE if source.folder.is_relative_to(cache_folder()) else None,
+    }
+    source_folder, sha256 = source.folder, source.sha256
+    del source
+    grid = _Grid(
+        recipe=recipe,
+        recovery=recovery,
+        folder=folder,
+        source=source_folder,
+        dataset=dataset,
+        distillation=distillation,
+        calibration=load_calibration(recipe.run, source_folder, sha256, progress),
+        progress=progress,
+    )
+    return grid, model
+
+
+def _check_arms(
+    recovery: PromptRecoveryModifier,
+    arms: Sequence[PromptRecoveryModifier],
+    source: OpenedModel,
+    dataset: EncodedDataset,
+) -> None:
+    """Build every arm's adapter on the dense model, without training. Raises as that does."""
+    first_layer("none", recovery.layer, source.model)
+    for modifier in arms:
+        config = adapter_config(modifier, source.model, dataset.tasks, source.sha256)
+        adapter = RECOVERY_METHODS[modifier.arm].build(source.model, config)
+        check_dense_shapes(adapter, source.model, load_dense_weights(modifier, source))
+
+
+def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
+    """Raise `DataError` when rows of `folder` cannot be compared with each other, or with those still missing."""
+    path = folder / ROWS
+    rows = read_rows(path)
+    check_comparable(rows, path)
+    missing_arms = {cell.arm for cell in {*cells} - {row.cell for row in rows}}
+    for row in rows:
+        if row.arm in missing_arms and row.revision != revision_of(row.arm):
+            raise DataError(
+                f"{path}: {row.arm} has changed since (revision {row.revision}, now {revision_of(row.arm)}), so that "
+                "its other cells would be of another arm; use another --output-dir"
+            )

@@ -289,7 +289,7 @@ def test_too_many_fallbacks_are_refused_and_nothing_is_published(recipe_of, tmp_
     """A single calibration token cannot fill a Gram matrix, and with hardly any damping nothing mends it."""
     recipe = recipe_of(num_calibration_samples="1", max_seq_length="8", max_fallback="0")
     modifier = recipe.modifier_for("sparsegpt").model_copy(update={"dampening_frac": 1e-9})
-    with pytest.raises(QualityGateError, match="--max-fallback"):
+    with pytest.raises(QualityGateError, match=r"run\.max_fallback_fraction"):
         compress(recipe, [modifier], tmp_path / "pruned")
     assert [path.name for path in tmp_path.iterdir()] == [".pruned.unfinished"]
 
@@ -371,7 +371,7 @@ def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwis
         ].shape
         assert (shape[0], shape[0] * shape[1]) == (7, tokens)
     assert (len(rows["mop"].gate.load), rows["mop"].gate.accuracy) == (7, None)
-    assert sum("7 experts" in line and "--experts" in line for line in told) == 1
+    assert sum("7 experts" in line and "recovery.experts" in line for line in told) == 1
     assert "clusters of the training instructions" in (tmp_path / "run" / "report.md").read_text()
     with pytest.raises(UsageError, match="where rows name no tasks"):
         bench(recipe_of(data=str(data), arms="oracle"), tmp_path / "oracle")
@@ -409,15 +409,15 @@ def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
 
 def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
     recipe = recovery_recipe(recipe_of(), {"top_k": 13})
-    with pytest.raises(UsageError, match="--top-k: 13 of 12 experts"):
+    with pytest.raises(UsageError, match=r"recovery\.top_k: 13 of 12 experts"):
         recover(recipe, tmp_path / "adapter", seed=0)
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"top_k": 13}, "--top-k: 13 of 12 experts"),
-        ({"layer": 99}, "--layer: 99"),
+        ({"top_k": 13}, "recovery.top_k: 13 of 12 experts"),
+        ({"layer": 99}, "recovery.layer: 99"),
         ({"rank": 999}, "rank: 999 is more than"),
         ({"adapter_targets": ("no_proj",)}, "no linear .* is 'no_proj'"),
     ],
@@ -456,11 +456,11 @@ def test_a_bench_that_its_dense_weights_do_not_fit_is_refused_before_it_writes(r
     shutil.copy(stories / "tokenizer.json", teacher)
     shutil.copy(stories / "tokenizer_config.json", teacher)
     named = override_recovery(recipe_of(arms="none,eora"), {"teacher": str(teacher)})
-    with pytest.raises(DataError, match="name the right --teacher"):
+    with pytest.raises(DataError, match=r"name the right recovery\.teacher"):
         bench(named, tmp_path / "run")
     with pytest.raises(RecipeError, match="eora compares with the dense model's linears, and structured"):
         bench(recipe_of(arms="none,eora", methods="structured,magnitude"), tmp_path / "run")
-    with pytest.raises(UsageError, match="--layer: 99"):
+    with pytest.raises(UsageError, match=r"recovery\.layer: 99"):
         bench(override_recovery(recipe_of(arms="none", dense_arms=""), {"layer": 99}), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["LOCK"]
 
