@@ -7,6 +7,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch loads
     os.environ.setdefault(variable, "1")
 
 import pytest  # noqa: E402
+from tiny_folders import compressed_folder  # noqa: E402
 from tiny_models import tiny_model  # noqa: E402
 
 from mopcompress.models.language_model import LanguageModel  # noqa: E402
@@ -29,3 +30,15 @@ def stories() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return STORIES
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny folder of 4 bits in groups of 32, with 85 % zeros. Copy it to change it."""
+    return compressed_folder(tmp_path_factory.mktemp("quantized") / "model", bits=4, sparsity=0.85)
+
+
+@pytest.fixture(scope="session")
+def pruned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny folder with 85 % zeros. Copy it to change it."""
+    return compressed_folder(tmp_path_factory.mktemp("pruned") / "model", sparsity=0.85)
