@@ -1,4 +1,4 @@
-"""Generation with prompts: the network's own, fed the same instruction and gate as evaluation."""
+"""Generation with prompts: the network's own `generate`, with the same instruction and gate as evaluation."""
 
 import pytest
 import torch
@@ -15,21 +15,21 @@ LAYER = 1
 
 
 def mixture(*, gated: bool = True, seed: int = 0) -> MixtureOfPrompts:
-    """Two experts of three prompts, large enough to change what the model says."""
+    """Return two experts of three prompts, large enough to change answers."""
     generator = torch.Generator().manual_seed(seed)
     gate = Gate(HIDDEN, 2, generator=generator) if gated else None
     return MixtureOfPrompts(3 * torch.randn(2, 3, HIDDEN, generator=generator), LAYER, gate).requires_grad_(False)
 
 
 def step_by_step(model: LanguageModel, prompts: MixtureOfPrompts, context: list[int], count: int) -> list[int]:
-    """Greedy decoding by the definition, as evaluation sees it: all states anew for each token, no cache, no batch."""
+    """Decode greedily by the definition: all states are computed again for each token, without cache or batch."""
     tokens = list(context)
     with torch.inference_mode():
-        read = instructions_of(model, torch.tensor([context]), LAYER)
+        instructions = instructions_of(model, torch.tensor([context]), LAYER)
         for _ in range(count):
-            with attend_to(prompts.prefix(model, read)):
-                left = model.run_upper(model.run_lower(torch.tensor([tokens]), LAYER), LAYER)
-            tokens.append(int(model.logits(left[0, -1:]).argmax()))
+            with attend_to(prompts.prefix(model, instructions)):
+                hidden = model.run_upper(model.run_lower(torch.tensor([tokens]), LAYER), LAYER)
+            tokens.append(int(model.logits(hidden[0, -1:]).argmax()))
     return tokens[len(context) :]
 
 
@@ -43,20 +43,19 @@ def decoded(tokens: list[int]) -> str:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_generation_is_greedy_decoding_of_what_evaluation_scores(tiny_llama: LanguageModel, gated: bool) -> None:
+def test_generation_is_greedy_decoding_by_definition(tiny_llama: LanguageModel, gated: bool) -> None:
     prompts = mixture(gated=gated)
     expected = [decoded(step_by_step(tiny_llama, prompts, context_of(prompt), 8)) for prompt in PROMPTS]
     assert generate(tiny_llama, prompts, PROMPTS, max_new_tokens=8) == expected
     assert any(expected)
 
 
-def test_answers_are_greedy_whatever_the_checkpoint_would_have() -> None:
+def test_answers_are_greedy_whatever_the_config_says() -> None:
     model, prompts = tiny_model(), mixture()
     expected = generate(model, prompts, PROMPTS, max_new_tokens=8)
-    own = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3}
-    recovered_settings = model.network.generation_config
-    for name, value in own.items():
-        setattr(recovered_settings, name, value)
+    settings = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    for name, value in settings.items():
+        setattr(model.network.generation_config, name, value)
     assert generate(model, prompts, PROMPTS, max_new_tokens=8) == expected
 
 
@@ -73,29 +72,29 @@ def test_without_a_mixture_it_is_the_stock_model(tiny_llama: LanguageModel) -> N
     for prompt in PROMPTS:
         context = torch.tensor([context_of(prompt)])
         mask = torch.ones_like(context)
-        written = tiny_llama.network.generate(context, attention_mask=mask, do_sample=False, max_new_tokens=8)
-        expected.append(decoded(written[0, context.shape[1] :].tolist()))
+        generated = tiny_llama.network.generate(context, attention_mask=mask, do_sample=False, max_new_tokens=8)
+        expected.append(decoded(generated[0, context.shape[1] :].tolist()))
     assert generate(tiny_llama, None, PROMPTS, max_new_tokens=8) == expected
     assert expected != generate(tiny_llama, mixture(), PROMPTS, max_new_tokens=8)
 
 
-def test_an_answer_is_as_long_as_asked_for_at_most(tiny_llama: LanguageModel) -> None:
+def test_an_answer_has_at_most_max_new_tokens(tiny_llama: LanguageModel) -> None:
     short, long = (generate(tiny_llama, None, PROMPTS, max_new_tokens=count) for count in (2, 8))
     assert all(len(answer.split()) <= 2 for answer in short)
-    assert all(after.startswith(before) for before, after in zip(short, long, strict=True))
+    assert all(longer.startswith(shorter) for shorter, longer in zip(short, long, strict=True))
 
 
 def test_no_prompts_give_no_answers(tiny_llama: LanguageModel) -> None:
     assert generate(tiny_llama, None, [], max_new_tokens=8) == []
 
 
-def test_an_answer_that_does_not_fit_the_context_is_refused(tiny_llama: LanguageModel) -> None:
+def test_an_answer_beyond_the_context_is_refused(tiny_llama: LanguageModel) -> None:
     with pytest.raises(DataError, match=r"context of 64 tokens; shorten the prompt"):
         generate(tiny_llama, None, PROMPTS, max_new_tokens=64)
 
 
-def test_an_answer_is_told_in_pieces_as_it_comes(tiny_llama: LanguageModel) -> None:
-    told: list[str] = []
-    answer = generate(tiny_llama, mixture(), PROMPTS[:1], max_new_tokens=8, on_text=told.append)
-    assert len(told) > 1
-    assert ["".join(told).rstrip()] == answer
+def test_an_answer_is_streamed_in_pieces(tiny_llama: LanguageModel) -> None:
+    pieces: list[str] = []
+    answer = generate(tiny_llama, mixture(), PROMPTS[:1], max_new_tokens=8, on_text=pieces.append)
+    assert len(pieces) > 1
+    assert ["".join(pieces).rstrip()] == answer

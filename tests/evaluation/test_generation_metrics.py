@@ -1,12 +1,11 @@
-"""Written answers: greedy decoding under the adapter as evaluation applies it, for every arm, and their scores."""
+"""Generated answers: greedy decoding under the adapter as evaluation applies it, for every arm, and their scores."""
 
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from factories import on_progress
-from hf.test_model import begun
+from factories import on_progress, perturbed_adapter
 from tiny_models import generate, random_documents, tiny_model
 
 from mopcompress.data.encoding import Document
@@ -14,12 +13,11 @@ from mopcompress.errors import DataError
 from mopcompress.evaluation.batching import batches_by_length
 from mopcompress.evaluation.generation import encode_prompts
 from mopcompress.evaluation.generation_metrics import generate_answers, sample_answers, score_generation
-from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.hidden_states import ApplyAdapter, HiddenStateDataset
 from mopcompress.evaluation.perplexity import evaluate, macro_rouge_l, micro_average, task_scores
 from mopcompress.evaluation.rouge import rouge_l
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.progress import silent
-from mopcompress.recipe import RunSpec
 from mopcompress.recover.adapter import Adapter
 from mopcompress.recover.registry import RECOVERY_METHODS
 from mopcompress.results import DocumentScores, GeneratedAnswers
@@ -29,11 +27,11 @@ DOCUMENTS = random_documents(7, tasks=("add", "sort"))
 
 
 def arm_of(name: str) -> tuple[LanguageModel, Adapter | None]:
-    """A model with a begun adapter whose values are large enough to change what is said."""
+    """Return a model and an adapter whose values are large enough to change answers."""
     model = tiny_model()
     if name == "none":
         return model, None
-    adapter, _ = begun(model, name, "")
+    adapter, _ = perturbed_adapter(name, model, layer=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for group in adapter.parameter_groups().values():
@@ -50,34 +48,61 @@ def answers(
     model: LanguageModel, adapter: Adapter | None, documents: tuple[Document, ...] = DOCUMENTS, *, batch_size: int = 3
 ) -> list[str]:
     states = states_of(model, adapter, documents)
-    return generate_answers(model, states, adapter, max_new_tokens=NEW, batch_size=batch_size, progress=silent)
+    return generate_answers(
+        model, states, compiled(model, adapter), max_new_tokens=NEW, batch_size=batch_size, progress=silent
+    )
+
+
+def compiled(model: LanguageModel, adapter: Adapter | None) -> ApplyAdapter | None:
+    return adapter.compile_for_inference(model) if adapter else None
+
+
+def generation_scores(
+    model: LanguageModel,
+    adapter: Adapter | None,
+    states: HiddenStateDataset,
+    scores: DocumentScores,
+    *,
+    batch_size: int = 4,
+) -> GeneratedAnswers:
+    with_answers = score_generation(
+        scores,
+        model,
+        states,
+        compiled(model, adapter),
+        max_new_tokens=NEW,
+        batch_size=batch_size,
+        progress=silent,
+    )
+    assert with_answers.written is not None
+    return with_answers.written
 
 
 @torch.no_grad()
 def token_by_token(
     model: LanguageModel, adapter: Adapter | None, documents: tuple[Document, ...], *, batch_size: int = 3
 ) -> list[list[int]]:
-    """The definition: the most likely token after all before it, each row's states anew for each, without a cache.
+    """Decode greedily by the definition: all states are computed again for each token, without a cache.
 
-    All of a batch go on together, because a shuffled gate reads its neighbour.
+    The rows of a batch go on together.
     """
     states = states_of(model, adapter, documents)
-    found: list[list[int]] = [[] for _ in documents]
+    generated: list[list[int]] = [[] for _ in documents]
     for rows in batches_by_length(documents, batch_size, generator=None):
-        read = states.batch(rows).instructions
+        instructions = states.batch(rows).instructions
         for _ in range(NEW):
-            texts = [[*documents[row].tokens[: documents[row].context_tokens], *found[row]] for row in rows]
+            texts = [[*documents[row].tokens[: documents[row].context_tokens], *generated[row]] for row in rows]
             tokens = torch.zeros(len(rows), max(map(len, texts)), dtype=torch.long)
-            for line, text in zip(tokens, texts, strict=True):
-                line[: len(text)] = torch.tensor(text)
+            for row_tokens, text in zip(tokens, texts, strict=True):
+                row_tokens[: len(text)] = torch.tensor(text)
             hidden = model.run_lower(tokens, states.layer)
-            with adapter.compile_for_inference(model)(read) if adapter else nullcontext():
-                left = model.run_upper(hidden, states.layer)
-                last = torch.stack([line[len(text) - 1] for line, text in zip(left, texts, strict=True)])
-                following = model.logits(last).argmax(1).tolist()
-            for row, token in zip(rows, following, strict=True):
-                found[row].append(token)
-    return found
+            with adapter.compile_for_inference(model)(instructions) if adapter else nullcontext():
+                outputs = model.run_upper(hidden, states.layer)
+                last = torch.stack([output[len(text) - 1] for output, text in zip(outputs, texts, strict=True)])
+                next_tokens = model.logits(last).argmax(1).tolist()
+            for row, token in zip(rows, next_tokens, strict=True):
+                generated[row].append(token)
+    return generated
 
 
 def decoded(model: LanguageModel, tokens: list[int]) -> str:
@@ -86,34 +111,33 @@ def decoded(model: LanguageModel, tokens: list[int]) -> str:
 
 
 @pytest.mark.parametrize("name", ["none", *RECOVERY_METHODS])
-def test_every_arm_writes_what_its_evaluation_finds_most_likely(name: str) -> None:
+def test_every_arm_generates_its_most_likely_tokens(name: str) -> None:
     model, adapter = arm_of(name)
-    found = token_by_token(model, adapter, DOCUMENTS)
-    assert answers(model, adapter) == [decoded(model, tokens) for tokens in found]
+    generated = token_by_token(model, adapter, DOCUMENTS)
+    assert answers(model, adapter) == [decoded(model, tokens) for tokens in generated]
     assert name == "none" or answers(model, adapter) != answers(model, None)
 
 
 @pytest.mark.parametrize("name", ["none", *RECOVERY_METHODS])
-def test_what_evaluation_calls_exact_is_written_exactly(name: str) -> None:
-    """References are what the arm writes, every second with another word in it."""
+def test_exact_match_of_evaluation_is_that_of_generation(name: str) -> None:
+    """References are the arm's own answers, every second with another word in it."""
     model, adapter = arm_of(name)
     documents = []
-    for place, (one, tokens) in enumerate(
+    for index, (document, tokens) in enumerate(
         zip(DOCUMENTS, token_by_token(model, adapter, DOCUMENTS, batch_size=1), strict=True)
     ):
         response = tokens[: tokens.index(2)] if 2 in tokens else tokens
         response = response or [7]
-        changed = [3 + (response[0] + 7) % 60, *response[1:]] if place % 2 else response
-        documents.append(Document(one.task, (*one.tokens[: one.context_tokens], *changed, 2), one.context_tokens))
+        changed = [3 + (response[0] + 7) % 60, *response[1:]] if index % 2 else response
+        context = document.tokens[: document.context_tokens]
+        documents.append(Document(document.task, (*context, *changed, 2), len(context)))
     states = states_of(model, adapter, tuple(documents))
     scores = evaluate(model, states, adapter.compile_for_inference(model) if adapter else None, batch_size=1)
-    run = RunSpec(max_new_tokens=NEW, batch_size=1)
-    found = score_generation(scores, model, states, adapter, run, silent).written
-    assert found is not None
-    assert all(wrote for exact, wrote in zip(scores.exact, found.exact, strict=True) if exact)
-    assert [value == 1 for value in found.rouge_l] == found.exact
-    assert not any(found.exact[1::2])
-    assert any(found.exact)
+    written = generation_scores(model, adapter, states, scores, batch_size=1)
+    assert all(same for exact, same in zip(scores.exact, written.exact, strict=True) if exact)
+    assert [value == 1 for value in written.rouge_l] == written.exact
+    assert not any(written.exact[1::2])
+    assert any(written.exact)
 
 
 def test_the_batch_does_not_matter() -> None:
@@ -124,15 +148,21 @@ def test_the_batch_does_not_matter() -> None:
 def test_the_response_is_not_peeked_at() -> None:
     model, adapter = arm_of("mop")
     others = tuple(
-        replace(one, tokens=(*one.tokens[: one.context_tokens], *reversed(one.tokens[one.context_tokens :])))
-        for one in DOCUMENTS
+        replace(
+            document,
+            tokens=(
+                *document.tokens[: document.context_tokens],
+                *reversed(document.tokens[document.context_tokens :]),
+            ),
+        )
+        for document in DOCUMENTS
     )
     assert others != DOCUMENTS
     assert answers(model, adapter, others) == answers(model, adapter)
 
 
-def test_instructions_are_answered_as_generate_answers_them() -> None:
-    """The same words through tokens of documents, and as text through `generate`."""
+def test_documents_are_answered_as_their_texts_are() -> None:
+    """Documents hold tokens; `generate` takes text."""
     model, adapter = arm_of("mop")
     prompts = ["w5 w6 w7", "w9", "w10 w11 w12 w13"]
     contexts, _ = encode_prompts(model.network, model.tokenizer, prompts)
@@ -140,9 +170,9 @@ def test_instructions_are_answered_as_generate_answers_them() -> None:
     assert answers(model, adapter, documents) == generate(model, adapter, prompts, max_new_tokens=NEW)
 
 
-def test_answers_that_do_not_fit_are_refused_before_the_first() -> None:
+def test_answers_beyond_the_context_are_refused_at_once() -> None:
     model, _ = arm_of("none")
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(DataError, match="context of 64 tokens"):
         generate_answers(
             model,
@@ -150,16 +180,14 @@ def test_answers_that_do_not_fit_are_refused_before_the_first() -> None:
             None,
             max_new_tokens=60,
             batch_size=1,
-            progress=on_progress(lambda what, _done, _total: told.append(what)),
+            progress=on_progress(lambda what, _done, _total: messages.append(what)),
         )
-    assert not told
+    assert not messages
 
 
-def test_nothing_is_written_unless_asked_for() -> None:
+def test_scores_without_answers_have_no_samples() -> None:
     model, _ = arm_of("none")
-    states = states_of(model, None, DOCUMENTS)
-    scores = evaluate(model, states, batch_size=4)
-    assert score_generation(scores, model, states, None, RunSpec(), silent) is scores
+    scores = evaluate(model, states_of(model, None, DOCUMENTS), batch_size=4)
     assert sample_answers(model, DOCUMENTS, scores) == ()
     assert (micro_average(scores).rouge_l, macro_rouge_l(scores)) == (None, None)
 
@@ -172,9 +200,11 @@ def test_samples_leave_the_template_out() -> None:
         answers=["w7", "w7 w8", "", "w9"], rouge_l=[0.5, 1.0, 0.0, 0.0], exact=[False, True, False, False]
     )
     scores = DocumentScores(tasks=["add"] * 4, nats=[1.0] * 4, scored_tokens=[3] * 4, exact=[False] * 4)
-    shown = sample_answers(model, documents, replace(scores, written=written))
-    assert [(one.task, one.instruction, one.reference) for one in shown] == [("add", "w5 w6 w5", "w7 w8")] * 3
-    assert [one.answer for one in shown] == ["w7", "w7 w8", ""]
+    samples = sample_answers(model, documents, replace(scores, written=written))
+    assert [(sample.task, sample.instruction, sample.reference) for sample in samples] == [
+        ("add", "w5 w6 w5", "w7 w8")
+    ] * 3
+    assert [sample.answer for sample in samples] == ["w7", "w7 w8", ""]
 
 
 def test_micro_is_over_documents_and_macro_over_tasks() -> None:
@@ -189,12 +219,11 @@ def test_micro_is_over_documents_and_macro_over_tasks() -> None:
     assert task_scores(scores)["add"].written_exact_match == 0.5
 
 
-def test_rouge_is_against_the_response_without_its_end() -> None:
+def test_rouge_ignores_the_end_token_of_the_response() -> None:
     model, _ = arm_of("none")
     states = states_of(model, None, DOCUMENTS)
     scores = evaluate(model, states, batch_size=4)
-    found = score_generation(scores, model, states, None, RunSpec(max_new_tokens=NEW), silent).written
-    assert found is not None
-    for document, answer, value in zip(DOCUMENTS, found.answers, found.rouge_l, strict=True):
+    written = generation_scores(model, None, states, scores)
+    for document, answer, value in zip(DOCUMENTS, written.answers, written.rouge_l, strict=True):
         reference = " ".join(f"w{token}" for token in document.tokens[document.context_tokens : -1])
         assert value == rouge_l(answer, reference)

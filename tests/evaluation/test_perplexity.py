@@ -1,5 +1,6 @@
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,9 +37,10 @@ def mixture_of(prompt_log_weight=0.0, hidden=HIDDEN):
     )
 
 
-def scored(model, documents, mixture=None, *, batch_size=4):
-    applied = mixture.compile_for_inference(model) if mixture else None
-    return evaluate(model, HiddenStateDataset(model, documents, LAYER, batch_size=4), applied, batch_size=batch_size)
+def score(model, documents, mixture=None, *, batch_size=4):
+    states = HiddenStateDataset(model, documents, LAYER, batch_size=4)
+    apply_adapter = mixture.compile_for_inference(model) if mixture else None
+    return evaluate(model, states, apply_adapter, batch_size=batch_size)
 
 
 def counting_documents(count=5):
@@ -56,63 +58,63 @@ def counting_documents(count=5):
 
 
 @pytest.mark.parametrize("mixture", [None, mixture_of()], ids=["bare", "prompted"])
-def test_a_model_that_knows_nothing_has_the_vocabularys_size_for_perplexity(mixture):
+def test_an_ignorant_model_has_the_vocabulary_for_perplexity(mixture):
     model = tiny_model()
     model.network.lm_head.weight.zero_()
-    scores = scored(model, DOCUMENTS, mixture)
+    scores = score(model, DOCUMENTS, mixture)
     assert micro_average(scores).perplexity == pytest.approx(VOCABULARY)
     assert macro_perplexity(scores) == pytest.approx(VOCABULARY)
     assert micro_average(scores).exact_match == 0
 
 
-def test_a_model_that_knows_all_has_perplexity_one():
-    scores = scored(counting_model(), counting_documents())
+def test_a_model_that_knows_all_has_perplexity_1():
+    scores = score(counting_model(), counting_documents())
     assert micro_average(scores).perplexity == 1
     assert micro_average(scores).exact_match == 1
 
 
 def test_one_wrong_token_is_no_exact_match():
     documents = list(counting_documents())
-    for place in (4, 8):
+    for index in (4, 8):
         tokens = list(documents[0].tokens)
-        tokens[place] = 3 + (tokens[place] + 7) % 60
+        tokens[index] = 3 + (tokens[index] + 7) % 60
         documents.append(Document("slip", tuple(tokens), 4))
-    scores = scored(counting_model(), documents)
+    scores = score(counting_model(), documents)
     assert scores.exact == [True] * 5 + [False] * 2
     assert min(scores.nats[5:]) > 100
 
 
-def test_unopened_prompts_score_as_no_prompts(tiny_llama):
-    closed = scored(tiny_llama, DOCUMENTS, mixture_of(prompt_log_weight=-1e4))
-    assert closed.nats == pytest.approx(scored(tiny_llama, DOCUMENTS).nats, rel=1e-4)
+def test_closed_prompts_score_as_no_prompts(tiny_llama):
+    closed = score(tiny_llama, DOCUMENTS, mixture_of(prompt_log_weight=-1e4))
+    assert closed.nats == pytest.approx(score(tiny_llama, DOCUMENTS).nats, rel=1e-4)
 
 
 # --- definitions
 
 
-def slowly(model, document, mixture):
-    """Nats of the response from one document's own forward, prompts or not."""
+def slow_nats(model, document, mixture):
+    """Return the NLL of a document's response by the network's own forward, with prompts or without, in nats."""
     tokens = torch.tensor([document.tokens])
     with torch.no_grad():
-        read = instructions_of(model, tokens[:, : document.context_tokens], LAYER)
+        instructions = instructions_of(model, tokens[:, : document.context_tokens], LAYER)
         if mixture is None:
             logits = model.network(input_ids=tokens).logits[0]
         else:
-            with attend_to(mixture.prefix(model, read)):
+            with attend_to(mixture.prefix(model, instructions)):
                 logits = model.network(input_ids=tokens).logits[0]
     total = 0.0
-    for place in range(document.context_tokens, len(document.tokens)):
-        exponentials = [math.exp(value) for value in logits[place - 1].double().tolist()]
-        total -= math.log(exponentials[document.tokens[place]] / math.fsum(exponentials))
+    for position in range(document.context_tokens, len(document.tokens)):
+        exponentials = [math.exp(value) for value in logits[position - 1].double().tolist()]
+        total -= math.log(exponentials[document.tokens[position]] / math.fsum(exponentials))
     return total
 
 
 @pytest.mark.parametrize("mixture", [None, mixture_of()], ids=["bare", "prompted"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_nats_are_those_of_the_response_tokens_alone(family, mixture):
+def test_nats_are_of_the_response_tokens_alone(family, mixture):
     model = tiny_model(family)
-    scores = scored(model, DOCUMENTS, mixture)
-    assert scores.nats == pytest.approx([slowly(model, document, mixture) for document in DOCUMENTS], rel=1e-4)
+    scores = score(model, DOCUMENTS, mixture)
+    assert scores.nats == pytest.approx([slow_nats(model, document, mixture) for document in DOCUMENTS], rel=1e-4)
     assert scores.scored_tokens == [len(document.tokens) - document.context_tokens for document in DOCUMENTS]
     assert scores.tasks == [document.task for document in DOCUMENTS]
 
@@ -129,22 +131,22 @@ def test_exact_match_is_greedy_generation(tiny_llama):
             if prompts is None:
                 answer = network.generate(tokens, **inputs)[0].tolist()
             else:
-                read = instructions_of(tiny_llama, tokens, LAYER)
-                with attend_to(prompts.prefix(tiny_llama, read)):
+                instructions = instructions_of(tiny_llama, tokens, LAYER)
+                with attend_to(prompts.prefix(tiny_llama, instructions)):
                     answer = network.generate(tokens, **inputs)[0].tolist()
             if number % 2:
                 answer[-1 - number // 2] = 3 + (answer[-1 - number // 2] + 1) % 60
             documents.append(Document("generated", tuple(answer), document.context_tokens))
             matches.append(number % 2 == 0)
-        assert scored(tiny_llama, documents, prompts).exact == matches
+        assert score(tiny_llama, documents, prompts).exact == matches
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_the_batch_size_does_not_matter(tiny_llama, batch_size):
-    expected = scored(tiny_llama, DOCUMENTS, mixture_of(), batch_size=4)
-    found = scored(tiny_llama, DOCUMENTS, mixture_of(), batch_size=batch_size)
-    assert found.nats == pytest.approx(expected.nats, rel=1e-4)
-    assert found.exact == expected.exact
+    expected = score(tiny_llama, DOCUMENTS, mixture_of(), batch_size=4)
+    scores = score(tiny_llama, DOCUMENTS, mixture_of(), batch_size=batch_size)
+    assert scores.nats == pytest.approx(expected.nats, rel=1e-4)
+    assert scores.exact == expected.exact
 
 
 def random_scores(count=20):
@@ -156,7 +158,7 @@ def random_scores(count=20):
     return DocumentScores(tasks=tasks, nats=nats, scored_tokens=tokens, exact=exact)
 
 
-def test_micro_counts_every_token_and_macro_every_task():
+def test_micro_weighs_tokens_and_macro_weighs_tasks():
     scores = random_scores()
     nats, tokens, exact = defaultdict(list), defaultdict(list), defaultdict(list)
     for task, *values in zip(scores.tasks, scores.nats, scores.scored_tokens, scores.exact, strict=True):
@@ -168,24 +170,31 @@ def test_micro_counts_every_token_and_macro_every_task():
     assert micro_average(scores).exact_match == sum(scores.exact) / 20
     assert (micro_average(scores).documents, micro_average(scores).scored_tokens) == (20, sum(scores.scored_tokens))
     assert list(task_scores(scores)) == ["add", "sort", "tell"]
-    for task, score in task_scores(scores).items():
-        assert score.perplexity == pytest.approx(math.exp(per_token[task]))
-        assert score.exact_match == sum(exact[task]) / len(exact[task])
-        assert (score.documents, score.scored_tokens) == (len(tokens[task]), sum(tokens[task]))
+    for task, of_task in task_scores(scores).items():
+        assert of_task.perplexity == pytest.approx(math.exp(per_token[task]))
+        assert of_task.exact_match == sum(exact[task]) / len(exact[task])
+        assert (of_task.documents, of_task.scored_tokens) == (len(tokens[task]), sum(tokens[task]))
 
 
 # --- behaviour
 
 
 def test_progress_counts_documents(tiny_llama):
-    told = []
+    counts = []
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
-    evaluate(tiny_llama, states, batch_size=4, progress=told.append)
-    assert told == [4, 8, 9]
+    evaluate(tiny_llama, states, batch_size=4, progress=counts.append)
+    assert counts == [4, 8, 9]
 
 
-def test_a_likelihood_that_is_no_number_names_the_document():
+def test_a_likelihood_that_is_nan_names_the_document():
     model = tiny_model()
     model.network.model.norm.weight[0] = torch.nan
     with pytest.raises(NumericalError, match=r"document \d \((add|sort|tell)\).*nan"):
-        scored(model, DOCUMENTS)
+        score(model, DOCUMENTS)
+
+
+def test_an_infinite_loss_is_a_result():
+    scores = DocumentScores(tasks=["add", "sort"], nats=[math.inf, 1.0], scored_tokens=[1, 1], exact=[False, False])
+    assert micro_average(scores).perplexity == math.inf
+    assert macro_perplexity(scores) == math.inf
+    assert task_scores(replace(scores, nats=[1e4, 1.0]))["add"].perplexity == math.inf  # exp overflows

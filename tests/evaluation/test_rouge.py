@@ -1,4 +1,4 @@
-"""ROUGE-L by its definition, and cases whose values follow from what rouge_score says that it does."""
+"""ROUGE-L by its definition, and cases whose values follow from the documentation of rouge_score."""
 
 import random
 
@@ -7,13 +7,13 @@ import pytest
 from mopcompress.evaluation.rouge import longest_common_subsequence, rouge_l, same_words, words
 
 
-def lcs_slowly(first: list[str], second: list[str]) -> int:
-    """Lin 2004: the longest sequence that both hold, by recursion on their ends."""
+def slow_lcs(first: list[str], second: list[str]) -> int:
+    """Return the length of the longest common subsequence, by recursion on the ends (Lin 2004)."""
     if not first or not second:
         return 0
     if first[-1] == second[-1]:
-        return 1 + lcs_slowly(first[:-1], second[:-1])
-    return max(lcs_slowly(first[:-1], second), lcs_slowly(first, second[:-1]))
+        return 1 + slow_lcs(first[:-1], second[:-1])
+    return max(slow_lcs(first[:-1], second), slow_lcs(first, second[:-1]))
 
 
 def texts(seed: int) -> tuple[list[str], list[str]]:
@@ -23,18 +23,18 @@ def texts(seed: int) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_the_common_subsequence_is_that_of_the_recursion(seed: int) -> None:
+def test_the_common_subsequence_is_the_recursions(seed: int) -> None:
     first, second = texts(seed)
-    assert longest_common_subsequence(first, second) == lcs_slowly(first, second)
+    assert longest_common_subsequence(first, second) == slow_lcs(first, second)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_the_score_is_the_harmonic_mean_of_precision_and_recall(seed: int) -> None:
+def test_the_score_is_f1_of_precision_and_recall(seed: int) -> None:
     answer, reference = texts(seed)
-    shared = lcs_slowly(answer, reference)
+    common = slow_lcs(answer, reference)
     expected = 0.0
-    if shared:
-        precision, recall = shared / len(answer), shared / len(reference)
+    if common:
+        precision, recall = common / len(answer), common / len(reference)
         expected = 2 * precision * recall / (precision + recall)
     assert rouge_l(" ".join(answer), " ".join(reference)) == pytest.approx(expected)
 
@@ -66,13 +66,13 @@ def test_letters_of_every_alphabet_are_words() -> None:
     assert rouge_l("Москва", "москва.") == 1
 
 
-def test_signs_are_compared_where_a_text_has_no_word() -> None:
+def test_texts_without_words_are_compared_by_their_signs() -> None:
     assert (rouge_l("<=", "<="), rouge_l("<=", ">=")) == (1, 0)
     assert same_words(" <= ", "<=")
     assert not same_words("<=", ">=")
 
 
 @pytest.mark.parametrize(("answer", "same"), [("The Answer.", True), ("answer the", False), ("the answer is", False)])
-def test_the_same_words_in_their_order_are_a_match(answer: str, same: bool) -> None:
+def test_the_same_words_in_order_are_a_match(answer: str, same: bool) -> None:
     assert same_words(answer, "the answer") is same
     assert (rouge_l(answer, "the answer") == 1) is same
