@@ -21,7 +21,7 @@ import torch
 from sparsegpt_reference import untokenised
 from torch import Tensor
 
-from mopcompress.algorithms.alps import _STEPS_A_PENALTY as STEPS_A_PENALTY
+from mopcompress.algorithms.alps import _STEPS_PER_PENALTY as STEPS_PER_PENALTY
 from mopcompress.compress.dense_pass import record_inputs
 from mopcompress.compress.plan import MethodConfig
 from mopcompress.compress.sequential import compress_model, linears_of
@@ -118,7 +118,7 @@ def solver_flops(compression: MethodConfig, rows: int, size: int) -> int:
         flops += factor + product // 2
     if compression.method == "alps":
         steps, refit_steps = int(str(options["steps"])), int(str(options["refit_steps"]))
-        flops += (steps + 1 + refit_steps) * product + -(-steps // STEPS_A_PENALTY) * size**3
+        flops += (steps + 1 + refit_steps) * product + -(-steps // STEPS_PER_PENALTY) * size**3
     return flops
 
 

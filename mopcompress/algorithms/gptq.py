@@ -1,8 +1,8 @@
-"""GPTQ: rounding to a grid with error feedback (Frantar et al., https://arxiv.org/abs/2210.17323).
+"""GPTQ: rounding to a grid with error feedback (Frantar et al., https://arxiv.org/abs/2210.17323, algorithm 1).
 
 The grid is symmetric: codes from -2^(bits-1) to 2^(bits-1) - 1 times a scale, so that it contains zero exactly.
-Differences from the released code: a scale minimises the squared error weighted by the mean square of each input (there
-all inputs count alike, with exponent 2.4), and scales are numbers that fp16 can hold.
+Differences from the released code: a scale minimises the squared error weighted by the mean square of each input,
+instead of the error to the power 2.4 with equal weights. Scales are numbers that fp16 can hold.
 """
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mopcompress.algorithms.obs import InverseFactor, LossFn, inverse_factor, sweep
 from mopcompress.algorithms.solution import QuantizedWeight
-from mopcompress.algorithms.sparsegpt import ChooseMask, removals
+from mopcompress.algorithms.sparsegpt import ChooseMask, mask_chooser
 from mopcompress.errors import DataError
 
-_SHRINKS = [1 - 0.05 * step for step in range(15)]  # of the scale that just reaches the largest weight
+_SHRINKS = [1 - 0.05 * step for step in range(15)]  # factors on the scale that just reaches the largest weight
 _SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16
 
 
@@ -33,14 +33,14 @@ def gptq(
 ) -> QuantizedWeight:
     """Round every weight to a grid with one scale per row and `group_size` consecutive inputs (None: all of them).
 
-    The scales of a group are chosen when the sweep reaches it, from the weights as they are then. With `act_order` the
-    inputs with the largest mean square go first, and all scales are chosen beforehand from the given weights ("static
-    groups"), so that groups stay consecutive. `keep_zeros` keeps zeros at zero; weights of inputs that never fire
+    The scales of a group are chosen when the sweep reaches it, from the updated weights. With `act_order` the sweep
+    takes the inputs with the largest mean square first. All scales are then chosen beforehand from the given weights
+    ("static groups"), so that groups stay consecutive. `keep_zeros` preserves zeros; weights of inputs that never fire
     become zero. `block_size` only decides how updates are batched.
 
-    With `sparsity` (and `pattern`) weights are removed, as SparseGPT does, in the same sweep: a panel of `group_size`
-    inputs loses its share when it is reached, and its scales serve what is left. Raises `DataError` when groups do not
-    fit, or when weights are to be removed in the order of `act_order`: every panel's share would be the wrong one.
+    With `sparsity` (and `pattern`) the same sweep prunes as SparseGPT does: each panel of `group_size` inputs loses its
+    quota when the sweep reaches it, and its scales fit the remaining weights. Raises `DataError` when groups do not
+    fit, and for `sparsity` with `act_order`: the quotas are per panel in the given order of inputs.
     """
     size = weight.shape[1]
     group_size = size if group_size is None else group_size
@@ -55,29 +55,29 @@ def gptq(
         weight, gram = weight[:, order], gram[order][:, order]
     factor = inverse_factor(gram, damping=damping)
     group_of = (order // group_size).tolist()
-    choose = _removals(weight, factor, act_order, group_size, keep_zeros, sparsity, pattern)
+    choose_mask = _mask_chooser(weight, factor, act_order, group_size, keep_zeros, sparsity, pattern)
 
-    def settle(first: int, panel: Tensor) -> LossFn:
-        removed = choose(first, panel)
+    def solve_panel(first: int, panel: Tensor) -> LossFn:
+        removed = choose_mask(first, panel)
         if not act_order:
-            here = slice(first, first + group_size)
-            scales[first // group_size] = _best_scales(panel.masked_fill(removed, 0.0), importance[here], bits)
+            group = slice(first, first + group_size)
+            scales[first // group_size] = _best_scales(panel.masked_fill(removed, 0.0), importance[group], bits)
 
-        def reject(index: int, column: Tensor, error: Tensor) -> None:
+        def write_loss(index: int, column: Tensor, error: Tensor) -> None:
             scale = scales[group_of[index]]
             rounded = _codes(column, scale, bits).mul_(scale).masked_fill_(removed[index - first], 0.0)
             torch.sub(column, rounded, out=error)
 
-        return reject
+        return write_loss
 
     panel_columns = block_size if act_order else group_size
-    settled = sweep(weight, factor, settle, panel_columns=panel_columns, block_columns=block_size)
+    rounded = sweep(weight, factor, solve_panel, panel_columns=panel_columns, block_columns=block_size)
     if act_order:
-        settled = settled[:, order.argsort()]
-    return _on_grid(settled, scales.T.contiguous(), factor.escalations)
+        rounded = rounded[:, order.argsort()]
+    return _snap_to_grid(rounded, scales.T.contiguous(), factor.escalations)
 
 
-def _removals(
+def _mask_chooser(
     weight: Tensor,
     factor: InverseFactor,
     act_order: bool,
@@ -86,23 +86,29 @@ def _removals(
     sparsity: float,
     pattern: tuple[int, int] | None,
 ) -> ChooseMask:
-    """Which weights of a panel become zero, whatever the grid."""
+    """Return a function that marks the weights of a panel that become zero, whatever the grid."""
     if not sparsity:
         zeros = (weight.T == 0) & keep_zeros
         return lambda first, panel: zeros[first : first + len(panel)]
     if act_order:
         raise DataError("weights cannot be removed in the order of act_order; use one of them, or prune before")
-    salience = factor.upper.diagonal()
-    return removals(weight, salience, sparsity=sparsity, pattern=pattern, block_size=group_size, keep_zeros=keep_zeros)
+    return mask_chooser(
+        weight,
+        factor.upper.diagonal(),
+        sparsity=sparsity,
+        pattern=pattern,
+        block_size=group_size,
+        keep_zeros=keep_zeros,
+    )
 
 
-def _on_grid(
-    settled: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], escalations: int
+def _snap_to_grid(
+    rounded: Float[Tensor, "out in"], scales: Float[Tensor, "out groups"], escalations: int
 ) -> QuantizedWeight:
-    """Take the float residue off weights that are integers times their scale, up to that residue."""
-    spread = scales.repeat_interleave(settled.shape[1] // scales.shape[1], dim=1)
-    codes = (settled / spread).round().to(torch.int8)  # an integer has one zero: no weight becomes -0.0
-    return QuantizedWeight(codes * spread, escalations, codes=codes, scales=scales)
+    """Remove the float residue from weights that are integers times their scale up to that residue."""
+    scale_per_weight = scales.repeat_interleave(rounded.shape[1] // scales.shape[1], dim=1)
+    codes = (rounded / scale_per_weight).round().to(torch.int8)  # an integer has a single zero: no weight is -0.0
+    return QuantizedWeight(codes * scale_per_weight, escalations, codes=codes, scales=scales)
 
 
 def _codes(column: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -112,7 +118,7 @@ def _codes(column: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _best_scales(
     panel: Float[Tensor, "columns rows"], importance: Float[Tensor, " columns"], bits: int
 ) -> Float[Tensor, " rows"]:
-    """The scale of each row with the least importance-weighted squared rounding error, among 15 shrunken ones."""
+    """Return the scale per row with the least importance-weighted squared rounding error, of 15 shrunken ones."""
     widest = panel.abs().amax(0) / (2 ** (bits - 1) - 0.5)
     best, least = torch.empty_like(widest), torch.full_like(widest, torch.inf)
     for shrink in _SHRINKS:
@@ -127,7 +133,7 @@ def _initial_scales(
     weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], bits: int, group_size: int
 ) -> Float[Tensor, "groups out"]:
     panels = zip(torch.split(weight.T, group_size), torch.split(importance, group_size), strict=True)
-    return torch.stack([_best_scales(panel, share, bits) for panel, share in panels])
+    return torch.stack([_best_scales(panel, panel_importance, bits) for panel, panel_importance in panels])
 
 
 def _check_grid(size: int, bits: int, group_size: int) -> None:

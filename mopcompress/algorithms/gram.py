@@ -1,4 +1,4 @@
-"""The Gram matrix of a layer's inputs: what least squares on its outputs needs to know of them."""
+"""The Gram matrix of a layer's inputs: all that least squares on the layer's outputs needs of them."""
 
 import torch
 from jaxtyping import Float
@@ -13,11 +13,11 @@ class InputGram:
     """Mean of x xᵀ over calibration tokens: half the Hessian of the layer's squared output error.
 
     The mean is per *token*; SparseGPT's released code divides by sequences. The solvers use the matrix up to a positive
-    factor only, so masks and updates agree. Accumulated in fp32 (fp64 for fp64 inputs), upper triangle only.
+    factor only, so masks and updates agree. The sum is in fp32 (fp64 for fp64 inputs), and of the upper triangle only.
     """
 
     def __init__(self) -> None:
-        self._upper: Tensor | None = None  # on and above the diagonal; below it panels may hold anything
+        self._upper: Tensor | None = None  # on and above the diagonal; below it panels hold leftovers
         self._tokens = 0
 
     def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
@@ -30,17 +30,21 @@ class InputGram:
         for first in range(0, size, width):
             panel = slice(first, first + width)
             self._upper[panel, first:].addmm_(inputs[:, panel].T, inputs[:, first:])
-        check_finite(self._upper.diagonal())  # a sum of squares: one bad input spoils it for good
+        check_finite(self._upper.diagonal())  # sums of squares: a bad input stays visible in them
         self._tokens += len(inputs)
 
     def mean(self) -> Float[Tensor, "in in"]:
-        """The symmetric mean. Raises `NumericalError` when there were no tokens."""
-        upper = input_gram(self._upper, self._tokens).triu() / self._tokens
+        """Return the symmetric mean. Raises `NumericalError` when there were no tokens."""
+        upper = require_tokens(self._upper, self._tokens).triu() / self._tokens
         return upper + upper.triu(1).T
 
 
 def check_gram(gram: Float[Tensor, "in in"]) -> None:
-    """Cheap on purpose: sums are not finite when an entry is not, and one product tells a matrix from its transpose."""
+    """Raise `NumericalError` when the matrix is not finite or not symmetric.
+
+    The checks are cheap: a sum is not finite when an entry is not, and a product with one vector tells a matrix from
+    its transpose.
+    """
     size = len(gram)
     if not bool(gram.sum().isfinite()):
         raise NumericalError(f"the {size}x{size} input Gram matrix is not finite; check the calibration data")
@@ -50,12 +54,12 @@ def check_gram(gram: Float[Tensor, "in in"]) -> None:
 
 
 def at_least_float32(inputs: Tensor) -> Tensor:
-    """The same numbers in a dtype whose sums can be trusted."""
+    """Convert inputs to a dtype that is precise enough for sums."""
     return inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
 
 
 def check_finite(sums_of_squares: Float[Tensor, " in"]) -> None:
-    """Raise `NumericalError` when an input was not finite."""
+    """Raise `NumericalError` naming the first input with a value that was not finite."""
     bad = sums_of_squares.isfinite().logical_not()
     if bad.any():
         raise NumericalError(
@@ -64,8 +68,8 @@ def check_finite(sums_of_squares: Float[Tensor, " in"]) -> None:
         )
 
 
-def input_gram(total: Tensor | None, tokens: int) -> Tensor:
-    """The sum over `tokens`. Raises `NumericalError` when there were none."""
+def require_tokens(total: Tensor | None, tokens: int) -> Tensor:
+    """Return `total`, a sum over `tokens` tokens. Raises `NumericalError` when there were none."""
     if total is None or tokens == 0:
         raise NumericalError("no calibration token reached this layer; calibrate on more tokens")
     return total

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of a matrix go. The baseline that looks at no data."""
+"""Magnitude pruning: remove the smallest weights (Han et al., https://arxiv.org/abs/1506.02626), without data."""
 
 from collections.abc import Callable, Iterable
 from functools import reduce
@@ -18,32 +18,35 @@ def magnitude(
     sparsity: float,
     pattern: tuple[int, int] | None = None,
 ) -> Solution:
-    """Zero exactly `round(sparsity * weights)` of the smallest weights of the matrix; the rest are untouched.
+    """Zero exactly the `round(sparsity * weights)` smallest weights of the matrix; the others are unchanged.
 
-    With `pattern` (n, m): the n smallest of every m consecutive inputs.
+    With `pattern` (n, m), zero the n smallest of every m consecutive inputs.
     """
     check_pattern(sparsity, pattern)
     mask = n_of_m(weight.abs(), *pattern) if pattern else lowest_overall(weight.abs(), sparsity)
     return Solution(weight.masked_fill(mask, 0.0))
 
 
-def one_threshold(weights: Callable[[], Iterable[tuple[str, Tensor]]], sparsity: float) -> dict[str, float]:
-    """The share that each matrix loses when the smallest weights of all of them go: `round(sparsity * weights)` in all.
+def global_threshold_sparsities(
+    weights: Callable[[], Iterable[tuple[str, Tensor]]], sparsity: float
+) -> dict[str, float]:
+    """Return the sparsity of each matrix when one threshold removes the smallest weights of all matrices.
 
-    `weights` gives all matrices, by name, each time that it is called: three times, and one is held at a time. Of equal
-    magnitudes those of earlier matrices go first. They are compared in float32, whose order is that of their bits.
+    Exactly `round(sparsity * weights)` of all weights go; among equal magnitudes, those of earlier matrices go first.
+    `weights()` iterates over all matrices by name; it is called three times, and a single matrix is in memory at a
+    time. Magnitudes are compared in float32, whose order is the order of their bits.
     """
-    counts = reduce(torch.add, (_counts(_bits(one) >> 16) for _, one in weights()))
-    upper, left = _bin_of(round(sparsity * int(counts.sum())), counts)
-    inside = (bits[bits >> 16 == upper] & 0xFFFF for bits in (_bits(one) for _, one in weights()))
-    lower, left = _bin_of(left, reduce(torch.add, map(_counts, inside)))
-    threshold, shares = upper << 16 | lower, {}
+    counts = reduce(torch.add, (_counts(_bits(weight) >> 16) for _, weight in weights()))
+    upper, rank = _find_bin(round(sparsity * int(counts.sum())), counts)
+    lower_halves = (bits[bits >> 16 == upper] & 0xFFFF for bits in (_bits(weight) for _, weight in weights()))
+    lower, ties_left = _find_bin(rank, reduce(torch.add, map(_counts, lower_halves)))
+    threshold, sparsities = upper << 16 | lower, {}
     for name, weight in weights():
         bits = _bits(weight)
-        ties = min(left, int((bits == threshold).sum()))
-        left -= ties
-        shares[name] = (int((bits < threshold).sum()) + ties) / weight.numel()
-    return shares
+        ties = min(ties_left, int((bits == threshold).sum()))
+        ties_left -= ties
+        sparsities[name] = (int((bits < threshold).sum()) + ties) / weight.numel()
+    return sparsities
 
 
 def _bits(weight: Float[Tensor, "_ _"]) -> Int[Tensor, " weights"]:
@@ -54,8 +57,8 @@ def _counts(values: Int[Tensor, " values"]) -> Int[Tensor, " bins"]:
     return torch.bincount(values, minlength=1 << 16)
 
 
-def _bin_of(rank: int, counts: Int[Tensor, " bins"]) -> tuple[int, int]:
-    """The bin that holds the value of this rank (1 is the smallest), and its rank among those of the bin."""
-    upto = counts.cumsum(0)
-    found = int(torch.searchsorted(upto, max(1, rank)))
-    return found, rank - int(upto[found] - counts[found])
+def _find_bin(rank: int, counts: Int[Tensor, " bins"]) -> tuple[int, int]:
+    """Return the bin with the value of this rank (1 is the smallest), and its rank inside that bin."""
+    cumulative = counts.cumsum(0)
+    index = int(torch.searchsorted(cumulative, max(1, rank)))
+    return index, rank - int(cumulative[index] - counts[index])

@@ -1,8 +1,8 @@
-"""The best values for the weights that a mask keeps: masked least squares by projected conjugate gradients.
+"""Masked least squares by projected conjugate gradients: the best values for the weights that a mask leaves.
 
 Minimises tr((V - W) H (V - W)ᵀ) over all V that are zero where the mask is True; H = gram + ridge. Every row is a
-problem of its own, but one matrix product serves all rows of a step (Meng et al., ALPS, https://arxiv.org/abs/2406.07831
-sec. 3.3, there with the same preconditioner). Ten steps are the exact least squares to three or four digits.
+separate problem, but one matrix product per step serves all rows (Meng et al., ALPS, https://arxiv.org/abs/2406.07831
+sec. 3.3, with the same preconditioner). Ten steps give the exact least squares to three or four digits.
 """
 
 import torch
@@ -18,34 +18,34 @@ def refit(
     *,
     steps: int,
 ) -> Float[Tensor, "out in"]:
-    """Improve `start` towards `weight` as seen through `gram`; zero exactly where `removed`.
+    """Improve `start` towards `weight` in the norm of `gram`; the result is exactly zero where `removed`.
 
-    `gram` is positive definite, or as good as: whatever ridge there shall be is in it. Every step lowers the error of
-    every row, or leaves it; 0 steps only apply the mask. Costs 2 in² multiply-adds a row and two steps.
+    `gram` includes the ridge and is positive definite up to rounding. No step raises the error of a row; 0 steps only
+    apply the mask. Costs in² multiply-adds per row and step, and in² per row at the start.
     """
-    kept = (~removed).to(weight)
-    solution = start * kept
+    mask = (~removed).to(weight)  # 1 for the weights that stay
+    solution = start * mask
     if steps == 0:
         return solution
     inverse_diagonal = 1 / gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
-    residual = ((weight - solution) @ gram).mul_(kept)
+    residual = ((weight - solution) @ gram).mul_(mask)
     direction = residual * inverse_diagonal
-    power = _by_row(residual, direction)
+    power = _dot_rows(residual, direction)
     for _ in range(steps):
-        image = (direction @ gram).mul_(kept)
-        length = _ratio(power, _by_row(direction, image))
+        image = (direction @ gram).mul_(mask)
+        length = _safe_ratio(power, _dot_rows(direction, image))
         solution.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
         preconditioned = residual * inverse_diagonal
-        before, power = power, _by_row(residual, preconditioned)
-        direction = preconditioned.addcmul_(direction, _ratio(power, before))
+        previous_power, power = power, _dot_rows(residual, preconditioned)
+        direction = preconditioned.addcmul_(direction, _safe_ratio(power, previous_power))
     return solution
 
 
-def _by_row(left: Float[Tensor, "out in"], right: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
+def _dot_rows(left: Float[Tensor, "out in"], right: Float[Tensor, "out in"]) -> Float[Tensor, "out 1"]:
     return torch.linalg.vecdot(left, right)[:, None]
 
 
-def _ratio(above: Float[Tensor, "out 1"], below: Float[Tensor, "out 1"]) -> Float[Tensor, "out 1"]:
-    """0 where a row is solved already: there both are 0, or a rounding away from it."""
-    return torch.where(below > 0, above / below, 0.0)
+def _safe_ratio(numerator: Float[Tensor, "out 1"], denominator: Float[Tensor, "out 1"]) -> Float[Tensor, "out 1"]:
+    """Divide row by row. A row that is solved already has two zeros, up to rounding, and gets 0."""
+    return torch.where(denominator > 0, numerator / denominator, 0.0)

@@ -1,4 +1,4 @@
-"""What a compression method gives back for one weight matrix."""
+"""Results of a compression method for one weight matrix."""
 
 from dataclasses import dataclass
 
@@ -16,23 +16,24 @@ class LowRankFactors:
 
     @property
     def rank(self) -> int:
+        """The rank of the product, at most."""
         return len(self.down)
 
     @property
     def parameters_stored(self) -> int:
-        """Numbers in both matrices."""
+        """Count the numbers in both matrices."""
         return self.up.numel() + self.down.numel()
 
     def rounded(self, dtype: torch.dtype) -> "LowRankFactors":
-        """Copies of both matrices in `dtype`."""
+        """Copy both matrices in `dtype`."""
         return LowRankFactors(self.up.to(dtype, copy=True), self.down.to(dtype, copy=True))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A compressed weight. `escalations` counts how often damping had to be raised to factorise the Gram matrix.
+    """A compressed weight. `escalations` counts how often damping increased before the Gram matrix had a factor.
 
-    `repair` is what is to be computed beside it, if that was asked for.
+    `repair` is a low-rank matrix that is added to the weight at run time, or None.
     """
 
     weight: Float[Tensor, "out in"]
@@ -42,7 +43,7 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight(Solution):
-    """`weight` is exactly `codes * scales`, the scale of an input being that of its group of consecutive columns.
+    """A weight on a grid: exactly `codes * scales`, with one scale per row and group of consecutive columns.
 
     Scales are numbers that fp16 can hold, as the GPTQ and compressed-tensors formats store them, so an export loses
     nothing.

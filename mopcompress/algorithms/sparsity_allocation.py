@@ -1,9 +1,9 @@
-"""How much each linear loses, so that all together lose exactly the share asked for.
+"""Allocation of a total sparsity over the linears of a model; the total count is exact.
 
-Three profiles besides the uniform one, each from what a dense pass shows (`LayerProfile`): OWL spares blocks with many
-outliers (Yin et al., https://arxiv.org/abs/2310.05175 sec. 3.2), the ramp takes more the deeper a block stands (Huang
-et al., https://arxiv.org/abs/2502.14770 eq. 5), and the error-driven one makes the last weight that each linear loses
-cost the same relative output error.
+Three allocations besides the uniform one, each from profiles of the dense linears (`LayerProfile`). OWL prunes blocks
+with many outliers less (Yin et al., https://arxiv.org/abs/2310.05175 sec. 3.2). The ramp prunes deeper blocks more
+(Huang et al., https://arxiv.org/abs/2502.14770 eq. 5). The error-driven one (ours) gives the last weight that each
+linear loses the same relative output error.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +15,20 @@ from torch import Tensor
 
 from mopcompress.errors import DataError
 
-HIGHEST = 0.99  # no linear loses all
-GRID = 200  # points of an error curve
+HIGHEST = 0.99  # sparsity of a linear, at most
+CURVE_POINTS = 200  # of an error curve
 LayerSparsities = dict[str, float]
+"""The sparsity of each linear, by name."""
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """A dense linear before anything is removed."""
+    """A dense linear before pruning."""
 
     block: int
     weights: int
-    outliers: float  # share of the weights of its *block* with |w| norm above `multiple` times the block's mean
-    costs: Float[Tensor, " grid"]  # of the weight at each of GRID even ranks: (w norm)² over the sum of all
+    outliers: float  # fraction of the weights of its *block* with |w| norm above `multiple` times the block's mean
+    costs: Float[Tensor, " points"]  # of the weight at each of CURVE_POINTS even ranks: (w norm)² over the sum of all
 
 
 def profile_block(
@@ -37,82 +38,91 @@ def profile_block(
     block: int,
     multiple: float,
 ) -> dict[str, LayerProfile]:
-    """LayerProfile the linears of one block from the root mean squares of their inputs (Wanda's scores, squared)."""
+    """Profile the linears of one block from the root mean squares of their inputs (Wanda's scores, squared)."""
     scores = {name: weight.detach().abs() * norms[name].to(weight) for name, weight in weights.items()}
-    count = sum(one.numel() for one in scores.values())
-    mean = sum(float(one.sum()) for one in scores.values()) / count
-    outliers = sum(int((one > multiple * mean).sum()) for one in scores.values()) / count
-    return {name: LayerProfile(block, one.numel(), outliers, _costs(one)) for name, one in scores.items()}
+    count = sum(score.numel() for score in scores.values())
+    mean = sum(float(score.sum()) for score in scores.values()) / count
+    outliers = sum(int((score > multiple * mean).sum()) for score in scores.values()) / count
+    return {name: LayerProfile(block, score.numel(), outliers, _error_curve(score)) for name, score in scores.items()}
 
 
-def uniform(surveys: Mapping[str, LayerProfile], sparsity: float) -> LayerSparsities:
-    """The same share of every linear."""
-    return match_total(dict.fromkeys(surveys, sparsity), surveys, sparsity)
+def uniform(profiles: Mapping[str, LayerProfile], sparsity: float) -> LayerSparsities:
+    """Give every linear the same sparsity."""
+    return match_total(dict.fromkeys(profiles, sparsity), profiles, sparsity)
 
 
-def owl(surveys: Mapping[str, LayerProfile], sparsity: float, *, spread: float) -> LayerSparsities:
-    """Blocks keep the more, the more outliers they have; the densest keeps `2 * spread` more than the sparsest."""
-    found = {survey.block: survey.outliers for survey in surveys.values()}
-    lowest, highest = min(found.values()), max(found.values())
+def owl(profiles: Mapping[str, LayerProfile], sparsity: float, *, spread: float) -> LayerSparsities:
+    """Prune blocks less the more outliers they have; the extremes differ by `2 * spread` in sparsity."""
+    outliers = {profile.block: profile.outliers for profile in profiles.values()}
+    lowest, highest = min(outliers.values()), max(outliers.values())
     width = (highest - lowest) or 1.0
-    return match_total(
-        {name: sparsity - 2 * spread * (one.outliers - lowest) / width for name, one in surveys.items()},
-        surveys,
-        sparsity,
-    )
+    sparsities = {
+        name: sparsity - 2 * spread * (profile.outliers - lowest) / width for name, profile in profiles.items()
+    }
+    return match_total(sparsities, profiles, sparsity)
 
 
-def ramp(surveys: Mapping[str, LayerProfile], sparsity: float, *, rise: float) -> LayerSparsities:
-    """An arithmetic progression over the blocks: the last loses `rise` more than the first."""
-    last = max(survey.block for survey in surveys.values()) or 1
-    return match_total({name: sparsity + rise * one.block / last for name, one in surveys.items()}, surveys, sparsity)
+def ramp(profiles: Mapping[str, LayerProfile], sparsity: float, *, rise: float) -> LayerSparsities:
+    """Let the sparsity rise linearly over the blocks, by `rise` from the first to the last."""
+    last = max(profile.block for profile in profiles.values()) or 1
+    sparsities = {name: sparsity + rise * profile.block / last for name, profile in profiles.items()}
+    return match_total(sparsities, profiles, sparsity)
 
 
-def equal_marginal_error(surveys: Mapping[str, LayerProfile], sparsity: float, *, spread: float) -> LayerSparsities:
-    """Every linear loses the weights that cost less than one common price, within `spread` of the share asked for."""
+def equal_marginal_error(profiles: Mapping[str, LayerProfile], sparsity: float, *, spread: float) -> LayerSparsities:
+    """Remove the weights of every linear that cost less than one common price.
 
-    def at(log_price: float) -> LayerSparsities:
-        shares = {name: float((one.costs.log() < log_price).double().mean()) for name, one in surveys.items()}
-        return {name: min(max(share, sparsity - spread), sparsity + spread) for name, share in shares.items()}
+    The sparsity of a linear differs from `sparsity` by `spread` at most, before all are shifted to the exact total.
+    """
 
-    return match_total(at(_root(lambda price: _total(at(price), surveys) - sparsity, -100.0, 10.0)), surveys, sparsity)
+    def sparsities_at(log_price: float) -> LayerSparsities:
+        below = {name: float((layer.costs.log() < log_price).double().mean()) for name, layer in profiles.items()}
+        return {name: min(max(number, sparsity - spread), sparsity + spread) for name, number in below.items()}
+
+    def excess(log_price: float) -> float:
+        return _total_sparsity(sparsities_at(log_price), profiles) - sparsity
+
+    return match_total(sparsities_at(_find_root(excess, -100.0, 10.0)), profiles, sparsity)
 
 
-def match_total(shares: Mapping[str, float], surveys: Mapping[str, LayerProfile], sparsity: float) -> LayerSparsities:
-    """Shift all shares alike, within 0 and HIGHEST, and round: `round(sparsity * weights)` go, counted over all.
+def match_total(
+    sparsities: Mapping[str, float], profiles: Mapping[str, LayerProfile], sparsity: float
+) -> LayerSparsities:
+    """Shift all sparsities by one number, clamp them to 0 and HIGHEST, and round them to counts.
 
-    Raises `DataError` when that many cannot.
+    Together they remove `round(sparsity * weights)` weights, counted over all linears. Raises `DataError` when
+    `sparsity` is below 0 or above HIGHEST.
     """
     if not 0 <= sparsity <= HIGHEST:
         raise DataError(f"cannot allocate a sparsity of {sparsity:g}: no linear may lose more than {HIGHEST:g}")
 
     def shifted(shift: float) -> LayerSparsities:
-        return {name: min(max(share + shift, 0.0), HIGHEST) for name, share in shares.items()}
+        return {name: min(max(number + shift, 0.0), HIGHEST) for name, number in sparsities.items()}
 
-    wanted = shifted(_root(lambda shift: _total(shifted(shift), surveys) - sparsity, -10.0, 10.0))
-    rounded, exactly, gone = {}, 0.0, 0
-    for name, share in wanted.items():
-        exactly += share * surveys[name].weights
-        count = min(round(exactly) - gone, surveys[name].weights)
-        rounded[name] = count / surveys[name].weights
-        gone += count
+    targets = shifted(_find_root(lambda shift: _total_sparsity(shifted(shift), profiles) - sparsity, -10.0, 10.0))
+    rounded, exact_total, total = {}, 0.0, 0
+    for name, target in targets.items():
+        exact_total += target * profiles[name].weights
+        count = min(round(exact_total) - total, profiles[name].weights)
+        rounded[name] = count / profiles[name].weights
+        total += count
     return rounded
 
 
-def _costs(scores: Tensor) -> Float[Tensor, " grid"]:
-    ranks = ((torch.arange(GRID, device=scores.device) + 0.5) / GRID * scores.numel()).long()
-    chosen = scores.flatten().abs().sort().values[ranks].cpu().double()  # not before: some devices have no float64
-    return chosen.square() / max(float(scores.norm()) ** 2, 1e-300)
+def _error_curve(scores: Tensor) -> Float[Tensor, " points"]:
+    ranks = ((torch.arange(CURVE_POINTS, device=scores.device) + 0.5) / CURVE_POINTS * scores.numel()).long()
+    values = scores.flatten().abs().sort().values[ranks].cpu().double()  # on the CPU: some devices have no float64
+    return values.square() / max(float(scores.norm()) ** 2, 1e-300)
 
 
-def _total(shares: Mapping[str, float], surveys: Mapping[str, LayerProfile]) -> float:
-    weights = sum(one.weights for one in surveys.values())
-    return sum(share * surveys[name].weights for name, share in shares.items()) / weights
+def _total_sparsity(sparsities: Mapping[str, float], profiles: Mapping[str, LayerProfile]) -> float:
+    weights = sum(profile.weights for profile in profiles.values())
+    return sum(number * profiles[name].weights for name, number in sparsities.items()) / weights
 
 
-def _root(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function that rises passes zero, by bisection."""
+def _find_root(increasing: Callable[[float], float], low: float, high: float) -> float:
+    """Find the zero of an increasing function by bisection."""
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+        low, high = (middle, high) if increasing(middle) < 0 else (low, middle)
     return (low + high) / 2

@@ -1,14 +1,15 @@
-"""Structured pruning: whole groups of a matrix's inputs go, and the others take over what they did.
+"""Structured pruning: remove whole groups of a matrix's inputs and refit the remaining columns.
 
 The inputs of an MLP's last matrix are its channels, those of attention's last matrix are its heads. Removing the
-columns C of W costs tr(W_C (H⁻¹_CC)⁻¹ W_Cᵀ) of squared output error once the kept columns K are refitted, and the refit
-is W_K - W_C (H⁻¹_CC)⁻¹ H⁻¹_CK: Optimal Brain Surgeon (Hassibi & Stork 1993) for several weights at once, as in SlimGPT
-(Ling et al., https://arxiv.org/abs/2412.18110). H is the Gram matrix of the inputs plus a ridge. Groups go one by one,
-the cheapest first, given those that went before: of two channels that do the same, only one is worth nothing.
+columns C of W costs tr(W_C (H⁻¹_CC)⁻¹ W_Cᵀ) of squared output error once the other columns K are refitted, and the
+refit is W_K - W_C (H⁻¹_CC)⁻¹ H⁻¹_CK: Optimal Brain Surgeon (Hassibi & Stork 1993) for several weights at once, as in
+SlimGPT (Ling et al., https://arxiv.org/abs/2412.18110). H is the Gram matrix of the inputs plus a ridge. Groups are
+removed one by one, always the cheapest given the removed ones: of two equal channels, only the first costs nothing.
 
-Differences from SlimGPT: channels go one by one, not in batches, and their count is the same in every block, because
-the configuration of a stock model has one number for all. FLAP (An et al., https://arxiv.org/abs/2312.11983) makes up
-for the mean of what goes by a bias alone; here a bias, where a matrix has one, is part of the least squares.
+Differences from SlimGPT: channels are removed one by one, not in batches. Their count is the same in every block,
+because the configuration of a stock model has one number for all blocks. FLAP (An et al.,
+https://arxiv.org/abs/2312.11983) compensates the mean of the removed inputs by a bias alone; here the bias of a matrix
+is part of the least squares.
 """
 
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from mopcompress.errors import DataError, NumericalError
 
 @dataclass(frozen=True)
 class ReducedWeight:
-    """A smaller matrix and the inputs that it still reads, ascending."""
+    """A smaller matrix, and the columns of the given one that it still has, in ascending order."""
 
-    weight: Float[Tensor, "out kept"]
-    kept: Int[Tensor, " kept"]
-    escalations: int = 0  # how often the damping had to be raised
+    weight: Float[Tensor, "out remaining"]
+    columns: Int[Tensor, " remaining"]
+    escalations: int = 0  # how often damping increased before the Gram matrix had a factor
 
 
 def prune_input_groups(
@@ -39,100 +40,104 @@ def prune_input_groups(
     score: str = "error",
     damping: float = 0.01,
 ) -> ReducedWeight:
-    """Remove exactly `remove` of the `groups` equal groups of consecutive inputs, and refit the columns that stay.
+    """Remove exactly `remove` of the `groups` equal groups of consecutive inputs, and refit the remaining columns.
 
-    `score` decides which: `error` takes those that cost least after the refit, `norm` those with the smallest sum of
-    squared weight times mean squared input. With a bias, pass the Gram matrix of the *centred* inputs, and move what
-    the mean loses into the bias afterwards. `remove` 0 gives the weight itself.
+    `score` selects them: `error` removes those that cost least after the refit, `norm` those with the smallest sum of
+    squared weight times mean squared input. For a matrix with a bias, pass the Gram matrix of the *centred* inputs, and
+    add the lost output for the mean input to the bias afterwards. `remove` 0 returns the weight itself. Raises
+    `DataError` for counts that do not fit, `NumericalError` when the Gram matrix cannot be factorised.
     """
     _check(weight, groups, remove)
     if remove == 0:
         return ReducedWeight(weight, torch.arange(weight.shape[1], device=weight.device))
     factor = inverse_factor(gram.to(weight), damping=damping)
     inverse = factor.upper.T @ factor.upper
-    heard = weight * (gram.diagonal() > 0)  # what never fires costs nothing, whatever its weight
-    gone = (
-        lowest_error_groups(heard, inverse, groups, remove)
+    active = weight * (gram.diagonal() > 0)  # an input that never fires costs nothing, whatever its weight
+    removed = (
+        lowest_error_groups(active, inverse, groups, remove)
         if score == "error"
-        else lowest_norm_groups(heard, gram, groups, remove)
+        else lowest_norm_groups(active, gram, groups, remove)
     )
-    kept = _columns(sorted(set(range(groups)) - set(gone)), weight, groups)
-    return ReducedWeight(refit_columns(heard, inverse, kept), kept, factor.escalations)
+    columns = _group_columns(sorted(set(range(groups)) - set(removed)), weight, groups)
+    return ReducedWeight(refit_columns(active, inverse, columns), columns, factor.escalations)
 
 
 def lowest_error_groups(
     weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], groups: int, remove: int
 ) -> list[int]:
-    """The groups whose loss costs least, each given those that went before it, in that order.
+    """Return the groups that cost least, each given those before it, in the order of their removal.
 
-    One pivoted Cholesky of `inverse` = H⁻¹: when the columns C are gone, D = H⁻¹ - H⁻¹_:C (H⁻¹_CC)⁻¹ H⁻¹_C: is left
-    and the next group g costs tr(D_gg⁻¹ W_gᵀ W_g), with W as it is refitted by then. Only those diagonal blocks and the
-    columns of the groups that went are ever formed: in * (out + 2 * columns gone) multiply-adds a column.
+    One pivoted Cholesky of `inverse` = H⁻¹: after the removal of the columns C, D = H⁻¹ - H⁻¹_:C (H⁻¹_CC)⁻¹ H⁻¹_C:
+    remains, and the next group g costs tr(D_gg⁻¹ W_gᵀ W_g) with the W that is refitted by then. Only those diagonal
+    blocks and the columns of removed groups are formed: in * (out + 2 * removed columns) multiply-adds per column.
     """
     out, size = weight.shape
     width = size // groups
     blocks = inverse.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     rows = weight.T.contiguous()
     energy = torch.bmm(rows.view(groups, width, out), rows.view(groups, width, out).mT)
-    shares = weight.new_zeros(size, remove * width)  # pivoted Cholesky factor, a group's columns at a time
-    losses = weight.new_zeros(out, remove * width)  # what those columns did, seen through their pivots
-    gone: list[int] = []
-    penalty = weight.new_zeros(groups)  # infinite for what is gone
+    factor = weight.new_zeros(size, remove * width)  # of the pivoted Cholesky, filled group by group
+    losses = weight.new_zeros(out, remove * width)  # the weights of the removed columns over their pivots
+    removed: list[int] = []
+    penalty = weight.new_zeros(groups)  # infinite for removed groups
     for step in range(remove):
         group = int((_traces(blocks, energy) + penalty).argmin())
-        here, done = slice(group * width, (group + 1) * width), slice(0, step * width)
+        columns, done = slice(group * width, (group + 1) * width), slice(0, step * width)
         pivot, failed = torch.linalg.cholesky_ex(blocks[group])
         if failed or not bool(pivot.isfinite().all()):
             raise NumericalError("the inverse Gram matrix lost its positive definiteness; raise damping")
-        share = _over(torch.addmm(inverse[:, here], shares[:, done], shares[here, done].T, alpha=-1), pivot)
-        loss = _over(torch.addmm(weight[:, here], losses[:, done], shares[here, done].T, alpha=-1), pivot)
-        pull = torch.addmm(rows @ loss, shares[:, done], losses[:, done].T @ loss, alpha=-1)
-        share, pull = share.view(groups, width, width), pull.view(groups, width, width)
-        blocks -= share @ share.mT
-        both = share @ pull.mT
-        energy += share @ (loss.T @ loss) @ share.mT - both - both.mT
-        gone.append(group)
+        update = _divide(torch.addmm(inverse[:, columns], factor[:, done], factor[columns, done].T, alpha=-1), pivot)
+        loss = _divide(torch.addmm(weight[:, columns], losses[:, done], factor[columns, done].T, alpha=-1), pivot)
+        overlap = torch.addmm(rows @ loss, factor[:, done], losses[:, done].T @ loss, alpha=-1)
+        update, overlap = update.view(groups, width, width), overlap.view(groups, width, width)
+        blocks -= update @ update.mT
+        cross = update @ overlap.mT
+        energy += update @ (loss.T @ loss) @ update.mT - cross - cross.mT
+        removed.append(group)
         penalty[group], blocks[group], energy[group] = torch.inf, torch.eye(width).to(blocks), 0.0
         span = slice(step * width, (step + 1) * width)
-        shares[:, span], losses[:, span] = share.view(size, width), loss
-    return gone
+        factor[:, span], losses[:, span] = update.view(size, width), loss
+    return removed
 
 
 def lowest_norm_groups(
     weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], groups: int, remove: int
 ) -> list[int]:
-    """The groups with the smallest sum of squared weight times mean squared input: blind to what the others can do."""
+    """Return the groups with the smallest sum of squared weight times mean squared input; ignores the refit."""
     norms = (weight.square().sum(0) * gram.diagonal()).view(groups, -1).sum(1)
     return norms.argsort(stable=True)[:remove].tolist()
 
 
 def refit_columns(
-    weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], kept: Int[Tensor, " kept"]
-) -> Float[Tensor, "out kept"]:
-    """The kept columns with the least squared output error when all others are zero; `inverse` is that of the Gram."""
-    lost = torch.ones(len(inverse), dtype=torch.bool, device=kept.device)
-    lost[kept] = False
-    pivot, failed = torch.linalg.cholesky_ex(inverse[lost][:, lost])
+    weight: Float[Tensor, "out in"], inverse: Float[Tensor, "in in"], columns: Int[Tensor, " remaining"]
+) -> Float[Tensor, "out remaining"]:
+    """Return these columns with the values of least squared output error when all other columns are zero.
+
+    `inverse` is the inverse of the damped Gram matrix. Raises `NumericalError` when it is not positive definite.
+    """
+    removed = torch.ones(len(inverse), dtype=torch.bool, device=columns.device)
+    removed[columns] = False
+    pivot, failed = torch.linalg.cholesky_ex(inverse[removed][:, removed])
     if failed:
         raise NumericalError("the inverse Gram matrix lost its positive definiteness; raise damping")
-    return weight[:, kept] - weight[:, lost] @ torch.cholesky_solve(inverse[lost][:, kept], pivot)
+    return weight[:, columns] - weight[:, removed] @ torch.cholesky_solve(inverse[removed][:, columns], pivot)
 
 
 def _traces(blocks: Float[Tensor, "groups n n"], energy: Float[Tensor, "groups n n"]) -> Float[Tensor, " groups"]:
-    """tr(blocks⁻¹ energy) of every group."""
+    """Return tr(blocks⁻¹ energy) of every group."""
     if blocks.shape[1] == 1:
         return (energy / blocks).flatten()
     return torch.linalg.solve(blocks, energy).diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _over(left: Float[Tensor, "rows n"], pivot: Float[Tensor, "n n"]) -> Float[Tensor, "rows n"]:
-    """left pivot⁻ᵀ, with a lower triangular pivot."""
-    return torch.linalg.solve_triangular(pivot.T, left, upper=True, left=False)
+def _divide(matrix: Float[Tensor, "rows n"], pivot: Float[Tensor, "n n"]) -> Float[Tensor, "rows n"]:
+    """Return matrix pivot⁻ᵀ for a lower triangular pivot."""
+    return torch.linalg.solve_triangular(pivot.T, matrix, upper=True, left=False)
 
 
-def _columns(groups_kept: list[int], weight: Tensor, groups: int) -> Int[Tensor, " kept"]:
-    everything = torch.arange(weight.shape[1], device=weight.device)
-    return everything.view(groups, -1)[groups_kept].flatten()
+def _group_columns(remaining: list[int], weight: Tensor, groups: int) -> Int[Tensor, " remaining"]:
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    return columns.view(groups, -1)[remaining].flatten()
 
 
 def _check(weight: Float[Tensor, "out in"], groups: int, remove: int) -> None:

@@ -14,9 +14,9 @@ def wanda(
     sparsity: float,
     pattern: tuple[int, int] | None = None,
 ) -> Solution:
-    """Zero exactly `round(sparsity * in)` weights in every output row, those with the lowest |weight| * input norm.
+    """Zero exactly the `round(sparsity * in)` weights of every output row with the lowest |weight| * input norm.
 
-    With `pattern` (n, m): the n lowest of every m consecutive inputs. The rest are untouched.
+    With `pattern` (n, m), zero the n lowest of every m consecutive inputs. The other weights are unchanged.
     """
     check_pattern(sparsity, pattern)
     scores = weight.abs() * input_norms.to(weight)

@@ -1,1 +1,1 @@
-"""Algorithms applied to a model, block by block."""
+"""Compression of a model, block by block, with the methods of `mopcompress.algorithms`."""

@@ -1,7 +1,7 @@
-"""The dense model's pass through a block, where what its linears had is noted for those that are to match it.
+"""The dense model's pass through a block, which records what its linears compute as targets for the compressed ones.
 
-Nothing is compressed here, so a few samples go through at a time: what is made on the way, such as the inner states of
-the MLP, is never there for all of them.
+The dense pass runs a few samples at a time, because it compresses nothing. So the intermediate activations of a block,
+such as the inner states of the MLP, are never in memory for all samples.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from mopcompress.algorithms.dense_targets import DenseActivations
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import Linear, forward_hooks, weight_of
 
-_TOKENS = 2048  # that go through a block at a time, about
+_TOKENS = 2048  # per run of a block, about
 
 
 def dense_activations(
@@ -25,56 +25,58 @@ def dense_activations(
     index: int,
     groups: Sequence[Sequence[Linear]],
 ) -> tuple[Float[Tensor, "samples time hidden"], dict[Linear, DenseActivations]]:
-    """What leaves block `index`, and what each group of linears that share their input had, under its first linear.
+    """Run block `index` and return its outputs, and the activations of each group under the group's first linear.
 
-    Tokens are paired by position: a group that only some of them reach, such as an expert's, is left out.
+    A group is a list of linears that share their input. Tokens are paired by position, so a group that only some tokens
+    reach, such as an expert's, is left out.
     """
-    outputs_of = [group for group in groups if _has_fewer_outputs(group)]
-    inputs_of = [group for group in groups if not _has_fewer_outputs(group)]
-    noted: dict[Linear, Tensor] = {}
-    left = tokens.new_empty(0)
+    output_groups = [group for group in groups if _has_fewer_outputs(group)]
+    input_groups = [group for group in groups if not _has_fewer_outputs(group)]
+    recorded: dict[Linear, Tensor] = {}
+    block_outputs = tokens.new_empty(0)
     samples = max(1, _TOKENS // tokens.shape[1])
     for first in range(0, len(tokens), samples):
-        here = slice(first, first + samples)
-        firsts, every = [group[0] for group in inputs_of], [one for group in outputs_of for one in group]
-        with record_inputs(firsts) as inputs, _record_outputs(every) as outputs:
-            leaving = model.run_block(tokens[here], None if hidden is None else hidden[here], index)
+        chunk = slice(first, first + samples)
+        input_linears = [group[0] for group in input_groups]
+        output_linears = [linear for group in output_groups for linear in group]
+        with record_inputs(input_linears) as inputs, _record_outputs(output_linears) as outputs:
+            chunk_outputs = model.run_block(tokens[chunk], None if hidden is None else hidden[chunk], index)
         if first == 0:
-            left = leaving.new_empty(len(tokens), *leaving.shape[1:])
-        left[here] = leaving
-        seen = inputs | {
-            group[0]: torch.cat([outputs[one] for one in group], -1)
-            for group in outputs_of
-            if all(one in outputs for one in group)
+            block_outputs = chunk_outputs.new_empty(len(tokens), *chunk_outputs.shape[1:])
+        block_outputs[chunk] = chunk_outputs
+        values = inputs | {
+            group[0]: torch.cat([outputs[linear] for linear in group], -1)
+            for group in output_groups
+            if all(linear in outputs for linear in group)
         }
         if first == 0:
-            noted = {one: value.new_empty(tokens.numel(), value.shape[-1]) for one, value in seen.items()}
+            recorded = {linear: value.new_empty(tokens.numel(), value.shape[-1]) for linear, value in values.items()}
         positions = slice(first * tokens.shape[1], (first + samples) * tokens.shape[1])
-        noted = {
-            one: rows
-            for one, rows in noted.items()
-            if one in seen and seen[one][..., 0].numel() == len(rows[positions])
+        recorded = {
+            linear: rows
+            for linear, rows in recorded.items()
+            if linear in values and values[linear][..., 0].numel() == len(rows[positions])
         }
-        for one, rows in noted.items():
-            rows[positions] = seen[one].flatten(0, -2)
-    from_outputs = {group[0] for group in outputs_of}
-    return left, {one: DenseActivations(rows, one in from_outputs) for one, rows in noted.items()}
+        for linear, rows in recorded.items():
+            rows[positions] = values[linear].flatten(0, -2)
+    with_outputs = {group[0] for group in output_groups}
+    return block_outputs, {linear: DenseActivations(rows, linear in with_outputs) for linear, rows in recorded.items()}
 
 
 @contextmanager
 def record_inputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
-    """Inside the block, note the first input of each linear."""
-    seen: dict[Linear, Tensor] = {}
-    with on_input(linears, lambda linear, value: seen.setdefault(linear, value)):
-        yield seen
+    """Record the first input of each linear inside the `with` block."""
+    inputs: dict[Linear, Tensor] = {}
+    with on_input(linears, lambda linear, value: inputs.setdefault(linear, value)):
+        yield inputs
 
 
 @contextmanager
 def on_input(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object]) -> Iterator[None]:
-    """Inside the block, `act(linear, input)` runs before each linear. Narrowing has hooks of its own: they replace."""
+    """Call `act(linear, input)` before each linear runs, inside the `with` block."""
 
     def act_on_input(linear: Linear, inputs: tuple[Tensor, ...]) -> None:
-        act(linear, inputs[0])  # its result would replace the input
+        act(linear, inputs[0])  # nothing is returned: a hook's result would replace the input
 
     with forward_hooks(linears, act_on_input, pre=True):
         yield
@@ -82,18 +84,21 @@ def on_input(linears: Iterable[Linear], act: Callable[[Linear, Tensor], object])
 
 @contextmanager
 def _record_outputs(linears: Iterable[Linear]) -> Iterator[dict[Linear, Tensor]]:
-    """Inside the block, note the first output of each linear, without its bias."""
-    seen: dict[Linear, Tensor] = {}
+    """Record the first output of each linear, without its bias, inside the `with` block."""
+    outputs: dict[Linear, Tensor] = {}
 
-    def note(linear: Linear, _inputs: object, output: Tensor) -> None:
-        if linear not in seen:
-            seen[linear] = output if linear.bias is None else output - linear.bias
+    def record(linear: Linear, _inputs: object, output: Tensor) -> None:
+        if linear not in outputs:
+            outputs[linear] = output if linear.bias is None else output - linear.bias
 
-    with forward_hooks(linears, note):
-        yield seen
+    with forward_hooks(linears, record):
+        yield outputs
 
 
 def _has_fewer_outputs(group: Sequence[Linear]) -> bool:
-    """Then they are cheaper to multiply and to keep. Rounded to half precision they would hide how little moved."""
-    weights = [weight_of(one) for one in group]
+    """Return True when outputs take fewer multiplications and less memory than inputs, at no loss of precision.
+
+    In half precision, rounding of the outputs would hide small shifts.
+    """
+    weights = [weight_of(linear) for linear in group]
     return sum(map(len, weights)) < weights[0].shape[1] and weights[0].dtype.itemsize >= 4

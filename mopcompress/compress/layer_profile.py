@@ -1,4 +1,4 @@
-"""Before anything is removed: what the dense model's linears are like, and which allocation would hurt least."""
+"""Profiles of the dense model's linears before pruning, and a trial of each sparsity allocation."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,12 +17,13 @@ from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.modules import weight_of
 
 Present = Callable[[int], AbstractContextManager[None]]
-"""Inside `present(index)`, block `index` of the model has its weights."""
+"""Inside `with present(index)`, block `index` of the model has its weights in memory."""
 Norms = dict[str, Float[Tensor, " _"]]
+"""The root mean square of each input of a linear, by the linear's name."""
 
 
 def no_op(_index: int) -> AbstractContextManager[None]:
-    """For a model that is in memory as a whole."""
+    """Do nothing: the `present` of a model with all blocks in memory."""
     return nullcontext()
 
 
@@ -35,29 +36,30 @@ def profile_layers(
     multiple: float,
     present: Present = no_op,
 ) -> tuple[dict[str, LayerProfile], Norms]:
-    """One dense pass: a survey of each named linear, and the root mean squares of its inputs.
+    """Profile each named linear, and return the root mean squares of its inputs, from a single dense pass.
 
-    `multiple` of the mean score makes an outlier (OWL's M). Raises `DataError` when no token reaches a linear.
+    An outlier is a weight whose score is above `multiple` times the mean (OWL's M). Raises `DataError` when no token
+    reaches a linear.
     """
-    wanted, surveys, norms = set(names), dict[str, LayerProfile](), Norms()
+    selected, profiles, norms = set(names), dict[str, LayerProfile](), Norms()
     hidden = None
     for index in range(len(model.blocks)):
         with present(index):
-            linears = {name: one for one, name in linears_of(model, index).items() if name in wanted}
+            linears = {name: linear for linear, name in linears_of(model, index).items() if name in selected}
             with record_inputs(linears.values()) as inputs:
                 hidden = model.run_block(tokens, hidden, index)
-            unseen = [name for name, one in linears.items() if one not in inputs]
-            if unseen:
-                raise DataError(f"{unseen[0]}: no calibration token reached it, so nothing can be allocated to it")
-            here = {name: _norms(inputs[one]) for name, one in linears.items()}
-            weights = {name: weight_of(one) for name, one in linears.items()}
-            surveys |= profile_block(weights, here, block=index, multiple=multiple) if here else {}
-            norms |= here
-    return surveys, norms
+            unreached = [name for name, linear in linears.items() if linear not in inputs]
+            if unreached:
+                raise DataError(f"{unreached[0]}: no calibration token reached it, so nothing can be allocated to it")
+            block_norms = {name: _norms(inputs[linear]) for name, linear in linears.items()}
+            weights = {name: weight_of(linear) for name, linear in linears.items()}
+            profiles |= profile_block(weights, block_norms, block=index, multiple=multiple) if block_norms else {}
+            norms |= block_norms
+    return profiles, norms
 
 
 @torch.inference_mode()
-def errors_of(
+def allocation_errors(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
     candidates: Mapping[str, LayerSparsities],
@@ -65,42 +67,42 @@ def errors_of(
     *,
     present: Present = no_op,
 ) -> dict[str, float]:
-    """How far each allocation takes the states that the head reads from the dense ones, relative and squared.
+    """Measure how far each allocation moves the final hidden states from the dense ones: relative squared error.
 
-    A trial of the allocation alone: weights go by Wanda's score over the whole matrix, nothing is refitted. One pass of
-    the blocks serves all candidates. Give it `tokens` that `norms` have not seen.
+    This tries the allocation alone: masks take Wanda's scores over the whole matrix, without a refit. The passes of all
+    candidates share each load of a block. `tokens` must be other tokens than those of `norms`.
     """
     hidden: dict[str, Tensor | None] = dict.fromkeys(candidates)
     dense = None
     for index in range(len(model.blocks)):
         with present(index):
-            for name, shares in candidates.items():
-                with _pruned(model, index, shares, norms):
+            for name, sparsities in candidates.items():
+                with _pruned(model, index, sparsities, norms):
                     hidden[name] = model.run_block(tokens, hidden[name], index)
             dense = model.run_block(tokens, dense, index)
     assert dense is not None
     return {
-        name: float((one - dense).square().sum() / dense.square().sum())
-        for name, one in hidden.items()
-        if one is not None
+        name: float((states - dense).square().sum() / dense.square().sum())
+        for name, states in hidden.items()
+        if states is not None
     }
 
 
 @contextmanager
-def _pruned(model: LanguageModel, index: int, shares: LayerSparsities, norms: Norms) -> Iterator[None]:
-    """Inside, the linears of the block have lost their shares."""
-    weights = {name: weight_of(one) for one, name in linears_of(model, index).items() if name in shares}
-    before = {name: weight.clone() for name, weight in weights.items()}
+def _pruned(model: LanguageModel, index: int, sparsities: LayerSparsities, norms: Norms) -> Iterator[None]:
+    """Prune the linears of a block to `sparsities`, inside the `with` block only."""
+    weights = {name: weight_of(linear) for linear, name in linears_of(model, index).items() if name in sparsities}
+    dense_weights = {name: weight.clone() for name, weight in weights.items()}
     for name, weight in weights.items():
-        weight.masked_fill_(lowest_overall(weight.abs() * norms[name].to(weight), shares[name]), 0.0)
+        weight.masked_fill_(lowest_overall(weight.abs() * norms[name].to(weight), sparsities[name]), 0.0)
     try:
         yield
     finally:
         for name, weight in weights.items():
-            weight.copy_(before[name])
+            weight.copy_(dense_weights[name])
 
 
 def _norms(inputs: Tensor) -> Float[Tensor, " in"]:
-    seen = InputNorms()
-    seen.update(inputs.flatten(0, -2))
-    return seen.mean()
+    accumulator = InputNorms()
+    accumulator.update(inputs.flatten(0, -2))
+    return accumulator.mean()

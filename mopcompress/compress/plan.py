@@ -1,4 +1,4 @@
-"""What is to be done to which linears, and doing it to linears that share their inputs."""
+"""Compression methods assigned to the linears of a model, and their application to linears that share inputs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,158 +18,169 @@ from mopcompress.algorithms.solution import LowRankFactors
 from mopcompress.errors import DataError
 from mopcompress.models.targets import select_targets
 
-DAMPING = 0.01  # of the refit, for methods that have none
-REPAIR = "eora"  # the method that changes no weight: it makes what is computed beside those that others compressed
+DAMPING = 0.01  # of the refit, for methods without a damping of their own
+REPAIR = "eora"  # the method that changes no weight: it adds a low-rank repair to those that others compressed
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """A method with its settings, and the linears that it goes to (SparseML's `targets` and `ignore`)."""
+    """A method with its options, and the linears that it goes to (SparseML's `targets` and `ignore`).
+
+    `options` are the keyword arguments of the method's function in `METHODS`. They are not checked here: the recipe
+    checks them, and tests of the recipe run every method with the options that it makes.
+    """
 
     method: str
-    options: Mapping[str, object]  # the keyword arguments of the method's function; see `Step.options_for`
+    options: Mapping[str, object]
     targets: Sequence[str] = ("Linear",)
     ignore: Sequence[str] = ()
-    match_dense: float = 0.0  # share of the way from the linear's own outputs (0) to the dense model's (1)
-    match_samples: float = 1.0  # share of the calibration samples that the dense model sees for it
-    allocation: str = "uniform"  # where the shares in `sparsity` come from, for the record
+    match_dense: float = 0.0  # fraction of the way from the linear's own outputs (0) to the dense model's (1)
+    match_samples: float = 1.0  # fraction of the calibration samples that the dense model processes for it
+    allocation: str = "uniform"  # the origin of the numbers in `sparsity`, for the record
     refit_steps: int = 0  # of conjugate gradients on the mask that the method found, for methods that prune
 
     def dense_samples(self, samples: int) -> int:
-        """How many of the calibration samples the dense model must see."""
+        """Return the number of calibration samples, of `samples`, that the dense model must process."""
         return math.ceil(self.match_samples * samples) if self.match_dense else 0
 
 
 @dataclass(frozen=True)
 class PlannedMethod:
-    """A compression, and the linears of this model that it goes to, each with the place of the target that means it."""
+    """A method and the linears of one model that it goes to, each with the index of the target that it matches."""
 
-    compression: MethodConfig
+    config: MethodConfig
     target_index: Mapping[str, int]
 
     def options_for(self, names: Sequence[str]) -> dict[str, object]:
-        """The settings for linears that are solved together; `sparsity` may be one share a linear or one a target.
+        """Return the options for linears that are solved together, with one `sparsity` per linear if they differ.
 
-        Raises `DataError` for a linear that has none.
+        The config's `sparsity` may be one number, one per linear by name, or one per target. Raises `DataError` for a
+        linear without any.
         """
-        options = dict(self.compression.options)
-        shares = options.get("sparsity")
-        if isinstance(shares, Mapping):
-            missing = [name for name in names if name not in shares]
+        options = dict(self.config.options)
+        sparsity = options.get("sparsity")
+        if isinstance(sparsity, Mapping):
+            missing = [name for name in names if name not in sparsity]
             if missing:
                 raise DataError(f"no sparsity is given for {missing[0]}; name every linear that is compressed")
-            return options | {"sparsity": [shares[name] for name in names]}
-        if isinstance(shares, Sequence):
-            return options | {"sparsity": [shares[self.target_index[name]] for name in names]}
+            return options | {"sparsity": [sparsity[name] for name in names]}
+        if isinstance(sparsity, Sequence):
+            return options | {"sparsity": [sparsity[self.target_index[name]] for name in names]}
         return options
 
 
-def assign_targets(compressions: Sequence[MethodConfig], names: Sequence[str]) -> list[PlannedMethod]:
-    """Which of a model's linears each compression goes to. Raises `DataError` when a target means none of them.
+def assign_targets(configs: Sequence[MethodConfig], names: Sequence[str]) -> list[PlannedMethod]:
+    """Assign each method to the linears, of `names`, that it goes to.
 
-    A repair goes to linears that were compressed before, and is the last step: another would take no notice of it.
+    A repair goes to linears that an earlier method compresses, and must be last, because no later method would see it.
+    Raises `DataError` when a target matches no linear, and when a repair is not last or has nothing to repair.
     """
-    if REPAIR in [one.method for one in compressions[:-1]]:
+    if REPAIR in [config.method for config in configs[:-1]]:
         raise DataError("a repair is of all that was lost; put it after all that compresses")
-    steps: list[PlannedMethod] = []
-    for one in compressions:
-        place = select_targets(names, one.targets, one.ignore)
-        if one.method == REPAIR:
-            place = {
-                name: index for name, index in place.items() if any(name in before.target_index for before in steps)
+    methods: list[PlannedMethod] = []
+    for config in configs:
+        target_index = select_targets(names, config.targets, config.ignore)
+        if config.method == REPAIR:
+            target_index = {
+                name: index
+                for name, index in target_index.items()
+                if any(name in earlier.target_index for earlier in methods)
             }
-            if not place:
-                raise DataError(f"nothing to repair: no linear of {list(one.targets)} is compressed; name others")
-        steps.append(PlannedMethod(one, place))
-    return steps
+            if not target_index:
+                raise DataError(f"nothing to repair: no linear of {list(config.targets)} is compressed; name others")
+        methods.append(PlannedMethod(config, target_index))
+    return methods
 
 
 def apply_methods(
     linears: Mapping[str, Float[Tensor, "_ in"]],
     inputs: Float[Tensor, "tokens in"],
     dense: DenseActivations | None,
-    steps: Sequence[PlannedMethod],
+    methods: Sequence[PlannedMethod],
 ) -> dict[str, Solution]:
-    """Compress linears that share `inputs`, each by those steps that go to it, one after the other.
+    """Compress linears that share `inputs`, each by those methods that go to it, one after the other.
 
-    The inputs are looked at once, whatever the number of linears and steps. Before its first step a
-    linear is moved towards the dense model, as far as any of them asks: later ones then keep to what became of that.
-    A repair is towards what the first step was given, since that has the outputs that are wanted on these inputs:
-    towards the dense weight, it would undo what the linear was moved for.
+    Each statistic of the inputs is computed once for all linears and methods. If any method asks to match the dense
+    model, the weight is first replaced by its dense target, for the largest `match_dense`, and every method compresses
+    that. A low-rank repair is fitted to the same target: fitted to the original weight, it would undo the matching.
     """
     statistics = _Statistics(inputs)
-    solved = {name: Solution(weight) for name, weight in linears.items()}
+    solutions = {name: Solution(weight) for name, weight in linears.items()}
     if dense is not None:
-        pull = dense.target_shift(torch.cat(list(linears.values())), inputs)
-        solved |= _match_dense(linears, statistics.gram(), pull, steps)
-    wanted = {name: one.weight for name, one in solved.items()}
-    for step in steps:
-        names = [name for name in linears if name in step.target_index]
+        shift = dense.target_shift(torch.cat(list(linears.values())), inputs)
+        solutions |= _match_dense(linears, statistics.gram(), shift, methods)
+    targets = {name: solution.weight for name, solution in solutions.items()}
+    for method in methods:
+        names = [name for name in linears if name in method.target_index]
         if not names:
             continue
-        if step.compression.method == REPAIR:
-            rank: Any = step.compression.options["rank"]
+        if method.config.method == REPAIR:
+            rank: Any = method.config.options["rank"]
             for name in names:
-                repair = eora(wanted[name], solved[name].weight, statistics.gram(), rank=rank)
-                solved[name] = replace(solved[name], repair=LowRankFactors(*repair))
+                repair = eora(targets[name], solutions[name].weight, statistics.gram(), rank=rank)
+                solutions[name] = replace(solutions[name], repair=LowRankFactors(*repair))
             continue
-        method = METHODS[step.compression.method]
-        weights = [solved[name].weight for name in names]
-        together = method.solve_together(weights, statistics.of(method), **step.options_for(names))
-        if step.compression.refit_steps:
-            together = _refit(weights, statistics.gram(), together, step.compression)
-        for name, one in zip(names, together, strict=True):
-            solved[name] = replace(one, escalations=solved[name].escalations + one.escalations)
-    return solved
+        algorithm = METHODS[method.config.method]
+        weights = [solutions[name].weight for name in names]
+        solved = algorithm.solve_together(weights, statistics.of(algorithm), **method.options_for(names))
+        if method.config.refit_steps:
+            solved = _refit(weights, statistics.gram(), solved, method.config)
+        for name, solution in zip(names, solved, strict=True):
+            escalations = solutions[name].escalations + solution.escalations
+            solutions[name] = replace(solution, escalations=escalations)
+    return solutions
 
 
 def _match_dense(
-    weights: Mapping[str, Tensor], gram: Tensor, pull: Float[Tensor, "rows in"], steps: Sequence[PlannedMethod]
+    weights: Mapping[str, Tensor], gram: Tensor, shift: Float[Tensor, "rows in"], methods: Sequence[PlannedMethod]
 ) -> dict[str, Solution]:
-    """Those linears of which a step asks it; equal wishes are granted together. `pull` has the rows of all of them."""
-    pulls = dict(zip(weights, torch.split(pull, [len(weight) for weight in weights.values()]), strict=True))
-    wishes: dict[tuple[float, bool], list[str]] = {}
+    """Replace the weights that a method asks to match by their dense targets, together where the settings agree.
+
+    `shift` has the rows of all weights, one after the other.
+    """
+    shifts = dict(zip(weights, torch.split(shift, [len(weight) for weight in weights.values()]), strict=True))
+    names_by_setting: dict[tuple[float, bool], list[str]] = {}
     for name in weights:
-        going = [step.compression for step in steps if name in step.target_index]
-        share = max(one.match_dense for one in going)
-        if share:
-            keep_zeros = any(one.options.get("keep_zeros") is True for one in going)
-            wishes.setdefault((share, keep_zeros), []).append(name)
-    moved: dict[str, Solution] = {}
-    for (share, keep_zeros), names in wishes.items():
+        configs = [method.config for method in methods if name in method.target_index]
+        fraction = max(config.match_dense for config in configs)
+        if fraction:
+            keep_zeros = any(config.options.get("keep_zeros") is True for config in configs)
+            names_by_setting.setdefault((fraction, keep_zeros), []).append(name)
+    matched: dict[str, Solution] = {}
+    for (fraction, keep_zeros), names in names_by_setting.items():
         stack = torch.cat([weights[name] for name in names])
-        pulled = torch.cat([pulls[name] for name in names])
-        target = dense_target(stack, gram, pulled, share=share, keep_zeros=keep_zeros)
+        stacked_shift = torch.cat([shifts[name] for name in names])
+        target = dense_target(stack, gram, stacked_shift, fraction=fraction, keep_zeros=keep_zeros)
         parts = torch.split(target.weight, [len(weights[name]) for name in names])
-        moved |= {name: Solution(part, target.escalations) for name, part in zip(names, parts, strict=True)}
-    return moved
+        matched |= {name: Solution(part, target.escalations) for name, part in zip(names, parts, strict=True)}
+    return matched
 
 
 def _refit(
-    weights: Sequence[Tensor], gram: Float[Tensor, "in in"], pruned: Sequence[Solution], compression: MethodConfig
+    weights: Sequence[Tensor], gram: Float[Tensor, "in in"], pruned: Sequence[Solution], config: MethodConfig
 ) -> list[Solution]:
-    """The least-squares values for the weights that pruning kept, with the method's own damping if it has one."""
-    damping: Any = compression.options.get("damping", DAMPING)
-    stack, found = torch.cat(list(weights)), torch.cat([one.weight for one in pruned])
-    best = refit(stack, with_ridge(gram.to(stack), damping), found == 0, found, steps=compression.refit_steps)
+    """Return the least-squares values on the masks of `pruned`, with the method's own damping if it has one."""
+    damping: Any = config.options.get("damping", DAMPING)
+    stack, pruned_stack = torch.cat(list(weights)), torch.cat([solution.weight for solution in pruned])
+    best = refit(stack, with_ridge(gram.to(stack), damping), pruned_stack == 0, pruned_stack, steps=config.refit_steps)
     parts = torch.split(best, [len(weight) for weight in weights])
-    return [replace(one, weight=part) for one, part in zip(pruned, parts, strict=True)]
+    return [replace(solution, weight=part) for solution, part in zip(pruned, parts, strict=True)]
 
 
 class _Statistics:
-    """Each statistic of the inputs, computed when it is first asked for: methods share it when they can."""
+    """The statistics of the inputs, each computed on first use and then shared by all methods."""
 
     def __init__(self, inputs: Float[Tensor, "tokens in"]) -> None:
         self._inputs = inputs
-        self._known: dict[Callable[[], Statistic], Tensor | None] = {}
+        self._cache: dict[Callable[[], Statistic], Tensor | None] = {}
 
     def of(self, method: Method) -> Tensor | None:
-        if method.accumulator not in self._known:
-            self._known[method.accumulator] = method.statistic(self._inputs)
-        return self._known[method.accumulator]
+        if method.accumulator not in self._cache:
+            self._cache[method.accumulator] = method.statistic(self._inputs)
+        return self._cache[method.accumulator]
 
     def gram(self) -> Float[Tensor, "in in"]:
-        """The Gram matrix, whether or not the methods ask for it."""
+        """Return the Gram matrix, which dense targets, refits and repairs need whatever the methods."""
         gram = self.of(METHODS["sparsegpt"])
         assert gram is not None  # for mypy: other methods need no statistic
         return gram

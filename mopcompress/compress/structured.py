@@ -1,9 +1,9 @@
 """Structured pruning of a model, block by block in one pass: whole MLP channels and whole key-value groups go.
 
-As in `walk`, a matrix is solved when its input arrives, calibrated on all that was narrowed before it, and every
-sub-layer is computed once: the matrix that reads the channels or heads is made smaller and given what it still reads;
-those that write them lose their rows when the block has run. Every block loses equally many, because the configuration
-has one number for all.
+As in `sequential.py`, a matrix is solved when its input arrives, calibrated on all that was pruned before it, and every
+sub-layer runs once. The matrix that reads the channels or heads becomes smaller and receives only the inputs that it
+still reads; the matrices that write them lose their rows after the block has run. Every block loses equally many,
+because the configuration has one number for all blocks.
 """
 
 import time
@@ -24,55 +24,55 @@ from mopcompress.models.modules import Linear, forward_hooks, set_weight, weight
 from mopcompress.models.resizing import (
     PrunableGroups,
     adopt_sizes,
-    attention_of,
     build_resized,
     channel_sizes,
     check_resized,
+    find_attention,
+    find_mlp,
     head_sizes,
-    mlp_of,
 )
 
-_SAME = 1e-3  # how far, relative to their size, hidden states may lie apart that are computed in another order
+_TOLERANCE = 1e-3  # relative difference of hidden states that comes from another order of operations, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredConfig:
-    """Shares of MLP channels and of key-value groups to remove from every block, and how to choose them."""
+    """The fractions of MLP channels and of key-value groups to remove from every block, and the criterion."""
 
     mlp_sparsity: float
     head_sparsity: float = 0.0
-    score: str = "error"
+    score: str = "error"  # or "norm"; see `prune_input_groups`
     damping: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredRow:
-    """What was done to the MLP or the attention of one block, counted afterwards."""
+    """The pruning of the MLP or the attention of one block; weights are counted afterwards."""
 
     name: str  # of the matrix that reads the channels or heads
     block: int
     blocks: int
     kind: str  # channels, or kv_groups
-    before: int
+    before: int  # channels or groups
     after: int
-    weights_before: int  # in all matrices around them
+    weights_before: int  # in all matrices that read or write them
     weights: int
-    error: float  # share of the reader's output that is lost on the calibration text: squared, against its own size
-    escalations: int  # how often the damping had to be raised
+    error: float  # squared error of the reader's output on the calibration text, relative to the squared output
+    escalations: int  # how often damping increased
     seconds: float
 
 
 @dataclass(frozen=True)
 class StructuredResult:
-    """The rows, and the keys of `config.json` that say how many channels and heads there are now."""
+    """The rows of all blocks, and the new sizes of the network."""
 
     rows: list[StructuredRow]
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # the keys of `config.json` that hold the numbers of channels and heads
 
 
 @dataclass(frozen=True)
 class GroupPruning:
-    """So many groups of one kind to remove from every block, chosen in one way."""
+    """A kind of groups, the number of them to remove from every block, and the criterion."""
 
     kind: str
     find: Callable[[LanguageModel, int], PrunableGroups]
@@ -84,65 +84,68 @@ class GroupPruning:
 def prune_structured(
     model: LanguageModel,
     tokens: Int[Tensor, "samples time"],
-    narrowing: StructuredConfig,
+    config: StructuredConfig,
     *,
     progress: Callable[[StructuredRow], None] = lambda row: None,
 ) -> StructuredResult:
-    """Remove channels and heads from all decoder blocks in place, in the network's configuration too.
+    """Remove channels and heads from all decoder blocks, and from the network's configuration, in place.
 
-    Raises `DataError`, before anything is changed, when the family cannot have fewer, or a share is none of them or
-    all; `NumericalError` naming the matrix when its calibration is beyond repair.
+    Raises `DataError`, before any change, when the family cannot have fewer, or when a fraction rounds to none or all
+    of them. Raises `DataError`, after the change, when the family computes something else with fewer. Raises
+    `NumericalError` naming the matrix when its calibration cannot be used.
     """
-    cuts, sizes = _plan(model, narrowing)
+    prunings, sizes = _plan_prunings(model, config)
     rows: list[StructuredRow] = []
-    if not cuts:
+    if not prunings:
         return StructuredResult(rows, sizes)
-    narrower = _build_checked_resized(model, cuts, sizes)
+    resized = _build_checked_resized(model, prunings, sizes)
     hidden = None
-    with torch.no_grad():  # no inference tensors: prompts may be trained through the narrowed weights
+    with torch.no_grad():  # not inference mode: prompts may be trained through the pruned weights
         for index in range(len(model.blocks)):
-            hidden, done = _prune_block(model, tokens, hidden, index, cuts)
-            for row in done:
+            hidden, block_rows = _prune_block(model, tokens, hidden, index, prunings)
+            for row in block_rows:
                 rows.append(row)
                 progress(row)
         assert hidden is not None  # a model has blocks
-        adopt_sizes(model.network, narrower, sizes)
-        _check_same(model, tokens[:1], hidden[:1])
+        adopt_sizes(model.network, resized, sizes)
+        _check_outputs(model, tokens[:1], hidden[:1])
     return StructuredResult(rows, sizes)
 
 
-def _plan(model: LanguageModel, narrowing: StructuredConfig) -> tuple[list[GroupPruning], dict[str, int]]:
-    cuts: list[GroupPruning] = []
+def _plan_prunings(model: LanguageModel, config: StructuredConfig) -> tuple[list[GroupPruning], dict[str, int]]:
+    prunings: list[GroupPruning] = []
     sizes: dict[str, int] = {}
-    for kind, share, find, keys in (
-        ("kv_groups", narrowing.head_sparsity, attention_of, head_sizes),
-        ("channels", narrowing.mlp_sparsity, mlp_of, channel_sizes),
+    for kind, fraction, find, sizes_for in (
+        ("kv_groups", config.head_sparsity, find_attention, head_sizes),
+        ("channels", config.mlp_sparsity, find_mlp, channel_sizes),
     ):
-        if share == 0:
+        if fraction == 0:
             continue
         counts = {find(model, index).groups for index in range(len(model.blocks))}
         if len(counts) > 1:
             raise DataError(f"blocks have between {min(counts)} and {max(counts)} {kind}; they must have equally many")
         count = counts.pop()
-        remove = round(share * count)
+        remove = round(fraction * count)
         if not 0 < remove < count:
+            removed = "none" if remove == 0 else "all"
             raise DataError(
-                f"a share of {share:g} of {count} {kind} is {'none' if remove == 0 else 'all'} of them; ask for 0, or "
-                f"for a whole number of {count}ths, with one left"
+                f"a fraction of {fraction:g} of {count} {kind} is {removed} of them; ask for 0, or for a whole number "
+                f"of {count}ths, with at least one left"
             )
-        cuts.append(GroupPruning(kind, find, remove, narrowing.score, narrowing.damping))
-        sizes |= keys(model, count - remove)
-    return cuts, sizes
+        prunings.append(GroupPruning(kind, find, remove, config.score, config.damping))
+        sizes |= sizes_for(model, count - remove)
+    return prunings, sizes
 
 
 def _build_checked_resized(
-    model: LanguageModel, cuts: Sequence[GroupPruning], sizes: Mapping[str, int]
+    model: LanguageModel, prunings: Sequence[GroupPruning], sizes: Mapping[str, int]
 ) -> PreTrainedModel:
-    parts = [(cut.find(model, index), cut.remove) for index in range(len(model.blocks)) for cut in cuts]
-    narrower = build_resized(model.network, sizes)
+    blocks = range(len(model.blocks))
+    parts = [(pruning.find(model, index), pruning.remove) for index in blocks for pruning in prunings]
+    resized = build_resized(model.network, sizes)
     shapes = {linear: shape for part, remove in parts for linear, shape in part.shapes(part.groups - remove).items()}
-    check_resized(model.network, narrower, shapes, sizes)
-    return narrower
+    check_resized(model.network, resized, shapes, sizes)
+    return resized
 
 
 def _prune_block(
@@ -150,33 +153,33 @@ def _prune_block(
     tokens: Int[Tensor, "samples time"],
     hidden: Float[Tensor, "samples time hidden"] | None,
     index: int,
-    cuts: Sequence[GroupPruning],
+    prunings: Sequence[GroupPruning],
 ) -> tuple[Float[Tensor, "samples time hidden"], list[StructuredRow]]:
-    parts = {part.reader: (part, cut) for cut in cuts for part in [cut.find(model, index)]}
-    before = {reader: part.weights for reader, (part, _) in parts.items()}
-    with prune_on_input(parts) as done:
+    parts = {part.reader: (part, pruning) for pruning in prunings for part in [pruning.find(model, index)]}
+    weights_before = {reader: part.weights for reader, (part, _) in parts.items()}
+    with prune_on_input(parts) as reduced:
         hidden = model.run_block(tokens, hidden, index)
     for part, _ in parts.values():
-        if part.reader not in done:
+        if part.reader not in reduced:
             raise NumericalError(f"{part.name}: no calibration token reached it; use other text")
     rows = []
-    for reader, settled in done.items():
-        part, cut = parts[reader]
-        width = len(settled.kept) // (part.groups - cut.remove)
-        part.cut_writers(settled.kept[::width] // width)
+    for reader, result in reduced.items():
+        part, pruning = parts[reader]
+        width = len(result.columns) // (part.groups - pruning.remove)
+        part.cut_writers(result.columns[::width] // width)
         rows.append(
             StructuredRow(
                 name=part.name,
                 block=index,
                 blocks=len(model.blocks),
-                kind=cut.kind,
+                kind=pruning.kind,
                 before=part.groups,
                 after=weight_of(reader).shape[1] // width,
-                weights_before=before[reader],
+                weights_before=weights_before[reader],
                 weights=part.weights,
-                error=settled.error,
-                escalations=settled.escalations,
-                seconds=settled.seconds,
+                error=result.error,
+                escalations=result.escalations,
+                seconds=result.seconds,
             )
         )
     return hidden, rows
@@ -184,56 +187,60 @@ def _prune_block(
 
 @dataclass(frozen=True)
 class ReducedInput:
-    """Which inputs a matrix still reads, and what that cost."""
+    """The inputs that a matrix still reads, and the error of its outputs without the others."""
 
-    kept: Int[Tensor, " kept"]
-    error: float
+    columns: Int[Tensor, " remaining"]
+    error: float  # squared, relative to the squared outputs
     escalations: int
     seconds: float
 
 
 @contextmanager
 def prune_on_input(parts: Mapping[Linear, tuple[PrunableGroups, GroupPruning]]) -> Iterator[dict[Linear, ReducedInput]]:
-    """Inside the block, each of these matrices is narrowed when its input arrives, and then reads what is left."""
-    done: dict[Linear, ReducedInput] = {}
+    """Prune each of these matrices when its input arrives, inside the `with` block; it then reads the other inputs."""
+    reduced: dict[Linear, ReducedInput] = {}
 
-    def arrive(reader: Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if reader not in done:
-            part, cut = parts[reader]
+    def reduce_input(reader: Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if reader not in reduced:
+            part, pruning = parts[reader]
             try:
-                done[reader] = _reduce(reader, inputs[0].flatten(0, -2), part.groups, cut)
+                reduced[reader] = _prune_reader(reader, inputs[0].flatten(0, -2), part.groups, pruning)
             except MopError as error:
                 raise type(error)(f"{part.name}: {error}") from error
-        return (inputs[0][..., done[reader].kept], *inputs[1:])
+        return (inputs[0][..., reduced[reader].columns], *inputs[1:])
 
-    with forward_hooks(parts, arrive, pre=True):
-        yield done
+    with forward_hooks(parts, reduce_input, pre=True):
+        yield reduced
 
 
-def _reduce(reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, cut: GroupPruning) -> ReducedInput:
-    """Narrow the matrix in place; its bias, if it has one, takes over the mean of what goes."""
+def _prune_reader(
+    reader: Linear, inputs: Float[Tensor, "tokens in"], groups: int, pruning: GroupPruning
+) -> ReducedInput:
+    """Prune the matrix in place; its bias, if it has one, absorbs the mean of the lost output."""
     start = time.perf_counter()
     weight, bias = weight_of(reader), reader.bias
-    seen = InputGram()
-    seen.update(inputs if bias is None else inputs - inputs.mean(0))
-    gram = seen.mean()
-    solved = prune_input_groups(weight, gram, groups=groups, remove=cut.remove, score=cut.score, damping=cut.damping)
+    accumulator = InputGram()
+    accumulator.update(inputs if bias is None else inputs - inputs.mean(0))
+    gram = accumulator.mean()
+    solved = prune_input_groups(
+        weight, gram, groups=groups, remove=pruning.remove, score=pruning.score, damping=pruning.damping
+    )
     lost = weight.clone()
-    lost[:, solved.kept] -= solved.weight
+    lost[:, solved.columns] -= solved.weight
     size = float((weight @ gram * weight).sum())
     error = float((lost @ gram * lost).sum()) / size if size > 0 else 0.0
     set_weight(reader, solved.weight, None if bias is None else bias + lost @ inputs.mean(0))
-    return ReducedInput(solved.kept, error, solved.escalations, time.perf_counter() - start)
+    return ReducedInput(solved.columns, error, solved.escalations, time.perf_counter() - start)
 
 
-def _check_same(
+def _check_outputs(
     model: LanguageModel, tokens: Int[Tensor, "samples time"], hidden: Float[Tensor, "samples time hidden"]
 ) -> None:
-    """The narrowed network, run as a whole, must give what the blocks gave while they were narrowed."""
-    found = model.network.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    apart = float((found - hidden).norm() / hidden.norm())
-    if not apart <= _SAME:
+    """Raise `DataError` when the pruned network, run as a whole, does not reproduce the outputs of its blocks."""
+    output = model.network.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    difference = float((output - hidden).norm() / hidden.norm())
+    if not difference <= _TOLERANCE:
         raise DataError(
-            f"narrowed, {type(model.network).__name__} computes something else ({apart:.2g} apart): this family uses "
-            "its heads or channels in another way than is known here; leave head_sparsity or mlp_sparsity at 0"
+            f"pruned, {type(model.network).__name__} computes something else (relative difference {difference:.2g}): "
+            "this family uses its heads or channels in an unknown way; leave head_sparsity or mlp_sparsity at 0"
         )

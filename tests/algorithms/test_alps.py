@@ -2,13 +2,12 @@ import sys
 
 import pytest
 import torch
-from algorithms.test_solvers import gram_of, problem
-from reference import alps_slowly, damped, layer_error, masked_least_squares
+from compression_cases import gram_of, random_layer
+from reference import alps_slowly, damped, layer_error
 from torch.testing import assert_close
 
 from mopcompress.algorithms.alps import alps
 from mopcompress.algorithms.masks import lowest_overall
-from mopcompress.algorithms.refit import refit
 from mopcompress.algorithms.sparsegpt import sparsegpt
 from mopcompress.errors import DataError, NumericalError
 
@@ -18,68 +17,10 @@ def exact_thresholds(monkeypatch):
     monkeypatch.setattr(sys.modules["mopcompress.algorithms.alps"], "_SAMPLING", 1)
 
 
-# The refit
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
-def test_many_steps_are_the_masked_least_squares(sparsity):
-    weight, inputs = problem()
-    gram = damped(gram_of(inputs), 0.01)
-    removed = lowest_overall(weight.abs(), sparsity)
-    found = refit(weight, gram, removed, weight, steps=200)
-    assert_close(found, masked_least_squares(weight, gram, removed))
-    assert bool((found[removed] == 0).all())
-
-
-def test_every_step_lowers_the_error():
-    weight, inputs = problem()
-    gram = damped(gram_of(inputs), 0.01)
-    removed = lowest_overall(weight.abs(), 0.6)
-    errors = [layer_error(weight, refit(weight, gram, removed, weight, steps=n), gram) for n in range(8)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.8 * errors[0]
-
-
-def test_ten_steps_are_enough():
-    weight, inputs = problem(size=64)
-    gram = damped(gram_of(inputs), 0.01)
-    removed = lowest_overall(weight.abs(), 0.6)
-    best = layer_error(weight, masked_least_squares(weight, gram, removed), gram)
-    assert layer_error(weight, refit(weight, gram, removed, weight, steps=10), gram) < 1.02 * best
-
-
-def test_without_a_mask_the_weight_is_found_and_stays():
-    weight, inputs = problem()
-    nothing = torch.zeros_like(weight, dtype=torch.bool)
-    gram = gram_of(inputs)
-    assert torch.equal(refit(weight, gram, nothing, weight, steps=5), weight)
-    assert_close(refit(weight, gram, nothing, torch.zeros_like(weight), steps=200), weight)
-
-
-def test_no_step_applies_the_mask_only():
-    weight, inputs = problem()
-    removed = lowest_overall(weight.abs(), 0.5)
-    assert torch.equal(refit(weight, gram_of(inputs), removed, weight, steps=0), weight.masked_fill(removed, 0.0))
-
-
-def test_a_row_that_is_solved_does_not_disturb_the_others():
-    weight, inputs = problem()
-    gram = damped(gram_of(inputs), 0.01)
-    removed = lowest_overall(weight.abs(), 0.5)
-    removed[0], removed[1] = True, False
-    found = refit(weight, gram, removed, weight, steps=30)
-    assert bool(found.isfinite().all())
-    assert torch.equal(found[1], weight[1])
-    assert_close(found[2:], refit(weight[2:], gram, removed[2:], weight[2:], steps=30))
-
-
-# ALPS
-
-
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.85])
 @pytest.mark.usefixtures("exact_thresholds")
 def test_alps_is_its_definition(sparsity):
-    weight, inputs = problem()
+    weight, inputs = random_layer()
     gram = gram_of(inputs)
     count = round(sparsity * weight.numel())
     schedule = {"first": 0.2, "every": 4, "growth": 1.7, "relaxation": 1.4}
@@ -91,20 +32,20 @@ def test_alps_is_its_definition(sparsity):
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.77, 0.95, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_counts_are_exact(sparsity, dtype):
-    weight, inputs = problem(dtype=dtype)
+    weight, inputs = random_layer(dtype=dtype)
     found = alps(weight, gram_of(inputs), sparsity=sparsity).weight
     assert int((found == 0).sum()) == round(sparsity * weight.numel())
     assert found.dtype == dtype
 
 
 def test_at_sparsity_zero_the_weight_is_unchanged():
-    weight, inputs = problem()
+    weight, inputs = random_layer()
     assert torch.equal(alps(weight, gram_of(inputs), sparsity=0.0).weight, weight)
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 2), (3, 5)])
 def test_patterns_hold(pattern):
-    weight, inputs = problem()
+    weight, inputs = random_layer()
     n, m = pattern
     found = alps(weight, gram_of(inputs), sparsity=n / m, pattern=pattern).weight
     assert bool(((found == 0).reshape(-1, m).sum(1) == n).all())
@@ -114,14 +55,14 @@ def test_patterns_hold(pattern):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_layer_error_is_below_that_of_sparsegpt(sparsity, seed):
     """No theorem, but by a wide margin on inputs that are correlated."""
-    weight, inputs = problem(rows=24, size=96, seed=seed)
+    weight, inputs = random_layer(rows=24, size=96, seed=seed)
     gram = gram_of(inputs)
     ours, theirs = (solve(weight, gram, sparsity=sparsity).weight for solve in (alps, sparsegpt))
     assert layer_error(weight, ours, gram) < 0.9 * layer_error(weight, theirs, gram)
 
 
 def test_only_the_direction_of_the_gram_matrix_counts():
-    weight, inputs = problem()
+    weight, inputs = random_layer()
     gram = gram_of(inputs)
     assert_close(alps(weight, gram, sparsity=0.6).weight, alps(weight, 4 * gram, sparsity=0.6).weight)
 
@@ -129,7 +70,7 @@ def test_only_the_direction_of_the_gram_matrix_counts():
 @pytest.mark.usefixtures("exact_thresholds")
 @pytest.mark.parametrize("sparsity", [0.6, [0.6, 0.3]])
 def test_stacked_matrices_are_pruned_as_if_alone(sparsity):
-    weight, inputs = problem(rows=10)
+    weight, inputs = random_layer(rows=10)
     gram = gram_of(inputs)
     stacked = alps(weight, gram, sparsity=sparsity, row_groups=[4, 6]).weight
     shares = sparsity if isinstance(sparsity, list) else [sparsity] * 2
@@ -138,8 +79,8 @@ def test_stacked_matrices_are_pruned_as_if_alone(sparsity):
 
 
 @pytest.mark.parametrize("already", [0.2, 0.7])
-def test_kept_zeros_stay_and_count(already):
-    weight, inputs = problem()
+def test_preserved_zeros_stay_and_count(already):
+    weight, inputs = random_layer()
     weight = weight.masked_fill(lowest_overall(weight.abs(), already), 0.0)
     found = alps(weight, gram_of(inputs), sparsity=0.5, keep_zeros=True).weight
     assert bool((found[weight == 0] == 0).all())
@@ -147,21 +88,21 @@ def test_kept_zeros_stay_and_count(already):
 
 
 def test_weights_of_an_input_that_never_fires_go_first():
-    weight, inputs = problem()
+    weight, inputs = random_layer()
     inputs[:, 3] = 0
     found = alps(weight, gram_of(inputs), sparsity=0.5).weight
     assert bool((found[:, 3] == 0).all())
 
 
 def test_a_layer_that_never_fires_is_pruned_all_the_same():
-    weight, inputs = problem()
+    weight, inputs = random_layer()
     found = alps(weight, torch.zeros_like(gram_of(inputs)), sparsity=0.5).weight
     assert bool(found.isfinite().all())
     assert int((found == 0).sum()) == weight.numel() // 2
 
 
 def test_the_given_weight_is_left_alone():
-    weight, inputs = problem()
+    weight, inputs = random_layer()
     gram = gram_of(inputs)
     before = weight.clone(), gram.clone()
     alps(weight, gram, sparsity=0.5)
@@ -169,8 +110,8 @@ def test_the_given_weight_is_left_alone():
     assert torch.equal(gram, before[1])
 
 
-def test_what_cannot_be_is_refused():
-    weight, inputs = problem()
+def test_a_wrong_pattern_and_a_bad_gram_matrix_raise():
+    weight, inputs = random_layer()
     with pytest.raises(DataError, match=r"2:4 pattern removes 0\.5"):
         alps(weight, gram_of(inputs), sparsity=0.7, pattern=(2, 4))
     with pytest.raises(NumericalError, match="not finite"):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from compression_cases import gram_of
 from torch.testing import assert_close
 
 from mopcompress.algorithms.dense_targets import DenseActivations, dense_target
@@ -7,8 +8,8 @@ from mopcompress.algorithms.input_statistics import input_shift
 from mopcompress.errors import NumericalError
 
 
-def problem(*, tokens=200, size=12, seed=0):
-    """A weight, inputs, and the dense inputs that they drifted from."""
+def drifted_layer(*, tokens=200, size=12, seed=0):
+    """Return a weight, inputs, and the dense inputs that they drifted from."""
     seeded = torch.Generator().manual_seed(seed)
     mix = torch.randn(size, size, generator=seeded, dtype=torch.float64)
     dense = torch.randn(tokens, size, generator=seeded, dtype=torch.float64) @ mix
@@ -16,89 +17,87 @@ def problem(*, tokens=200, size=12, seed=0):
     return torch.randn(7, size, generator=seeded, dtype=torch.float64), inputs, dense
 
 
-def gram_of(inputs):
-    return inputs.T @ inputs / len(inputs)
-
-
 def least_squares(weight, inputs, dense, free, ridge):
-    """Row by row, over the weights that are free: |w x_dense - v x|² + ridge |v - w|², the others zero."""
+    """Minimise |w x_dense - v x|² + ridge |v - w|² row by row, over the free weights; the others are zero."""
     best = torch.zeros_like(weight)
     for row in range(len(weight)):
-        kept = free[row]
-        left = torch.cat([inputs[:, kept] / len(inputs) ** 0.5, ridge**0.5 * torch.eye(int(kept.sum())).double()])
-        right = torch.cat([dense @ weight[row] / len(inputs) ** 0.5, ridge**0.5 * weight[row, kept]])
-        best[row, kept] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+        used = free[row]
+        left = torch.cat([inputs[:, used] / len(inputs) ** 0.5, ridge**0.5 * torch.eye(int(used.sum())).double()])
+        right = torch.cat([dense @ weight[row] / len(inputs) ** 0.5, ridge**0.5 * weight[row, used]])
+        best[row, used] = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
     return best
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("zeros", [0.0, 0.5])
-def test_the_target_is_the_least_squares_fit_of_the_dense_outputs(zeros, share):
-    weight, inputs, dense = problem()
+def test_the_target_is_the_least_squares_fit(zeros, fraction):
+    weight, inputs, dense = drifted_layer()
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < zeros] = 0
     gram = gram_of(inputs)
     best = least_squares(weight, inputs, dense, weight != 0, 0.01 * float(gram.diagonal().mean()))
     found = dense_target(
-        weight, gram, weight @ input_shift(inputs, dense), share=share, keep_zeros=True, damping=0.01
+        weight, gram, weight @ input_shift(inputs, dense), fraction=fraction, keep_zeros=True, damping=0.01
     ).weight
-    assert_close(found, weight + share * (best - weight), rtol=1e-6, atol=1e-6)
+    assert_close(found, weight + fraction * (best - weight), rtol=1e-6, atol=1e-6)
     assert torch.equal(found == 0, weight == 0)
 
 
 def test_without_keeping_zeros_they_take_part():
-    weight, inputs, dense = problem()
+    weight, inputs, dense = drifted_layer()
     weight[:, 3:] = 0
     gram, everything = gram_of(inputs), torch.ones(weight.shape, dtype=torch.bool)
     best = least_squares(weight, inputs, dense, everything, 0.01 * float(gram.diagonal().mean()))
     found = dense_target(
-        weight, gram, weight @ input_shift(inputs, dense), share=1.0, keep_zeros=False, damping=0.01
+        weight, gram, weight @ input_shift(inputs, dense), fraction=1.0, keep_zeros=False, damping=0.01
     ).weight
     assert_close(found, best, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep_zeros", [False, True])
-def test_inputs_that_did_not_drift_ask_for_nothing(keep_zeros):
-    weight, inputs, _ = problem()
+def test_inputs_without_drift_change_nothing(keep_zeros):
+    weight, inputs, _ = drifted_layer()
     weight[0, 0] = 0
     gram = gram_of(inputs)
-    pull = DenseActivations(inputs.clone(), are_outputs=False).target_shift(weight, inputs)
-    assert torch.equal(dense_target(weight, gram, pull, share=1.0, keep_zeros=keep_zeros).weight, weight)
+    shift = DenseActivations(inputs.clone(), are_outputs=False).target_shift(weight, inputs)
+    assert torch.equal(dense_target(weight, gram, shift, fraction=1.0, keep_zeros=keep_zeros).weight, weight)
 
 
 def test_an_input_that_never_fires_keeps_its_weights():
-    weight, inputs, dense = problem()
+    weight, inputs, dense = drifted_layer()
     inputs[:, 5] = 0
     found = dense_target(
-        weight, gram_of(inputs), weight @ input_shift(inputs, dense), share=1.0, keep_zeros=False, damping=0.01
+        weight, gram_of(inputs), weight @ input_shift(inputs, dense), fraction=1.0, keep_zeros=False, damping=0.01
     ).weight
     assert_close(found[:, 5], weight[:, 5])
 
 
-def test_how_the_drift_is_cut_into_pieces_does_not_matter():
-    _, inputs, dense = problem(tokens=9001)
+def test_the_shift_of_chunks_is_the_shift_of_all_tokens():
+    _, inputs, dense = drifted_layer(tokens=9001)
     assert_close(input_shift(inputs, dense), (dense - inputs).T @ inputs / 9001)
 
 
-def test_dense_inputs_that_are_not_finite_are_refused():
-    _, inputs, dense = problem()
+def test_dense_inputs_that_are_not_finite_raise():
+    _, inputs, dense = drifted_layer()
     dense[3, 4] = torch.inf
     with pytest.raises(NumericalError, match="dense"):
         input_shift(inputs, dense)
 
 
-def test_zeros_by_chance_stay_zero_and_leave_the_others_alone():
-    weight, inputs, dense = problem()
+def test_few_zeros_stay_and_leave_the_others_alone():
+    weight, inputs, dense = drifted_layer()
     wide = torch.cat([weight] * 30)
     wide[0, 0] = 0
-    gram, pull = gram_of(inputs), wide @ input_shift(inputs, dense)
-    kept, plain = (dense_target(wide, gram, pull, share=1.0, keep_zeros=keep).weight for keep in (True, False))
+    gram, shift = gram_of(inputs), wide @ input_shift(inputs, dense)
+    with_zeros, plain = (
+        dense_target(wide, gram, shift, fraction=1.0, keep_zeros=keep).weight for keep in (True, False)
+    )
     assert plain[0, 0] != 0
     plain[0, 0] = 0
-    assert torch.equal(kept, plain)
+    assert torch.equal(with_zeros, plain)
 
 
-def test_outputs_pull_as_inputs_do():
-    weight, inputs, dense = problem()
+def test_outputs_and_inputs_give_the_same_shift():
+    weight, inputs, dense = drifted_layer()
     by_inputs, by_outputs = (
         DenseActivations(dense, are_outputs=False),
         DenseActivations(dense @ weight.T, are_outputs=True),
@@ -109,27 +108,27 @@ def test_outputs_pull_as_inputs_do():
 
 
 @pytest.mark.parametrize("are_outputs", [False, True])
-def test_the_first_tokens_alone_tell_the_drift_when_the_dense_model_saw_no_more(are_outputs):
-    weight, inputs, dense = problem()
+def test_the_shift_is_over_the_tokens_of_the_dense_model(are_outputs):
+    weight, inputs, dense = drifted_layer()
     seen = dense[: len(dense) // 3]
     side = DenseActivations(seen @ weight.T if are_outputs else seen, are_outputs=are_outputs)
     expected = weight @ (seen - inputs[: len(seen)]).T @ inputs[: len(seen)] / len(seen)
     assert_close(side.target_shift(weight, inputs), expected)
 
 
-def test_outputs_that_did_not_move_ask_for_a_few_roundings():
-    """Where an input is a thousand times the others, as massive activations are, and in single precision."""
-    weight, inputs, _ = problem(tokens=5000, size=64)
+def test_outputs_without_drift_change_a_few_roundings():
+    """In single precision, with an input a thousand times the others, as massive activations are."""
+    weight, inputs, _ = drifted_layer(tokens=5000, size=64)
     weight, inputs = weight.float(), inputs.float()
     inputs[:, 5] *= 1000
     gram = gram_of(inputs)
-    pull = DenseActivations(inputs @ weight.T, are_outputs=True).target_shift(weight, inputs)
-    found = dense_target(weight, gram, pull, share=1.0, keep_zeros=False).weight
+    shift = DenseActivations(inputs @ weight.T, are_outputs=True).target_shift(weight, inputs)
+    found = dense_target(weight, gram, shift, fraction=1.0, keep_zeros=False).weight
     assert float((found - weight).norm() / weight.norm()) < 1e-4
 
 
-def test_dense_outputs_that_are_not_finite_are_refused():
-    weight, inputs, dense = problem()
+def test_dense_outputs_that_are_not_finite_raise():
+    weight, inputs, dense = drifted_layer()
     outputs = dense @ weight.T
     outputs[3, 4] = torch.inf
     with pytest.raises(NumericalError, match="dense"):

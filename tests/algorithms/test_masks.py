@@ -44,7 +44,7 @@ def test_every_group_loses_its_n_lowest(n, m, tied):
             assert marks[first : first + m] == lowest_by_sorting(row[first : first + m], n)
 
 
-def test_of_equal_scores_the_earlier_column_goes():
+def test_among_equal_scores_the_earlier_column_goes():
     equal = torch.ones(2, 8)
     assert lowest(equal, 0.25).tolist() == [[True] * 2 + [False] * 6] * 2
     assert n_of_m(equal, 1, 4).tolist() == [[True, False, False, False] * 2] * 2
@@ -52,7 +52,7 @@ def test_of_equal_scores_the_earlier_column_goes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_every_float_will_do(dtype):
+def test_every_float_dtype_works(dtype):
     scores = random_scores(3, 50).to(dtype)
     assert lowest(scores, 0.5).tolist() == [lowest_by_sorting(row, 25) for row in scores.tolist()]
 
@@ -61,23 +61,23 @@ def test_an_infinite_score_is_never_among_the_lowest():
     assert lowest(torch.tensor([[torch.inf, 3.0, 1.0, 2.0]]), 0.75).tolist() == [[False, True, True, True]]
 
 
-def test_scores_that_are_not_numbers_are_refused():
+def test_scores_that_are_not_numbers_raise():
     with pytest.raises(NumericalError, match="not numbers"):
         lowest(torch.full((2, 4), torch.nan), 0.5)
 
 
-def test_a_pattern_that_does_not_fit_is_refused_with_the_numbers():
+def test_an_error_about_a_pattern_names_the_numbers():
     with pytest.raises(DataError, match=r"3x10 weight .* 2:4 .* 10 is no multiple of 4"):
         n_of_m(torch.rand(3, 10), 2, 4)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
-def test_an_impossible_fraction_is_refused(fraction):
+def test_an_impossible_fraction_raises(fraction):
     with pytest.raises(DataError, match="between 0 and 1"):
         lowest(torch.rand(3, 10), fraction)
 
 
-def test_a_pattern_and_another_sparsity_contradict():
+def test_a_pattern_with_another_sparsity_raises():
     check_pattern(0.5, (2, 4))
     check_pattern(0.33, (1, 3))
     check_pattern(0.7, None)

@@ -19,8 +19,9 @@ CHILD = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from compress import test_checkpoint
+from resumable_runs import METADATA, compress_folder
 from tiny_models import random_tokens
+from mopcompress.entrypoints.inputs import CalibrationSet
 from mopcompress.recipe import SparseGPTModifier, load_recipe
 
 def resident(which):
@@ -29,11 +30,11 @@ def resident(which):
 
 recipe = load_recipe(None, {{"device": "cpu", "model": "unused"}})
 prune = SparseGPTModifier(sparsity=0.5)
-test_checkpoint.TOKENS = random_tokens({samples}, {length})
-test_checkpoint.run(Path({small!r}), Path({small!r} + "-out"), recipe, modifiers=[prune])
+calibration = CalibrationSet(random_tokens({samples}, {length}), METADATA)
+compress_folder(Path({small!r}), Path({small!r} + "-out"), recipe, modifiers=[prune], calibration=calibration)
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: importing has a higher one
 before = resident("VmRSS")
-test_checkpoint.run(Path({large!r}), Path({large!r} + "-out"), recipe, modifiers=[prune])
+compress_folder(Path({large!r}), Path({large!r} + "-out"), recipe, modifiers=[prune], calibration=calibration)
 print(json.dumps([before, resident("VmHWM")]))
 """
 

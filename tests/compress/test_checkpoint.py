@@ -72,8 +72,8 @@ def test_a_row_counts_the_stored_weights(uninterrupted):
     assert len(rows) == 7 * BLOCKS
     for row in rows:
         assert row["zeros"] == int((stored[f"{row['name']}.weight"] == 0).sum()) >= row["weights"] // 2
-    facts = artifacts.read_manifest(uninterrupted)
-    assert (facts["weights"], facts["zeros"]) == tuple(
+    manifest = artifacts.read_manifest(uninterrupted)
+    assert (manifest["weights"], manifest["zeros"]) == tuple(
         sum(row[field] for row in rows) for field in ("weights", "zeros")
     )
 
@@ -117,7 +117,7 @@ def test_shards_and_their_index_stay(source, uninterrupted, recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "count"),
+    ("function", "count"),
     [
         ("overwrite", 1),  # before any block
         ("overwrite", 14),  # while writing the second block
@@ -126,11 +126,11 @@ def test_shards_and_their_index_stay(source, uninterrupted, recipe, tmp_path):
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    what, count, source, uninterrupted, recipe, tmp_path, monkeypatch
+    function, count, source, uninterrupted, recipe, tmp_path, monkeypatch
 ):
     target, messages = tmp_path / "out", []
     with monkeypatch.context() as patch:
-        stop_at(patch, what, count)
+        stop_at(patch, function, count)
         with pytest.raises(KilledError):
             compress_folder(source, target, recipe)
     assert not target.exists()

@@ -90,7 +90,10 @@ def test_what_is_loaded_is_the_weights_and_the_product_of_the_file(made):
         place += change.T if model.network.config.model_type == "gpt2" else change
     with torch.no_grad():
         torch.testing.assert_close(
-            model.network(input_ids=CALIBRATION_TOKENS).logits, slow.network(input_ids=CALIBRATION_TOKENS).logits, rtol=1e-4, atol=1e-4
+            model.network(input_ids=CALIBRATION_TOKENS).logits,
+            slow.network(input_ids=CALIBRATION_TOKENS).logits,
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -104,7 +107,7 @@ def test_later_layers_were_calibrated_on_what_is_loaded(made, monkeypatch):
 
     def note(self, index, block, *rest):
         seen.append(block.outputs.compressed)
-        return finish(self, index, block, *rest)
+        return save_block(self, index, block, *rest)
 
     monkeypatch.setattr(CompressionCheckpoint, "save_block", note)
     run(source, folder.parent / "again", recipe_of(4))

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from algorithms.test_eora import by_definition
-from cli_runner import invoke, write_data
+from cli_runner import invoke, set_fields, write_data
 from peft import PeftModel
 from recover.methods.test_module_patches import (
     DOCUMENTS,
@@ -19,6 +18,7 @@ from recover.methods.test_module_patches import (
     pruned,
     states_of,
 )
+from reference import eora_slowly
 from safetensors.torch import load_file
 from tiny_models import (
     FAMILIES,
@@ -78,7 +78,7 @@ def test_its_factors_are_the_definitions_for_the_inputs_of_the_training_rows(fam
     for name, change in adapter.patches_by_name().items():
         inputs = inputs_of(model, name)
         weight, compressed = (weight_of(one.network.get_submodule(name)).double() for one in (dense, model))
-        expected = by_definition(weight, compressed, inputs.T @ inputs / len(inputs), rank=2)
+        expected = eora_slowly(weight, compressed, inputs.T @ inputs / len(inputs), rank=2)
         shown = inputs @ (change.up.double() @ change.down.double()).T
         assert_close(shown, inputs @ expected.T, rtol=1e-2, atol=1e-3 * float(shown.detach().abs().max()))
 
@@ -149,7 +149,7 @@ def test_it_stores_no_more_than_mop_trains(tiny_llama):
 
 def test_a_dense_model_that_is_unknown_or_another_is_refused(tiny_llama, tmp_path):
     config, states = config_for("eora"), states_of(tiny_llama)
-    with pytest.raises(UsageError, match="--teacher"):
+    with pytest.raises(UsageError, match=r"recovery\.teacher"):
         RECOVERY_METHODS["eora"].initialize(config, AdapterInputs(tiny_llama, states, TASKS), START)
     other, shallow = tiny_model(num_attention_heads=2), tiny_model(num_hidden_layers=3)
     for model, message in (
@@ -213,7 +213,7 @@ def test_peft_reads_the_very_same_adapter(tmp_path):
 def test_recover_and_bench_take_no_step_and_sweep_nothing(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
     data = write_data(tmp_path / "data")
-    run = ["--model", stories, "--data", data]
+    run = [stories, "--data", data]
     flags = [
         "--num-calibration-samples",
         2,
@@ -225,10 +225,10 @@ def test_recover_and_bench_take_no_step_and_sweep_nothing(stories, tmp_path, mon
         "0.5",
         "--arms",
         "none,eora,single",
-        "--dense-arms",
-        "eora",
+        "--set",
+        "run.dense_arms=[eora]",
     ]
-    short = ["--steps", 1, "--sweep", "--sweep-steps", 1, "--seeds", "0", "--prompts-per-expert", 20]
+    short = ["--steps", 1, "--sweep", "--seeds", "0", *set_fields("recovery", sweep_steps=1, prompts_per_expert=20)]
     outcome = invoke("bench", *run, *flags, *short, "--output-dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
@@ -240,7 +240,7 @@ def test_recover_and_bench_take_no_step_and_sweep_nothing(stories, tmp_path, mon
     protocol = json.loads((tmp_path / "run" / "run.json").read_text())["protocol"]
     assert [line for line in protocol if line.startswith("eora is computed from the dense model's weights")]
     pruned_folder = tmp_path / "run" / "models" / "sparsegpt-50"
-    again = ["--arm", "eora", "--prompts-per-expert", 20, "--output-dir", tmp_path / "adapter", "--json"]
+    again = ["--arm", "eora", *set_fields("recovery", prompts_per_expert=20), "--output-dir", tmp_path / "adapter", "--json"]
     refused = invoke("recover", pruned_folder, "--data", data, *again, "--distill", 1)
     assert (refused.code, refused.errors[0].split(",")[0]) == (2, "error: --distill: says nothing to eora")
     assert invoke("recover", pruned_folder, "--data", data, *again, "--dry-run").json["steps"] == 0
@@ -256,4 +256,4 @@ def test_recover_and_bench_take_no_step_and_sweep_nothing(stories, tmp_path, mon
     assert (manifest["train_steps"], manifest["learning_rate"], manifest["sweep"]) == (0, None, None)
     outcome = invoke("recover", stories, "--data", data, "--arm", "eora", "--output-dir", tmp_path / "none")
     assert outcome.code == 66
-    assert "--teacher" in outcome.err
+    assert "recovery.teacher" in outcome.err
