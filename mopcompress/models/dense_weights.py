@@ -31,7 +31,7 @@ def open_dense_weights(
             linear = network.get_submodule(name)
             streamed.load_block(int(name.removeprefix(blocks).partition(".")[0]))
         except (AttributeError, ValueError) as error:
-            raise DataError(f"model {folder} has no linear {name}; name the right --teacher") from error
+            raise DataError(f"model {folder} has no linear {name}; name the right recovery.teacher") from error
         weight = weight_of(linear)
         if name not in repairs:
             return weight

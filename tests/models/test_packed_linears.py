@@ -40,5 +40,5 @@ def test_only_linears_with_enough_zeros_are_replaced():
     assert use_sparse_linears(model.network, sparsity=0.5) == 0
 
 
-def test_a_threshold_above_every_share_replaces_nothing():
+def test_a_threshold_above_every_sparsity_replaces_nothing():
     assert use_sparse_linears(tiny_model().network, sparsity=1.0) == 0

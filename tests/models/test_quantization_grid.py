@@ -1,14 +1,11 @@
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mopcompress.algorithms.gptq import gptq
-from mopcompress.errors import DataError, RefusedError
-from mopcompress.models.quantization_grid import FILE, codes_of, read_grid, write_grid
-from mopcompress.models.weight_files import weight_files
+from mopcompress.errors import DataError
+from mopcompress.models.quantization_grid import FILE, extract_codes, read_grid, write_grid
 
 
 def draw(*shape, seed=0):
@@ -42,23 +39,24 @@ def test_a_folder_without_a_grid_has_none(tmp_path):
 @pytest.mark.parametrize("group_size", [32, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_codes_come_back_from_stored_weights(bits, group_size, dtype):
-    one = solved(bits, group_size)
-    assert torch.equal(codes_of(one.weight.to(dtype), one.scales.half(), bits=bits), one.codes)
+    solution = solved(bits, group_size)
+    codes = extract_codes(solution.weight.to(dtype), solution.scales.half(), bits=bits)
+    assert torch.equal(codes, solution.codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_a_weight_that_is_rounded_to_zero_has_no_sign(bits):
-    one = solved(bits, 32)
-    zeros = one.weight[one.codes == 0]
+def test_a_weight_rounded_to_zero_has_no_sign(bits):
+    solution = solved(bits, 32)
+    zeros = solution.weight[solution.codes == 0]
     assert len(zeros)
     assert not torch.signbit(zeros).any()
 
 
-def test_codes_at_both_ends_and_below_the_normal_range_of_fp16_come_back():
+def test_extreme_codes_and_subnormal_scales_come_back():
     codes = torch.arange(-128, 128, dtype=torch.int8).expand(3, 256)
     scales = torch.tensor([[2.0**-24], [2.0**-15], [500.0]]).half()
     for dtype in (torch.float16, torch.bfloat16):
-        assert torch.equal(codes_of((codes * scales.float()).to(dtype), scales, bits=8), codes)
+        assert torch.equal(extract_codes((codes * scales.float()).to(dtype), scales, bits=8), codes)
 
 
 @pytest.mark.parametrize(
@@ -70,18 +68,18 @@ def test_codes_at_both_ends_and_below_the_normal_range_of_fp16_come_back():
         lambda weight, scale: weight[3, 4].fill_(torch.nan),
     ],
 )
-def test_a_weight_off_its_grid_is_refused(change):
-    one = solved(4, 32)
-    weight = one.weight.clone()
-    change(weight, one.scales)
+def test_a_weight_off_its_grid_is_a_data_error(change):
+    solution = solved(4, 32)
+    weight = solution.weight.clone()
+    change(weight, solution.scales)
     with pytest.raises(DataError, match="does not lie on its grid of 4 bits"):
-        codes_of(weight, one.scales.half(), bits=4)
+        extract_codes(weight, solution.scales.half(), bits=4)
 
 
 @pytest.mark.parametrize("shape", [(23, 2), (24, 3)])
-def test_scales_that_do_not_fit_are_refused(shape):
+def test_scales_that_do_not_fit_are_a_data_error(shape):
     with pytest.raises(DataError, match="do not fit"):
-        codes_of(solved(4, 32).weight, torch.ones(shape).half(), bits=4)
+        extract_codes(solved(4, 32).weight, torch.ones(shape).half(), bits=4)
 
 
 @pytest.mark.parametrize(
@@ -102,40 +100,3 @@ def test_a_damaged_grid_is_a_data_error(content, tmp_path):
     content(tmp_path / FILE)
     with pytest.raises(DataError, match="make the folder again"):
         read_grid(tmp_path)
-
-
-# --- which files hold weights
-
-
-def write_index(folder, *names):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(names))}))
-
-
-def test_weight_files_are_the_one_file_or_the_shards_of_the_index(tmp_path):
-    for name in ("grid.safetensors", "consolidated.safetensors", "b.safetensors", "a.safetensors"):
-        (tmp_path / name).touch()
-    assert weight_files(tmp_path) == []
-    write_index(tmp_path, "b.safetensors", "a.safetensors", "b.safetensors")
-    assert weight_files(tmp_path) == [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    (tmp_path / "model.safetensors").touch()
-    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
-
-
-@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "deep/a.safetensors", "a.bin"])
-def test_an_index_never_leads_elsewhere(name, tmp_path):
-    write_index(tmp_path, name)
-    with pytest.raises(RefusedError, match="no safetensors file beside it"):
-        weight_files(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}'])
-def test_a_damaged_index_is_a_data_error(text, tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(DataError, match="no index of weights"):
-        weight_files(tmp_path)
-
-
-def test_a_missing_shard_is_a_data_error(tmp_path):
-    write_index(tmp_path, "a.safetensors")
-    with pytest.raises(DataError, match=r"a\.safetensors, which is not there"):
-        weight_files(tmp_path)
