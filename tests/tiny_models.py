@@ -51,7 +51,7 @@ SLIDING = {"sliding_window": 4, "query_pre_attn_scalar": 8}
 
 
 def config_of(family: str, **changes: object) -> PretrainedConfig:
-    """The smallest configuration that still has everything: grouped heads, and windows where the family slides."""
+    """Return the smallest configuration with all features: grouped heads, and windows if the family slides."""
     match family:
         case "llama":
             return LlamaConfig(**TOKENS | SHAPE | GROUPED | changes)
@@ -78,10 +78,10 @@ def config_of(family: str, **changes: object) -> PretrainedConfig:
         case "gemma3":
             kinds = ["sliding_attention", "full_attention"] * 2
             return Gemma3TextConfig(**TOKENS | SHAPE | GROUPED | SLIDING | {"layer_types": kinds} | changes)
-        case "gemma4":  # shows its tokens to every block
+        case "gemma4":  # passes its tokens to every block
             kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4}
-            shown = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
-            sizes = kinds | shown | {"global_head_dim": 8, "num_kv_shared_layers": 0}
+            per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+            sizes = kinds | per_layer | {"global_head_dim": 8, "num_kv_shared_layers": 0}
             return Gemma4TextConfig(**TOKENS | SHAPE | GROUPED | sizes | changes)
         case "gpt_neox":
             return GPTNeoXConfig(**TOKENS | SHAPE | changes)
@@ -98,13 +98,13 @@ FAMILIES = ("llama", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", "gpt_neo
 
 
 def network_of(config: PretrainedConfig, *, seed: int = 0, attention: str = NAME) -> torch.nn.Module:
-    """A network with random weights; equal seeds give equal weights."""
+    """Build a network with random weights; equal seeds give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         for name, weight in network.named_parameters():
             if "norm" in name or "ln_" in name or name.endswith("bias"):
-                weight.data.add_(0.2 * torch.randn_like(weight))  # a norm that does nothing would not be missed
+                weight.data.add_(0.2 * torch.randn_like(weight))  # otherwise no test would notice a missing norm
     return network.eval()
 
 
@@ -113,7 +113,7 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: object) -> La
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """The words w3 to w63 with white space between; the token of a word is its number."""
+    """Build a tokenizer of the words w3 to w63, separated by white space; the token of a word is its number."""
     vocabulary = {token: number for number, token in enumerate(SPECIAL)}
     vocabulary |= {f"w{number}": number for number in range(len(SPECIAL), VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -128,8 +128,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def recovered(model: LanguageModel, adapter: Any, arm: str = "mop") -> MopForCausalLM:
-    """The transformers model of both; its adapter can be stored only if it was made by `arm` with two experts."""
-    described = AdapterConfig(
+    """Combine both as a transformers model; the adapter can be saved only if it was built by `arm` with two experts."""
+    config = AdapterConfig(
         arm=arm,
         experts=2,
         prompts_per_expert=3,
@@ -138,17 +138,17 @@ def recovered(model: LanguageModel, adapter: Any, arm: str = "mop") -> MopForCau
         base_sha256="",
         tasks=("add", "sort"),
     )
-    return MopForCausalLM.around(model, adapter, described)
+    return MopForCausalLM.from_parts(model, adapter, config)
 
 
 def generate(model: LanguageModel, adapter: Any, prompts: list[str], **settings: Any) -> list[str]:
-    """Answers with an adapter, or with None without."""
+    """Generate answers with an adapter, or without when it is None."""
     network = model.network if adapter is None else recovered(model, adapter)
     return generation.generate(network, model.tokenizer, prompts, **settings)
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Ordinary tokens: no special ones."""
+    """Draw ordinary tokens: no special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(SPECIAL), VOCABULARY, shape, generator=generator)
 
@@ -156,7 +156,7 @@ def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 def random_documents(
     count: int, *, seed: int = 0, tasks: tuple[str, ...] = ("add", "sort", "tell")
 ) -> tuple[Document, ...]:
-    """Documents of 5 to 14 tokens, task after task; the response is 2 to 5 tokens long and ends with </s>."""
+    """Return documents of 5 to 14 tokens, task after task; responses have 2 to 5 tokens and end with </s>."""
     generator = torch.Generator().manual_seed(seed)
     documents = []
     for index in range(count):
@@ -167,7 +167,7 @@ def random_documents(
 
 
 def instructions_of(model: LanguageModel, tokens: torch.Tensor, layer: int, **known: object) -> InstructionStates:
-    """What an adapter may read of instructions of equal length."""
+    """Return what an adapter may read of instructions of equal length."""
     hidden = model.run_lower(tokens, layer)
     return InstructionStates(hidden, torch.full((len(tokens),), tokens.shape[1]), hidden.mean(1), **known)
 
@@ -181,17 +181,17 @@ def saved(model: LanguageModel, folder: Path, dtype: torch.dtype = torch.float32
 
 
 def hooks(network: torch.nn.Module) -> int:
-    """How many hooks hang on the network; asking transformers for hidden states leaves some of its own."""
+    """Count the hooks of the network; asking transformers for hidden states leaves some of its own."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules())
 
 
 def next_of(tokens: torch.Tensor) -> torch.Tensor:
-    """The next ordinary token; after the last comes the first."""
+    """Return the next ordinary token; after the last comes the first."""
     return torch.where(tokens == VOCABULARY - 1, len(SPECIAL), tokens + 1)
 
 
 def counting_model() -> LanguageModel:
-    """It knows for certain that `next_of(token)` follows: no block does anything, the head is a permutation."""
+    """Build a model that is certain of `next_of(token)`: its blocks add nothing, its head is a permutation."""
     model = tiny_model("llama", hidden_size=VOCABULARY)
     one_hot = torch.eye(VOCABULARY)
     with torch.no_grad():

@@ -134,13 +134,9 @@ def check_resized(
     counterparts = dict(resized.named_modules())
     for name, module in network.named_modules():
         other = counterparts.get(name)
-        if module in shapes:
-            expected = [shapes[module]]
-            actual = None if other is None else [tuple(weight_of(other).shape)]
-        else:
-            expected = _parameter_shapes(module)
-            actual = None if other is None else _parameter_shapes(other)
-        if actual != expected:
+        is_resized = module in shapes
+        expected = [shapes[module]] if is_resized else _parameter_shapes(module)
+        if other is None or expected != ([tuple(weight_of(other).shape)] if is_resized else _parameter_shapes(other)):
             raise DataError(
                 f"a {type(network).__name__} with {_format_sizes(sizes)} has no {name} of shape {expected}: its "
                 "configuration cannot express that; leave that sparsity at 0"

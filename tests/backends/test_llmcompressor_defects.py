@@ -1,4 +1,4 @@
-"""Eight defects of llm-compressor 0.14.0.1 that recipes of its form must not meet here: one test each, end to end."""
+"""Eight defects of llm-compressor 0.14.0.1 that its recipes must not have here: a test for each, end to end."""
 
 import json
 
@@ -46,7 +46,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def compressed(base, text, tmp_path):
-    """Run a recipe on the model, and give the recipe, the folder and its weights."""
+    """A function that runs a recipe on the model and returns the recipe and the compressed weights."""
 
     def run(recipe: str, **flags: object) -> tuple[Recipe, dict[str, torch.Tensor]]:
         path = tmp_path / "recipe.yaml"
@@ -59,7 +59,7 @@ def compressed(base, text, tmp_path):
             "device": "cpu",
         }
         loaded = load_recipe(path, settings | flags)
-        modifiers = [one for one in loaded.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
+        modifiers = [modifier for modifier in loaded.modifiers(Spec) if isinstance(modifier, Pruning | GPTQModifier)]
         compress(loaded, modifiers, tmp_path / "out")
         return loaded, load_file(tmp_path / "out" / "model.safetensors")
 
@@ -81,7 +81,7 @@ def test_1_an_ignored_head_is_not_pruned(base, compressed, modifier, ignore):
     assert all(int((weight == 0).sum()) == weight.numel() // 2 for weight in projections(weights).values())
 
 
-def test_2_magnitude_pruning_at_once_prunes(compressed):
+def test_2_oneshot_magnitude_pruning_prunes(compressed):
     """There, a oneshot MagnitudePruningModifier changes nothing and says nothing."""
     fields = "{init_sparsity: 0.5, final_sparsity: 0.5, targets: ['re:.*proj.weight'], start: 0, end: 1}"
     _, weights = compressed(f"a_stage: {{b_modifiers: {{MagnitudePruningModifier: {fields}}}}}")
@@ -89,16 +89,16 @@ def test_2_magnitude_pruning_at_once_prunes(compressed):
     assert all(int((weight == 0).sum()) == weight.numel() // 2 for weight in projections(weights).values())
 
 
-def test_2_magnitude_pruning_with_one_threshold_prunes_as_much(base, compressed):
+def test_2_a_global_threshold_prunes_as_much(base, compressed):
     """There, `apply_globally: true` is not implemented."""
     fields = "{final_sparsity: 0.5, targets: ['re:.*proj.weight'], apply_globally: true}"
     _, weights = compressed(f"a_stage: {{b_modifiers: {{MagnitudePruningModifier: {fields}}}}}")
     pruned = projections(weights).values()
     assert sum(int((weight == 0).sum()) for weight in pruned) == sum(weight.numel() for weight in pruned) // 2
-    kept = min(float(weight[weight != 0].abs().min()) for weight in pruned)
+    threshold = min(float(weight[weight != 0].abs().min()) for weight in pruned)
     dense = projections(load_file(base / "model.safetensors"))
     for name, weight in projections(weights).items():
-        assert torch.equal(weight == 0, dense[name].abs() < kept), name
+        assert torch.equal(weight == 0, dense[name].abs() < threshold), name
 
 
 @pytest.mark.parametrize("modifier", ["SparseGPTModifier", "WandaPruningModifier"])
@@ -106,13 +106,13 @@ def test_3_owl_spares_blocks_with_outliers(compressed, modifier):
     """There, `sparsity_profile: owl` always ends in an error."""
     fields = "{sparsity: 0.6, sparsity_profile: owl, owl_m: 3, owl_lmbda: 0.08}"
     _, weights = compressed(f"a_stage: {{b_modifiers: {{{modifier}: {fields}}}}}")
-    found = {name: float((weight == 0).double().mean()) for name, weight in projections(weights).items()}
-    first, last = (min(found[name] for name in found if f"layers.{index}." in name) for index in range(2))
+    sparsity = {name: float((weight == 0).double().mean()) for name, weight in projections(weights).items()}
+    first, last = (min(sparsity[name] for name in sparsity if f"layers.{index}." in name) for index in range(2))
     assert abs(first - last) == pytest.approx(0.16, abs=0.02)
     zeros = sum(int((weight == 0).sum()) for weight in projections(weights).values())
     count = sum(weight.numel() for weight in projections(weights).values())
-    half_a_weight_a_row = sum(len(weight) for weight in projections(weights).values()) / 2  # Wanda counts by rows
-    assert zeros == pytest.approx(0.6 * count, abs=1 if modifier == "SparseGPTModifier" else half_a_weight_a_row)
+    half_a_weight_per_row = sum(len(weight) for weight in projections(weights).values()) / 2  # Wanda counts by rows
+    assert zeros == pytest.approx(0.6 * count, abs=1 if modifier == "SparseGPTModifier" else half_a_weight_per_row)
 
 
 def test_4_every_group_of_two_in_four_survives_rounding(compressed):
@@ -139,7 +139,7 @@ def test_5_a_sparse_checkpoint_is_smaller_on_disk(base, compressed, tmp_path, sp
         assert torch.equal(weight, weights[name]), name
 
 
-def test_6_a_recipe_that_is_written_back_is_plain_and_the_same(compressed, tmp_path):
+def test_6_a_dumped_recipe_is_plain_and_the_same(compressed, tmp_path):
     """There, two stages come back as one, with a tag that `yaml.safe_load` refuses."""
     recipe, _ = compressed(SPARSE_24_THEN_W4)
     dumped = dump_recipe(recipe)
@@ -151,7 +151,7 @@ def test_6_a_recipe_that_is_written_back_is_plain_and_the_same(compressed, tmp_p
     assert manifest["recipe"] == yaml.safe_load(dumped)
 
 
-def test_7_a_matrix_that_is_not_positive_definite_is_never_replaced_silently(compressed, tmp_path):
+def test_7_a_singular_matrix_is_never_replaced_silently(compressed, tmp_path):
     """There, the inverse becomes the identity. Here damping is raised and counted, and too many raises are an error."""
     recipe = "a_stage: {b_modifiers: {SparseGPTModifier: {sparsity: 0.5, dampening_frac: 1.0e-30}}}"
     few = {"num_calibration_samples": 1, "max_seq_length": 8}  # 8 tokens for 32 inputs

@@ -1,4 +1,4 @@
-"""A repair in a folder: stored whole beside the weights, computed by whoever loads it with mopcompress."""
+"""A low-rank repair in a folder: stored next to the weights, and computed when mopcompress loads the folder."""
 
 import json
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BLOCKS, saved, tiny_model
 from transformers import AutoModelForCausalLM
 
+from mopcompress.compress.checkpoint import CompressionCheckpoint
 from mopcompress.entrypoints.compress import compress_into
 from mopcompress.entrypoints.export import export
 from mopcompress.entrypoints.verify import verify
@@ -67,54 +68,52 @@ def test_the_loaded_model_is_closer_to_the_dense_one(made):
     assert float((repaired - dense).square().mean()) < 0.75 * float((plain - dense).square().mean())
 
 
-def test_what_is_loaded_is_the_weights_and_the_product_of_the_file(made):
-    """The slow definition: a dense model whose weights are W_c + B A."""
+def test_a_loaded_model_computes_weights_plus_product(made):
+    """Compare with the definition: a dense model whose weights are W_c + B A."""
     _, _, folder = made
     model = load_model(folder, device=CPU)
-    slow, repairs = tiny_model(model.network.config.model_type), load_file(folder / REPAIR)
-    slow.network.load_state_dict(model.network.state_dict())
+    expected, repairs = tiny_model(model.network.config.model_type), load_file(folder / REPAIR)
+    expected.network.load_state_dict(model.network.state_dict())
     for name in {name[:-2] for name in repairs}:
         change = repairs[f"{name}.B"].float() @ repairs[f"{name}.A"].float()
         stem, _, part = name.rpartition(".")
         if "experts" in stem:
             stack, _, number = stem.rpartition(".")
-            module = slow.network.get_submodule(stack)
+            module = expected.network.get_submodule(stack)
             inner = module.gate_up_proj.shape[1] // 2
-            place = {
+            weight = {
                 "gate_proj": module.gate_up_proj.data[int(number), :inner],
                 "up_proj": module.gate_up_proj.data[int(number), inner:],
                 "down_proj": module.down_proj.data[int(number)],
             }[part]
         else:
-            place = slow.network.get_submodule(name).weight.data
-        place += change.T if model.network.config.model_type == "gpt2" else change
+            weight = expected.network.get_submodule(name).weight.data
+        weight += change.T if model.network.config.model_type == "gpt2" else change
     with torch.no_grad():
         torch.testing.assert_close(
             model.network(input_ids=CALIBRATION_TOKENS).logits,
-            slow.network(input_ids=CALIBRATION_TOKENS).logits,
+            expected.network(input_ids=CALIBRATION_TOKENS).logits,
             rtol=1e-4,
             atol=1e-4,
         )
 
 
 def test_later_layers_were_calibrated_on_what_is_loaded(made, monkeypatch):
-    """The hidden states that the job ended with are those of the loaded model."""
+    """The last hidden states of the job are those of the loaded model."""
     source, _, folder = made
-    seen = []
-    from mopcompress.compress.checkpoint import CompressionCheckpoint
-
+    outputs = []
     save_block = CompressionCheckpoint.save_block
 
-    def note(self, index, block, *rest):
-        seen.append(block.outputs.compressed)
+    def record_outputs(self, index, block, *rest):
+        outputs.append(block.outputs.compressed)
         return save_block(self, index, block, *rest)
 
-    monkeypatch.setattr(CompressionCheckpoint, "save_block", note)
+    monkeypatch.setattr(CompressionCheckpoint, "save_block", record_outputs)
     run(source, folder.parent / "again", recipe_of(4))
     model = load_model(folder.parent / "again", device=CPU)
     with torch.no_grad():
         hidden = model.run_upper(model.run_lower(CALIBRATION_TOKENS, 0), 0)
-    torch.testing.assert_close(hidden, seen[-1].clone(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden, outputs[-1].clone(), rtol=1e-4, atol=1e-4)
 
 
 def test_stock_transformers_loads_it_without_the_repair(made):
@@ -127,7 +126,7 @@ def test_stock_transformers_loads_it_without_the_repair(made):
         assert torch.equal(weight.float(), weights[name]), name
 
 
-def test_counts_are_counted(made):
+def test_the_manifest_counts_parameters_and_bytes(made):
     _, plain, folder = made
     stored = load_file(folder / REPAIR)
     rows = [json.loads(line) for line in (folder / "layers.jsonl").read_text().splitlines()]
@@ -161,7 +160,7 @@ def test_a_hash_is_of_weights_and_repair(llama, tmp_path):
 
 
 @pytest.mark.parametrize(("what", "count"), [("_save_atomically", 3), ("_save_atomically", 4), ("overwrite", 14)])
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, llama, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_bytes(what, count, llama, tmp_path, monkeypatch):
     source, whole = llama
     with monkeypatch.context() as patch:
         stop_at(patch, what, count)
@@ -173,7 +172,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(what, count, llama, tmp_p
     assert "repair.safetensors" in folder_contents(whole)[2]
 
 
-def test_a_repair_that_is_damaged_in_unfinished_work_is_made_again(llama, tmp_path, monkeypatch):
+def test_a_damaged_repair_in_a_checkpoint_is_made_again(llama, tmp_path, monkeypatch):
     source, whole = llama
     with monkeypatch.context() as patch:
         stop_at(patch, "_save_atomically", 5)
@@ -207,10 +206,10 @@ def test_a_damaged_repair_is_a_data_error(spoil, llama, tmp_path):
         load_model(tmp_path, device=CPU)
 
 
-# --- what is refused, before any work
+# --- requests that are rejected before any work
 
 
-def test_a_rank_that_is_more_than_a_side_is_refused(llama, tmp_path):
+def test_a_rank_above_the_size_of_a_linear_is_an_error(llama, tmp_path):
     source, _ = llama
     with pytest.raises(RecipeError, match=r"rank 17 is more than the 16 of model\.layers\.0\.self_attn\.k_proj"):
         run(source, tmp_path / "out", recipe_of(17))
@@ -229,7 +228,7 @@ def test_a_repaired_folder_is_not_compressed_again(llama, tmp_path):
         assert "has a low-rank repair" in outcome.errors[0]
 
 
-def test_what_makes_no_repair_says_so(llama, tmp_path):
+def test_methods_without_a_repair_are_an_error(llama, tmp_path):
     base = load_recipe(None, {"device": "cpu", "model": "unused"})
     with pytest.raises(UsageError, match="structured refits what it keeps"):
         pruning_recipe(base, method="structured", repair_rank=4)
@@ -258,26 +257,28 @@ def read(tmp_path, text):
     return load_recipe(path)
 
 
-def test_a_recipe_can_ask_for_it_and_a_flag_wins(tmp_path):
+def test_a_flag_overrides_the_rank_of_a_recipe(tmp_path):
     recipe = read(tmp_path, ORDER.format(first=SPARSE, second=LOW_RANK))
     assert pruning_recipe(recipe).repair == LowRankRepairModifier(rank=3)
     assert pruning_recipe(recipe, repair_rank=5).repair == LowRankRepairModifier(rank=5)
     assert recipe_of().repair is None
 
 
-def test_the_repair_of_pruning_and_rounding_is_that_of_the_whole_recipe(tmp_path):
+def test_a_repair_belongs_to_all_stages_of_a_recipe(tmp_path):
     rounding = "  b_modifiers:\n    GPTQModifier: {scheme: W4A16}\n    LowRankRepairModifier: {rank: 3}\n"
     recipe = read(tmp_path, ORDER.format(first=SPARSE, second="") + rounding)
     assert pruning_recipe(recipe).repair is None
     assert quantization_recipe(recipe).repair == LowRankRepairModifier(rank=3)
-    assert [type(one) for one in quantization_recipe(recipe).modifiers(GPTQModifier, LowRankRepairModifier)] == [
+    assert [
+        type(modifier) for modifier in quantization_recipe(recipe).modifiers(GPTQModifier, LowRankRepairModifier)
+    ] == [
         GPTQModifier,
         LowRankRepairModifier,
     ]
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "says"),
+    ("first", "second", "message"),
     [
         (LOW_RANK, SPARSE, "there is none; put it last"),
         (LOW_RANK, SPARSE, "has repaired; put it before that"),
@@ -285,8 +286,8 @@ def test_the_repair_of_pruning_and_rounding_is_that_of_the_whole_recipe(tmp_path
         (SPARSE, "LowRankRepairModifier: {}", "rank"),
     ],
 )
-def test_a_repair_out_of_place_is_a_fault(first, second, says, tmp_path):
-    with pytest.raises(RecipeError, match=says):
+def test_a_repair_out_of_place_is_a_fault(first, second, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
         read(tmp_path, ORDER.format(first=first, second=second))
 
 
@@ -296,10 +297,10 @@ def test_a_recipe_has_one_repair(tmp_path):
         read(tmp_path, ORDER.format(first=SPARSE, second=LOW_RANK) + second)
 
 
-# --- who uses the folder
+# --- uses of the folder
 
 
-def test_an_export_carries_it_there_and_back(llama, tmp_path):
+def test_a_round_trip_of_exports_preserves_the_repair(llama, tmp_path):
     _, folder = llama
     for format in ("sparse", "compressed-tensors", "dense"):
         export(str(folder), format, tmp_path / format)
@@ -309,12 +310,12 @@ def test_an_export_carries_it_there_and_back(llama, tmp_path):
     assert torch.equal(logits(tmp_path / "back"), logits(folder))
 
 
-def test_verify_looks_at_it_too(llama):
+def test_verify_counts_the_tensors_of_the_repair(llama):
     _, folder = llama
     assert verify(folder)["tensors"] == len(load_file(folder / "model.safetensors")) + 2 * len(read_repairs(folder))
 
 
-def test_it_stays_beside_linears_that_compute_from_their_survivors(llama):
+def test_sparse_linears_retain_the_repair(llama):
     _, folder = llama
     model = load_model(folder, device=CPU)
     with torch.no_grad():
@@ -323,12 +324,12 @@ def test_it_stays_beside_linears_that_compute_from_their_survivors(llama):
         torch.testing.assert_close(model.network(input_ids=CALIBRATION_TOKENS).logits, before, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_are_trained_through_it(llama):
+def test_gradients_pass_through_the_repair(llama):
     _, folder = llama
     model = load_model(folder, device=CPU)
     prompt = torch.randn(1, 3, model.hidden_size, requires_grad=True)
     model.run_upper(prompt, 2).square().sum().backward()
     linear = model.blocks[3].mlp.down_proj
     assert repair_of(linear) is not None
-    assert not any(one.requires_grad for one in repair_of(linear).buffers())
+    assert not any(buffer.requires_grad for buffer in repair_of(linear).buffers())
     assert float(prompt.grad.abs().sum()) > 0
