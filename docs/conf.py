@@ -35,6 +35,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False
 napoleon_use_admonition_for_examples = False
 
 html_theme = "furo"

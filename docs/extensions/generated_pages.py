@@ -189,7 +189,9 @@ def _parameters(callback: Any) -> Iterator[tuple[str, Any, object, ArgumentInfo 
 
 def _option_names(parameter: str, kind: Any, info: OptionInfo) -> str:
     flag = parameter.replace("_", "-")
-    names = [name for declared in info.param_decls or () for name in declared.split("/") if name.startswith("-")]
+    # inside Annotated, typer.Option holds the first name where a default would be
+    declarations = (info.default if isinstance(info.default, str) else "", *(info.param_decls or ()))
+    names = [name for declared in declarations for name in declared.split("/") if name.startswith("-")]
     if kind is bool:
         return ", ".join(_code(name) for name in names or (f"--{flag}", f"--no-{flag}"))
     return ", ".join(_code(name) for name in names or (f"--{flag}",)) + " " + _code(_value_name(kind, info))
