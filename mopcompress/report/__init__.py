@@ -1,4 +1,4 @@
-"""From a run folder to report.json, report.md and report.html. Reads rows, never torch: tables redraw on a laptop."""
+"""Reports of a run folder: report.json, report.md and report.html. Reads rows, never torch: it runs on a laptop."""
 
 import json
 import math
@@ -15,26 +15,44 @@ __all__ = ["write_report"]
 
 
 def write_report(folder: Path) -> list[Path]:
-    """Write the three reports of the run in `folder` beside its rows, each atomically; returns their paths.
+    """Write report.json, report.md and report.html of a bench into its folder, each atomically.
 
-    The same run gives the same bytes. Unfinished runs are reported as far as they are. Raises `InputNotFoundError`,
-    `DataError` or `RefusedError` when the run cannot be read and `StorageError` when the reports cannot be written.
+    The same run gives the same bytes. A run that is not finished is reported as far as it is, with its missing cells
+    named.
+
+    Args:
+        folder: The output folder of `bench`, with `rows.jsonl`, `run.json` and the scores of the documents.
+
+    Returns:
+        The paths of the three reports, in that order.
+
+    Raises:
+        InputNotFoundError: The folder has no rows, or lacks a file that a row names.
+        DataError: The files of the folder contradict each other, or one of them is damaged.
+        RefusedError: A row names a file outside the folder.
+        StorageError: A report cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import mopcompress
+        >>> [path.name for path in mopcompress.write_report(Path("runs/bench"))]
+        ['report.json', 'report.md', 'report.html']
     """
     content, numbers = build_content(read_run(folder))
     texts = {
-        "report.json": json.dumps(_finite(numbers), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": json.dumps(_without_nonfinite(numbers), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": to_markdown(content),
         "report.html": to_html(content),
     }
     return [_write(text, folder / name) for name, text in texts.items()]
 
 
-def _finite(value: Any) -> Any:
-    """The value with infinities and NaN as strings, which JSON has no numbers for."""
+def _without_nonfinite(value: Any) -> Any:
+    """Replace infinities and NaN by strings, because JSON has no numbers for them."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [_without_nonfinite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

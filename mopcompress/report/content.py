@@ -1,4 +1,4 @@
-"""The report itself, before it is drawn: sentences, tables, figures. A pure function of the run."""
+"""The report before it is rendered: sentences, tables, figures. A pure function of the run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from mopcompress.report.pivot import (
     Comparison,
     ResultGrid,
     best_arms,
-    compare,
+    compare_arms,
     make_result_grid,
     perplexity_spread,
     recovery,
@@ -26,7 +26,7 @@ from mopcompress.report.table import Table
 
 @dataclass(frozen=True)
 class Sentence:
-    """What the mixture does in one setting."""
+    """A sentence about one setting."""
 
     setting: str
     text: str
@@ -34,7 +34,7 @@ class Sentence:
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """Everything report.md and report.html say; figures are in the HTML only."""
+    """Everything in report.md and report.html; figures are in the HTML alone."""
 
     title: str
     data: metadata.Facts
@@ -57,9 +57,9 @@ class Content:
 
 
 def build_content(run: Run) -> tuple[Content, dict[str, Any]]:
-    """The report for people, and the same numbers for machines (plain values; non-finite ones as in the rows)."""
+    """Return the report for people, and the same numbers as plain values for report.json."""
     grid = make_result_grid(run.rows, run.spec)
-    comparisons = compare(run, grid)
+    comparisons = compare_arms(run, grid)
     content = Content(
         title=metadata.title(run),
         data=metadata.data_facts(run),
@@ -67,7 +67,7 @@ def build_content(run: Run) -> tuple[Content, dict[str, Any]]:
         headline=headline(grid, comparisons),
         warnings=caution_lines(run, grid, comparisons),
         results=result_tables.results_table(grid, comparisons),
-        figures=plots.figures(grid, comparisons),
+        figures=plots.draw_figures(grid, comparisons),
         comparisons=result_tables.comparisons_table(comparisons),
         costs=cost_tables.costs_table(grid),
         sweeps=cost_tables.sweeps_table(grid, run.sweeps),
@@ -84,82 +84,88 @@ def build_content(run: Run) -> tuple[Content, dict[str, Any]]:
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
-    """One sentence over all settings: mixture against single prompt."""
-    said = [result_tables.verdict(one.micro) for one in comparisons if (one.first, one.second) == ("mop", "single")]
-    if not said:
-        return "The mixture and the single prompt have not both been measured in any setting."
-    better, worse, unclear, infinite = (said.count(verdict) for verdict in result_tables.VERDICTS)
-    text = f"Against the single prompt, the mixture of prompts is better in {better} of {len(said)} settings"
-    text += f", worse in {worse}; no difference is shown in {unclear}"
+    """Compare the mixture with the single prompt over all settings, in one sentence."""
+    mixture = [pair for pair in comparisons if (pair.first, pair.second) == ("mop", "single")]
+    verdicts = [result_tables.verdict(pair.micro) for pair in mixture]
+    if not verdicts:
+        return "No setting has rows of both the mixture of prompts (mop) and the single prompt (single)."
+    better, worse, unclear, infinite = (verdicts.count(verdict) for verdict in result_tables.VERDICTS)
+    text = (
+        f"Compared with the single prompt, the mixture of prompts (mop) is better in {better} of {len(verdicts)} "
+        f"settings and worse in {worse}; no difference is shown in {unclear}"
+    )
     return text + (f"; a score is infinite in {infinite}." if infinite else ".")
 
 
 def headline(grid: ResultGrid, comparisons: Sequence[Comparison]) -> tuple[Sentence, ...]:
-    """What the mixture does against single and none, a sentence a setting; without a mixture, what each arm does."""
+    """Compare the mixture with single and none, a sentence per setting; without a mixture, every arm with none."""
     sentences = []
     for setting in grid.settings:
-        pairs = [one for one in comparisons if one.setting == setting]
-        mixture = [one for one in pairs if one.first == "mop" and one.second in ("single", "none")]
+        pairs = [pair for pair in comparisons if pair.setting == setting]
+        mixture = [pair for pair in pairs if pair.first == "mop" and pair.second in ("single", "none")]
         parts = ["mop not measured"] if "mop" in grid.arms and not mixture and setting != DENSE else []
         previous = ""
-        for one in mixture or [one for one in pairs if one.second == "none"]:
-            first, second = map(number, one.perplexities)  # over what was compared: an arm can have other seeds, too
-            this = f"{one.first} {first} "
-            parts.append(f"{this if this != previous else ''}against {one.second} {second}: {_outcome(one)}")
-            previous = this
+        for pair in mixture or [pair for pair in pairs if pair.second == "none"]:
+            first, second = map(number, pair.perplexities)  # over the seeds that were compared, not over all
+            subject = f"{pair.first} {first} "
+            parts.append(
+                f"{subject if subject != previous else ''}against {pair.second} {second}: {_change_text(pair)}"
+            )
+            previous = subject
         if parts and any(grid.rows(setting, arm) for arm in grid.arms):
             sentences.append(Sentence(setting, "; ".join(parts)))
     return tuple(sentences)
 
 
+def _change_text(pair: Comparison) -> str:
+    if not pair.micro.is_known:
+        return "no interval, a score is infinite"
+    doubt = "" if pair.micro.shows_difference else ", no difference shown"
+    return result_tables.interval_text(pair.micro) + doubt
+
+
 def caution_lines(run: Run, grid: ResultGrid, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    """What a reader must know before believing the tables."""
-    found = []
+    """List the limits of the numbers: missing cells, fallbacks, small tasks, and seeds that do not match."""
+    cautions = []
     if grid.missing:
-        named = "; ".join(f"{setting}, {arm}, seed {seed}" for setting, arm, seed in grid.missing[:6])
+        named = "; ".join(map(str, grid.missing[:6]))
         rest = f"; and {len(grid.missing) - 6} more" if len(grid.missing) > 6 else ""
         verb = "cell of the recipe's grid is" if len(grid.missing) == 1 else "cells of the recipe's grid are"
-        found.append(f'{len(grid.missing)} {verb} missing ({named}{rest}), shown as "-".')
+        cautions.append(f'{len(grid.missing)} {verb} missing ({named}{rest}), shown as "-".')
     for setting in grid.settings:
-        worst = max((row.fallbacks for arm in grid.arms for row in grid.rows(setting, arm)), default=0)
-        if worst:
-            found.append(f"{setting}: {worst} matrices needed more damping than asked for.")
+        most = max((row.fallbacks for arm in grid.arms for row in grid.rows(setting, arm)), default=0)
+        if most:
+            cautions.append(f"{setting}: {most} matrices needed more damping than requested.")
     if scarce := scarce_tasks(next(iter(run.documents.values())).tasks):
         counts = ", ".join(f"{task}: {count}" for task, count in scarce.items())
-        found.append(f"Tasks with fewer than {MIN_DOCUMENTS} test documents, so no macro interval ({counts}).")
-    for one in comparisons:
-        if is_seeded(one.first) and is_seeded(one.second) and not one.shared:
-            found.append(
-                f"{one.setting}: {one.first} and {one.second} have no seed in common, so their difference holds that "
-                "of the seeds as well."
+        cautions.append(f"No macro interval, because tasks have fewer than {MIN_DOCUMENTS} test documents ({counts}).")
+    for pair in comparisons:
+        if is_seeded(pair.first) and is_seeded(pair.second) and not pair.shared:
+            cautions.append(
+                f"{pair.setting}: {pair.first} and {pair.second} have no seed in common, so their difference includes "
+                "that between the seeds."
             )
-    if once := _run_once(grid):
-        found.append(
-            f"One seed of {'; '.join(once)}: the intervals cover the choice of test documents, not the luck of "
+    if arms := _arms_with_single_seed(grid):
+        cautions.append(
+            f"One seed for {'; '.join(arms)}: the intervals cover the choice of test documents, not the randomness of "
             "training."
         )
-    return tuple(found)
+    return tuple(cautions)
 
 
-def _run_once(grid: ResultGrid) -> list[str]:
-    """Of which arms, and where not in all, in which settings, there is one seed, though others would be others."""
+def _arms_with_single_seed(grid: ResultGrid) -> list[str]:
+    """List the arms that were trained with a single seed, each with its settings unless it is all of them."""
     trained = [(setting, arm) for (setting, arm), rows in grid.cells.items() if rows and is_seeded(arm)]
-    once = [(setting, arm) for setting, arm in trained if len(grid.rows(setting, arm)) == 1]
-    if once == trained:
-        return ["each arm"] if once else []
-    settings = {arm: [setting for setting, other in once if other == arm] for _, arm in once}
-    everywhere = {arm for arm in settings if all(cell in once for cell in trained if cell[1] == arm)}
+    single = [(setting, arm) for setting, arm in trained if len(grid.rows(setting, arm)) == 1]
+    if single == trained:
+        return ["each arm"] if single else []
+    settings = {arm: [setting for setting, other in single if other == arm] for _, arm in single}
+    everywhere = {arm for arm in settings if all(cell in single for cell in trained if cell[1] == arm)}
     return [arm if arm in everywhere else f"{arm} at {', '.join(settings[arm])}" for arm in sorted(settings)]
 
 
-def _outcome(one: Comparison) -> str:
-    if not one.micro.is_known:
-        return "no interval, a score is infinite"
-    doubt = "" if one.micro.shows_difference else ", no difference shown"
-    return result_tables.interval_text(one.micro) + doubt
-
-
 def _numbers(run: Run, grid: ResultGrid, comparisons: Sequence[Comparison], content: Content) -> dict[str, Any]:
+    """Return the numbers of the report by their keys in report.json; non-finite ones as in the rows."""
     cells: list[Mapping[str, Any]] = []
     for (setting, arm), rows in grid.cells.items():
         if rows:
@@ -174,7 +180,7 @@ def _numbers(run: Run, grid: ResultGrid, comparisons: Sequence[Comparison], cont
                     "perplexity_macro": asdict(macro),
                     **{
                         field: asdict(spread(rows, attrgetter(field)))
-                        for _, field, _ in result_tables.WRITTEN
+                        for _, field, _ in result_tables.ANSWER_COLUMNS
                         if all(getattr(row, field) is not None for row in rows)
                     },
                     "recovery": recovery(grid, setting, arm),
@@ -188,7 +194,7 @@ def _numbers(run: Run, grid: ResultGrid, comparisons: Sequence[Comparison], cont
         "warnings": list(content.warnings),
         "missing": [list(cell) for cell in grid.missing],
         "cells": cells,
-        "comparisons_log_perplexity": [asdict(one) for one in comparisons],
+        "comparisons_log_perplexity": [asdict(pair) for pair in comparisons],
         "rows": [asdict(row) for row in run.rows],
         "manifest": dict(run.manifest),
     }

@@ -1,4 +1,4 @@
-"""Numbers and names as a reader sees them. Nothing is clipped: huge is written out, infinite is `inf`."""
+"""Numbers and names as text. Nothing is clipped: a huge number is written out, an infinite one is `inf`."""
 
 import math
 
@@ -9,7 +9,7 @@ UNKNOWN = "not recorded"
 
 
 def number(value: float) -> str:
-    """Four significant digits below 1000, thousands separators above, an exponent from 10^15 on."""
+    """Show four significant digits below 1000, thousands separators above, an exponent from 10^15 on."""
     if not math.isfinite(value):
         return _sign(str(float(value)))
     size = abs(value)
@@ -17,45 +17,45 @@ def number(value: float) -> str:
         return _sign(f"{value:.3e}")
     if size >= 999.95:
         return _sign(f"{value:,.0f}")
-    decimals = next(places for places, limit in ((3, 9.9995), (2, 99.995), (1, math.inf)) if size < limit)
+    decimals = next(digits for digits, limit in ((3, 9.9995), (2, 99.995), (1, math.inf)) if size < limit)
     return _sign(f"{value:.{decimals}f}")
 
 
-def share(value: float, *, decimals: int = 1) -> str:
-    """0.853 as `85.3 %`."""
-    return _sign(f"{100 * value:.{decimals}f}") + NARROW + "%"
+def percent(fraction: float, *, decimals: int = 1) -> str:
+    """Show 0.853 as `85.3 %`."""
+    return _sign(f"{100 * fraction:.{decimals}f}") + NARROW + "%"
 
 
 def hundredths(value: float) -> str:
-    """0.4137 as `41.4`: ROUGE-L as it is usually told, 100 for the same words."""
+    """Show 0.4137 as `41.4`, the usual form of ROUGE-L: 100 for identical words."""
     return _sign(f"{100 * value:.1f}")
 
 
-def points(estimate: float, low: float, high: float) -> str:
-    """A difference of ROUGE-L and its interval as `+3.2 [+1.1, +5.3]`, in hundredths; the plain one without an end."""
+def hundredths_with_interval(estimate: float, low: float, high: float) -> str:
+    """Show a difference of ROUGE-L as `+3.2 [+1.1, +5.3]`, in hundredths, or `+3.2` without known ends."""
     middle, left, right = (_sign(f"{100 * value:+.1f}") for value in (estimate, low, high))
     return f"{middle} [{left}, {right}]" if math.isfinite(low) and math.isfinite(high) else middle
 
 
 def ratio(value: float) -> str:
-    """0.8534 as `0.85`."""
+    """Show 0.8534 as `0.85`."""
     return _sign(f"{value:.2f}")
 
 
 def change(nats: float) -> str:
-    """A difference of log perplexity as the change of perplexity: log(0.88) as `-12 %`."""
+    """Show a difference of log perplexity as the change of perplexity: log(0.88) as `-12 %`."""
     return _percents([nats])[0] + NARROW + "%" if math.isfinite(nats) else "n/a"
 
 
 def change_range(low: float, high: float) -> str:
-    """Two differences of log perplexity as `-12 % to +3 %`."""
+    """Show two differences of log perplexity as `-12 % to +3 %`."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return "n/a"
-    return " to ".join(f"{percent}{NARROW}%" for percent in _percents([low, high]))
+    return " to ".join(f"{number}{NARROW}%" for number in _percents([low, high]))
 
 
 def change_with_interval(estimate: float, low: float, high: float) -> str:
-    """`-12 % [-15, -9]`, with decimals where an end is close to 0 or to -100."""
+    """Show a change and its interval as `-12 % [-15, -9]`, with decimals when an end is close to 0 or to -100."""
     if not all(map(math.isfinite, (estimate, low, high))):
         return "n/a"
     middle, left, right = _percents([estimate, low, high])
@@ -63,7 +63,7 @@ def change_with_interval(estimate: float, low: float, high: float) -> str:
 
 
 def size_in_bytes(value: float) -> str:
-    """1,234,567 as `1.23 MB`, in powers of 1000."""
+    """Show 1,234,567 as `1.23 MB`, in powers of 1000."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= scale:
             return (
@@ -73,7 +73,7 @@ def size_in_bytes(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.42 s`, `12.3 s`, `4 min 05 s`, `1 h 02 min`."""
+    """Show seconds as `0.42 s`, `12.3 s`, `4 min 05 s` or `1 h 02 min`."""
     if not seconds:
         return f"0{NARROW}s"
     if seconds < 59.95:
@@ -85,19 +85,20 @@ def duration(seconds: float) -> str:
 
 
 def shortened(name: str, length: int) -> str:
-    """The name on one line, what cannot be printed replaced, with an ellipsis where more than `length` is cut off."""
-    name = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(name.split()))
+    """Put a name on one line, replace unprintable characters, and cut it to `length` with an ellipsis."""
+    name = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(name.split()))
     return name if len(name) <= length else name[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _percents(differences: list[float]) -> list[str]:
+    """Show differences of log perplexity as percentages with common decimals."""
     values = [100 * math.expm1(nats) if nats < 700 else math.inf for nats in differences]
-    room = min((min(abs(value), abs(100 + value)) for value in values if value), default=1.0)
-    decimals = 0 if room >= 2 else 1 if room >= 0.1 else 2
+    smallest = min((min(abs(value), abs(100 + value)) for value in values if value), default=1.0)
+    decimals = 0 if smallest >= 2 else 1 if smallest >= 0.1 else 2
     return [_sign(f"{value:+,.{decimals}f}" if abs(value) < 1e15 else f"{value:+.2e}") for value in values]
 
 
 def _sign(text: str) -> str:
-    """The text with a proper minus; a zero has no sign."""
-    is_zero = not any(sign in text for sign in "123456789ina")
+    """Write a number with a proper minus sign, and a zero without a sign."""
+    is_zero = not any(char in text for char in "123456789ina")
     return text.lstrip("+-") if is_zero else text.replace("-", MINUS, 1) if text.startswith("-") else text

@@ -1,4 +1,4 @@
-"""report.md: the same words and tables, without figures."""
+"""The text of report.md and report.html. Both have the same words and tables; figures are in the HTML alone."""
 
 import re
 from collections.abc import Iterable
@@ -14,23 +14,23 @@ from mopcompress.report.table import Line, Table, Text
 
 
 def to_markdown(content: Content) -> str:
-    """GitHub-flavoured Markdown; every name from outside is escaped."""
+    """Render GitHub-flavoured Markdown; every name from outside is escaped."""
     parts = [
-        f"# {escaped(content.title)}",
+        f"# {escape_markdown(content.title)}",
         _facts(content.data),
-        f"## In short\n\n{escaped(content.summary)}",
-        "\n".join(f"- At **{escaped(one.setting)}**: {escaped(one.text)}" for one in content.headline),
-        "\n".join(f"> {escaped(warning)}  " for warning in content.warnings),
+        f"## In short\n\n{escape_markdown(content.summary)}",
+        "\n".join(f"- **{escape_markdown(item.setting)}**: {escape_markdown(item.text)}" for item in content.headline),
+        "\n".join(f"> {escape_markdown(warning)}  " for warning in content.warnings),
         _table(content.results),
         _table(content.comparisons),
         _table(content.costs),
         _table(content.sweeps) if content.sweeps.lines else "",
-        "## Tasks\n\nPerplexity and, in brackets, exact match.",
+        "## Tasks\n\nPerplexity, and in brackets the fraction of exact matches; mean over seeds.",
         *(_table(table, level=3) for table in content.tasks),
         _table(content.gates) if content.gates.lines else "",
-        escaped(gate_tables.CONFUSION_NOTE) if content.confusions else "",
+        escape_markdown(gate_tables.CONFUSION_NOTE) if content.confusions else "",
         *(_table(table, level=3) for table in content.confusions),
-        f"## What was written\n\n{escaped(task_tables.NOTE)}" if content.answers else "",
+        f"## Sample answers\n\n{escape_markdown(task_tables.NOTE)}" if content.answers else "",
         *(_table(table, level=3) for table in content.answers),
         f"## Definitions\n\n{_facts(content.definitions)}",
         f"## Protocol\n\n{_facts(content.protocol)}",
@@ -41,33 +41,35 @@ def to_markdown(content: Content) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def escaped(text: str) -> str:
-    """One line in which no character means anything to Markdown or HTML."""
+def escape_markdown(text: str) -> str:
+    """Return one line in which no character has a meaning in Markdown or HTML."""
     text = re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", " ".join(text.split()))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _facts(facts: Facts) -> str:
-    return "\n".join(f"- **{escaped(name)}**: {escaped(text)}" for name, text in facts)
+    return "\n".join(f"- **{escape_markdown(name)}**: {escape_markdown(text)}" for name, text in facts)
 
 
 def _table(table: Table, *, level: int = 2) -> str:
     rules = ["---"] * table.names + ["---:"] * (len(table.columns) - table.names)
     lines = [
-        _line(map(escaped, table.columns)),
-        _line(rules),
-        *(_line(_cells(line, table.names)) for line in table.lines),
+        _row(map(escape_markdown, table.columns)),
+        _row(rules),
+        *(_row(_cells(line, table.names)) for line in table.lines),
     ]
-    return "\n\n".join(filter(None, ["#" * level + " " + escaped(table.title), escaped(table.note), "\n".join(lines)]))
+    return "\n\n".join(
+        filter(None, ["#" * level + " " + escape_markdown(table.title), escape_markdown(table.note), "\n".join(lines)])
+    )
 
 
 def _cells(line: Line, names: int) -> Iterable[str]:
-    for place, cell in enumerate(line.cells):
-        text = escaped(cell.main) + (f" ({escaped(cell.minor)})" if cell.minor else "")
-        yield f"**{text}**" if line.strong and place in (names - 1, names + 1) and cell != Text("") else text
+    for index, cell in enumerate(line.cells):
+        text = escape_markdown(cell.main) + (f" ({escape_markdown(cell.minor)})" if cell.minor else "")
+        yield f"**{text}**" if line.strong and index in (names - 1, names + 1) and cell != Text("") else text
 
 
-def _line(cells: Iterable[str]) -> str:
+def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
@@ -77,7 +79,7 @@ def _fenced(text: str) -> str:
 
 
 def to_html(content: Content) -> str:
-    """Fill the template; only the figures drawn by `plots` go in unescaped."""
+    """Render the HTML template; only the figures drawn by `plots` are inserted unescaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

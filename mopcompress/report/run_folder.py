@@ -1,4 +1,4 @@
-"""A finished or half-finished run folder, read and checked: rows, manifest, document scores."""
+"""A finished or partial run folder, read and checked: rows, manifest, document scores, sweeps."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 from mopcompress.errors import DataError, InputNotFoundError, RefusedError
 from mopcompress.results import (
     BenchRow,
+    Cell,
     DocumentScores,
     Sweep,
     check_comparable,
@@ -17,15 +18,13 @@ from mopcompress.results import (
     read_sweeps,
 )
 
-Cell = tuple[str, str, int]  # setting, arm, seed
-
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a report is made of. All documents have the same tasks and scored tokens, in the same order."""
+    """Everything that a report is made of. All cells have the same tasks and scored tokens, in the same order."""
 
     rows: tuple[BenchRow, ...]
-    manifest: Mapping[str, Any]
+    manifest: Mapping[str, Any]  # run.json; empty when it is missing
     documents: Mapping[Cell, DocumentScores]
     sweeps: Mapping[str, Sweep]  # by `results.sweep_name`
 
@@ -36,13 +35,13 @@ class Run:
 
 
 def section(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of the manifest; empty when it is missing or null."""
+    """Return a part of the manifest; empty when it is missing or null."""
     part = manifest.get(name)
     return part if isinstance(part, dict) else {}
 
 
 def read_run(folder: Path) -> Run:
-    """Read `rows.jsonl`, `run.json`, the documents the rows name, and the sweeps.
+    """Read `rows.jsonl`, `run.json`, the documents that the rows name, and the sweeps.
 
     Raises `InputNotFoundError` when there is nothing to report on, `DataError` when the parts contradict each other,
     `RefusedError` when a row names a file outside the folder.
@@ -56,18 +55,18 @@ def read_run(folder: Path) -> Run:
     for row in rows:
         if row.cell in documents:
             raise DataError(f"{folder / 'rows.jsonl'}: two rows for {row.cell}; remove one of them")
-        documents[row.cell] = _documents(row, folder)
+        documents[row.cell] = _read_documents(row, folder)
     _check_same_tokens(rows, documents)
     check_comparable(rows, folder / "rows.jsonl")
     return Run(
         rows=rows,
-        manifest=_manifest(folder / "run.json"),
+        manifest=_read_manifest(folder / "run.json"),
         documents=documents,
         sweeps=read_sweeps(folder / "sweeps"),
     )
 
 
-def _manifest(path: Path) -> Mapping[str, Any]:
+def _read_manifest(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         return {}
     try:
@@ -81,7 +80,7 @@ def _manifest(path: Path) -> Mapping[str, Any]:
     return manifest
 
 
-def _documents(row: BenchRow, folder: Path) -> DocumentScores:
+def _read_documents(row: BenchRow, folder: Path) -> DocumentScores:
     path = folder / row.documents_file
     if not path.resolve().is_relative_to(folder.resolve()):
         raise RefusedError(
@@ -95,11 +94,13 @@ def _documents(row: BenchRow, folder: Path) -> DocumentScores:
         raise DataError(
             f"{path}: not document scores ({error}); remove its row from rows.jsonl and run again"
         ) from error
-    lengths = {len(scores.tasks), len(scores.nats), len(scores.scored_tokens), row.documents}
+    counts = {len(scores.tasks), len(scores.nats), len(scores.scored_tokens), row.documents}
     if scores.written is not None:
-        lengths |= {len(scores.written.answers), len(scores.written.rouge_l), len(scores.written.exact)}
-    if len(lengths) > 1 or sum(scores.scored_tokens) != row.scored_tokens:
-        raise DataError(f"{path}: does not belong to its row {row.cell}; remove that row from rows.jsonl and run again")
+        counts |= {len(scores.written.answers), len(scores.written.rouge_l), len(scores.written.exact)}
+    if len(counts) > 1 or sum(scores.scored_tokens) != row.scored_tokens:
+        raise DataError(
+            f"{path}: does not belong to its row ({row.cell}); remove that row from rows.jsonl and run again"
+        )
     return scores
 
 
@@ -109,6 +110,6 @@ def _check_same_tokens(rows: tuple[BenchRow, ...], documents: Mapping[Cell, Docu
         other = documents[row.cell]
         if list(other.tasks) != list(first.tasks) or list(other.scored_tokens) != list(first.scored_tokens):
             raise DataError(
-                f"{row.documents_file}: not the test tokens of {rows[0].documents_file}, so {row.cell} and "
-                f"{rows[0].cell} cannot be compared; run them again into one new folder"
+                f"{row.documents_file}: not the test tokens of {rows[0].documents_file}, so ({row.cell}) and "
+                f"({rows[0].cell}) cannot be compared; run them again into one new folder"
             )

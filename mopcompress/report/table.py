@@ -1,15 +1,15 @@
-"""What a report's tables are made of: text in lines of cells, which Markdown and HTML only have to draw."""
+"""Tables of a report as text in rows of cells, which Markdown and HTML only have to draw."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mopcompress.report.number_format import ABSENT
-from mopcompress.report.pivot import DENSE, Measured, ResultGrid, Spread, spread
+from mopcompress.report.pivot import DENSE, ResultGrid, SeedValue, Spread, spread
 
 
 @dataclass(frozen=True)
 class Text:
-    """One table cell: the value, and in smaller type what qualifies it."""
+    """The text of a table cell: the value, and a remark about it in smaller type."""
 
     main: str
     minor: str = ""
@@ -17,7 +17,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Line:
-    """One table row; `starts_group` draws a rule above it, `strong` marks the best of its group."""
+    """A table row; `starts_group` draws a rule above it, `strong` marks the best of its group."""
 
     cells: tuple[Text, ...]
     starts_group: bool = False
@@ -35,18 +35,18 @@ class Table:
     lines: tuple[Line, ...]
 
 
-def over_seeds(of_seeds: Sequence[Measured], value: Callable[[Measured], float], show: Callable[[float], str]) -> Text:
-    """The mean over seeds, and in small type the least and the greatest."""
-    return spread_text(spread(of_seeds, value), show) if of_seeds else Text(ABSENT)
-
-
-def in_order(grid: ResultGrid) -> list[tuple[str, str, bool]]:
-    """(setting, arm, whether it is the setting's first), dense on top even when it was not measured."""
-    order = [(setting, arm, not place) for setting in grid.settings for place, arm in enumerate(grid.arms_of(setting))]
-    return order if DENSE in grid.settings else [(DENSE, "none", True), *order]
+def seeds_text(seeds: Sequence[SeedValue], value: Callable[[SeedValue], float], show: Callable[[float], str]) -> Text:
+    """Show the mean over seeds, and in small type the lowest and the highest."""
+    return spread_text(spread(seeds, value), show) if seeds else Text(ABSENT)
 
 
 def spread_text(values: Spread, show: Callable[[float], str]) -> Text:
-    """The mean, and in small type the least and the greatest where they differ."""
+    """Show the mean, and in small type the lowest and the highest when they differ."""
     low, high = show(values.low), show(values.high)
     return Text(show(values.mean), "" if low == high else f"{low} to {high}")
+
+
+def table_order(grid: ResultGrid) -> list[tuple[str, str, bool]]:
+    """List (setting, arm, True for the first arm of its setting), the dense model on top even if it has no rows."""
+    order = [(setting, arm, not index) for setting in grid.settings for index, arm in enumerate(grid.arms_of(setting))]
+    return order if DENSE in grid.settings else [(DENSE, "none", True), *order]
