@@ -43,7 +43,7 @@ def main() -> None:
         adapters = {one.name: load_adapter(one, model, base_sha256=sha256) for one in asked.adapters}
     else:
         adapters = {asked.arm: random_adapter(model, asked.arm, asked.experts)}
-    adapted = {name: MopForCausalLM.around(model, *adapter) for name, adapter in adapters.items()}
+    adapted = {name: MopForCausalLM.from_parts(model, *adapter) for name, adapter in adapters.items()}
     models = {"bare": model.network, **adapted}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for batch in map(int, asked.batches.split(",")):

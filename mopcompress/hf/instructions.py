@@ -1,6 +1,6 @@
-"""What an adapter reads of a batch that the network was given: the instruction's tokens, without padding."""
+"""The part of a batch that an adapter reads: the instruction's tokens, without padding."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,13 @@ from mopcompress.models.modules import forward_hooks
 UNSCORED = -100  # transformers' label of a token that is no part of the response
 
 
-def instruction_mask_of(
+def infer_instruction_mask(
     tokens: Int[Tensor, "batch time"], attention_mask: Tensor | None, labels: Int[Tensor, "batch time"] | None
 ) -> Bool[Tensor, "batch time"]:
-    """The real tokens before the first label; without labels, all real tokens.
+    """Mark the real tokens before the first label; without labels, all real tokens.
 
-    Tokens after the first label are left out even where they are not scored: their states depend on the response.
+    Tokens after the first label are left out even if they are not scored: their states depend on the response. Raises
+    `DataError` for an attention mask of another shape than the tokens.
     """
     if attention_mask is not None and attention_mask.shape != tokens.shape:
         raise DataError(
@@ -32,10 +33,12 @@ def instruction_mask_of(
     return mask if labels is None else mask & ((labels != UNSCORED).cumsum(1) == 0)
 
 
-def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]) -> InstructionStates:
-    """Instruction tokens of states that enter the adapter's layer, wherever in the row they stand.
+def gather_instructions(
+    hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tensor, "batch time"]
+) -> InstructionStates:
+    """Gather the instruction tokens of states that enter the adapter's layer, at any positions of the rows.
 
-    Raises `DataError` for a row that has none.
+    Raises `DataError` for a row without instruction tokens.
     """
     counts = mask.sum(1)
     if not bool(counts.all()):
@@ -43,7 +46,7 @@ def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tenso
             f"row {int(counts.argmin())}: no token before the response, so there is no instruction for the adapter to "
             "read; give the instruction's tokens the label -100, and put it first"
         )
-    rows = [states[real] for states, real in zip(hidden, mask, strict=True)]
+    rows = [states[in_instruction] for states, in_instruction in zip(hidden, mask, strict=True)]
     return InstructionStates(
         hidden=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
         lengths=counts,
@@ -52,23 +55,26 @@ def instructions_of(hidden: Float[Tensor, "batch time hidden"], mask: Bool[Tenso
 
 
 @torch.no_grad()
-def read_by_itself(
+def run_instructions(
     model: LanguageModel, tokens: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], layer: int
 ) -> InstructionStates:
-    """The same where the network does not run on the whole instruction: the lower blocks run for it alone."""
-    rows = [row[real] for row, real in zip(tokens, mask, strict=True)]
-    together = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    real = torch.arange(together.shape[1], device=tokens.device) < mask.sum(1)[:, None]
-    return instructions_of(model.run_lower(together, layer), real)
+    """Run the blocks below `layer` on the instructions alone and gather their states.
+
+    It serves where the network itself does not run on the whole instruction, such as after a cache.
+    """
+    rows = [row[in_instruction] for row, in_instruction in zip(tokens, mask, strict=True)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    is_token = torch.arange(padded.shape[1], device=tokens.device) < mask.sum(1)[:, None]
+    return gather_instructions(model.run_lower(padded, layer), is_token)
 
 
 @contextmanager
-def entering(block: nn.Module, act: Any) -> Iterator[None]:
-    """Inside it, the next time that hidden states are about to enter the block, `act` is called with them."""
+def on_next_input(block: nn.Module, callback: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `callback` with the hidden states that next enter the block, once, inside the `with` block only."""
 
-    def note(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handles[0].remove()  # what acts may run the block itself
-        act(args[0] if args else kwargs["hidden_states"])
+    def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handles[0].remove()  # the callback may run the block itself
+        callback(args[0] if args else kwargs["hidden_states"])
 
-    with forward_hooks([block], note, pre=True, with_kwargs=True) as handles:
+    with forward_hooks([block], hook, pre=True, with_kwargs=True) as handles:
         yield

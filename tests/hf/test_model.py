@@ -31,7 +31,7 @@ from mopcompress.errors import DataError, UsageError
 from mopcompress.evaluation.hidden_states import HiddenStateDataset, InstructionStates
 from mopcompress.evaluation.loss import score_responses
 from mopcompress.hf import MopConfig, MopForCausalLM
-from mopcompress.hf.adapter_loading import one_device
+from mopcompress.hf.adapter_loading import parse_device_map
 from mopcompress.models.compat import CACHE
 from mopcompress.models.language_model import LanguageModel
 from mopcompress.models.model_loading import weights_hash
@@ -42,7 +42,7 @@ from mopcompress.recover.adapter import AdapterConfig, AdapterInit, AdapterInput
 from mopcompress.recover.methods.gate import Gate
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
 from mopcompress.recover.registry import RECOVERY_METHODS
-from mopcompress.recover.save_and_load import save_adapter
+from mopcompress.recover.save_and_load import config_from_disk, save_adapter
 from mopcompress.storage import artifacts
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2", "opt", "gpt_neox")
@@ -463,14 +463,14 @@ def test_a_repair_beside_the_weights_goes_along(tmp_path: Path) -> None:
         assert torch.equal(again(**batch).logits, expected)
         (tmp_path / "one" / "repair.safetensors").unlink()
         assert not torch.allclose(MopForCausalLM.from_pretrained(tmp_path / "one")(**batch).logits, expected)
-    around = MopForCausalLM.around(model.language_model, model.adapter, AdapterConfig(**model.config.adapter))
+    around = MopForCausalLM.from_parts(model.language_model, model.adapter, config_from_disk(model.config.adapter))
     with pytest.raises(DataError, match="repair that would be lost"):
         around.save_pretrained(tmp_path / "two")
 
 
 def test_a_device_map_of_the_whole_model_names_its_device() -> None:
     meta = torch.device("meta")
-    assert [one_device(one) for one in ("meta", meta, {"": "meta"}, {"": meta}, None)] == [meta] * 4 + [None]
+    assert [parse_device_map(device) for device in ("meta", meta, {"": "meta"}, {"": meta}, None)] == [meta] * 4 + [None]
 
 
 def test_a_base_alone_is_no_recovered_model(tmp_path: Path) -> None:

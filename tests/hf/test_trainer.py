@@ -18,7 +18,7 @@ RATES = {"mop": 0.1, "smop": 0.1, "lora": 0.03, "mop+": 0.03}
 
 def fresh(arm: str) -> MopForCausalLM:
     model = tiny_model()
-    return MopForCausalLM.around(model, *begun(model, arm, ""))
+    return MopForCausalLM.from_parts(model, *begun(model, arm, ""))
 
 
 def trainer_of(arm: str, folder: Path, *, side: str = "left", **changes: Any) -> Trainer:
