@@ -164,7 +164,7 @@ def recover(
     common: Common,
     arm: Annotated[str | None, typer.Option(metavar="NAME", help=f"{', '.join(ARM_DEFAULTS)} (default mop)")] = None,
 ) -> None:
-    """Train an arm (prompts, or a rival of theirs) for a compressed model, into an adapter folder; the model stays."""
+    """Train an adapter (a Mixture of Prompts, or another arm) for a compressed model, which stays."""
     flags = {"arm": arm, **common.recovery}
     recipe = recovery_recipe(common.load(), flags, common.settings.get("recovery", {}))
     target = _target(recipe, Path("runs/recovered"))

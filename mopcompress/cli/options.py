@@ -50,7 +50,8 @@ def _with_default(kind: type[RunSpec | PromptRecoveryModifier], flag: str, text:
     default = kind.model_fields[field_name(kind, flag)].default
     if default is None or default is False or default in ((), PydanticUndefined):
         return text
-    return f"{text} (default {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+    values = default if isinstance(default, tuple) else (default,)
+    return f"{text} (default {','.join(f'{value:g}' if isinstance(value, float) else str(value) for value in values)})"
 
 
 def setting_option(parts: tuple[str, ...]) -> Any:
@@ -76,7 +77,7 @@ MACHINE = _run_fields(
 BATCH = _run_fields("Recipe and machine", batch_size=("ROWS", "Rows at once in evaluation and generation"))
 TRAINING_DATA = _run_fields(
     "Data",
-    data=("DATA", "File or folder of JSONL, JSON, CSV or Parquet, hub id, or skills"),
+    data=("DATA", "JSONL, JSON, CSV or Parquet, or hub id"),
     columns=("COLUMN=FIELD", "Rename columns, with commas between several"),
     max_length=("TOKENS", "Longer rows are dropped and counted"),
     train_rows=("N", "Training rows"),
@@ -112,11 +113,11 @@ STEPS = _recovery_fields(
 RECOVERY = {
     **STEPS,
     **_recovery_fields(
-        learning_rate=(float, "Learning rate, but of the gate (default: the arm's own)"),
-        rank=(int, "Rank of lora, masklora, eora (default: as many numbers as mop)"),
+        learning_rate=(float, "Learning rate (default: the arm's own)"),
+        rank=(int, "Rank of lora, masklora, eora (default: as big as mop)"),
         experts=(int, "Experts (default: one per task, 7 without tasks)"),
         distill=(float, "Share of the loss that follows the teacher"),
-        teacher=(str, "Dense model to follow (default: what MODEL was made from)"),
+        teacher=(str, "Dense model to follow (default: MODEL's own)"),
     ),
 }
 OUTPUT: Options = {

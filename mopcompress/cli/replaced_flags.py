@@ -14,8 +14,8 @@ from mopcompress.recipe.field_types import STORED_NAMES, Spec
 from mopcompress.recipe.validation_errors import own_fields
 
 _KEYS = {
-    **{field: f"recovery.{field}" for field in own_fields(PromptRecoveryModifier)},
-    **{field: f"run.{field}" for field in own_fields(RunSpec)},
+    **{field: f"recovery.{field}" for field in own_fields(PromptRecoveryModifier) if field != "arm"},
+    **{field: f"run.{field}" for field in own_fields(RunSpec) if field != "model"},
 }
 REPLACED_FLAGS: Mapping[str, str] = {  # flag -> key of `--set`
     **{f"--{field.replace('_', '-')}": key for field, key in _KEYS.items()},
@@ -46,7 +46,7 @@ class RecipeCommand(TyperCommand):
 
     def _replacement(self, flag: str, words: list[str]) -> str | None:
         index = next((index for index, word in enumerate(words) if word.partition("=")[0] == flag), None)
-        if index is None:  # an abbreviation
+        if index is None or self._has(flag):  # an option that lacks its value
             return None
         _, sign, text = words[index].partition("=")
         value = text if sign else next(iter(words[index + 1 :]), "VALUE")
@@ -56,9 +56,12 @@ class RecipeCommand(TyperCommand):
         if key is None or key.partition(".")[0] not in self.parts:
             return None
         present = f"--{key.partition('.')[2].replace('_', '-')}"
-        if any(present in option.opts for option in self.params):
+        if self._has(present):
             return f"{flag}: no such flag; use {present} {shlex.quote(value)}"
         return f"{flag}: no such flag; use --set {shlex.quote(f'{key}={_in_yaml(key, flag, value)}')}"
+
+    def _has(self, flag: str) -> bool:
+        return any(flag in option.opts for option in self.params)
 
 
 def _in_yaml(key: str, flag: str, value: str) -> str:

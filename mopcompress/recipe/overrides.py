@@ -36,6 +36,7 @@ REPAIR_FLAGS = {"rank": "repair_rank"}  # recovery has a `--rank` of its own
 GRID_FIELDS: dict[str, dict[str, str]] = {  # what a bench sets itself: field -> what sets it
     "pruning": dict.fromkeys(("sparsity", "final_sparsity", "mlp_sparsity"), "--ratios"),
     "quantization": dict.fromkeys(("scheme", "config_groups"), "--bits and --set run.group_size"),
+    "recovery": {"arm": "--arms"},
 }
 DEPENDENT_FIELDS = {  # fields without effect unless one of others is set
     "teacher": ("distill", "squarehead"),
@@ -97,6 +98,7 @@ def quantization_recipe(
 
 def bench_recipe(recipe: Recipe, flags: Fields = NO_FIELDS, settings: Settings = NO_SETTINGS) -> Recipe:
     """Return the whole recipe; `flags` are fields of its recovery, and settings go into every part that they name."""
+    _refuse_grid_fields(settings)
     return override_recovery(_override_compression(recipe, settings), flags, settings.get("recovery", NO_FIELDS))
 
 
@@ -146,7 +148,6 @@ def _override_compression(recipe: Recipe, settings: Settings) -> Recipe:
     fields = {part: settings.get(part, NO_FIELDS) for part in ("pruning", "quantization", "repair")}
     if not any(fields.values()):
         return recipe
-    _refuse_grid_fields(fields)
     modifiers = compressing_modifiers(recipe)
     methods = [
         *recipe.run.methods * bool(fields["pruning"]),
@@ -162,10 +163,10 @@ def _override_compression(recipe: Recipe, settings: Settings) -> Recipe:
     return changed
 
 
-def _refuse_grid_fields(fields: Settings) -> None:
+def _refuse_grid_fields(settings: Settings) -> None:
     """Raise `UsageError` for what the grid sets in each of its cells."""
     for part, sources in GRID_FIELDS.items():
-        for name in fields[part]:
+        for name in settings.get(part, NO_FIELDS):
             if name in sources:
                 raise UsageError(f"--set {part}.{name}: a bench takes it from its grid; give {sources[name]} instead")
 

@@ -137,7 +137,7 @@ def _unknown_key(key: str, parts: Sequence[str]) -> UsageError:
     part, _, field = key.partition(".")
     keys = " or ".join(f"{name}.FIELD" for name in parts)
     if part in PARTS and field:
-        return UsageError(f"--set {dotted((key,))}: says nothing here; a key of this command is {keys}")
+        return UsageError(f"--set {dotted((key,))}: has no effect here; a key is {keys}")
     if field:
         hint = nearest(part, parts)
         hint = repr(f"{hint[1:-1]}.{field}") if hint else None

@@ -74,7 +74,7 @@ def test_an_answer_is_shown_piece_by_piece(stories: Path, monkeypatch: pytest.Mo
     screen, lines = Screen(), iter([ASKED[0], ""])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
-    monkeypatch.setattr("invoking.io.StringIO", lambda: screen)
+    monkeypatch.setattr("cli_runner.io.StringIO", lambda: screen)
     invoke("generate", stories, *WORDS)
     assert len(screen.seen) > 2
     assert all(after.startswith(before) for before, after in zip(screen.seen, screen.seen[1:], strict=False))
@@ -85,7 +85,7 @@ def test_lines_of_a_pipe_are_answered(stories: Path, monkeypatch: pytest.MonkeyP
     assert invoke("generate", stories, *WORDS).out == "\n".join(singly(stories))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(ASKED)))
     answers = invoke("generate", stories, *WORDS, "--json").json["answers"]
-    assert [one["prompt"] for one in answers] == list(ASKED)
+    assert [answer["prompt"] for answer in answers] == list(ASKED)
 
 
 def test_an_empty_pipe_is_refused(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
