@@ -1,25 +1,26 @@
-import json
+"""Distillation: the divergence by its definition, the teacher, its place in training, and its cache."""
+
 import shutil
 
 import pytest
 import torch
-from cli_runner import invoke, write_data
-from factories import on_progress
-from safetensors.torch import save_file
-from tiny_models import VOCABULARY, random_documents, saved, tiny_model
+from factories import training_config
+from safetensors import SafetensorError
+from tiny_models import VOCABULARY, config_of, network_of, random_documents, saved, tiny_model
 from torch.testing import assert_close
 
-from mopcompress.entrypoints.teacher import build_distillation, dense_folder
-from mopcompress.errors import DataError, InputNotFoundError
+from mopcompress.entrypoints.teacher import build_distillation
 from mopcompress.evaluation.hidden_states import HiddenStateDataset
 from mopcompress.evaluation.loss import response_logits
-from mopcompress.models.model_loading import weights_hash
+from mopcompress.models.language_model import LanguageModel
+from mopcompress.models.model_loading import OpenedModel
 from mopcompress.progress import silent
 from mopcompress.recipe import PromptRecoveryModifier
 from mopcompress.recover import distillation
 from mopcompress.recover.distillation import Distillation, Teacher, kl_divergence, top_k_distribution
 from mopcompress.recover.methods.mixture_of_prompts import MixtureOfPrompts
-from mopcompress.recover.training import TrainingConfig, fit
+from mopcompress.recover.training import fit
+from mopcompress.storage import cache as storage_cache
 
 LAYER, TOP = 2, 5
 DOCUMENTS = random_documents(9)
@@ -27,8 +28,11 @@ ROWS = [4, 0, 7]
 
 
 @pytest.fixture(autouse=True)
-def _few_kept(monkeypatch):
+def cache(tmp_path, monkeypatch):
+    """The folder of cached results; few tokens of a distribution are stored."""
     monkeypatch.setattr(distillation, "TOP", TOP)
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "states"
 
 
 def logits_of(seed, *, scored=6, scale=3.0):
@@ -36,19 +40,19 @@ def logits_of(seed, *, scored=6, scale=3.0):
 
 
 def slow_divergence(teacher, student, temperature):
-    """Token after token: the sum of p log(p / q) over the teacher's likeliest tokens and all others in one."""
-    found = []
-    for ours, theirs in zip(student, teacher, strict=True):
-        p, q = (theirs / temperature).softmax(0), (ours / temperature).softmax(0)
+    """Sum p log(p / q) position by position, over the teacher's likeliest tokens and all others together."""
+    divergences = []
+    for student_logits, teacher_logits in zip(student, teacher, strict=True):
+        p, q = (teacher_logits / temperature).softmax(0), (student_logits / temperature).softmax(0)
         best = sorted(range(VOCABULARY), key=lambda token: -float(p[token]))[:TOP]
         rest = [token for token in range(VOCABULARY) if token not in best]
         pairs = [(p[token], q[token]) for token in best] + [(p[rest].sum(), q[rest].sum())]
-        found.append(temperature**2 * sum(one * (one / other).log() for one, other in pairs))
-    return torch.stack(found)
+        divergences.append(temperature**2 * sum(p * (p / q).log() for p, q in pairs))
+    return torch.stack(divergences)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_divergence_and_its_gradient_are_the_definitions(temperature):
+def test_the_divergence_and_its_gradient_are_as_defined(temperature):
     teacher, student = logits_of(0), logits_of(1).requires_grad_()
     fast = kl_divergence(top_k_distribution(teacher, temperature=temperature), student, temperature=temperature)
     slow = slow_divergence(teacher, student, temperature)
@@ -59,16 +63,16 @@ def test_the_divergence_and_its_gradient_are_the_definitions(temperature):
     assert_close(from_fast, from_slow)
 
 
-def test_what_is_kept_is_a_distribution_even_where_next_to_nothing_is_left():
+def test_stored_probabilities_sum_to_1_even_for_a_sure_teacher():
     logits = logits_of(2)
     logits[0, 3] = 200.0
-    kept = top_k_distribution(logits, temperature=1.0)
-    assert_close(kept.log_probs.exp().sum(1), torch.ones(6, dtype=torch.float64))
-    assert bool(kept.log_probs.isfinite().all())
-    assert bool(kl_divergence(kept, logits_of(3), temperature=1.0).isfinite().all())
+    distribution = top_k_distribution(logits, temperature=1.0)
+    assert_close(distribution.log_probs.exp().sum(1), torch.ones(6, dtype=torch.float64))
+    assert bool(distribution.log_probs.isfinite().all())
+    assert bool(kl_divergence(distribution, logits_of(3), temperature=1.0).isfinite().all())
 
 
-def test_a_vocabulary_that_is_kept_whole_gives_the_plain_divergence(monkeypatch):
+def test_the_whole_vocabulary_gives_the_plain_divergence(monkeypatch):
     monkeypatch.setattr(distillation, "TOP", 10 * VOCABULARY)
     teacher, student = logits_of(4), logits_of(5)
     expected = torch.nn.functional.kl_div(
@@ -85,24 +89,25 @@ def teacher_of(model, *, temperature=1.0, batch_size=4):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny_llama, temperature):
+def test_a_student_that_equals_its_teacher_has_no_divergence(tiny_llama, temperature):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     batch = states.batch(ROWS)
-    kept = teacher_of(tiny_llama, temperature=temperature).distributions(ROWS, tiny_llama.device)
-    far = kl_divergence(kept, response_logits(tiny_llama, batch, LAYER), temperature=temperature)
-    assert_close(far, torch.zeros_like(far), rtol=0, atol=1e-5)
+    taught = teacher_of(tiny_llama, temperature=temperature).distributions(ROWS, tiny_llama.device)
+    divergence = kl_divergence(taught, response_logits(tiny_llama, batch, LAYER), temperature=temperature)
+    assert_close(divergence, torch.zeros_like(divergence), rtol=0, atol=1e-5)
 
 
-def test_the_teachers_entries_stand_where_the_batch_scores_them(tiny_llama):
-    """Documents one at a time, without padding, from the whole network."""
-    kept = teacher_of(tiny_llama).distributions(ROWS, tiny_llama.device)
+def test_the_teachers_entries_are_in_the_order_of_a_batch(tiny_llama):
+    """The definition runs single documents without padding through the whole network."""
+    taught = teacher_of(tiny_llama).distributions(ROWS, tiny_llama.device)
     expected = []
     for row in ROWS:
         document = DOCUMENTS[row]
         logits = tiny_llama.network(torch.tensor([document.tokens])).logits[0]
         expected.append(top_k_distribution(logits[document.context_tokens - 1 : -1], temperature=1.0))
-    assert kept.tokens.tolist() == [tokens for one in expected for tokens in one.tokens.tolist()]
-    assert_close(kept.log_probs, torch.cat([one.log_probs for one in expected]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(taught.tokens, torch.cat([distribution.tokens for distribution in expected]))
+    expected_log_probs = torch.cat([distribution.log_probs for distribution in expected])
+    assert_close(taught.log_probs, expected_log_probs, rtol=1e-4, atol=1e-4)
 
 
 # --- in training
@@ -113,29 +118,19 @@ def prompt():
     return MixtureOfPrompts(drawn, LAYER, None, prompt_log_weight=-1.0)
 
 
-def trained(model, states, taught, *, steps=4):
+def train(model, states, distilled, *, steps=4):
     adapter = prompt()
-    settings = TrainingConfig(
-        steps=steps,
-        batch_size=9,
-        learning_rate=0.1,
-        gate_learning_rate=0.0,
-        warmup_fraction=0.0,
-        max_grad_norm=1.0,
-        grad_clip_percentile=100.0,
-        clip_gate_separately=True,
-        seed=0,
-    )
-    rows = fit(adapter, model, states, settings, distillation=taught)
+    settings = training_config(steps=steps, batch_size=9, gate_learning_rate=0.0, warmup_fraction=0.0)
+    rows = fit(adapter, model, states, settings, distillation=distilled)
     return adapter, [row.nll for row in rows]
 
 
-def test_without_a_share_the_training_is_bitwise_what_it_is_without_a_teacher(tiny_llama):
+def test_a_fraction_of_0_trains_bitwise_as_without_a_teacher(tiny_llama):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     teacher = teacher_of(tiny_model(seed=1))
-    plain, nats = trained(tiny_llama, states, None)
-    same, same_nats = trained(tiny_llama, states, Distillation(teacher, 0.0))
-    assert nats == same_nats
+    plain, losses = train(tiny_llama, states, None)
+    same, same_losses = train(tiny_llama, states, Distillation(teacher, 0.0))
+    assert losses == same_losses
     assert torch.equal(plain.prompts, same.prompts)
 
 
@@ -148,94 +143,139 @@ def distance(model, states, adapter, teacher):
     )
 
 
-def test_a_taught_student_comes_closer_to_its_teacher_than_one_that_reads_the_text(tiny_llama):
+def test_distillation_brings_a_student_closer_than_text_does(tiny_llama):
     states = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4)
     teacher = teacher_of(tiny_model(seed=1))
-    before = distance(tiny_llama, states, prompt(), teacher)
-    reading, _ = trained(tiny_llama, states, None, steps=40)
-    taught, _ = trained(tiny_llama, states, Distillation(teacher, 1.0), steps=40)
-    after = distance(tiny_llama, states, taught, teacher)
-    assert after < 0.8 * before
-    assert after < distance(tiny_llama, states, reading, teacher)
+    initial = distance(tiny_llama, states, prompt(), teacher)
+    on_text, _ = train(tiny_llama, states, None, steps=40)
+    taught, _ = train(tiny_llama, states, Distillation(teacher, 1.0), steps=40)
+    final = distance(tiny_llama, states, taught, teacher)
+    assert final < 0.8 * initial
+    assert final < distance(tiny_llama, states, on_text, teacher)
 
 
-def test_the_loss_mixes_text_and_teacher_by_the_share(tiny_llama):
+def test_the_loss_mixes_text_and_teacher_by_the_fraction(tiny_llama):
     teacher = teacher_of(tiny_model(seed=1), temperature=2.0)
-    kept = teacher.distributions(ROWS, tiny_llama.device)
-    student = logits_of(7, scored=len(kept.tokens)).float()
-    far = kl_divergence(kept, student, temperature=2.0).mean()
+    taught = teacher.distributions(ROWS, tiny_llama.device)
+    student = logits_of(7, scored=len(taught.tokens)).float()
+    divergence = kl_divergence(taught, student, temperature=2.0).mean()
     batch = HiddenStateDataset(tiny_llama, DOCUMENTS, LAYER, batch_size=4).batch(ROWS)
     mixed = Distillation(teacher, 0.3).loss(torch.tensor(5.0), student, [], batch, ROWS)
-    assert_close(mixed, 0.7 * 5.0 + 0.3 * far)
+    assert_close(mixed, 0.7 * 5.0 + 0.3 * divergence)
 
 
-# --- who teaches
+# --- the cache
 
 
-def test_the_teacher_is_asked_as_the_recipe_says_and_speaks_the_same_tokens(tiny_llama, tmp_path):
-    folder = saved(tiny_model(seed=1), tmp_path / "teacher")
-    modifier = PromptRecoveryModifier(distill=0.25, distill_temperature=2.5, squarehead=3.0, teacher=str(folder))
-    told = []
-    found = build_distillation(
-        modifier, tmp_path, tiny_llama, DOCUMENTS, 4, on_progress(lambda *line: told.append(line))
-    )
-    assert (found.fraction, found.squarehead_weight, found.teacher.temperature) == (0.25, 3.0, 2.5)
-    assert told[-1][1:] == (len(DOCUMENTS), len(DOCUMENTS))
-    assert (
-        build_distillation(PromptRecoveryModifier(teacher=str(folder)), tmp_path, tiny_llama, DOCUMENTS, 4, silent)
-        is None
-    )
-    other = tiny_model()
-    other.tokenizer.add_tokens(["another"])
-    with pytest.raises(DataError, match=r"its tokens are not those of .* --teacher"):
-        build_distillation(modifier, tmp_path, other, DOCUMENTS, 4, silent)
-    padded = tiny_model(vocab_size=tiny_llama.config.vocab_size + 8)
-    with pytest.raises(DataError, match=r"scores \d+ tokens, padding included, and .* --teacher"):
-        build_distillation(modifier, tmp_path, padded, DOCUMENTS, 4, silent)
+@pytest.fixture
+def folder(tmp_path):
+    return saved(tiny_model(seed=1), tmp_path / "teacher")
 
 
-def folder_of(path, base=None):
-    """A folder with weights, and a manifest that says what it was made from."""
-    path.mkdir()
-    save_file({"weight": torch.randn(2, 2)}, path / "model.safetensors")
-    if base is not None:
-        made = {"base": {"folder": str(base), "sha256": weights_hash(base)}}
-        (path / "manifest.json").write_text(json.dumps(made))
-    return path
+@pytest.fixture
+def teacher_runs(monkeypatch):
+    """An entry per batch that a teacher ran on."""
+    batches, compute = [], top_k_distribution
+
+    def record(logits, *, temperature):
+        batches.append(len(logits))
+        return compute(logits, temperature=temperature)
+
+    monkeypatch.setattr(distillation, "top_k_distribution", record)
+    return batches
 
 
-def test_the_teacher_is_the_dense_model_whatever_was_made_in_between(tmp_path):
-    dense = folder_of(tmp_path / "dense")
-    pruned = folder_of(tmp_path / "pruned", dense)
-    assert dense_folder(pruned) == dense
-    assert dense_folder(folder_of(tmp_path / "rounded", pruned)) == dense
+def teach(folder, model, *, documents=DOCUMENTS, **fields):
+    """Return all distributions of a teacher, and its hidden states if the settings ask for them."""
+    modifier = PromptRecoveryModifier(**{"distill": 0.5, "teacher": str(folder)} | fields)
+    teacher = build_distillation(modifier, OpenedModel(folder, model), documents, 4, silent).teacher
+    return teacher.distributions(range(len(documents)), model.device), teacher.hidden_states
 
 
-def test_a_teacher_that_is_missing_gone_or_another_is_refused(tmp_path):
-    dense = folder_of(tmp_path / "dense")
-    pruned = folder_of(tmp_path / "pruned", dense)
-    with pytest.raises(InputNotFoundError, match="name one by --teacher"):
-        dense_folder(dense)
-    save_file({"weight": torch.zeros(2, 2)}, dense / "model.safetensors")
-    with pytest.raises(DataError, match=r"has weights .* was made from"):
-        dense_folder(pruned)
-    shutil.rmtree(dense)
-    with pytest.raises(InputNotFoundError, match="is not there"):
-        dense_folder(pruned)
+def same(first, second):
+    return torch.equal(first.tokens, second.tokens) and torch.equal(first.log_probs, second.log_probs)
 
 
-def test_recover_distils_from_the_model_that_it_is_told_of(stories, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
-    data = write_data(tmp_path / "data")
-    nats = {}
-    for share in (0, 1):
-        target = tmp_path / f"adapter-{share}"
-        taught = ["--distill", share, "--teacher", stories] if share else []
-        flags = [*taught, "--arm", "single", "--steps", 3]
-        outcome = invoke("recover", stories, "--data", data, "--output-dir", target, *flags)
-        assert outcome.code == 0, outcome.err
-        nats[share] = json.loads((target / "manifest.json").read_text())["final_nats"]
-    assert nats[0] != nats[1]
-    outcome = invoke("recover", stories, "--data", data, "--output-dir", tmp_path / "none", "--distill", 1)
-    assert outcome.code == 66
-    assert "--teacher" in outcome.err
+def test_a_second_run_reads_the_same_distributions_to_the_bit(folder, tiny_llama, teacher_runs, cache):
+    first, _ = teach(folder, tiny_llama)
+    computed = len(teacher_runs)
+    again, _ = teach(folder, tiny_llama, distill=0.25, arm="lora")
+    assert len(teacher_runs) == computed == 3
+    assert same(first, again)
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("other", ["weights", "config", "documents", "temperature", "top"])
+def test_other_teachers_rows_and_settings_are_kept_apart(
+    folder, tiny_llama, teacher_runs, cache, tmp_path, monkeypatch, other
+):
+    teach(folder, tiny_llama)
+    computed, fields, teacher = len(teacher_runs), {}, folder
+    match other:
+        case "weights":
+            teacher = saved(tiny_model(seed=2), tmp_path / "other")
+        case "config":
+            changed = network_of(config_of("llama", rms_norm_eps=1.0), seed=1)
+            teacher = saved(LanguageModel(changed, tiny_llama.tokenizer), tmp_path / "other")
+        case "documents":
+            fields = {"documents": DOCUMENTS[:8]}
+        case "temperature":
+            fields = {"distill_temperature": 2.0}
+        case "top":
+            monkeypatch.setattr(distillation, "TOP", 6)
+    teach(teacher, tiny_llama, **fields)
+    assert len(teacher_runs) > computed
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_damaged_distributions_are_computed_again(folder, tiny_llama, teacher_runs, cache):
+    first, _ = teach(folder, tiny_llama)
+    computed = len(teacher_runs)
+    (entry,) = cache.iterdir()
+    path = entry / "distributions.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    again, _ = teach(folder, tiny_llama)
+    assert len(teacher_runs) == 2 * computed
+    assert same(first, again)
+
+
+def test_an_interrupted_teacher_leaves_nothing(folder, tiny_llama, cache, monkeypatch):
+    def stop(*_arguments, **_settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distillation, "top_k_distribution", stop)
+    with pytest.raises(KeyboardInterrupt):
+        teach(folder, tiny_llama)
+    assert not list(cache.iterdir())
+
+
+def test_a_full_disk_costs_only_the_cache(folder, tiny_llama, cache, monkeypatch):
+    def fail(*_arguments, **_settings):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    expected, _ = teach(folder, tiny_llama)
+    shutil.rmtree(cache)
+    monkeypatch.setattr(distillation, "save_file", fail)
+    computed, _ = teach(folder, tiny_llama)
+    assert same(computed, expected)
+    assert not list(cache.iterdir())
+
+
+def test_distributions_that_cannot_be_stored_are_computed(folder, tiny_llama, cache, monkeypatch):
+    expected, _ = teach(folder, tiny_llama)
+    monkeypatch.setattr(storage_cache, "LIMIT", 10)
+    computed, _ = teach(folder, tiny_llama, documents=DOCUMENTS[:8])
+    count = len(computed.tokens)
+    assert torch.equal(computed.tokens, expected.tokens[:count])
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_teacher_runs_again_for_hidden_states(folder, tiny_llama, teacher_runs):
+    first, states = teach(folder, tiny_llama)
+    assert states is None
+    computed = len(teacher_runs)
+    again, states = teach(folder, tiny_llama, squarehead=1.0)
+    assert len(teacher_runs) == 2 * computed
+    assert states is not None
+    assert same(first, again)
