@@ -1,3 +1,5 @@
+from hashlib import sha256
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -6,7 +8,7 @@ from tiny_folders import WEIGHTS, compressed_folder, read_tensors
 from mopcompress.entrypoints.export import export
 from mopcompress.errors import DataError
 from mopcompress.formats import FORMATS
-from mopcompress.formats.model_reader import open_model
+from mopcompress.formats.model_reader import open_model, tensor_hash
 from mopcompress.models.quantization_grid import extract_codes, read_grid
 
 
@@ -31,3 +33,16 @@ def test_files_of_two_formats_are_a_data_error(quantized_folder, tmp_path):
     save_file({"x": torch.ones(1)}, path.with_name("sparse-other.safetensors"), {"mopcompress": "gptq"})
     with pytest.raises(DataError, match="in the formats gptq, sparse"):
         open_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_sign_of_a_zero_does_not_change_a_hash(dtype):
+    zeros = torch.zeros(3, 4, dtype=dtype)
+    assert tensor_hash(-zeros) == tensor_hash(zeros)
+
+
+def test_a_hash_depends_on_dtype_shape_and_numbers():
+    tensor = torch.arange(12).view(3, 4).float()
+    others = [tensor.double(), tensor.view(4, 3), tensor + 1, tensor.int(), tensor.T]
+    assert len({tensor_hash(other) for other in [tensor, *others]}) == 6
+    assert tensor_hash(tensor) == sha256(b"float32 [3, 4] " + tensor.numpy().tobytes()).hexdigest()

@@ -59,15 +59,15 @@ def test_every_expert_has_its_exact_sparsity(method):
 def test_an_expert_is_calibrated_on_its_own_tokens():
     ours = tiny_model("mixtral")
     name, module, experts = stacks(ours)
-    seen = []
-    experts[2].gate_proj.register_forward_pre_hook(lambda _one, inputs: seen.append(inputs[0]))
+    inputs_of_expert = []
+    experts[2].gate_proj.register_forward_pre_hook(lambda _linear, inputs: inputs_of_expert.append(inputs[0]))
     with expert_by_expert(unstack_experts(ours.blocks[0]) | {name: (module, experts)}):
         ours.run_block(CALIBRATION_TOKENS, None, 0)
     dense = tiny_model("mixtral")
     only = f"model.layers.0.{name}.2.gate_proj"
     compress_model(dense, CALIBRATION_TOKENS, method_configs("wanda", targets=[only]))
     [(_, (_, after))] = unstack_experts(dense.blocks[0]).items()
-    weight, norms = experts[2].gate_proj.weight, seen[0].square().mean(0).sqrt()
+    weight, norms = experts[2].gate_proj.weight, inputs_of_expert[0].square().mean(0).sqrt()
     lowest = (weight.abs() * norms).argsort(dim=1, stable=True)[:, : round(0.4 * weight.shape[1])]
     assert torch.equal(after[2].gate_proj.weight, weight.scatter(1, lowest, 0.0))
     assert torch.equal(after[1].gate_proj.weight, experts[1].gate_proj.weight)
@@ -91,11 +91,33 @@ def test_an_idle_expert_is_reported_and_unchanged():
     assert torch.equal(module.down_proj[-1], before[1])
 
 
-def test_another_layout_of_stacks_is_a_data_error():
-    class Unknown(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 4))
+class Stacks(nn.Module):
+    """Stacked experts of another layout: some stacks are missing, or they are transposed."""
 
+    def __init__(self, *names, **layout):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Parameter(torch.zeros(2, 4, 4)))
+        self.__dict__.update(layout)
+
+
+MIXTRAL = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Stacks("gate_up_proj"),
+        Stacks("gate_up_proj", "down_proj"),
+        Stacks("gate_up_proj", "down_proj", **MIXTRAL | {"is_transposed": True}),
+        Stacks("gate_up_proj", "down_proj", "up_proj", **MIXTRAL),
+    ],
+)
+def test_another_layout_of_stacks_is_a_data_error(module):
     with pytest.raises(DataError, match="layout that is not known here"):
-        unstack_experts(nn.Sequential(Unknown()))
+        unstack_experts(nn.Sequential(module))
+
+
+def test_stacks_of_the_layout_of_mixtral_are_taken_apart():
+    [(_, experts)] = unstack_experts(nn.Sequential(Stacks("gate_up_proj", "down_proj", **MIXTRAL))).values()
+    assert len(experts) == 2
