@@ -16,6 +16,7 @@ from mopcompress.models.weight_files import weight_files
 from mopcompress.recipe import GPTQModifier, Recipe, RunSpec, recipe_to_dict
 from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recipe.pruning_modifiers import Pruning
+from mopcompress.recipe.recipe import with_present_names
 from mopcompress.recipe.run_spec import BENCH, CELLS, NOTHING, stored_names_of_fields
 from mopcompress.results import read_rows, read_sweeps, sweep_name
 from mopcompress.storage.artifacts import differences
@@ -85,7 +86,8 @@ def completed_by_same_recipe(target: Path, recipe: Recipe, resume: str) -> bool:
     manifest = read_finished(target, resume, resumable=True)
     if manifest is None:
         return False
-    changes = differences(_relevant_settings(manifest.get("recipe", {})), _relevant_settings(recipe_to_dict(recipe)))
+    stored, asked = _relevant_settings(manifest.get("recipe", {})), _relevant_settings(recipe_to_dict(recipe))
+    changes = differences(with_present_names(stored), with_present_names(asked))
     if changes:
         raise OutputError(
             f"output {target} was made with other settings ({'; '.join(changes)}); "

@@ -18,7 +18,8 @@ LAUNCHERS = {
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
     ],
 }
-SETTINGS = ["--steps", "4", "--prompts-per-expert", "2", "--gate-pretraining-steps", "3", "--rows-per-step", "3"]
+SHORT = {"prompts_per_expert": 2, "gate_pretraining_steps": 3, "train_batch_size": 3}
+SETTINGS = ["--steps", "4", *(word for item in SHORT.items() for word in ("--set", "recovery.{}={}".format(*item)))]
 
 
 STEPS = """
@@ -42,7 +43,7 @@ main()
 def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path, launcher):
     data, script = write_data(tmp_path / "data"), tmp_path / "steps.py"
     script.write_text(STEPS)
-    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS]
+    words = ["recover", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
     def run(*before, target):
@@ -75,13 +76,13 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path
 
 SWEPT = """
 import os, sys
-from mopcompress.entrypoints import recover
-write = recover.write_trials
+from mopcompress.entrypoints import lr_sweep
+write = lr_sweep.write_trials
 def die(trials, folder):
     write(trials, folder)
     if len(trials) == 2:
         os._exit(9)
-recover.write_trials = die if os.environ.get("DIE") else write
+lr_sweep.write_trials = die if os.environ.get("DIE") else write
 from mopcompress.cli import main
 main()
 """
@@ -91,7 +92,7 @@ main()
 def test_two_processes_sweep_as_one_and_go_on_after_the_trials_that_the_first_one_kept(stories, tmp_path):
     data, script = write_data(tmp_path / "data"), tmp_path / "swept.py"
     script.write_text(SWEPT)
-    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, "--sweep", "--json"]
+    words = ["recover", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, "--sweep", "--json"]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
     def run(*before, target, **more):
@@ -135,7 +136,7 @@ def test_of_two_processes_the_first_alone_runs_the_teacher(stories, tmp_path):
     data, script, noted = write_data(tmp_path / "data"), tmp_path / "taught.py", tmp_path / "noted"
     script.write_text(TAUGHT)
     taught = ["--teacher", str(stories), "--distill", "0.5", "--output-dir", str(tmp_path / "out"), "--json"]
-    words = ["recover", "--model", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, *taught]
+    words = ["recover", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, *taught]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *LAUNCHERS["torchrun"], str(script), *words]
     done = subprocess.run(

@@ -7,6 +7,7 @@ from typing import Any
 
 from mopcompress.errors import RecipeError
 from mopcompress.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from mopcompress.recipe.recipe import with_present_names
 from mopcompress.recipe.run_spec import CELLS, NOTHING, stored_names_of_fields
 from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
@@ -26,7 +27,7 @@ def check_settings(recipe: Recipe, folder: Path) -> None:
     path = folder / FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        _refuse(folder, differences(_settings(_as_of_now(before, path)), _settings(recipe_to_dict(recipe))))
+        _refuse(folder, _settings(_as_of_now(before, path)), _settings(recipe_to_dict(recipe)))
 
 
 def continue_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def continue_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
             )
         return manifest
     before = json.loads(path.read_text(encoding="utf-8"))
-    _refuse(folder, differences(_identity(before | {"recipe": _as_of_now(before, path)}), _identity(manifest)))
+    _refuse(folder, _identity(before | {"recipe": _as_of_now(before, path)}), _identity(manifest))
     earlier = [*before.get("earlier", []), {name: before[name] for name in ("command", "commit", "dirty", "versions")}]
     told = [
         f"Rows of this run were also made by: {one['command'] or 'Python'} (commit {one['commit']}"
@@ -85,8 +86,9 @@ def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "run": {name: value for name, value in recipe["run"].items() if name not in GRID_FIELDS}}
 
 
-def _refuse(folder: Path, found: list[str]) -> None:
-    if found:
+def _refuse(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    changes = differences(with_present_names(stored), with_present_names(asked))
+    if changes:
         raise RecipeError(
-            f"{folder} was made with other settings: {'; '.join(found)}; use those settings, or another --output-dir"
+            f"{folder} was made with other settings: {'; '.join(changes)}; use those settings, or another --output-dir"
         )

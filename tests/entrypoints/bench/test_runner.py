@@ -58,7 +58,7 @@ def measured(rows):
     return [{name: value for name, value in asdict(row).items() if name not in CLOCKS} for row in rows]
 
 
-def test_there_is_one_row_a_cell_in_the_order_of_the_grid(finished):
+def test_every_cell_has_one_row_in_grid_order(finished):
     assert [row.cell for row in read_rows(finished / "rows.jsonl")] == CELLS
 
 
@@ -96,7 +96,7 @@ def test_every_row_is_complete(finished):
     assert 0 <= mop.gate.accuracy <= 1
 
 
-def test_the_folder_is_finished_and_says_what_was_run(finished):
+def test_a_finished_folder_has_manifest_and_reports(finished):
     run = json.loads((finished / "run.json").read_text())
     assert run["finished"] >= run["started"]
     assert run["seconds"] > 0
@@ -107,16 +107,16 @@ def test_the_folder_is_finished_and_says_what_was_run(finished):
         assert (finished / name).stat().st_size > 500
 
 
-def test_a_finished_run_has_nothing_left_to_do(finished, recipe_of, tmp_path):
+def test_a_finished_run_does_nothing_again(finished, recipe_of, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
-    told = []
-    rows = bench(recipe_of(), folder, progress=on_progress(lambda *now: told.append(now)))
+    messages = []
+    rows = bench(recipe_of(), folder, progress=on_progress(lambda *call: messages.append(call)))
     assert rows == read_rows(finished / "rows.jsonl")
     assert (folder / "rows.jsonl").read_bytes() == (finished / "rows.jsonl").read_bytes()
-    assert not [what for what, _, _ in told if "training" in what or "scoring" in what]
+    assert not [what for what, _, _ in messages if "training" in what or "scoring" in what]
 
 
-def test_a_killed_run_goes_on_to_the_same_rows(finished, recipe_of, tmp_path):
+def test_a_killed_run_resumes_to_the_same_rows(finished, recipe_of, tmp_path):
     """Killed while a line was written: two rows are whole, a third is cut, the last adapter was never written."""
     folder = shutil.copytree(finished, tmp_path / "run")
     lines = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)
@@ -126,18 +126,18 @@ def test_a_killed_run_goes_on_to_the_same_rows(finished, recipe_of, tmp_path):
     rows = bench(recipe_of(), folder)
     assert measured(rows) == measured(read_rows(finished / "rows.jsonl"))
     assert (folder / "rows.jsonl").read_bytes().startswith(b"".join(lines[:2]))
-    found, expected = (one / "adapters" / "sparsegpt-50-mop-0" / "adapter.safetensors" for one in (folder, finished))
+    found, expected = (run / "adapters" / "sparsegpt-50-mop-0" / "adapter.safetensors" for run in (folder, finished))
     assert found.read_bytes() == expected.read_bytes()
 
 
-def test_a_row_that_was_taken_out_is_measured_with_the_adapter_that_is_left_there(finished, recipe_of, tmp_path):
+def test_the_adapter_of_a_removed_row_is_replaced(finished, recipe_of, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     lines = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "rows.jsonl").write_bytes(b"".join(lines[:-1]))
     old = folder / "adapters" / "sparsegpt-50-mop-0"
     (old / "adapter.safetensors").write_bytes(b"of a training that nobody remembers")
     bench(recipe_of(), folder)
-    found, expected = (one / "adapters" / old.name / "adapter.safetensors" for one in (folder, finished))
+    found, expected = (run / "adapters" / old.name / "adapter.safetensors" for run in (folder, finished))
     assert found.read_bytes() == expected.read_bytes()
 
 
@@ -147,11 +147,11 @@ def test_a_run_from_the_start_gives_the_same_rows(finished, recipe_of, tmp_path)
 
 def test_a_larger_grid_runs_only_what_is_new(finished, recipe_of, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
-    told = []
+    messages = []
     rows = bench(
         recipe_of(ratios="0.5,0.25", methods="sparsegpt,magnitude", bits="4", seeds="0,1", arms="none,single"),
         folder,
-        progress=on_progress(lambda what, done, total: told.append(what)),
+        progress=on_progress(lambda what, done, total: messages.append(what)),
     )
     pruned = ["sparsegpt 50%", "sparsegpt 25%", "magnitude 50%", "magnitude 25%", "gptq 4-bit"]
     new = [("sparsegpt 50%", "single", 1)]
@@ -164,7 +164,7 @@ def test_a_larger_grid_runs_only_what_is_new(finished, recipe_of, tmp_path):
     assert len({row.perplexity for row in rows}) == len(rows)
 
 
-def test_a_joint_run_rounds_what_pruning_left(finished, recipe_of, tmp_path):
+def test_a_joint_run_quantizes_the_pruned_model(finished, recipe_of, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     rows = bench(recipe_of(ratios="0.5,0.75", bits="4", joint=True, arms="none,mop"), folder)
     new = [row for row in rows if row.cell not in CELLS]
@@ -187,7 +187,7 @@ def test_a_joint_run_rounds_what_pruning_left(finished, recipe_of, tmp_path):
     ("flags", "named"),
     [({"test_rows": "6"}, "run.test_rows was 12, is 6"), ({"seed": "1"}, "run.seed was 0, is 1")],
 )
-def test_other_settings_in_the_same_folder_are_refused(finished, recipe_of, tmp_path, flags, named):
+def test_other_settings_in_a_folder_are_an_error(finished, recipe_of, tmp_path, flags, named):
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(RecipeError, match=named):
         bench(recipe_of(**flags), folder)
@@ -195,27 +195,25 @@ def test_other_settings_in_the_same_folder_are_refused(finished, recipe_of, tmp_
         assert (folder / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_a_folder_from_before_a_setting_existed_goes_on_where_the_setting_has_its_default(
-    finished, recipe_of, tmp_path
-):
+def test_a_manifest_without_a_new_field_has_its_default(finished, recipe_of, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     manifest = json.loads((folder / "run.json").read_text())
     for stage in manifest["recipe"].values():
-        stage.get("recovery_modifiers", {}).get("PromptRecoveryModifier", {}).pop("prompt_log_weight", None)
+        stage.get("recovery_modifiers", {}).get("PromptRecoveryModifier", {}).pop("log_opening", None)
     (folder / "run.json").write_text(json.dumps(manifest))
     assert [row.cell for row in bench(recipe_of(), folder)] == CELLS
-    manifest["recipe"]["recovery_stage"]["recovery_modifiers"]["PromptRecoveryModifier"]["prompt_log_weight"] = -1.0
+    manifest["recipe"]["recovery_stage"]["recovery_modifiers"]["PromptRecoveryModifier"]["log_opening"] = -1.0
     (folder / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(RecipeError, match="log_opening was -1"):
         bench(recipe_of(), folder)
 
 
-def test_a_folder_from_before_there_was_a_percentile_is_continued_only_without_one(finished, recipe_of, tmp_path):
+def test_a_manifest_without_clipping_fields_means_old_values(finished, recipe_of, tmp_path):
     """Its rows are of a fixed norm alone, which is not the default any more."""
     folder = shutil.copytree(finished, tmp_path / "run")
     manifest = json.loads((folder / "run.json").read_text())
     recovery = manifest["recipe"]["recovery_stage"]["recovery_modifiers"]["PromptRecoveryModifier"]
-    assert (recovery.pop("grad_clip_percentile"), recovery.pop("gate_clipping")) == (50, "apart")
+    assert (recovery.pop("clip_percentile"), recovery.pop("gate_clipping")) == (50, "apart")
     (folder / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(
         RecipeError, match=r"clip_percentile was 100\.0, is 50\.0; .*clipping was 'together', is 'apart'; use"
@@ -225,7 +223,7 @@ def test_a_folder_from_before_there_was_a_percentile_is_continued_only_without_o
     assert [row.cell for row in bench(override_recovery(recipe_of(), before), folder)] == CELLS
 
 
-def test_arms_are_not_added_to_those_of_another_model(finished, recipe_of, tmp_path):
+def test_rows_of_another_model_are_an_error(finished, recipe_of, tmp_path):
     """As when models were removed and pruned again by another number of threads."""
     folder = shutil.copytree(finished, tmp_path / "run")
     lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
@@ -238,7 +236,7 @@ def test_arms_are_not_added_to_those_of_another_model(finished, recipe_of, tmp_p
     assert (folder / "rows.jsonl").read_text() == before
 
 
-def test_cells_are_not_added_to_those_of_another_revision_of_their_arm(finished, recipe_of, tmp_path, monkeypatch):
+def test_rows_of_another_revision_of_an_arm_are_an_error(finished, recipe_of, tmp_path, monkeypatch):
     """As when the code was updated in between: what is finished stays, and other arms can be added."""
     monkeypatch.setitem(ARM_DEFAULTS, "mop", replace(ARM_DEFAULTS["mop"], revision=2))
     folder = shutil.copytree(finished, tmp_path / "run")
@@ -251,7 +249,7 @@ def test_cells_are_not_added_to_those_of_another_revision_of_their_arm(finished,
     assert [row.cell for row in rows] == [*CELLS, ("sparsegpt 50%", "single", 1)]
 
 
-def test_a_folder_in_use_is_refused(finished, recipe_of, tmp_path):
+def test_a_folder_in_use_is_an_error(finished, recipe_of, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     refused = []
 
@@ -266,7 +264,7 @@ def test_a_folder_in_use_is_refused(finished, recipe_of, tmp_path):
     assert refused
 
 
-def test_the_stages_one_by_one_give_the_same_numbers(finished, recipe_of, tmp_path):
+def test_single_commands_give_the_numbers_of_a_bench(finished, recipe_of, tmp_path):
     recipe = recipe_of()
     compress(recipe, [recipe.modifier_for("sparsegpt").with_sparsity(0.5)], tmp_path / "pruned")
     pruned = recipe_of(model=str(tmp_path / "pruned"))
@@ -285,7 +283,7 @@ def test_the_stages_one_by_one_give_the_same_numbers(finished, recipe_of, tmp_pa
     assert found["gate"] == asdict(rows[CELLS[3]].gate)
 
 
-def test_too_many_fallbacks_are_refused_and_nothing_is_published(recipe_of, tmp_path):
+def test_too_many_fallbacks_publish_nothing(recipe_of, tmp_path):
     """A single calibration token cannot fill a Gram matrix, and with hardly any damping nothing mends it."""
     recipe = recipe_of(num_calibration_samples="1", max_seq_length="8", max_fallback="0")
     modifier = recipe.modifier_for("sparsegpt").model_copy(update={"dampening_frac": 1e-9})
@@ -297,7 +295,7 @@ def test_too_many_fallbacks_are_refused_and_nothing_is_published(recipe_of, tmp_
 # --- rows on disk
 
 
-def test_rows_come_back_as_they_were(finished, tmp_path):
+def test_rows_are_read_back_equal(finished, tmp_path):
     rows = read_rows(finished / "rows.jsonl")
     for row in rows:
         append_row(row, tmp_path / "rows.jsonl")
@@ -305,7 +303,7 @@ def test_rows_come_back_as_they_were(finished, tmp_path):
     assert all(isinstance(row, BenchRow) for row in rows)
 
 
-def test_a_line_that_is_not_text_is_told(finished, tmp_path):
+def test_a_damaged_line_is_an_error_unless_it_is_the_last(finished, tmp_path):
     lines = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\n" + b"".join(lines))
     with pytest.raises(DataError, match="line 1 is not a bench row"):
@@ -314,15 +312,15 @@ def test_a_line_that_is_not_text_is_told(finished, tmp_path):
     assert len(read_rows(tmp_path / "rows.jsonl")) == len(lines)
 
 
-def test_a_row_takes_the_place_of_an_unfinished_line(finished, tmp_path):
+def test_a_row_replaces_an_incomplete_line(finished, tmp_path):
     first, second = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)[:2]
-    for left in (b"", first[:50], first + second[:-1]):
-        (tmp_path / "rows.jsonl").write_bytes(left)
+    for rest in (b"", first[:50], first + second[:-1]):
+        (tmp_path / "rows.jsonl").write_bytes(rest)
         append_row(read_rows(finished / "rows.jsonl")[1], tmp_path / "rows.jsonl")
-        assert (tmp_path / "rows.jsonl").read_bytes() == (first if left.startswith(first) else b"") + second
+        assert (tmp_path / "rows.jsonl").read_bytes() == (first if rest.startswith(first) else b"") + second
 
 
-def test_plain_text_and_the_dense_models_arms_are_scored_besides(recipe_of, tmp_path, stories):
+def test_plain_text_and_arms_of_the_dense_model_are_scored(recipe_of, tmp_path, stories):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little dog who liked to run in the park. " * 60)
     recipe = recipe_of(arms=("none",), dense_arms=("single",), text=str(text), text_samples=2)
@@ -340,7 +338,7 @@ def test_plain_text_and_the_dense_models_arms_are_scored_besides(recipe_of, tmp_
     assert "plain text" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_plain_text_is_a_domain_of_the_gate_where_it_is_trained_on(recipe_of, tmp_path):
+def test_training_text_is_a_task_of_the_gate(recipe_of, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little dog who liked to run in the park. " * 60)
     recipe = recipe_of(arms="none,mop", train_text=str(text), train_text_samples="3")
@@ -353,15 +351,15 @@ def test_plain_text_is_a_domain_of_the_gate_where_it_is_trained_on(recipe_of, tm
         bench(recipe, tmp_path / "run")
 
 
-def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwise(recipe_of, tmp_path):
+def test_rows_without_tasks_have_seven_experts_by_default(recipe_of, tmp_path):
     """As many prompt tokens in each, a gate that knows no right expert, and a line that says so, once."""
     data = write_data(tmp_path / "data", rows=12)
     for path in data.iterdir():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(line | {"task": ""}) + "\n" for line in lines))
-    arms, told = ("single", "mop", "smop", "idp"), []
+    arms, messages = ("single", "mop", "smop", "idp"), []
     recipe = recipe_of(data=str(data), arms=",".join(arms))
-    rows = bench(recipe, tmp_path / "run", progress=on_progress(lambda line, done, total: told.append(line)))
+    rows = bench(recipe, tmp_path / "run", progress=on_progress(lambda line, done, total: messages.append(line)))
     rows = {row.arm: row for row in rows if row.method != "dense"}
     tokens = 7 * recipe.recovery.prompts_per_expert
     assert {rows[arm].trained_parameters for arm in ("single", "idp")} == {64 * tokens + 1}
@@ -371,22 +369,22 @@ def test_rows_without_tasks_have_seven_experts_in_every_arm_unless_told_otherwis
         ].shape
         assert (shape[0], shape[0] * shape[1]) == (7, tokens)
     assert (len(rows["mop"].gate.load), rows["mop"].gate.accuracy) == (7, None)
-    assert sum("7 experts" in line and "recovery.experts" in line for line in told) == 1
+    assert sum("7 experts" in line and "recovery.experts" in line for line in messages) == 1
     assert "clusters of the training instructions" in (tmp_path / "run" / "report.md").read_text()
     with pytest.raises(UsageError, match="where rows name no tasks"):
         bench(recipe_of(data=str(data), arms="oracle"), tmp_path / "oracle")
-    told.clear()
+    messages.clear()
     few = override_recovery(recipe_of(data=str(data), arms="mop"), {"experts": 2})
-    found = bench(few, tmp_path / "few", progress=on_progress(lambda line, done, total: told.append(line)))[-1]
+    found = bench(few, tmp_path / "few", progress=on_progress(lambda line, done, total: messages.append(line)))[-1]
     assert len(found.gate.load) == 2
-    assert not any("name no tasks" in line for line in told)
-    told.clear()
+    assert not any("name no tasks" in line for line in messages)
+    messages.clear()
     recipe = override_recovery(recipe_of(arms="none,mop"), {"experts": 2})
-    bench(recipe, tmp_path / "named", progress=on_progress(lambda line, done, total: told.append(line)))
-    assert sum("2 experts are not one for each of the" in line for line in told) == 1
+    bench(recipe, tmp_path / "named", progress=on_progress(lambda line, done, total: messages.append(line)))
+    assert sum("2 experts are not one for each of the" in line for line in messages) == 1
 
 
-def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
+def test_controls_of_the_gate_are_cells_too(recipe_of, tmp_path):
     """The oracle cannot score text of no task; a gate of clusters has no tasks to be right about."""
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little dog. " * 200)
@@ -407,7 +405,7 @@ def test_controls_of_the_gate_are_cells_like_others(recipe_of, tmp_path):
     assert (found["perplexity"], found["text_perplexity"]) == (pytest.approx(rows["oracle"].perplexity), None)
 
 
-def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
+def test_a_top_k_beyond_the_experts_is_an_error(recipe_of, stories, tmp_path):
     recipe = recovery_recipe(recipe_of(), {"top_k": 13})
     with pytest.raises(UsageError, match=r"recovery\.top_k: 13 of 12 experts"):
         recover(recipe, tmp_path / "adapter", seed=0)
@@ -422,18 +420,18 @@ def test_more_experts_than_there_are_cannot_act(recipe_of, stories, tmp_path):
         ({"adapter_targets": ("no_proj",)}, "no linear .* is 'no_proj'"),
     ],
 )
-def test_a_bench_refuses_what_its_arms_cannot_have_before_it_writes(recipe_of, tmp_path, flags, said):
+def test_impossible_arms_are_an_error_before_any_writing(recipe_of, tmp_path, flags, said):
     with pytest.raises((UsageError, DataError), match=said):
         bench(override_recovery(recipe_of(arms="none,mop,lora"), flags), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["LOCK"]
 
 
-def test_a_bench_of_arms_that_may_change_the_whole_network_has_the_bare_model_too(recipe_of, tmp_path):
+def test_arms_of_the_whole_network_start_at_layer_zero(recipe_of, tmp_path):
     rows = bench(override_recovery(recipe_of(arms="none,norms"), {"layer": 0}), tmp_path / "run")
     assert {row.arm for row in rows} == {"none", "norms"}
 
 
-def test_a_sweep_needs_no_validation_rows_where_no_arm_takes_steps(recipe_of, stories, tmp_path):
+def test_closed_form_arms_need_no_validation_rows(recipe_of, stories, tmp_path):
     data = write_data(tmp_path / "rows")
     long = {"task": "say", "instruction": "say cat " * 30, "input": "", "output": "the cat"}
     (data / "validation.jsonl").write_text(json.dumps(long) + "\n")
@@ -444,14 +442,15 @@ def test_a_sweep_needs_no_validation_rows_where_no_arm_takes_steps(recipe_of, st
         bench(override_recovery(recipe_of(arms="none,mop", **flags), {"sweep": True}), tmp_path / "other")
 
 
-def test_arms_that_draw_nothing_run_once_whatever_the_seeds(recipe_of, tmp_path):
+def test_unseeded_arms_have_one_cell(recipe_of, tmp_path):
     cells = cells_of(
-        recipe_of(arms="none,eora,mop", seeds="1,2").run.model_dump(), CompressionSetting("sparsegpt", 0.5, None)
+        recipe_of(arms="none,eora,mop", seeds="1,2").run.model_dump(by_alias=True),
+        CompressionSetting("sparsegpt", 0.5, None),
     )
     assert [(cell.arm, cell.seed) for cell in cells] == [("none", 0), ("eora", 0), ("mop", 1), ("mop", 2)]
 
 
-def test_a_bench_that_its_dense_weights_do_not_fit_is_refused_before_it_writes(recipe_of, stories, tmp_path):
+def test_unsuitable_dense_weights_are_an_error_early(recipe_of, stories, tmp_path):
     teacher = saved(tiny_model(num_hidden_layers=5), tmp_path / "teacher")
     shutil.copy(stories / "tokenizer.json", teacher)
     shutil.copy(stories / "tokenizer_config.json", teacher)
@@ -465,7 +464,7 @@ def test_a_bench_that_its_dense_weights_do_not_fit_is_refused_before_it_writes(r
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["LOCK"]
 
 
-def test_a_bench_is_bound_to_a_teacher_that_is_named(recipe_of, stories, tmp_path):
+def test_a_changed_teacher_is_another_setting(recipe_of, stories, tmp_path):
     teacher = shutil.copytree(stories, tmp_path / "teacher")
     recipe = override_recovery(recipe_of(arms="none"), {"teacher": str(teacher)})
     bench(recipe, tmp_path / "run")
@@ -479,8 +478,8 @@ def test_a_bench_is_bound_to_a_teacher_that_is_named(recipe_of, stories, tmp_pat
 # --- written answers
 
 
-def test_a_bench_writes_answers_where_it_is_asked_to(recipe_of, finished, tmp_path):
-    """With the oracle too, which is told the task; nothing that was scored before changes."""
+def test_generated_answers_are_scored_when_asked_for(recipe_of, finished, tmp_path):
+    """With the oracle too, which is messages the task; nothing that was scored before changes."""
     folder = tmp_path / "run"
     rows = bench(recipe_of(max_new_tokens="6", arms="none,single,oracle"), folder)
     before = {row.cell: row for row in read_rows(finished / "rows.jsonl")}
@@ -498,7 +497,7 @@ def test_a_bench_writes_answers_where_it_is_asked_to(recipe_of, finished, tmp_pa
     assert {(row.rouge_l, row.samples) for row in before.values()} == {(None, ())}
 
 
-def test_evaluate_writes_the_answers_that_the_bench_wrote(recipe_of, tmp_path):
+def test_evaluate_generates_the_answers_of_the_bench(recipe_of, tmp_path):
     folder = tmp_path / "run"
     rows = bench(recipe_of(max_new_tokens="6", arms="none,mop"), folder)
     model = str(folder / "models" / "sparsegpt-50")
@@ -513,7 +512,7 @@ def test_evaluate_writes_the_answers_that_the_bench_wrote(recipe_of, tmp_path):
     assert found["samples"] == [asdict(sample) for sample in row.samples]
 
 
-def test_rows_from_before_there_were_answers_are_read(finished, tmp_path):
+def test_rows_without_answers_are_read(finished, tmp_path):
     row = json.loads((finished / "rows.jsonl").read_text().splitlines()[0])
     for name in ("rouge_l", "rouge_l_macro", "written_exact_match", "samples"):
         del row[name]
