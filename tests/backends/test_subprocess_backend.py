@@ -244,6 +244,12 @@ def test_without_a_path_this_python_needs_the_library() -> None:
         find_python(BACKENDS["gptqmodel"], "/no/such/python")
 
 
+def test_a_link_to_a_python_is_not_resolved(tmp_path: Path) -> None:
+    """A virtual environment is found by its link."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    assert find_python(Backend("json", "", (), ""), str(tmp_path / "python")) == tmp_path / "python"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -281,7 +287,8 @@ def test_a_bench_rejects_backends(tmp_path: Path) -> None:
 
 def test_a_child_dies_with_its_parent(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = f"pathlib.Path({str(tmp_path)!r}, 'pid').write_text(str(os.getpid()))"
-    python = fake_python(tmp_path, f"import time; {note}; time.sleep(60)")
+    survived = f"pathlib.Path({str(tmp_path)!r}, 'survived').touch()"
+    python = fake_python(tmp_path, f"import time; {note}; time.sleep(30); {survived}")
 
     def interrupted(child: object) -> int:
         while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
@@ -296,6 +303,7 @@ def test_a_child_dies_with_its_parent(base: Path, tmp_path: Path, monkeypatch: p
         )
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not (tmp_path / "survived").exists()
 
 
 def _first(action):
