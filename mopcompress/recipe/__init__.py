@@ -9,23 +9,19 @@ from mopcompress.recipe.pruning_modifiers import (
     WandaPruningModifier,
 )
 from mopcompress.recipe.recipe import Recipe, dump_recipe, load_recipe, recipe_from_dict, recipe_to_dict
-from mopcompress.recipe.recovery_modifier import ConstantPruningModifier, PromptRecoveryModifier
+from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
 from mopcompress.recipe.run_spec import RunSpec
-from mopcompress.recipe.stages import Group, Stage
 
 __all__ = [
     "ALPSModifier",
-    "ConstantPruningModifier",
     "GPTQModifier",
-    "Group",
     "LowRankRepairModifier",
     "MagnitudePruningModifier",
     "PromptRecoveryModifier",
     "Recipe",
     "RunSpec",
     "SparseGPTModifier",
-    "Stage",
     "StructuredPruningModifier",
     "WandaPruningModifier",
     "dump_recipe",

@@ -159,7 +159,7 @@ Steps = Annotated[int, Field(ge=0, le=1000)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 PartialShare = Annotated[float, Field(gt=0, le=1)]
 Structure = Annotated[str, AfterValidator(_structure)]
-Damping = Annotated[float, Field(gt=0, le=10)]
+Damping = Annotated[float, Field(gt=0, le=10, validation_alias=AliasChoices("dampening_frac", "percdamp"))]
 BlockSize = Annotated[int, Field(ge=1, le=65536)]
 FilePath = Annotated[Name, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
 

@@ -7,7 +7,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from mopcompress.recipe.field_types import (
     Activations,
     Bits,
+    BlockSize,
     BlockTargets,
+    Damping,
     IgnoredLayers,
     IgnoredSwitch,
     PartialShare,
@@ -21,7 +23,7 @@ from mopcompress.recipe.field_types import (
     fault,
     parse_structure,
 )
-from mopcompress.recipe.pruning_modifiers import BlockSize, Damping, check_share, replace_checked
+from mopcompress.recipe.pruning_modifiers import check_share, replace_checked
 from mopcompress.recipe.unsupported import other_scheme
 from mopcompress.recipe.validation_errors import nearest
 

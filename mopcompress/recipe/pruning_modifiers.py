@@ -5,13 +5,15 @@ Layers, Time, Schedule or Unsupported are there for recipes of other tools only 
 """
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from mopcompress.errors import RecipeError
 from mopcompress.recipe.field_types import (
+    BlockSize,
     BlockTargets,
+    Damping,
     IgnoredLayers,
     IgnoredSchedule,
     IgnoredScheduleFields,
@@ -33,9 +35,6 @@ from mopcompress.recipe.validation_errors import faults_of, lines
 
 AnyModifier = TypeVar("AnyModifier", bound=Spec)
 AnyPruning = TypeVar("AnyPruning", bound="PruningModifier")
-
-BlockSize = Annotated[int, Field(ge=1, le=65536)]
-Damping = Annotated[float, Field(gt=0, le=10, validation_alias=AliasChoices("dampening_frac", "percdamp"))]
 
 
 def replace_checked(modifier: AnyModifier, **changes: object) -> AnyModifier:
@@ -60,6 +59,7 @@ class PruningModifier(Spec):
 
     method: ClassVar[str]
     share_field: ClassVar[str] = "sparsity"
+    default_share: ClassVar[float] = 0.5  # of a modifier that no recipe names
 
     mask_structure: Structure = "0:0"
     targets: BlockTargets = ("Linear",)
@@ -221,6 +221,7 @@ class StructuredPruningModifier(Spec):
 
     method: ClassVar[str] = "structured"
     share_field: ClassVar[str] = "mlp_sparsity"
+    default_share: ClassVar[float] = 0.25
 
     mlp_sparsity: Share  # of the channels of every MLP
     head_sparsity: Share = 0.0  # of the key-value heads, each with its query heads
@@ -239,3 +240,4 @@ class StructuredPruningModifier(Spec):
 
 Masking = SparseGPTModifier | ALPSModifier | WandaPruningModifier | MagnitudePruningModifier
 Pruning = Masking | StructuredPruningModifier
+PRUNING_MODIFIERS: tuple[type[Pruning], ...] = get_args(Pruning)

@@ -21,19 +21,12 @@ from pydantic import ValidationError
 from mopcompress.errors import RecipeError
 from mopcompress.recipe.field_types import Spec
 from mopcompress.recipe.gptq_modifier import GPTQModifier
-from mopcompress.recipe.pruning_modifiers import (
-    ALPSModifier,
-    MagnitudePruningModifier,
-    Pruning,
-    SparseGPTModifier,
-    StructuredPruningModifier,
-    WandaPruningModifier,
-)
+from mopcompress.recipe.pruning_modifiers import PRUNING_MODIFIERS, Pruning
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
 from mopcompress.recipe.run_spec import RunSpec, check_flags
-from mopcompress.recipe.stages import Group, Stage, check_order, read_stage, unknown_key
-from mopcompress.recipe.validation_errors import Fault, faults_of, lines
+from mopcompress.recipe.stages import MODIFIERS, Group, Stage, check_order, read_stage, unknown_key
+from mopcompress.recipe.validation_errors import Fault, faults_of, field_name, lines
 from mopcompress.recipe.yaml_loader import PlainDumper, read_document
 
 FOREIGN = ("args", "metadata", "version")  # of other tools, at the top: they say nothing about what to do
@@ -71,11 +64,7 @@ class Recipe:
 
 
 DEFAULTS: dict[str, Pruning | GPTQModifier] = {
-    "sparsegpt": SparseGPTModifier(sparsity=0.5),
-    "alps": ALPSModifier(sparsity=0.5),
-    "wanda": WandaPruningModifier(sparsity=0.5),
-    "magnitude": MagnitudePruningModifier(final_sparsity=0.5),
-    "structured": StructuredPruningModifier(mlp_sparsity=0.25),
+    **{kind.method: kind.model_validate({kind.share_field: kind.default_share}) for kind in PRUNING_MODIFIERS},
     "gptq": GPTQModifier.model_validate({"scheme": "W4A16", "match_dense": 1.0}).with_bits(4, 64),
 }
 DEFAULT_STAGES = (
@@ -157,6 +146,28 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         }
         stages[stage.name] = {"run_type": stage.run_type, **groups}
     return stages | {"run": recipe.run.model_dump(mode="json", by_alias=True)}
+
+
+def with_present_names(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored recipe, or a tree that holds its parts, with the present names of fields: for messages."""
+    document = dict(stored)
+    for name, content in stored.items():
+        if name == "run" and isinstance(content, dict):
+            document[name] = _renamed(RunSpec, content)
+        elif name.endswith("_stage") and isinstance(content, dict):
+            document[name] = {
+                key: {word: _renamed(MODIFIERS.get(word), fields) for word, fields in group.items()}
+                if isinstance(group, dict)
+                else group
+                for key, group in content.items()
+            }
+    return document
+
+
+def _renamed(kind: type[Spec] | None, fields: Any) -> Any:
+    if kind is None or not isinstance(fields, dict):
+        return fields
+    return {field_name(kind, name): value for name, value in fields.items()}
 
 
 def _own_grid(recipe: Recipe) -> dict[str, Any]:

@@ -8,17 +8,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from mopcompress.errors import UsageError
 from mopcompress.recipe.arms import ARM_DEFAULTS, known_arm
 from mopcompress.recipe.field_types import STORED_NAMES, Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
-from mopcompress.recipe.pruning_modifiers import Pruning
+from mopcompress.recipe.pruning_modifiers import PRUNING_MODIFIERS
 from mopcompress.recipe.validation_errors import Fault, faults_of, field_name, lines, nearest
 
-PRUNING_METHODS: tuple[str, ...] = tuple(modifier.method for modifier in get_args(Pruning))
+PRUNING_METHODS: tuple[str, ...] = tuple(modifier.method for modifier in PRUNING_MODIFIERS)
 OURS = "mopcompress"
 NO_FIELDS: Mapping[str, object] = MappingProxyType({})
 BACKENDS = (OURS, "llmcompressor", "gptqmodel")

@@ -6,14 +6,14 @@ A key is `part.field`, such as `recovery.top_k`; a value is YAML, checked as it 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from mopcompress.errors import UsageError
 from mopcompress.recipe.field_types import Spec
 from mopcompress.recipe.gptq_modifier import GPTQModifier
-from mopcompress.recipe.pruning_modifiers import Pruning
+from mopcompress.recipe.pruning_modifiers import PRUNING_MODIFIERS
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
 from mopcompress.recipe.run_spec import RunSpec
@@ -37,7 +37,7 @@ NO_SETTINGS: Settings = MappingProxyType({})
 PARTS: dict[str, tuple[type[Spec], ...]] = {
     "run": (RunSpec,),
     "recovery": (PromptRecoveryModifier,),
-    "pruning": get_args(Pruning),
+    "pruning": PRUNING_MODIFIERS,
     "quantization": (GPTQModifier,),
     "repair": (LowRankRepairModifier,),
 }

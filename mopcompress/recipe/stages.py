@@ -9,12 +9,10 @@ from pydantic import ValidationError
 from mopcompress.recipe.field_types import Spec
 from mopcompress.recipe.gptq_modifier import GPTQModifier
 from mopcompress.recipe.pruning_modifiers import (
-    ALPSModifier,
+    PRUNING_MODIFIERS,
     MagnitudePruningModifier,
     Pruning,
-    SparseGPTModifier,
     StructuredPruningModifier,
-    WandaPruningModifier,
 )
 from mopcompress.recipe.recovery_modifier import ConstantPruningModifier, PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier, misplaced_repairs
@@ -24,11 +22,7 @@ from mopcompress.recipe.validation_errors import Fault, faults_of, nearest
 MODIFIERS: dict[str, type[Spec]] = {
     kind.__name__: kind
     for kind in (
-        SparseGPTModifier,
-        ALPSModifier,
-        WandaPruningModifier,
-        MagnitudePruningModifier,
-        StructuredPruningModifier,
+        *PRUNING_MODIFIERS,
         ConstantPruningModifier,
         GPTQModifier,
         LowRankRepairModifier,

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from mopcompress.errors import InputNotFoundError, MopError, RecipeError, UsageError
 from mopcompress.recipe import (
-    ConstantPruningModifier,
     GPTQModifier,
     MagnitudePruningModifier,
     PromptRecoveryModifier,
@@ -25,6 +24,7 @@ from mopcompress.recipe import (
 )
 from mopcompress.recipe.arms import ARM_DEFAULTS, arms_using
 from mopcompress.recipe.overrides import pruning_recipe, recovery_recipe
+from mopcompress.recipe.recovery_modifier import ConstantPruningModifier
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 TWO_FOUR_THEN_W4A16 = """
