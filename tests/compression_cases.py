@@ -79,3 +79,18 @@ def linear_inputs(model: LanguageModel, linear: nn.Module, tokens: Tensor = CALI
         model.network(input_ids=tokens)
     handle.remove()
     return inputs[0].flatten(0, 1)
+
+
+class RoutedLinears(nn.Module):
+    """Two linears: each token goes to one of them, by the sign of its first feature."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.up, self.down = (nn.Linear(size, size, bias=False) for _ in range(2))
+
+    def forward(self, hidden):
+        flat, result = hidden.flatten(0, -2), torch.empty_like(hidden).flatten(0, -2)
+        for linear, taken in ((self.up, flat[:, 0] > 0), (self.down, flat[:, 0] <= 0)):
+            if bool(taken.any()):
+                result[taken] = linear(flat[taken])
+        return result.view_as(hidden)

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def lowest_by_sorting(scores: list[float], count: int) -> list[bool]:
     """True for the `count` lowest; Python's sort is stable, so of equal ones the first."""
-    chosen = set(sorted(range(len(scores)), key=lambda index: scores[index])[:count])
-    return [index in chosen for index in range(len(scores))]
+    lowest = set(sorted(range(len(scores)), key=lambda index: scores[index])[:count])
+    return [index in lowest for index in range(len(scores))]
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -21,19 +22,20 @@ def layer_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
     return float(((weight - other) @ gram @ (weight - other).T).trace())
 
 
-def settle_by_least_squares(
-    weight: Tensor, gram: Tensor, panel: int, begin: Callable[[int, Tensor], Callable[[int, Tensor], Tensor]]
+def fix_by_least_squares(
+    weight: Tensor, gram: Tensor, panel: int, solve_panel: Callable[[int, Tensor], Callable[[int, Tensor], Tensor]]
 ) -> Tensor:
-    """After settling column j, solve for all later columns anew, so that the layer error is least.
+    """Fix column after column; after each, solve for all later columns anew, so that the layer error is least.
 
-    `begin(first, columns)` is told the present weights of every `panel` columns and returns how to settle each.
+    `solve_panel(first, columns)` receives the updated weights of `panel` columns, and returns the function that fixes
+    each of them.
     """
     start, weight = weight.clone(), weight.clone()
     size = weight.shape[1]
     for j in range(size):
         if j % panel == 0:
-            project = begin(j, weight[:, j : j + panel].clone())
-        weight[:, j] = project(j, weight[:, j].clone())
+            solve_column = solve_panel(j, weight[:, j : j + panel].clone())
+        weight[:, j] = solve_column(j, weight[:, j].clone())
         if j + 1 < size:
             loss = weight[:, : j + 1] - start[:, : j + 1]
             shift = torch.linalg.solve(gram[j + 1 :, j + 1 :], gram[j + 1 :, : j + 1] @ loss.T).T
@@ -52,18 +54,18 @@ def sparsegpt_slowly(
     """SparseGPT on an already damped Gram matrix."""
     rows = len(weight)
 
-    def begin(first: int, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def solve_panel(first: int, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
         width = columns.shape[1]
         costs = torch.stack([cost_of_zero(gram, first + k, columns[:, k]) for k in range(width)], 1)
         if pattern:
             mask = torch.tensor([lowest_by_sorting(row, pattern[0]) for row in costs.tolist()])
         else:
-            wanted = [round(sparsity * rows * end) for end in (first, first + width)]
-            chosen = lowest_by_sorting(costs.flatten().tolist(), wanted[1] - wanted[0])
-            mask = torch.tensor(chosen).reshape(rows, width)
+            ends = [round(sparsity * rows * end) for end in (first, first + width)]
+            lowest = lowest_by_sorting(costs.flatten().tolist(), ends[1] - ends[0])
+            mask = torch.tensor(lowest).reshape(rows, width)
         return lambda j, column: torch.where(mask[:, j - first], 0.0, column)
 
-    return settle_by_least_squares(weight, gram, pattern[1] if pattern else block, begin)
+    return fix_by_least_squares(weight, gram, pattern[1] if pattern else block, solve_panel)
 
 
 def scale_slowly(values: list[float], importance: list[float], bits: int) -> float:
@@ -74,9 +76,9 @@ def scale_slowly(values: list[float], importance: list[float], bits: int) -> flo
     for step in range(15):
         scale = float(torch.tensor(widest * (1 - 0.05 * step)).half())
         error = 0.0
-        for value, share in zip(values, importance, strict=True):
+        for value, weight in zip(values, importance, strict=True):
             code = min(max(round(value / scale), lowest), highest)
-            error += share * (value - code * scale) ** 2
+            error += weight * (value - code * scale) ** 2
         best = min(best, (error, scale), key=lambda pair: pair[0])
     return best[1]
 
@@ -97,36 +99,36 @@ def gptq_slowly(
     order = sorted(range(size), key=lambda j: -float(importance[j])) if act_order else list(range(size))
 
     def scales_of(first: int, columns: Tensor) -> Tensor:
-        share = importance[first : first + group].tolist()
-        return torch.tensor([scale_slowly(row, share, bits) for row in columns.tolist()], dtype=weight.dtype)
+        group_importance = importance[first : first + group].tolist()
+        return torch.tensor([scale_slowly(row, group_importance, bits) for row in columns.tolist()], dtype=weight.dtype)
 
     static = {g: scales_of(g * group, weight[:, g * group : (g + 1) * group]) for g in range(size // group)}
 
-    def begin(first: int, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def solve_panel(first: int, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
         survivors = columns.masked_fill(weight[:, first : first + group] == 0, 0.0) if keep_zeros else columns
         reached = None if act_order else scales_of(first, survivors)
 
-        def project(j: int, column: Tensor) -> Tensor:
+        def solve_column(j: int, column: Tensor) -> Tensor:
             scale = static[order[j] // group] if reached is None else reached
             rounded = torch.clamp(torch.round(column / scale), lowest, highest) * scale
             return torch.where(weight[:, order[j]] == 0, 0.0, rounded) if keep_zeros else rounded
 
-        return project
+        return solve_column
 
-    permuted = settle_by_least_squares(weight[:, order], gram[order][:, order], group, begin)
+    permuted = fix_by_least_squares(weight[:, order], gram[order][:, order], group, solve_panel)
     result = torch.empty_like(weight)
     result[:, order] = permuted
     return result
 
 
 def masked_least_squares(weight: Tensor, gram: Tensor, removed: Tensor) -> Tensor:
-    """Row by row: the values in the places that are kept with the least layer error."""
+    """Return the values with the least layer error, row by row, where `removed` is False; the others are zero."""
     solved = torch.zeros_like(weight)
     for row in range(len(weight)):
-        kept = ~removed[row]
-        if kept.any():
-            wanted = gram[kept] @ weight[row]
-            solved[row, kept] = torch.linalg.solve(gram[kept][:, kept], wanted)
+        free = ~removed[row]
+        if free.any():
+            target = gram[free] @ weight[row]
+            solved[row, free] = torch.linalg.solve(gram[free][:, free], target)
     return solved
 
 
@@ -141,8 +143,8 @@ def alps_slowly(
     hessian, target = gram / torch.outer(scale, scale), weight * scale
 
     def keep_largest(matrix: Tensor) -> Tensor:
-        chosen = lowest_by_sorting(matrix.abs().flatten().tolist(), count)
-        return matrix.masked_fill(torch.tensor(chosen).reshape(matrix.shape), 0.0)
+        lowest = lowest_by_sorting(matrix.abs().flatten().tolist(), count)
+        return matrix.masked_fill(torch.tensor(lowest).reshape(matrix.shape), 0.0)
 
     penalty, sparse, multiplier = first, keep_largest(target), torch.zeros_like(target)
     for step in range(steps):
@@ -154,3 +156,27 @@ def alps_slowly(
         sparse = keep_largest(free + multiplier / penalty)
         multiplier = multiplier + penalty * (free - sparse)
     return masked_least_squares(weight, gram, sparse == 0)
+
+
+def inputs_with_ridge(inputs: Tensor, damping: float) -> Tensor:
+    """Return inputs whose plain Gram matrix is the damped one: the ridge as further observations."""
+    ridge = damping * (inputs.T @ inputs / len(inputs)).diagonal().mean()
+    return torch.cat([inputs / len(inputs) ** 0.5, ridge.sqrt() * torch.eye(inputs.shape[1], dtype=inputs.dtype)])
+
+
+def fit_columns(weight: Tensor, inputs: Tensor, columns: list[int], *, damping: float = 0.01) -> tuple[Tensor, float]:
+    """Return the values of these columns and their squared error, by numpy's lstsq on the inputs themselves."""
+    rows = inputs_with_ridge(inputs, damping).numpy()
+    outputs = rows @ weight.numpy().T
+    solution = np.linalg.lstsq(rows[:, columns], outputs, rcond=None)[0]
+    return torch.from_numpy(solution.T), float(((outputs - rows[:, columns] @ solution) ** 2).sum())
+
+
+def eora_slowly(weight: Tensor, compressed: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """Return B A by the paper's equation, with the symmetric root of the Gram matrix."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(1e-12 * values.max())  # where it is singular, the paper divides by zero
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    inverse = vectors @ values.rsqrt().diag() @ vectors.T
+    left, sizes, right = torch.linalg.svd((weight - compressed) @ root, full_matrices=False)
+    return (left[:, :rank] * sizes[:rank]) @ right[:rank] @ inverse

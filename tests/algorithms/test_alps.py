@@ -25,17 +25,17 @@ def test_alps_is_its_definition(sparsity):
     count = round(sparsity * weight.numel())
     schedule = {"first": 0.2, "every": 4, "growth": 1.7, "relaxation": 1.4}
     slow = alps_slowly(weight, damped(gram, 0.01), count, steps=9, **schedule)
-    found = alps(weight, gram, sparsity=sparsity, steps=9, refit_steps=200).weight
-    assert_close(found, slow)
+    solved = alps(weight, gram, sparsity=sparsity, steps=9, refit_steps=200).weight
+    assert_close(solved, slow)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.77, 0.95, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_counts_are_exact(sparsity, dtype):
     weight, inputs = random_layer(dtype=dtype)
-    found = alps(weight, gram_of(inputs), sparsity=sparsity).weight
-    assert int((found == 0).sum()) == round(sparsity * weight.numel())
-    assert found.dtype == dtype
+    solved = alps(weight, gram_of(inputs), sparsity=sparsity).weight
+    assert int((solved == 0).sum()) == round(sparsity * weight.numel())
+    assert solved.dtype == dtype
 
 
 def test_at_sparsity_zero_the_weight_is_unchanged():
@@ -47,18 +47,18 @@ def test_at_sparsity_zero_the_weight_is_unchanged():
 def test_patterns_hold(pattern):
     weight, inputs = random_layer()
     n, m = pattern
-    found = alps(weight, gram_of(inputs), sparsity=n / m, pattern=pattern).weight
-    assert bool(((found == 0).reshape(-1, m).sum(1) == n).all())
+    solved = alps(weight, gram_of(inputs), sparsity=n / m, pattern=pattern).weight
+    assert bool(((solved == 0).reshape(-1, m).sum(1) == n).all())
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_layer_error_is_below_that_of_sparsegpt(sparsity, seed):
-    """No theorem, but by a wide margin on inputs that are correlated."""
+    """This is no theorem, but holds by a wide margin on correlated inputs."""
     weight, inputs = random_layer(rows=24, size=96, seed=seed)
     gram = gram_of(inputs)
-    ours, theirs = (solve(weight, gram, sparsity=sparsity).weight for solve in (alps, sparsegpt))
-    assert layer_error(weight, ours, gram) < 0.9 * layer_error(weight, theirs, gram)
+    by_alps, by_sparsegpt = (solve(weight, gram, sparsity=sparsity).weight for solve in (alps, sparsegpt))
+    assert layer_error(weight, by_alps, gram) < 0.9 * layer_error(weight, by_sparsegpt, gram)
 
 
 def test_only_the_direction_of_the_gram_matrix_counts():
@@ -73,41 +73,41 @@ def test_stacked_matrices_are_pruned_as_if_alone(sparsity):
     weight, inputs = random_layer(rows=10)
     gram = gram_of(inputs)
     stacked = alps(weight, gram, sparsity=sparsity, row_groups=[4, 6]).weight
-    shares = sparsity if isinstance(sparsity, list) else [sparsity] * 2
-    for rows, share in zip((slice(0, 4), slice(4, 10)), shares, strict=True):
-        assert_close(stacked[rows], alps(weight[rows], gram, sparsity=share).weight)
+    sparsities = sparsity if isinstance(sparsity, list) else [sparsity] * 2
+    for rows, number in zip((slice(0, 4), slice(4, 10)), sparsities, strict=True):
+        assert_close(stacked[rows], alps(weight[rows], gram, sparsity=number).weight)
 
 
-@pytest.mark.parametrize("already", [0.2, 0.7])
-def test_preserved_zeros_stay_and_count(already):
+@pytest.mark.parametrize("zeros", [0.2, 0.7])
+def test_preserved_zeros_stay_and_count(zeros):
     weight, inputs = random_layer()
-    weight = weight.masked_fill(lowest_overall(weight.abs(), already), 0.0)
-    found = alps(weight, gram_of(inputs), sparsity=0.5, keep_zeros=True).weight
-    assert bool((found[weight == 0] == 0).all())
-    assert int((found == 0).sum()) == round(max(already, 0.5) * weight.numel())
+    weight = weight.masked_fill(lowest_overall(weight.abs(), zeros), 0.0)
+    solved = alps(weight, gram_of(inputs), sparsity=0.5, keep_zeros=True).weight
+    assert bool((solved[weight == 0] == 0).all())
+    assert int((solved == 0).sum()) == round(max(zeros, 0.5) * weight.numel())
 
 
 def test_weights_of_an_input_that_never_fires_go_first():
     weight, inputs = random_layer()
     inputs[:, 3] = 0
-    found = alps(weight, gram_of(inputs), sparsity=0.5).weight
-    assert bool((found[:, 3] == 0).all())
+    solved = alps(weight, gram_of(inputs), sparsity=0.5).weight
+    assert bool((solved[:, 3] == 0).all())
 
 
 def test_a_layer_that_never_fires_is_pruned_all_the_same():
     weight, inputs = random_layer()
-    found = alps(weight, torch.zeros_like(gram_of(inputs)), sparsity=0.5).weight
-    assert bool(found.isfinite().all())
-    assert int((found == 0).sum()) == weight.numel() // 2
+    solved = alps(weight, torch.zeros_like(gram_of(inputs)), sparsity=0.5).weight
+    assert bool(solved.isfinite().all())
+    assert int((solved == 0).sum()) == weight.numel() // 2
 
 
 def test_the_given_weight_is_left_alone():
     weight, inputs = random_layer()
     gram = gram_of(inputs)
-    before = weight.clone(), gram.clone()
+    copies = weight.clone(), gram.clone()
     alps(weight, gram, sparsity=0.5)
-    assert torch.equal(weight, before[0])
-    assert torch.equal(gram, before[1])
+    assert torch.equal(weight, copies[0])
+    assert torch.equal(gram, copies[1])
 
 
 def test_a_wrong_pattern_and_a_bad_gram_matrix_raise():

@@ -35,11 +35,11 @@ def test_the_target_is_the_least_squares_fit(zeros, fraction):
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < zeros] = 0
     gram = gram_of(inputs)
     best = least_squares(weight, inputs, dense, weight != 0, 0.01 * float(gram.diagonal().mean()))
-    found = dense_target(
+    target = dense_target(
         weight, gram, weight @ input_shift(inputs, dense), fraction=fraction, keep_zeros=True, damping=0.01
     ).weight
-    assert_close(found, weight + fraction * (best - weight), rtol=1e-6, atol=1e-6)
-    assert torch.equal(found == 0, weight == 0)
+    assert_close(target, weight + fraction * (best - weight), rtol=1e-6, atol=1e-6)
+    assert torch.equal(target == 0, weight == 0)
 
 
 def test_without_keeping_zeros_they_take_part():
@@ -47,10 +47,10 @@ def test_without_keeping_zeros_they_take_part():
     weight[:, 3:] = 0
     gram, everything = gram_of(inputs), torch.ones(weight.shape, dtype=torch.bool)
     best = least_squares(weight, inputs, dense, everything, 0.01 * float(gram.diagonal().mean()))
-    found = dense_target(
+    target = dense_target(
         weight, gram, weight @ input_shift(inputs, dense), fraction=1.0, keep_zeros=False, damping=0.01
     ).weight
-    assert_close(found, best, rtol=1e-6, atol=1e-6)
+    assert_close(target, best, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep_zeros", [False, True])
@@ -65,10 +65,10 @@ def test_inputs_without_drift_change_nothing(keep_zeros):
 def test_an_input_that_never_fires_keeps_its_weights():
     weight, inputs, dense = drifted_layer()
     inputs[:, 5] = 0
-    found = dense_target(
+    target = dense_target(
         weight, gram_of(inputs), weight @ input_shift(inputs, dense), fraction=1.0, keep_zeros=False, damping=0.01
     ).weight
-    assert_close(found[:, 5], weight[:, 5])
+    assert_close(target[:, 5], weight[:, 5])
 
 
 def test_the_shift_of_chunks_is_the_shift_of_all_tokens():
@@ -110,10 +110,10 @@ def test_outputs_and_inputs_give_the_same_shift():
 @pytest.mark.parametrize("are_outputs", [False, True])
 def test_the_shift_is_over_the_tokens_of_the_dense_model(are_outputs):
     weight, inputs, dense = drifted_layer()
-    seen = dense[: len(dense) // 3]
-    side = DenseActivations(seen @ weight.T if are_outputs else seen, are_outputs=are_outputs)
-    expected = weight @ (seen - inputs[: len(seen)]).T @ inputs[: len(seen)] / len(seen)
-    assert_close(side.target_shift(weight, inputs), expected)
+    first = dense[: len(dense) // 3]
+    activations = DenseActivations(first @ weight.T if are_outputs else first, are_outputs=are_outputs)
+    expected = weight @ (first - inputs[: len(first)]).T @ inputs[: len(first)] / len(first)
+    assert_close(activations.target_shift(weight, inputs), expected)
 
 
 def test_outputs_without_drift_change_a_few_roundings():
@@ -123,8 +123,8 @@ def test_outputs_without_drift_change_a_few_roundings():
     inputs[:, 5] *= 1000
     gram = gram_of(inputs)
     shift = DenseActivations(inputs @ weight.T, are_outputs=True).target_shift(weight, inputs)
-    found = dense_target(weight, gram, shift, fraction=1.0, keep_zeros=False).weight
-    assert float((found - weight).norm() / weight.norm()) < 1e-4
+    target = dense_target(weight, gram, shift, fraction=1.0, keep_zeros=False).weight
+    assert float((target - weight).norm() / weight.norm()) < 1e-4
 
 
 def test_dense_outputs_that_are_not_finite_raise():

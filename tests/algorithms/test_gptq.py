@@ -4,11 +4,11 @@ from compression_cases import TIGHT, gram_of, random_layer
 from reference import (
     cost_of_zero,
     damped,
+    fix_by_least_squares,
     gptq_slowly,
     layer_error,
     lowest_by_sorting,
     scale_slowly,
-    settle_by_least_squares,
 )
 from torch.testing import assert_close
 
@@ -32,10 +32,10 @@ def test_gptq_is_its_definition(bits, group, act_order):
 def test_the_block_size_of_gptq_does_not_matter(block, act_order):
     weight, inputs = random_layer()
     gram = gram_of(inputs)
-    one, other = (
+    blocked, default = (
         gptq(weight, gram, bits=3, group_size=8, block_size=size, act_order=act_order) for size in (block, 40)
     )
-    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(blocked.codes, default.codes)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -54,8 +54,8 @@ def test_the_weight_is_exactly_codes_times_scales(bits, dtype, act_order):
 
 
 def test_float_residue_is_removed():
-    settled = torch.tensor([[3.0, -8.0, 0.0, 1.0]]) * 0.25 * (1 - 1e-6)
-    solved = _snap_to_grid(settled, torch.tensor([[0.25]]), 0)
+    rounded = torch.tensor([[3.0, -8.0, 0.0, 1.0]]) * 0.25 * (1 - 1e-6)
+    solved = _snap_to_grid(rounded, torch.tensor([[0.25]]), 0)
     assert solved.codes.tolist() == [[3, -8, 0, 1]]
     assert solved.weight.tolist() == [[0.75, -2.0, 0.0, 0.25]]
 
@@ -75,33 +75,35 @@ def test_gptq_preserves_zeros(act_order):
     gram = gram_of(inputs)
     weight = magnitude(weight, None, sparsity=0.5).weight
     options = {"bits": 4, "group_size": 8, "act_order": act_order}
-    kept = gptq(weight, gram, keep_zeros=True, **options)
-    assert (kept.weight[weight == 0] == 0).all()
+    quantized = gptq(weight, gram, keep_zeros=True, **options)
+    assert (quantized.weight[weight == 0] == 0).all()
     slow = gptq_slowly(
         weight, damped(gram, 0.01), gram.diagonal(), bits=4, group=8, act_order=act_order, keep_zeros=True
     )
-    assert_close(kept.weight, slow, **TIGHT)
+    assert_close(quantized.weight, slow, **TIGHT)
     assert (gptq(weight, gram, **options).weight[weight == 0] != 0).any()
 
 
 def prune_and_round_slowly(weight, gram, importance, *, sparsity, bits, group):
-    """SparseGPT's mask and GPTQ's rounding for one group of columns after the other."""
+    """Apply SparseGPT's mask and GPTQ's rounding to one group of columns after the other."""
 
-    def begin(first, columns):
+    def solve_panel(first, columns):
         costs = torch.stack([cost_of_zero(gram, first + k, columns[:, k]) for k in range(group)], 1)
-        wanted = [round(sparsity * len(weight) * end) for end in (first, first + group)]
-        mask = torch.tensor(lowest_by_sorting(costs.flatten().tolist(), wanted[1] - wanted[0])).reshape(costs.shape)
-        left = columns.masked_fill(mask, 0.0)
-        here = importance[first : first + group].tolist()
-        scales = torch.tensor([scale_slowly(row, here, bits) for row in left.tolist()], dtype=weight.dtype)
+        ends = [round(sparsity * len(weight) * end) for end in (first, first + group)]
+        mask = torch.tensor(lowest_by_sorting(costs.flatten().tolist(), ends[1] - ends[0])).reshape(costs.shape)
+        remaining = columns.masked_fill(mask, 0.0)
+        group_importance = importance[first : first + group].tolist()
+        scales = torch.tensor(
+            [scale_slowly(row, group_importance, bits) for row in remaining.tolist()], dtype=weight.dtype
+        )
 
-        def settle(j, column):
+        def solve_column(j, column):
             codes = (column / scales).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             return torch.where(mask[:, j - first], 0.0, codes * scales)
 
-        return settle
+        return solve_column
 
-    return settle_by_least_squares(weight, gram, group, begin)
+    return fix_by_least_squares(weight, gram, group, solve_panel)
 
 
 def test_pruning_and_rounding_in_one_sweep_is_its_definition():
@@ -137,9 +139,9 @@ def test_gptq_zeroes_weights_of_an_input_that_never_fires():
 
 def test_without_a_group_size_a_row_is_a_group():
     weight, inputs = random_layer()
-    one, same = (gptq(weight, gram_of(inputs), bits=4, group_size=size) for size in (None, 40))
-    assert one.scales.shape == (6, 1)
-    assert torch.equal(one.weight, same.weight)
+    whole, grouped = (gptq(weight, gram_of(inputs), bits=4, group_size=size) for size in (None, 40))
+    assert whole.scales.shape == (6, 1)
+    assert torch.equal(whole.weight, grouped.weight)
 
 
 def test_a_group_of_zeros_is_zero():

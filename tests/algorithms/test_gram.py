@@ -9,8 +9,8 @@ from mopcompress.algorithms.gram import InputGram
 @pytest.mark.parametrize("size", [1, 7, 8, 13, 40])
 def test_the_gram_matrix_is_the_mean_outer_product(size):
     _, inputs = random_layer(size=size)
-    seen = InputGram()
-    seen.update(inputs)
+    accumulator = InputGram()
+    accumulator.update(inputs)
     expected = torch.stack([torch.outer(x, x) for x in inputs]).mean(0)
-    assert_close(seen.mean(), expected)
-    assert torch.equal(seen.mean(), seen.mean().T)
+    assert_close(accumulator.mean(), expected)
+    assert torch.equal(accumulator.mean(), accumulator.mean().T)

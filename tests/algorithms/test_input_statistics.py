@@ -20,20 +20,20 @@ def test_batches_of_tokens_do_not_change_the_mean(statistic):
 
 def test_norms_are_root_mean_squares():
     _, inputs = random_layer()
-    seen = InputNorms()
-    seen.update(inputs)
-    assert_close(seen.mean(), inputs.norm(dim=0) / len(inputs) ** 0.5)
+    accumulator = InputNorms()
+    accumulator.update(inputs)
+    assert_close(accumulator.mean(), inputs.norm(dim=0) / len(inputs) ** 0.5)
 
 
 @pytest.mark.parametrize("statistic", [InputGram, InputNorms])
 def test_half_precision_inputs_are_summed_in_single(statistic):
     inputs = random_layer()[1].half()
-    seen = statistic()
-    seen.update(inputs)
+    accumulator = statistic()
+    accumulator.update(inputs)
     exactly = statistic()
     exactly.update(inputs.double())
-    assert seen.mean().dtype == torch.float32
-    assert_close(seen.mean().double(), exactly.mean(), rtol=1e-5, atol=1e-6)
+    assert accumulator.mean().dtype == torch.float32
+    assert_close(accumulator.mean().double(), exactly.mean(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("statistic", [InputGram, InputNorms])

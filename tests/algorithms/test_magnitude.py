@@ -11,8 +11,8 @@ from mopcompress.algorithms.magnitude import global_threshold_sparsities, magnit
 def test_magnitude_removes_the_smallest_of_the_matrix():
     weight, _ = random_layer()
     pruned = magnitude(weight, None, sparsity=0.29).weight
-    gone = torch.tensor(lowest_by_sorting(weight.abs().flatten().tolist(), round(0.29 * 240))).reshape(6, 40)
-    assert torch.equal(pruned, weight.where(~gone, 0.0))
+    removed = torch.tensor(lowest_by_sorting(weight.abs().flatten().tolist(), round(0.29 * 240))).reshape(6, 40)
+    assert torch.equal(pruned, weight.where(~removed, 0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -25,14 +25,14 @@ def test_one_threshold_removes_the_smallest_of_all_matrices(sparsity, dtype):
         for scale, (name, shape) in enumerate(shapes.items(), start=1)
     }
     together = torch.cat([weight.flatten() for weight in weights.values()])
-    gone = torch.zeros(len(together), dtype=torch.bool)
-    gone[together.abs().argsort(stable=True)[: round(sparsity * len(together))]] = True
-    shares = global_threshold_sparsities(weights.items, sparsity)
+    removed = torch.zeros(len(together), dtype=torch.bool)
+    removed[together.abs().argsort(stable=True)[: round(sparsity * len(together))]] = True
+    sparsities = global_threshold_sparsities(weights.items, sparsity)
     for expected, (name, weight) in zip(
-        gone.split([one.numel() for one in weights.values()]), weights.items(), strict=True
+        removed.split([weight.numel() for weight in weights.values()]), weights.items(), strict=True
     ):
-        found = magnitude(weight, None, sparsity=shares[name]).weight == 0
-        assert torch.equal(found, expected.reshape(weight.shape) | (weight == 0))
+        mask = magnitude(weight, None, sparsity=sparsities[name]).weight == 0
+        assert torch.equal(mask, expected.reshape(weight.shape) | (weight == 0))
 
 
 def test_ties_at_the_threshold_go_in_earlier_matrices():

@@ -20,12 +20,12 @@ def test_the_given_weight_is_left_alone(layout):
     weight, inputs = random_layer()
     if layout == "columns":
         weight = weight.T.contiguous().T
-    before = weight.clone()
+    copy = weight.clone()
     for method in METHODS.values():
         options = {"bits": 3, "group_size": 8} if method is METHODS["gptq"] else {"sparsity": 0.5}
         solved = method.solve(weight, method.statistic(inputs), **options)
-        assert not torch.equal(solved.weight, before)
-    assert torch.equal(weight, before)
+        assert not torch.equal(solved.weight, copy)
+    assert torch.equal(weight, copy)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
@@ -34,8 +34,8 @@ def test_each_stacked_matrix_can_have_its_own_sparsity(method):
     statistic = METHODS[method].statistic(inputs)
     parts = weight.split([4, 5])
     together = METHODS[method].solve_together(parts, statistic, sparsity=[0.3, 0.6])
-    for part, solved, share in zip(parts, together, (0.3, 0.6), strict=True):
-        assert_close(solved.weight, METHODS[method].solve(part, statistic, sparsity=share).weight, **TIGHT)
+    for part, solved, number in zip(parts, together, (0.3, 0.6), strict=True):
+        assert_close(solved.weight, METHODS[method].solve(part, statistic, sparsity=number).weight, **TIGHT)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,8 +63,8 @@ def test_patterns_remove_the_lowest_of_each_group(method):
     weight, inputs = random_layer()
     scores = weight.abs() * (inputs.norm(dim=0) if method == "wanda" else 1.0)
     pruned = METHODS[method].solve(weight, METHODS[method].statistic(inputs), sparsity=0.5, pattern=(2, 4)).weight
-    gone = torch.tensor([lowest_by_sorting(group, 2) for group in scores.reshape(-1, 4).tolist()]).reshape(6, 40)
-    assert torch.equal(pruned, weight.where(~gone, 0.0))
+    removed = torch.tensor([lowest_by_sorting(group, 2) for group in scores.reshape(-1, 4).tolist()]).reshape(6, 40)
+    assert torch.equal(pruned, weight.where(~removed, 0.0))
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])

@@ -3,7 +3,7 @@ import torch
 from compression_cases import TIGHT, gram_of, random_layer
 from reference import (
     damped,
-    settle_by_least_squares,
+    fix_by_least_squares,
 )
 from torch.testing import assert_close
 
@@ -66,7 +66,7 @@ def test_each_escalation_is_tenfold():
 
 
 @pytest.mark.parametrize(
-    ("gram", "complaint"),
+    ("gram", "message"),
     [
         (
             [[1.0, 500.0], [500.0, 1.0]],
@@ -76,8 +76,8 @@ def test_each_escalation_is_tenfold():
         ([[1.0, 0.5], [0.0, 1.0]], "not symmetric"),
     ],
 )
-def test_a_matrix_that_is_no_gram_matrix_raises(gram, complaint):
-    with pytest.raises(NumericalError, match=complaint):
+def test_a_matrix_that_is_no_gram_matrix_raises(gram, message):
+    with pytest.raises(NumericalError, match=message):
         inverse_factor(torch.tensor(gram), damping=0.01)
 
 
@@ -87,21 +87,21 @@ def test_batching_does_not_change_the_least_squares_sweep(panel, block):
     weight, inputs = random_layer()
     gram = gram_of(inputs)
 
-    def settle(first, columns):
+    def solve_panel(first, columns):
         level = columns.abs().mean()  # depends on the panel, so that a stale panel shows
 
-        def reject(index, column, error):
+        def write_loss(index, column, error):
             error.copy_(column - (column * 3 / level).round() * level / 3)
 
-        return reject
+        return write_loss
 
     def begin(first, columns):
         level = columns.abs().mean()
         return lambda index, column: (column * 3 / level).round() * level / 3
 
     factor = inverse_factor(gram, damping=0.01)
-    swept = sweep(weight, factor, settle, panel_columns=panel, block_columns=block)
-    assert_close(swept, settle_by_least_squares(weight, damped(gram, 0.01), panel, begin), **TIGHT)
+    swept = sweep(weight, factor, solve_panel, panel_columns=panel, block_columns=block)
+    assert_close(swept, fix_by_least_squares(weight, damped(gram, 0.01), panel, begin), **TIGHT)
 
 
 def test_feedback_that_overflows_is_reported():

@@ -13,9 +13,9 @@ def test_many_steps_are_the_masked_least_squares(sparsity):
     weight, inputs = random_layer()
     gram = damped(gram_of(inputs), 0.01)
     removed = lowest_overall(weight.abs(), sparsity)
-    found = refit(weight, gram, removed, weight, steps=200)
-    assert_close(found, masked_least_squares(weight, gram, removed))
-    assert bool((found[removed] == 0).all())
+    solution = refit(weight, gram, removed, weight, steps=200)
+    assert_close(solution, masked_least_squares(weight, gram, removed))
+    assert bool((solution[removed] == 0).all())
 
 
 def test_every_step_lowers_the_error():
@@ -54,7 +54,7 @@ def test_a_solved_row_does_not_disturb_the_others():
     gram = damped(gram_of(inputs), 0.01)
     removed = lowest_overall(weight.abs(), 0.5)
     removed[0], removed[1] = True, False
-    found = refit(weight, gram, removed, weight, steps=30)
-    assert bool(found.isfinite().all())
-    assert torch.equal(found[1], weight[1])
-    assert_close(found[2:], refit(weight[2:], gram, removed[2:], weight[2:], steps=30))
+    solution = refit(weight, gram, removed, weight, steps=30)
+    assert bool(solution.isfinite().all())
+    assert torch.equal(solution[1], weight[1])
+    assert_close(solution[2:], refit(weight[2:], gram, removed[2:], weight[2:], steps=30))

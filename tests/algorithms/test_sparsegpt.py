@@ -92,10 +92,10 @@ def test_sparsities_must_be_as_many_as_stacked_matrices():
         sparsegpt(weight, gram_of(inputs), sparsity=[0.5, 0.6], pattern=(2, 4), row_groups=[4, 5])
 
 
-@pytest.mark.parametrize(("already", "sparsity"), [(0.2, 0.5), (0.5, 0.5), (0.6, 0.5), (0.3, 1.0)])
-def test_preserved_zeros_stay_and_count(already, sparsity):
+@pytest.mark.parametrize(("fraction", "sparsity"), [(0.2, 0.5), (0.5, 0.5), (0.6, 0.5), (0.3, 1.0)])
+def test_preserved_zeros_stay_and_count(fraction, sparsity):
     weight, inputs = random_layer()
-    weight[:, -round(40 * already) :] = 0  # all at the end, where earlier blocks could already have spent the count
+    weight[:, -round(40 * fraction) :] = 0  # all at the end, where earlier blocks could already have spent the count
     pruned = sparsegpt(weight, gram_of(inputs), sparsity=sparsity, block_size=7, keep_zeros=True).weight
     assert (pruned[weight == 0] == 0).all()
     assert (pruned == 0).sum() == max(round(sparsity * 240), int((weight == 0).sum()))

@@ -57,12 +57,12 @@ def test_the_global_count_is_exact(allocation, sparsity):
 
 @given(
     sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=12),
-    wanted=st.lists(st.floats(-2, 2), min_size=12, max_size=12),
+    numbers=st.lists(st.floats(-2, 2), min_size=12, max_size=12),
     sparsity=st.floats(0, HIGHEST),
 )
-def test_any_sparsities_become_an_exact_count(sizes, wanted, sparsity):
+def test_any_sparsities_become_an_exact_count(sizes, numbers, sparsity):
     profiles = {str(i): LayerProfile(i, size, 0.0, torch.ones(CURVE_POINTS)) for i, size in enumerate(sizes)}
-    sparsities = match_total(dict(zip(profiles, wanted, strict=False)), profiles, sparsity)
+    sparsities = match_total(dict(zip(profiles, numbers, strict=False)), profiles, sparsity)
     assert abs(removed(sparsities, profiles) - sparsity * sum(sizes)) <= 0.5 + 1e-6
 
 

@@ -28,8 +28,8 @@ def remove_slowly(weight, inputs, groups, remove):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_removed_groups_leave_the_least_error_after_the_refit(groups, remove, seed):
     weight, inputs = random_layer(seed=seed)
-    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, damping=DAMPING)
-    assert found.columns.tolist() == remove_slowly(weight, inputs, groups, remove)
+    reduced = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, damping=DAMPING)
+    assert reduced.columns.tolist() == remove_slowly(weight, inputs, groups, remove)
 
 
 @pytest.mark.parametrize("score", ["error", "norm"])
@@ -37,9 +37,9 @@ def test_removed_groups_leave_the_least_error_after_the_refit(groups, remove, se
 @pytest.mark.parametrize("damping", [1e-6, 0.01, 1.0])
 def test_remaining_columns_are_the_least_squares_fit(score, groups, remove, damping):
     weight, inputs = random_layer()
-    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score=score, damping=damping)
-    expected, _ = fit_columns(weight, inputs, found.columns.tolist(), damping=damping)
-    assert_close(found.weight, expected, rtol=1e-6, atol=1e-6)
+    reduced = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score=score, damping=damping)
+    expected, _ = fit_columns(weight, inputs, reduced.columns.tolist(), damping=damping)
+    assert_close(reduced.weight, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("groups", "remove"), [(40, 11), (8, 3)])
@@ -49,8 +49,8 @@ def test_score_norm_removes_the_groups_of_least_energy(groups, remove):
     energies = [float((weight[:, [j]] * inputs[:, j]).square().sum()) for j in range(40)]
     totals = [sum(energies[g * width : (g + 1) * width]) for g in range(groups)]
     removed = sorted(range(groups), key=lambda g: totals[g])[:remove]
-    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score="norm")
-    assert found.columns[::width].div(width, rounding_mode="floor").tolist() == sorted(
+    reduced = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score="norm")
+    assert reduced.columns[::width].div(width, rounding_mode="floor").tolist() == sorted(
         set(range(groups)) - set(removed)
     )
 
@@ -59,32 +59,32 @@ def test_centred_inputs_give_the_fit_with_an_intercept():
     weight, inputs = random_layer()
     inputs = inputs + torch.linspace(-2, 2, 40, dtype=inputs.dtype)
     mean = inputs.mean(0)
-    found = prune_input_groups(weight, gram_of(inputs - mean), groups=40, remove=15, damping=1e-9)
-    intercept = weight @ mean - found.weight @ mean[found.columns]
-    columns = np.concatenate([inputs.numpy()[:, found.columns.tolist()], np.ones((len(inputs), 1))], axis=1)
+    reduced = prune_input_groups(weight, gram_of(inputs - mean), groups=40, remove=15, damping=1e-9)
+    intercept = weight @ mean - reduced.weight @ mean[reduced.columns]
+    columns = np.concatenate([inputs.numpy()[:, reduced.columns.tolist()], np.ones((len(inputs), 1))], axis=1)
     expected = np.linalg.lstsq(columns, (inputs @ weight.T).numpy(), rcond=None)[0].T
-    assert_close(torch.cat([found.weight, intercept[:, None]], 1), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    assert_close(torch.cat([reduced.weight, intercept[:, None]], 1), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["error", "norm"])
 @pytest.mark.parametrize(("groups", "remove"), [(40, 7), (8, 3), (4, 1)])
 def test_counts_are_exact_and_groups_stay_whole(score, groups, remove):
     weight, inputs = random_layer()
-    found = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score=score)
+    reduced = prune_input_groups(weight, gram_of(inputs), groups=groups, remove=remove, score=score)
     width = 40 // groups
-    assert found.weight.shape == (6, (groups - remove) * width)
-    columns = found.columns.view(-1, width)
+    assert reduced.weight.shape == (6, (groups - remove) * width)
+    columns = reduced.columns.view(-1, width)
     assert torch.equal(columns, columns[:, :1] + torch.arange(width))
     assert bool((columns[:, 0] % width == 0).all())
-    assert found.columns.tolist() == sorted(set(found.columns.tolist()))
+    assert reduced.columns.tolist() == sorted(set(reduced.columns.tolist()))
 
 
 @pytest.mark.parametrize("score", ["error", "norm"])
 def test_nothing_removed_is_the_weight_itself(score):
     weight, inputs = random_layer()
-    found = prune_input_groups(weight, gram_of(inputs), groups=40, remove=0, score=score)
-    assert torch.equal(found.weight, weight)
-    assert found.columns.tolist() == list(range(40))
+    reduced = prune_input_groups(weight, gram_of(inputs), groups=40, remove=0, score=score)
+    assert torch.equal(reduced.weight, weight)
+    assert reduced.columns.tolist() == list(range(40))
 
 
 @pytest.mark.parametrize(("groups", "width"), [(20, 1), (5, 4)])
@@ -94,18 +94,20 @@ def test_one_of_two_twins_is_removed_without_a_loss(groups, width):
     order = torch.randperm(2 * groups, generator=torch.Generator().manual_seed(3))
     twice = torch.arange(20).view(groups, width).repeat(2, 1)[order].flatten()
     doubled = weight[:, twice] * torch.linspace(0.5, 1.5, 40, dtype=weight.dtype)
-    found = prune_input_groups(doubled, gram_of(inputs[:, twice]), groups=2 * groups, remove=groups, damping=1e-10)
-    assert sorted(twice[found.columns].tolist()) == list(range(20))
-    assert_close(inputs[:, twice[found.columns]] @ found.weight.T, inputs[:, twice] @ doubled.T, rtol=1e-5, atol=1e-5)
+    reduced = prune_input_groups(doubled, gram_of(inputs[:, twice]), groups=2 * groups, remove=groups, damping=1e-10)
+    assert sorted(twice[reduced.columns].tolist()) == list(range(20))
+    assert_close(
+        inputs[:, twice[reduced.columns]] @ reduced.weight.T, inputs[:, twice] @ doubled.T, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_inputs_that_never_fire_go_first():
     weight, inputs = random_layer()
     inputs[:, [3, 30]] = 0
     weight[:, [3, 30]] = 100
-    found = prune_input_groups(weight, gram_of(inputs), groups=40, remove=2)
-    assert sorted(set(range(40)) - set(found.columns.tolist())) == [3, 30]
-    assert torch.equal(found.weight, weight[:, found.columns])
+    reduced = prune_input_groups(weight, gram_of(inputs), groups=40, remove=2)
+    assert sorted(set(range(40)) - set(reduced.columns.tolist())) == [3, 30]
+    assert torch.equal(reduced.weight, weight[:, reduced.columns])
 
 
 def test_single_precision_is_enough():

@@ -14,8 +14,8 @@ def test_wanda_removes_the_smallest_products_of_each_row():
     weight, inputs = random_layer()
     pruned = wanda(weight, METHODS["wanda"].statistic(inputs), sparsity=0.29).weight
     scores = weight.abs() * inputs.norm(dim=0)  # the paper's norm is the mean's root times sqrt(tokens)
-    gone = torch.tensor([lowest_by_sorting(row, round(0.29 * 40)) for row in scores.tolist()])
-    assert torch.equal(pruned, weight.where(~gone, 0.0))
+    removed = torch.tensor([lowest_by_sorting(row, round(0.29 * 40)) for row in scores.tolist()])
+    assert torch.equal(pruned, weight.where(~removed, 0.0))
 
 
 def test_wanda_with_equal_norms_is_magnitude_by_row():

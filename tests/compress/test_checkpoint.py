@@ -233,7 +233,7 @@ def test_a_damaged_copy_of_an_uncompressed_tensor_raises(source, recipe, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changes", "message"),
     [
         ({"modifiers": [ROUND]}, "method was 'sparsegpt', is 'gptq'"),
         ({"modifiers": [SparseGPTModifier(sparsity=0.6, block_size=8), ROUND]}, "sparsity was 0.5, is 0.6"),
@@ -243,15 +243,15 @@ def test_a_damaged_copy_of_an_uncompressed_tensor_raises(source, recipe, tmp_pat
         ),
     ],
 )
-def test_a_checkpoint_of_another_job_raises(changed, says, source, recipe, tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_job_raises(changes, message, source, recipe, tmp_path, monkeypatch):
     target = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_at(patch, "_save_atomically", 3)
         with pytest.raises(KilledError):
             compress_folder(source, target, recipe)
     with pytest.raises(OutputError, match="unfinished work of another job") as caught:
-        compress_folder(source, target, recipe, **changed)
-    assert says in str(caught.value)
+        compress_folder(source, target, recipe, **changes)
+    assert message in str(caught.value)
     assert len(list(artifacts.job_folder(target).glob("block-*.json"))) == 1
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from algorithms.test_structured import least_squares
-from compress.test_sequential import input_of, linears, weight_of
+from compression_cases import linear_inputs, linears, weight_of
+from reference import fit_columns
 from tiny_models import FAMILIES, GROUPED, SHAPE, TOKENS, hooks, network_of, random_tokens, tiny_model, word_tokenizer
 from torch import nn
 from torch.testing import assert_close
@@ -27,7 +27,7 @@ QUARTER = StructuredConfig(mlp_sparsity=0.25)
 HALF_THE_HEADS = StructuredConfig(mlp_sparsity=0.0, head_sparsity=0.5)
 
 
-def model_of(family, **changes):
+def pruneable_model(family, **changes):
     if family == "bloom":  # has an attention of its own
         config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=4, n_head=4)
         return LanguageModel(network_of(config, attention="eager"), word_tokenizer())
@@ -47,18 +47,18 @@ def readers(model, kind):
     return {name: linear for name, linear in linears(model).items() if name.endswith(ends)}
 
 
-def narrow_slowly(model, kind, groups, remove):
-    """In place, without making anything smaller: columns become zero, others are fitted by numpy, one after another.
+def prune_slowly(model, kind, groups, remove):
+    """Prune in place, one matrix after the other, without making anything smaller.
 
-    Every input is computed by running the whole network, as it is then, anew.
+    Columns become zero, and numpy fits the others. Inputs come from a new run of the whole network, as it is then.
     """
     for reader in readers(model, kind).values():
-        inputs, weight = input_of(model, reader), weight_of(reader)
+        inputs, weight = linear_inputs(model, reader), weight_of(reader)
         centred = inputs if reader.bias is None else inputs - inputs.mean(0)
         gram = centred.T @ centred / len(centred)
-        kept = prune_input_groups(weight, gram, groups=groups, remove=remove).kept.tolist()
+        columns = prune_input_groups(weight, gram, groups=groups, remove=remove).columns.tolist()
         fitted = torch.zeros_like(weight)
-        fitted[:, kept] = least_squares(weight, centred, kept)[0]
+        fitted[:, columns] = fit_columns(weight, centred, columns)[0]
         if reader.bias is not None:
             reader.bias += (weight - fitted) @ inputs.mean(0)
         weight.copy_(fitted)
@@ -78,31 +78,31 @@ def narrow_slowly(model, kind, groups, remove):
     ],
 )
 def test_one_pass_is_the_slow_definition(family, kind, groups, remove):
-    fast, slow = model_of(family), model_of(family)
+    fast, slow = pruneable_model(family), pruneable_model(family)
     fast.network.double()
     slow.network.double()
     prune_structured(fast, WINDOWS, QUARTER if kind == "channels" else HALF_THE_HEADS)
     with torch.no_grad():
-        narrow_slowly(slow, kind, groups, remove)
+        prune_slowly(slow, kind, groups, remove)
     assert_close(logits_of(fast.network), logits_of(slow.network), rtol=1e-5, atol=1e-6)
     for name, linear in readers(slow, kind).items():
-        left = weight_of(linear)[:, (weight_of(linear) != 0).any(0)]
-        assert_close(weight_of(readers(fast, kind)[name]), left, rtol=1e-5, atol=1e-6)
+        remaining = weight_of(linear)[:, (weight_of(linear) != 0).any(0)]
+        assert_close(weight_of(readers(fast, kind)[name]), remaining, rtol=1e-5, atol=1e-6)
 
 
-def test_the_error_that_is_told_is_the_measured_one():
+def test_the_error_of_a_row_is_the_measured_error():
     model, dense = tiny_model(), tiny_model()
     rows = prune_structured(model, WINDOWS, QUARTER).rows
     with torch.no_grad():
-        inputs = input_of(dense, dense.blocks[0].mlp.down_proj)
-        gated = input_of(model, model.blocks[0].mlp.down_proj)
+        inputs = linear_inputs(dense, dense.blocks[0].mlp.down_proj)
+        gated = linear_inputs(model, model.blocks[0].mlp.down_proj)
         full = inputs @ dense.blocks[0].mlp.down_proj.weight.T
         lost = full - gated @ model.blocks[0].mlp.down_proj.weight.T
     assert rows[0].error == pytest.approx(float(lost.square().sum() / full.square().sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("score", ["error", "norm"])
-def test_nothing_removed_is_the_same_model_to_the_bit(score):
+def test_removing_nothing_leaves_the_same_bits(score):
     model, untouched = tiny_model(), tiny_model()
     done = prune_structured(model, WINDOWS, StructuredConfig(mlp_sparsity=0.0, score=score))
     assert (done.rows, done.sizes) == ([], {})
@@ -111,7 +111,7 @@ def test_nothing_removed_is_the_same_model_to_the_bit(score):
 
 
 @pytest.mark.parametrize(
-    ("reader", "sizes", "shares"),
+    ("reader", "sizes", "fractions"),
     [
         ("mlp.down_proj", {"intermediate_size": 48}, {"mlp_sparsity": 0.5}),
         (
@@ -121,21 +121,23 @@ def test_nothing_removed_is_the_same_model_to_the_bit(score):
         ),
     ],
 )
-def test_what_stands_twice_goes_at_no_loss(reader, sizes, shares):
-    """Channels, or heads, of a smaller model stand there twice; of what they did each does a share."""
+def test_duplicates_are_removed_without_a_loss(reader, sizes, fractions):
+    """The model has the channels, or heads, of a smaller one twice; the copies share their outputs as 0.3 to 0.7."""
     original = tiny_model(**{name: size // 2 for name, size in sizes.items()})
     model = tiny_model(**sizes)
-    for one in (original, model):
-        one.network.double()
+    for wrapped in (original, model):
+        wrapped.network.double()
     weights = original.network.state_dict()
-    model.network.load_state_dict({name: one.repeat(_times(one, model, name)) for name, one in weights.items()})
+    model.network.load_state_dict(
+        {name: weight.repeat(_times(weight, model, name)) for name, weight in weights.items()}
+    )
     with torch.no_grad():
         for block in model.blocks:
             weight = block.get_submodule(reader).weight
             weight[:, : weight.shape[1] // 2] *= 0.3
             weight[:, weight.shape[1] // 2 :] *= 0.7
     assert_close(logits_of(model.network), logits_of(original.network))
-    prune_structured(model, WINDOWS, StructuredConfig(**shares, damping=1e-9))
+    prune_structured(model, WINDOWS, StructuredConfig(**fractions, damping=1e-9))
     assert total(model) == total(original)
     assert_close(logits_of(model.network), logits_of(original.network), rtol=1e-5, atol=1e-5)
 
@@ -149,8 +151,8 @@ def _times(weight, model, name):
 
 
 @pytest.mark.parametrize("family", WITH_CHANNELS)
-def test_channels_are_counted_exactly_and_stock_transformers_computes_the_same(family, tmp_path):
-    model, dense = model_of(family), model_of(family)
+def test_transformers_loads_a_model_with_fewer_channels(family, tmp_path):
+    model, dense = pruneable_model(family), pruneable_model(family)
     done = prune_structured(model, WINDOWS, QUARTER)
     before = weight_of(next(iter(readers(dense, "channels").values()))).shape[1]
     after = before - before // 4
@@ -166,19 +168,19 @@ def test_channels_are_counted_exactly_and_stock_transformers_computes_the_same(f
 
 
 @pytest.mark.parametrize("family", WITH_HEADS)
-def test_heads_go_in_whole_groups_and_stock_transformers_computes_the_same(family, tmp_path):
-    model, dense = model_of(family), model_of(family)
+def test_transformers_loads_a_model_with_fewer_heads(family, tmp_path):
+    model, dense = pruneable_model(family), pruneable_model(family)
     heads, groups = dense.config.num_attention_heads, dense.config.num_key_value_heads
     done = prune_structured(model, WINDOWS, HALF_THE_HEADS)
-    wanted = {"num_attention_heads": heads // 2, "num_key_value_heads": groups // 2, "head_dim": 8}
-    assert done.sizes == wanted == {name: getattr(model.network.config, name) for name in wanted}
+    expected = {"num_attention_heads": heads // 2, "num_key_value_heads": groups // 2, "head_dim": 8}
+    assert done.sizes == expected == {name: getattr(model.network.config, name) for name in expected}
     assert [(row.kind, row.before, row.after) for row in done.rows] == [("kv_groups", groups, groups // 2)] * 4
     assert all(2 * row.weights == row.weights_before for row in done.rows)
     assert total(dense) - total(model) == sum(row.weights_before - row.weights for row in done.rows)
     check_stock(model, tmp_path)
 
 
-def test_both_at_once_and_once_again(tmp_path):
+def test_channels_and_heads_can_be_removed_repeatedly(tmp_path):
     model = tiny_model(num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     both = StructuredConfig(mlp_sparsity=0.25, head_sparsity=0.5)
     assert [row.kind for row in prune_structured(model, WINDOWS, both).rows] == ["kv_groups", "channels"] * 4
@@ -204,13 +206,13 @@ def check_stock(model, folder):
         }
 
 
-def test_progress_is_told_every_row_as_it_is_returned():
-    told = []
-    assert prune_structured(tiny_model(), WINDOWS, QUARTER, progress=told.append).rows == told
-    assert len(told) == 4
+def test_progress_receives_every_row():
+    rows = []
+    assert prune_structured(tiny_model(), WINDOWS, QUARTER, progress=rows.append).rows == rows
+    assert len(rows) == 4
 
 
-def test_prompts_can_be_trained_through_a_narrowed_model():
+def test_prompts_can_be_trained_through_a_pruned_model():
     model = tiny_model()
     prune_structured(model, WINDOWS, QUARTER)
     hidden = torch.randn(1, 5, 32, requires_grad=True)
@@ -222,52 +224,52 @@ def test_prompts_can_be_trained_through_a_narrowed_model():
 
 
 @pytest.mark.parametrize(
-    ("family", "narrowing", "reason"),
+    ("family", "config", "reason"),
     [
         ("mixtral", QUARTER, "found 0 MLP parts"),
         ("gpt_neox", HALF_THE_HEADS, "found 0 attention parts"),
         ("gpt2", HALF_THE_HEADS, "found 0 attention parts"),
-        ("opt", HALF_THE_HEADS, "configuration cannot say"),
+        ("opt", HALF_THE_HEADS, "configuration cannot express"),
         ("bloom", QUARTER, "configuration of BloomForCausalLM has no number of MLP channels"),
         ("bloom", HALF_THE_HEADS, "found 0 attention parts"),
     ],
 )
-def test_a_family_that_cannot_say_it_is_refused_and_untouched(family, narrowing, reason):
-    model, untouched = model_of(family), model_of(family)
+def test_an_unsupported_family_raises_and_is_untouched(family, config, reason):
+    model, untouched = pruneable_model(family), pruneable_model(family)
     with pytest.raises(DataError, match=reason):
-        prune_structured(model, WINDOWS, narrowing)
+        prune_structured(model, WINDOWS, config)
     for name, weight in model.network.state_dict().items():
         assert torch.equal(weight, untouched.network.state_dict()[name])
 
 
-def test_a_number_of_heads_that_stock_transformers_refuses_is_refused():
+def test_a_number_of_heads_that_transformers_rejects_raises():
     model = tiny_model(num_key_value_heads=4)
     with pytest.raises(DataError, match=r"num_attention_heads 3.*not a multiple"):
         prune_structured(model, WINDOWS, StructuredConfig(mlp_sparsity=0.0, head_sparsity=0.25))
 
 
 @pytest.mark.parametrize(
-    ("narrowing", "reason"),
+    ("config", "reason"),
     [
         (StructuredConfig(mlp_sparsity=0.01), "0.01 of 48 channels is none"),
         (StructuredConfig(mlp_sparsity=0.99), "0.99 of 48 channels is all"),
         (StructuredConfig(mlp_sparsity=0.5, head_sparsity=0.2), "0.2 of 2 kv_groups is none"),
     ],
 )
-def test_a_share_that_is_none_or_all_is_refused(narrowing, reason):
+def test_a_fraction_of_none_or_all_raises(config, reason):
     with pytest.raises(DataError, match=reason):
-        prune_structured(tiny_model(), WINDOWS, narrowing)
+        prune_structured(tiny_model(), WINDOWS, config)
 
 
-def test_blocks_of_different_width_are_refused():
+def test_blocks_of_different_width_raise():
     model = tiny_model()
     model.blocks[2].mlp = tiny_model(intermediate_size=40).blocks[2].mlp
     with pytest.raises(DataError, match="between 40 and 48 channels"):
         prune_structured(model, WINDOWS, QUARTER)
 
 
-def test_an_mlp_that_is_more_than_its_matrices_is_refused():
-    """What each channel does here depends on how many there are, which no name or shape gives away."""
+def test_an_mlp_that_is_more_than_its_matrices_raises():
+    """The output of each channel depends on the number of channels, which no name or shape shows."""
     model = tiny_model()
     for block in model.blocks:
         block.mlp.act_fn = Sloping()
@@ -281,14 +283,14 @@ class Sloping(nn.Module):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_no_hook_is_left(family):
-    model = model_of(family)
+def test_no_hook_stays(family):
+    model = pruneable_model(family)
     before = hooks(model.network)
     prune_structured(model, WINDOWS, QUARTER)
     assert hooks(model.network) == before
 
 
-def test_an_error_names_the_matrix_and_leaves_no_hook():
+def test_an_error_names_the_matrix_and_removes_hooks():
     model = tiny_model()
     model.blocks[2].mlp.up_proj.weight[5] = torch.inf
     before = hooks(model.network)
