@@ -1,4 +1,4 @@
-"""Several processes train as one does."""
+"""Several processes train as a single one does."""
 
 import json
 import os
@@ -26,13 +26,13 @@ STEPS = """
 import json, os
 from mopcompress.entrypoints import train_adapter
 fit = train_adapter.fit
-def noted(*given, **settings):
-    rows = fit(*given, **settings)
+def record(*arguments, **settings):
+    rows = fit(*arguments, **settings)
     if os.environ.get("RANK", "0") == "0":
-        with open(os.environ["NOTED"], "w") as file:
+        with open(os.environ["RECORD"], "w") as file:
             json.dump([row.nll for row in rows], file)
     return rows
-train_adapter.fit = noted
+train_adapter.fit = record
 from mopcompress.cli import main
 main()
 """
@@ -40,25 +40,24 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_two_processes_train_as_one_and_the_first_alone_writes(stories, tmp_path, launcher):
+def test_two_processes_train_as_one_and_only_the_first_writes(stories, tmp_path, launcher):
     data, script = write_data(tmp_path / "data"), tmp_path / "steps.py"
     script.write_text(STEPS)
     words = ["recover", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def run(*before, target):
-        noted = tmp_path / f"{target}.json"
-        command = [sys.executable, *before, str(script), *words, "--output-dir", str(tmp_path / target)]
-        done = subprocess.run(
-            command, env=environment | {"NOTED": str(noted)}, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(noted.read_text()), load_file(tmp_path / target / "adapter.safetensors")
+    def train(*launcher, target):
+        record = tmp_path / f"{target}.json"
+        command = [sys.executable, *launcher, str(script), *words, "--output-dir", str(tmp_path / target)]
+        variables = environment | {"RECORD": str(record)}
+        run = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return json.loads(record.read_text()), load_file(tmp_path / target / "adapter.safetensors")
 
-    one, alone = run(target="one")
-    both, together = run("-m", *launcher, target="two")
-    assert len(one) == 4
-    assert both == pytest.approx(one, rel=1e-4)  # the loss of every step
+    losses, alone = train(target="one")
+    losses_of_two, together = train("-m", *launcher, target="two")
+    assert len(losses) == 4
+    assert losses_of_two == pytest.approx(losses, rel=1e-4)
     assert alone.keys() == together.keys()
     for name, weight in alone.items():
         assert_close(together[name], weight, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -89,58 +88,57 @@ main()
 
 
 @pytest.mark.slow
-def test_two_processes_sweep_as_one_and_go_on_after_the_trials_that_the_first_one_kept(stories, tmp_path):
+def test_two_processes_sweep_as_one_and_resume_after_its_trials(stories, tmp_path):
     data, script = write_data(tmp_path / "data"), tmp_path / "swept.py"
     script.write_text(SWEPT)
     words = ["recover", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, "--sweep", "--json"]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def run(*before, target, **more):
-        command = [sys.executable, *before, str(script), *words, "--output-dir", str(tmp_path / target)]
-        # one that is killed leaves the other's account of it where it ran
+    def run(*launcher, target, **variables):
+        command = [sys.executable, *launcher, str(script), *words, "--output-dir", str(tmp_path / target)]
+        # after a kill the launcher writes a report to the working folder
         return subprocess.run(
-            command, env=environment | more, cwd=tmp_path, capture_output=True, text=True, check=False
+            command, env=environment | variables, cwd=tmp_path, capture_output=True, text=True, check=False
         )
 
     two = ("-m", *LAUNCHERS["torchrun"])
     alone, killed = run(target="one"), run(*two, target="two", DIE="1")
     assert alone.returncode == 0, alone.stderr
     assert killed.returncode != 0
-    kept = json.loads((tmp_path / ".two.unfinished" / "trials.json").read_text())
-    again = run(*two, target="two")
-    assert again.returncode == 0, again.stderr
-    one, both = (json.loads((tmp_path / name / "manifest.json").read_text())["sweep"] for name in ("one", "two"))
-    assert both["trials"][:2] == kept  # their seconds too: they were not tried again
-    assert both["learning_rate"] == one["learning_rate"]
-    found, expected = ([trial["validation_nats"] for trial in sweep["trials"]] for sweep in (both, one))
-    assert found == pytest.approx(expected, rel=1e-3)
+    trials = json.loads((tmp_path / ".two.unfinished" / "trials.json").read_text())
+    resumed = run(*two, target="two")
+    assert resumed.returncode == 0, resumed.stderr
+    of_one, of_two = (json.loads((tmp_path / name / "manifest.json").read_text())["sweep"] for name in ("one", "two"))
+    assert of_two["trials"][:2] == trials  # with their seconds: they were not repeated
+    assert of_two["learning_rate"] == of_one["learning_rate"]
+    losses, expected = ([trial["validation_nats"] for trial in sweep["trials"]] for sweep in (of_two, of_one))
+    assert losses == pytest.approx(expected, rel=1e-3)
 
 
 TAUGHT = """
 import os, sys, time
 from mopcompress.recover.distillation import Teacher
 run = Teacher._run
-def noted(self, *given):
-    with open(os.environ["NOTED"], "a") as file:
+def record(self, *arguments):
+    with open(os.environ["RECORD"], "a") as file:
         file.write(os.environ["RANK"] + "\\n")
-    time.sleep(3)  # the other would not find it and run its own, if it did not wait
-    return run(self, *given)
-Teacher._run = noted
+    time.sleep(3)  # the other process would run its own teacher, if it did not wait for this one
+    return run(self, *arguments)
+Teacher._run = record
 from mopcompress.cli import main
 main()
 """
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_first_alone_runs_the_teacher(stories, tmp_path):
-    data, script, noted = write_data(tmp_path / "data"), tmp_path / "taught.py", tmp_path / "noted"
+def test_only_the_first_of_two_processes_runs_the_teacher(stories, tmp_path):
+    data, script, record = write_data(tmp_path / "data"), tmp_path / "taught.py", tmp_path / "record"
     script.write_text(TAUGHT)
     taught = ["--teacher", str(stories), "--distill", "0.5", "--output-dir", str(tmp_path / "out"), "--json"]
     words = ["recover", str(stories), "--data", str(data), "--device", "cpu", *SETTINGS, *taught]
     environment = os.environ | {"MOPCOMPRESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *LAUNCHERS["torchrun"], str(script), *words]
-    done = subprocess.run(
-        command, env=environment | {"NOTED": str(noted)}, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert noted.read_text().split() == ["0"]
+    variables = environment | {"RECORD": str(record)}
+    run = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert record.read_text().split() == ["0"]

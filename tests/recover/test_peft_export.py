@@ -1,12 +1,12 @@
-"""What is exported is what PEFT computes with it, on PEFT's own model."""
+"""PEFT computes, on its own model, what the exported adapter computes here."""
 
 import json
 import warnings
 
 import pytest
 import torch
+from factories import initialized_adapter
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from recover.methods.test_prompt_tuning import begun
 from safetensors.torch import load_file
 from tiny_models import TOKENS as TOKEN_IDS
 from tiny_models import config_of, network_of, random_documents, random_tokens, tiny_model, word_tokenizer
@@ -33,11 +33,11 @@ TOKENS = random_tokens(3, 9)
 
 
 def exported(arm, family, folder):
-    """Our trained-looking adapter, its model, and PEFT's model of the same weights with the exported adapter."""
+    """Return our adapter, its model, and PEFT's model of the same weights with the exported adapter."""
     changes = WINDOWS.get(family, {})
     model = tiny_model(family, **changes)
     states = HiddenStateDataset(model, random_documents(6), 0, batch_size=4)
-    adapter, config = begun(arm, model, states)
+    adapter, config = initialized_adapter(arm, model, states)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -57,22 +57,22 @@ def instructions(model, rows):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("arm", EXPORTED)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_logits_are_pefts(tmp_path, arm, family, padding):
+def test_logits_equal_those_of_peft(tmp_path, arm, family, padding):
     model, adapter, theirs = exported(arm, family, tmp_path)
     mask = torch.ones_like(TOKENS)
     mask[0, {"none": slice(0, 0), "left": slice(0, 4), "right": slice(5, 9)}[padding]] = 0
     with adapter.compile_for_inference(model)(instructions(model, 3)):
         ours = model.network(input_ids=TOKENS, attention_mask=mask, use_cache=False).logits
-    found = theirs(input_ids=TOKENS, attention_mask=mask).logits
+    logits = theirs(input_ids=TOKENS, attention_mask=mask).logits
     if arm == "input":
-        found = found[:, -TOKENS.shape[1] :]
-    real = mask.bool()
-    assert_close(ours[real], found[real], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(ours[real], model.network(input_ids=TOKENS, attention_mask=mask).logits[real], atol=0.1)
+        logits = logits[:, -TOKENS.shape[1] :]
+    real, bare = mask.bool(), model.network(input_ids=TOKENS, attention_mask=mask).logits
+    assert_close(ours[real], logits[real], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours[real], bare[real], atol=0.1)
 
 
 @pytest.mark.parametrize("arm", EXPORTED)
-def test_greedy_generation_is_pefts(tmp_path, arm):
+def test_greedy_generation_equals_that_of_peft(tmp_path, arm):
     model, adapter, theirs = exported(arm, "llama", tmp_path)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)} | settings
@@ -94,36 +94,38 @@ def test_a_padded_prefix_generates_as_peft_does(tmp_path):
 
 
 @pytest.mark.parametrize(("arm", "kind"), [("input", PromptTuningConfig), ("prefix", PrefixTuningConfig)])
-def test_the_files_are_those_that_peft_writes(tmp_path, arm, kind):
+def test_the_files_are_like_those_of_peft(tmp_path, arm, kind):
     _, _, theirs = exported(arm, "llama", tmp_path / "ours")
     tokens = theirs.peft_config["default"].num_virtual_tokens
     network = network_of(config_of("llama"), attention="sdpa")
-    made = get_peft_model(network, kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens))
-    with warnings.catch_warnings(action="ignore"):  # of the model's name, which a random one has not
-        made.save_pretrained(tmp_path / "theirs")
-    settings = [json.loads((tmp_path / one / "adapter_config.json").read_text()) for one in ("ours", "theirs")]
+    peft_model = get_peft_model(network, kind(task_type="CAUSAL_LM", num_virtual_tokens=tokens))
+    with warnings.catch_warnings(action="ignore"):  # a random model has no name
+        peft_model.save_pretrained(tmp_path / "theirs")
+    settings = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
     named = {"base_model_name_or_path"}
     assert settings[0].keys() <= settings[1].keys()
     assert {name: settings[1][name] for name in settings[0].keys() - named} == {
         name: settings[0][name] for name in settings[0].keys() - named
     }
     shapes = [
-        {name: one.shape for name, one in load_file(tmp_path / folder / "adapter_model.safetensors").items()}
+        {name: tensor.shape for name, tensor in load_file(tmp_path / folder / "adapter_model.safetensors").items()}
         for folder in ("ours", "theirs")
     ]
     assert shapes[0] == shapes[1]
 
 
-def test_an_arm_that_peft_does_not_have_is_refused(tmp_path, tiny_llama):
+def test_an_arm_that_peft_lacks_is_refused(tmp_path, tiny_llama):
     states = HiddenStateDataset(tiny_llama, random_documents(6), 0, batch_size=4)
     with pytest.raises(DataError, match="arm smop: PEFT has no such adapter, only input, prefix"):
-        write_peft(*begun("smop", tiny_llama, states), tiny_llama, "somewhere", tmp_path)
+        write_peft(*initialized_adapter("smop", tiny_llama, states), tiny_llama, "somewhere", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_whose_repair_peft_would_leave_out_is_refused(tmp_path):
+def test_a_model_with_a_repair_is_refused(tmp_path):
     model = tiny_model()
-    adapter, config = begun("lora", model, HiddenStateDataset(model, random_documents(6), 0, batch_size=4))
+    adapter, config = initialized_adapter(
+        "lora", model, HiddenStateDataset(model, random_documents(6), 0, batch_size=4)
+    )
     linear = model.blocks[0].mlp.down_proj
     rows, columns = linear.weight.shape
     add_repair(linear, LowRankFactors(torch.zeros(rows, 1), torch.zeros(1, columns)))
@@ -133,25 +135,25 @@ def test_a_model_whose_repair_peft_would_leave_out_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt2"])
-def test_positions_that_peft_moves_and_we_do_not_are_refused(tmp_path, family):
+def test_families_whose_prefix_positions_differ_are_refused(tmp_path, family):
     with pytest.raises(DataError, match="positions"):
         exported("prefix", family, tmp_path)
 
 
 @pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}])
-def test_shift_keys_are_those_that_the_model_makes_there(rope):
-    """Yarn makes keys longer too, and that must not happen twice."""
+def test_shifted_keys_are_those_of_the_model_at_that_position(rope):
+    """Yarn also scales keys, which must not happen twice."""
     model = tiny_model("llama", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"} | rope)
     states = model.run_lower(random_tokens(1, 5), 0)
-    here, _ = record_prompt_kv(model, states, 0)
-    there, _ = record_prompt_kv(model, states, 0, first_position=3)
-    for layer, key in shift_keys(model, here, 3).items():
-        assert_close(key, there[layer], rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(key, here[layer], atol=1e-2)
+    original, _ = record_prompt_kv(model, states, 0)
+    shifted, _ = record_prompt_kv(model, states, 0, first_position=3)
+    for layer, key in shift_keys(model, original, 3).items():
+        assert_close(key, shifted[layer], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(key, original[layer], atol=1e-2)
 
 
-def test_pairs_that_are_not_halves_are_refused():
-    """Cohere turns neighbouring numbers."""
+def test_rotary_pairs_of_neighbours_are_refused():
+    """Cohere rotates neighbouring dimensions, not halves."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
     model = LanguageModel(network_of(CohereConfig(**TOKEN_IDS, **sizes, num_key_value_heads=2)), word_tokenizer())
     keys, _ = record_prompt_kv(model, model.run_lower(random_tokens(1, 5), 0), 0)
@@ -159,5 +161,5 @@ def test_pairs_that_are_not_halves_are_refused():
         shift_keys(model, keys, 3)
 
 
-def test_every_format_is_of_an_arm():
+def test_every_format_belongs_to_an_arm():
     assert FORMATS.keys() <= RECOVERY_METHODS.keys()
