@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,21 @@ def tiny_flags(model: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def made(stories, tmp_path_factory) -> dict[str, Path]:
+def chat_model(stories, tmp_path_factory) -> Path:
+    """The tiny model with a chat template, as the default model has."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(stories, folder)
+    config = folder / "tokenizer_config.json"
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(chat_model, tmp_path_factory) -> dict[str, Path]:
     """A folder of each kind that a command reads: pruned and quantized models, an adapter, a finished bench."""
     folder = tmp_path_factory.mktemp("made")
-    flags = tiny_flags(stories)
+    flags = tiny_flags(chat_model)
     steps = ["--steps", "2"]
     runs = {
         "model": ["prune", "--method", "wanda", "--sparsity", "0.5", *flags],
