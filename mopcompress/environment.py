@@ -1,4 +1,4 @@
-"""What a number came from: versions, commit, machine."""
+"""The environment of a run: versions, commit, device, time and memory."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ _PACKAGES = ("mopcompress", "torch", "transformers", "datasets", "safetensors")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and machine, for a manifest."""
+    """Return versions, commit and machine, for a manifest."""
     commit, dirty = _commit()
     return {
         "versions": {"python": platform.python_version()}
@@ -31,16 +31,17 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """Return the time in UTC as ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process so far; Linux's getrusage may tell that of the process that started it."""
+    """Return the peak resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    if found:
-        return 1024 * int(found[1])
+    # Linux's getrusage can return the peak of the process that started this one
+    peak_kb = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if peak_kb:
+        return 1024 * int(peak_kb[1])
     if sys.platform == "win32":
         import psutil  # Windows has no `resource`; accelerate depends on psutil
 
@@ -52,22 +53,28 @@ def peak_bytes() -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU. Raises `UsageError` for a device this machine has not."""
+    """Return the device of this name; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises `UsageError` for a device that this machine does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not there[device.type]:
+    if not available[device.type]:
         raise UsageError(f"--device: {name} is not on this machine; use cpu or auto")
     return device
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of the checkout this package runs from, and whether it was changed; None when installed elsewhere."""
+    """Return the commit of the checkout that this package runs from, and True if files differ from it.
+
+    Both are None for an installed package.
+    """
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():
         return None, None

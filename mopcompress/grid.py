@@ -1,6 +1,6 @@
 """The grid of a bench by name: setting x arm x seed, from the `run:` part of a recipe.
 
-The stage that fills a grid and the report that tells what is missing read it alike, so that they cannot disagree.
+The command that fills a grid and the report that counts what is missing both read it here, so they cannot disagree.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ QUANTIZER = "gptq"
 
 @dataclass(frozen=True)
 class CompressionSetting:
-    """One way to compress; `method` joins pruning and rounding with a plus when it is both."""
+    """One way to compress; `method` joins pruning and quantization with a plus when it is both."""
 
     method: str
-    ratio: float | None  # share of weights to remove
+    ratio: float | None  # fraction of weights to remove
     bits: int | None
 
     @property
     def name(self) -> str:
-        """As in the rows and the report."""
+        """The name that rows and reports use."""
         return setting_name(self.method, self.ratio, self.bits)
 
     @property
@@ -39,7 +39,10 @@ DENSE = CompressionSetting("dense", 0.0, None)
 
 
 def compressed_settings(run: Mapping[str, Any]) -> list[CompressionSetting]:
-    """Method by method, ratio by ratio; then the bit widths, or, in a joint run, every width of every pruned model."""
+    """Return the settings method by method, ratio by ratio, and then those of the bit widths.
+
+    In a joint run, every bit width is applied to every pruned model instead.
+    """
     pruned = [
         CompressionSetting(method, ratio, None)
         for method in run.get("methods") or ()
@@ -47,28 +50,35 @@ def compressed_settings(run: Mapping[str, Any]) -> list[CompressionSetting]:
     ]
     widths = list(run.get("bits") or ())
     if run.get("joint") and pruned and widths:
-        return [CompressionSetting(f"{one.method}+{QUANTIZER}", one.ratio, bits) for one in pruned for bits in widths]
+        return [
+            CompressionSetting(f"{setting.method}+{QUANTIZER}", setting.ratio, bits)
+            for setting in pruned
+            for bits in widths
+        ]
     return pruned + [CompressionSetting(QUANTIZER, None, bits) for bits in widths]
 
 
 def is_seeded(arm: str) -> bool:
-    """Whether seeds make a difference to an arm: it takes training steps, as far as is known."""
+    """Return True when a seed makes a difference to an arm: it takes training steps, or its name is unknown."""
     return arm != "none" and (arm not in ARM_DEFAULTS or ARM_DEFAULTS[arm].learning_rate is not None)
 
 
 def cells_of(run: Mapping[str, Any], setting: CompressionSetting) -> list[Cell]:
-    """Arms that draw nothing stand under seed 0 alone; the dense model has arms of its own, `none` always."""
+    """Return the cells of a setting: one per arm and seed, and one with seed 0 for an arm without randomness.
+
+    The dense model has arms of its own, and `none` in any case.
+    """
     named = ("none", *(run.get("dense_arms") or ())) if setting == DENSE else run.get("arms") or ()
     arms = tuple(dict.fromkeys(named))
     fixed = [arm for arm in arms if not is_seeded(arm)]
-    drawn = [Cell(setting.name, arm, seed) for seed in run.get("seeds") or () for arm in arms if arm not in fixed]
-    return [Cell(setting.name, arm, 0) for arm in fixed] + drawn
+    seeded = [Cell(setting.name, arm, seed) for seed in run.get("seeds") or () for arm in arms if arm not in fixed]
+    return [Cell(setting.name, arm, 0) for arm in fixed] + seeded
 
 
 def settings_of(recipe: Recipe) -> list[CompressionSetting]:
-    """The dense model, then what the run's grid asks for.
+    """Return the dense model's setting, and then those of the run's grid.
 
-    Raises `RecipeError` when a modifier has no one share of weights to remove, `UsageError` when the grid is empty.
+    Raises `RecipeError` when methods and settings do not go together, `UsageError` when the grid is empty.
     """
     if recipe.run.prune_then_quantize and recipe.run.bits and "structured" in recipe.run.methods:
         raise RecipeError(
@@ -95,14 +105,14 @@ def settings_of(recipe: Recipe) -> list[CompressionSetting]:
 
 
 def modifiers_of(recipe: Recipe, setting: CompressionSetting) -> list[Pruning | GPTQModifier]:
-    """What compresses the model of a setting, in order; nothing for the dense model."""
-    found: list[Pruning | GPTQModifier] = []
+    """Return the modifiers that compress the model of a setting, in order; none for the dense model."""
+    modifiers: list[Pruning | GPTQModifier] = []
     if setting != DENSE and setting.pruning and setting.ratio is not None:
         pruning = recipe.modifier_for(setting.pruning)
         assert not isinstance(pruning, GPTQModifier)  # no `method` of a run
-        found.append(pruning.with_sparsity(setting.ratio))
+        modifiers.append(pruning.with_sparsity(setting.ratio))
     if setting.bits:
-        rounding = recipe.modifier_for("gptq")
-        assert isinstance(rounding, GPTQModifier)
-        found.append(rounding.with_bits(setting.bits, recipe.run.group_size))
-    return found
+        quantizer = recipe.modifier_for(QUANTIZER)
+        assert isinstance(quantizer, GPTQModifier)
+        modifiers.append(quantizer.with_bits(setting.bits, recipe.run.group_size))
+    return modifiers

@@ -1,1 +1,1 @@
-"""What the commands do: compose models, data, compression, recovery and evaluation; the only writers of run folders."""
+"""The commands: they compose recipe, models, data, compression, recovery and evaluation, and write all run folders."""

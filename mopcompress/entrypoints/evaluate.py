@@ -24,7 +24,7 @@ from mopcompress.results import AnswerSample, DocumentScores, GateStatistics
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model, with or without an adapter, scores on the test rows of a dataset."""
+    """Scores of one model, with or without an adapter, on the test rows of a dataset."""
 
     scores: DocumentScores
     text_perplexity: float | None  # on plain text; None without text, and for an arm that needs to know the task

@@ -1,4 +1,4 @@
-"""Whether the inputs of a finished output are still those that it was made from."""
+"""Inputs of a finished output: a check that they are still those that it was made from."""
 
 from pathlib import Path
 from typing import Any

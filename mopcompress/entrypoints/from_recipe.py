@@ -1,4 +1,4 @@
-"""Settings of a recipe as configurations of algorithms and adapters."""
+"""Translation of a recipe's modifiers into the configurations of algorithms, adapters and training."""
 
 from mopcompress.compress.plan import REPAIR, MethodConfig
 from mopcompress.compress.structured import StructuredConfig
@@ -21,7 +21,7 @@ Compressing = Masking | GPTQModifier
 
 
 def method_config(modifier: Compressing) -> MethodConfig:
-    """A modifier's settings in the words of the method's function."""
+    """Return the configuration of a method, with the keywords of its function as options."""
     options: dict[str, object]
     if isinstance(modifier, GPTQModifier):
         options = {
@@ -30,7 +30,7 @@ def method_config(modifier: Compressing) -> MethodConfig:
             "damping": modifier.dampening_frac,
             "block_size": modifier.block_size,
             "act_order": modifier.actorder == "static",
-            "keep_zeros": True,  # of pruning before; a dense model has hardly any
+            "keep_zeros": True,  # of earlier pruning; a dense model has hardly any
             "sparsity": modifier.sparsity,
             "pattern": modifier.pattern,
         }
@@ -61,14 +61,14 @@ def method_config(modifier: Compressing) -> MethodConfig:
 
 
 def repair_config(modifier: LowRankRepairModifier) -> MethodConfig:
-    """The last step, in the words of its function."""
+    """Return the configuration of a low-rank repair."""
     return MethodConfig(
         method=REPAIR, options={"rank": modifier.rank}, targets=modifier.targets, ignore=modifier.ignore
     )
 
 
 def structured_config(modifier: StructuredPruningModifier) -> StructuredConfig:
-    """A modifier's settings in the words of the walk."""
+    """Return the configuration of structured pruning."""
     return StructuredConfig(
         mlp_sparsity=modifier.mlp_sparsity,
         head_sparsity=modifier.head_sparsity,
@@ -78,7 +78,7 @@ def structured_config(modifier: StructuredPruningModifier) -> StructuredConfig:
 
 
 def adapter_init(modifier: PromptRecoveryModifier, seed: int) -> AdapterInit:
-    """How the recipe's arm begins."""
+    """Return what the first values of the recipe's adapter depend on."""
     return AdapterInit(
         gate_pretraining_steps=modifier.gate_pretraining_steps,
         gate_logit_scale=modifier.gate_logit_scale,
@@ -88,7 +88,7 @@ def adapter_init(modifier: PromptRecoveryModifier, seed: int) -> AdapterInit:
 
 
 def training_config(modifier: PromptRecoveryModifier, learning_rate: float, seed: int) -> TrainingConfig:
-    """How the recipe's arm is trained."""
+    """Return how the recipe's adapter is trained, at this learning rate and seed."""
     return TrainingConfig(
         steps=modifier.steps,
         batch_size=modifier.train_batch_size,
@@ -106,9 +106,9 @@ def training_config(modifier: PromptRecoveryModifier, learning_rate: float, seed
 def adapter_config(
     modifier: PromptRecoveryModifier, model: LanguageModel, tasks: tuple[str, ...], base_sha256: str
 ) -> AdapterConfig:
-    """What the recipe asks for, on this model and data.
+    """Return the configuration of the recipe's adapter on a model, for data of these tasks.
 
-    Raises `UsageError` when the model has no such block, or when more experts are to act than there are.
+    Raises `UsageError` when the model lacks the block, or `top_k` is more than the experts.
     """
     return AdapterConfig(
         arm=modifier.arm,
@@ -128,13 +128,13 @@ def adapter_config(
 
 
 def first_layer(arm: str, layer: int | None, model: LanguageModel) -> int:
-    """The first block that the arm changes: the paper's tenth of 32 layers, in proportion; 0 for arms at the input.
+    """Return the first block that an arm changes: by default the tenth of 32, in proportion, as in the paper.
 
-    Raises `UsageError` when the model has no such block.
+    It is 0 for arms at the input. Raises `UsageError` when the model lacks the block.
     """
-    blocks, settings = len(model.blocks), ARM_DEFAULTS.get(arm, NO_ADAPTER)
-    alone = layer is None and blocks == 1  # there is no middle
-    if settings.at_input or (settings.whole and (layer == 0 or alone)):
+    blocks, defaults = len(model.blocks), ARM_DEFAULTS.get(arm, NO_ADAPTER)
+    without_middle = layer is None and blocks == 1
+    if defaults.at_input or (defaults.whole and (layer == 0 or without_middle)):
         return 0
     if blocks == 1:
         raise UsageError(f"arm {arm}: it acts above a first block, and the model has one in all; take one at the input")

@@ -1,4 +1,4 @@
-"""What a command is about to do: checked as far as is cheap, and told, before torch loads."""
+"""Cheap checks of a command, and the facts of its `--dry-run`: all before torch is loaded."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ IRRELEVANT_FIELDS = stored_names_of_fields(NOTHING, CELLS, BENCH)
 
 
 def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
-    """Raise `InputNotFoundError` when the model, the data or the calibration text is a path where nothing is."""
+    """Raise `InputNotFoundError` when the model, the data or the calibration text is a path that does not exist."""
     check_model(run.model)
     if (data or (calibration and run.calibration == "data")) and run.data != "skills":
         local_path(run.data)
@@ -39,7 +39,7 @@ def check_inputs(run: RunSpec, *, data: bool, calibration: bool) -> None:
 
 
 def check_recipe_shapes(recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifier]) -> None:
-    """Raise `RecipeError` when groups, structures or ranks do not fit the model, as far as its files here tell.
+    """Raise `RecipeError` when groups, structures or ranks do not fit the model, if its files are on this machine.
 
     Raises `DataError` for a model that cannot be compressed again.
     """
@@ -50,13 +50,13 @@ def check_recipe_shapes(recipe: Recipe, modifiers: Sequence[Pruning | GPTQModifi
 
 
 def check_grid(recipe: Recipe) -> None:
-    """The same for every setting of a bench."""
+    """Check the shapes for every setting of a bench, as `check_recipe_shapes` does for a recipe."""
     for setting in settings_of(recipe):
         check_recipe_shapes(recipe, modifiers_of(recipe, setting))
 
 
 def check_model(name: str) -> None:
-    """Raise `InputNotFoundError` when the model is a path where none is."""
+    """Raise `InputNotFoundError` when the model is a path without a model."""
     folder = Path(name).expanduser()
     is_path = name.startswith((".", "/", "~")) or name.count("/") != 1
     if is_path and name != "smollm2" and not folder.exists():
@@ -66,14 +66,14 @@ def check_model(name: str) -> None:
 
 
 def check_creatable(target: Path) -> None:
-    """Raise `OutputError` when no folder can be made at `target`, hours before it would be."""
+    """Raise `OutputError` when no folder can be created at `target`, before hours of work go into it."""
     try:
-        there = next(path for path in (target, *target.absolute().parents) if path.exists())
+        existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     except OSError as error:  # a name that is too long, or a loop of links
         raise _not_creatable(target, error.strerror) from error
-    if not there.is_dir():
-        raise _not_creatable(target, f"{there} is a file")
-    if not os.access(there, os.W_OK):
+    if not existing.is_dir():
+        raise _not_creatable(target, f"{existing} is a file")
+    if not os.access(existing, os.W_OK):
         raise _not_creatable(target, os.strerror(errno.EACCES))
 
 
@@ -86,8 +86,8 @@ def completed_by_same_recipe(target: Path, recipe: Recipe, resume: str) -> bool:
     manifest = read_finished(target, resume, resumable=True)
     if manifest is None:
         return False
-    stored, asked = _relevant_settings(manifest.get("recipe", {})), _relevant_settings(recipe_to_dict(recipe))
-    changes = differences(with_present_names(stored), with_present_names(asked))
+    stored, present = _relevant_settings(manifest.get("recipe", {})), _relevant_settings(recipe_to_dict(recipe))
+    changes = differences(with_present_names(stored), with_present_names(present))
     if changes:
         raise OutputError(
             f"output {target} was made with other settings ({'; '.join(changes)}); "
@@ -97,7 +97,10 @@ def completed_by_same_recipe(target: Path, recipe: Recipe, resume: str) -> bool:
 
 
 def check_bench_folder(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Whether `bench` may begin or go on in `folder`; `bench` itself also compares model and data."""
+    """Check that `bench` may start or continue in `folder`; `bench` itself also compares model and data.
+
+    Raises `OutputError`, `InputNotFoundError` or `RecipeError`.
+    """
     check_creatable(folder)
     if resume == "required" and not (folder / "run.json").exists():
         raise InputNotFoundError(f"--resume required: no run.json in {folder}; name the folder of a run, or use auto")
@@ -107,7 +110,7 @@ def check_bench_folder(folder: Path, recipe: Recipe, resume: str) -> None:
 
 
 def model_facts(name: str) -> dict[str, Any]:
-    """The model's name, and where it is and how big, as far as this machine knows without asking the network."""
+    """Return the model's name, its folder and its size in bytes; None for what is not on this machine."""
     folder = Path(name).expanduser()
     if not folder.is_dir() and name == "smollm2":
         folder = next(iter(sorted(cache_folder().glob("models/SmolLM2-*"))), folder)
@@ -116,21 +119,24 @@ def model_facts(name: str) -> dict[str, Any]:
 
 
 def bench_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The grid: settings, cells in all and finished, training steps (of sweeps the least) and bytes still to come."""
+    """Return the settings and cells of a grid, those finished, and the training steps and bytes still to come.
+
+    A sweep counts with the fewest trials that it can have.
+    """
     settings = settings_of(recipe)
     cells = {cell for setting in settings for cell in cells_of(recipe.run.model_dump(by_alias=True), setting)}
-    done = {row.cell for row in read_rows(folder / "rows.jsonl")} & cells
-    stepping = {arm for arm, settings in ARM_DEFAULTS.items() if settings.learning_rate is not None}
-    trained = [cell for cell in cells - done if cell.arm in stepping]
+    finished = {row.cell for row in read_rows(folder / "rows.jsonl")} & cells
+    trained_arms = {arm for arm, defaults in ARM_DEFAULTS.items() if defaults.learning_rate is not None}
+    to_train = [cell for cell in cells - finished if cell.arm in trained_arms]
     sweeps = read_sweeps(folder / "sweeps")
-    unswept = {(cell.setting, cell.arm) for cell in trained if sweep_name(cell.setting, cell.arm) not in sweeps}
-    swept_first = [recipe.recovery.with_arm(arm).least_steps - recipe.recovery.steps for _, arm in unswept]
+    unswept = {(cell.setting, cell.arm) for cell in to_train if sweep_name(cell.setting, cell.arm) not in sweeps}
+    sweep_steps = [recipe.recovery.with_arm(arm).least_steps - recipe.recovery.steps for _, arm in unswept]
     size = model_facts(recipe.run.model)["bytes"]
     return {
         "settings": [setting.name for setting in settings],
         "cells": len(cells),
-        "cells_done": len(done),
-        "steps": recipe.recovery.steps * len(trained) + sum(swept_first),
+        "cells_done": len(finished),
+        "steps": recipe.recovery.steps * len(to_train) + sum(sweep_steps),
         "disk_bytes": None if size is None else size * (len(settings) - 1),
     }
 

@@ -117,4 +117,4 @@ def log_expert_count(modifiers: Sequence[PromptRecoveryModifier], tasks: tuple[s
 
 def _has_experts(arm: str) -> bool:
     defaults = ARM_DEFAULTS[arm]
-    return "gate_labels" in defaults.own or defaults.needs_tasks
+    return "gate_labels" in defaults.relevant_fields or defaults.needs_tasks

@@ -1,4 +1,4 @@
-"""`verify`: is a finished folder still what it was when it was finished?"""
+"""`verify`: a check that a finished folder has not changed since it was finished."""
 
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ from mopcompress.storage import artifacts
 
 
 def verify(folder: Path, *, progress: Progress = silent) -> dict[str, Any]:
-    """Compare every file with its hash and decode every tensor; what was looked at.
+    """Compare every file with its hash and decode every tensor; returns what was checked.
 
-    An export's tensors must be those that it was made of, a compressed model's must be finite, and on their grid if
-    they have one. Raises `DataError` at the first difference, `InputNotFoundError` when nothing is there.
+    The tensors of an export must equal those of its source. Those of a compressed model must be finite, and on their
+    grid if they have one. Raises `DataError` at the first difference, `InputNotFoundError` without a folder.
     """
     if not folder.is_dir():
         raise InputNotFoundError(f"{folder}: no such folder; name the output of a command")
     progress.message("comparing files with their hashes")
     artifacts.verify(folder)
     manifest = artifacts.read_manifest(folder) or {}
-    facts = {"folder": str(folder), "kind": manifest.get("kind"), "files": len(manifest["files"])}
+    summary = {"folder": str(folder), "kind": manifest.get("kind"), "files": len(manifest["files"])}
     if (folder / "config.json").exists():
-        return facts | {"tensors": _check_model(folder, manifest.get("tensors"), progress)}
-    return facts | {"tensors": sum(_check_file(path) for path in sorted(folder.rglob("*.safetensors")))}
+        return summary | {"tensors": _check_model(folder, manifest.get("tensors"), progress)}
+    return summary | {"tensors": sum(_check_file(path) for path in sorted(folder.rglob("*.safetensors")))}
 
 
 def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progress) -> int:
@@ -44,7 +44,7 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
     grid = None
     if stored.format == "dense" and stored.grid:  # the other formats decode from their grid, so are on it
         grid = FORMATS["sparse"].fit(stored.grid, load_meta_model(folder))
-    found: set[str] = set()
+    names: set[str] = set()
     for number, path in enumerate(stored.files):
         progress.update("decoding tensors", number, len(stored.files))
         for name, tensor in stored.tensors(path):
@@ -54,11 +54,11 @@ def _check_model(folder: Path, expected: dict[str, str] | None, progress: Progre
             module = linear_on_grid(name, grid)
             if grid is not None and module is not None:
                 grid.codes(module, tensor)
-            found.add(name)
-    missing = sorted((expected or {}).keys() - found)
+            names.add(name)
+    missing = sorted((expected or {}).keys() - names)
     if missing:
         raise DataError(f"{folder} holds no {missing[0]}; make the folder again")
-    return len(found) + 2 * len(read_repairs(folder))
+    return len(names) + 2 * len(read_repairs(folder))
 
 
 def _check_file(path: Path) -> int:

@@ -1,1 +1,1 @@
-""""""
+"""`bench`: a grid of cells, its manifest and its rows."""

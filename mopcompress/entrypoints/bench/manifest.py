@@ -1,4 +1,4 @@
-"""The manifest of a bench: what a run is made of, and whether a folder can go on with it."""
+"""The manifest of a bench, `run.json`: the inputs of a run, and whether a folder can be continued with a recipe."""
 
 import copy
 import json
@@ -13,28 +13,33 @@ from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
 
 FILE = "run.json"
-GRID_FIELDS = stored_names_of_fields(NOTHING, CELLS)  # of `run:`: they may differ when a run goes on
-BEFORE = {"clip_percentile": 100.0, "gate_clipping": "together"}  # what was done before these could be asked for
+GRID_FIELDS = stored_names_of_fields(NOTHING, CELLS)
+"""Stored names of the fields of `run:` that may differ when a folder is continued."""
+EARLIER_DEFAULTS = {"clip_percentile": 100.0, "gate_clipping": "together"}
+"""Values that runs had before these fields existed. Committed results are of such runs, and can be continued."""
 
 
 def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
-    """Write `run.json`, whole."""
+    """Write `run.json` atomically."""
     artifacts.write_atomically(folder / FILE, json.dumps(manifest, indent=1) + "\n")
 
 
 def check_settings(recipe: Recipe, folder: Path) -> None:
-    """Raise `RecipeError` naming what differs, the grid apart, when `folder` was made by another recipe."""
+    """Raise `RecipeError`, with the fields that differ, when `folder` was made by a recipe with other settings.
+
+    The fields of the grid may differ.
+    """
     path = folder / FILE
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        _refuse(folder, _settings(_as_of_now(before, path)), _settings(recipe_to_dict(recipe)))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        _require_equal(folder, _settings(_stored_recipe(stored, path)), _settings(recipe_to_dict(recipe)))
 
 
 def continue_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The manifest, with what came before when the folder holds a run already: its start, seconds and invocations.
+    """Return `manifest` with the start, the seconds and the commands of earlier runs in the folder, if there are any.
 
-    Raises `RecipeError` naming what differs, the grid apart, when the folder was made with other settings, or when it
-    holds rows and nothing says of which settings.
+    Raises `RecipeError`, with the fields that differ, when the folder was made with other settings than `manifest`,
+    the grid apart, or when it holds rows without a manifest.
     """
     path = folder / FILE
     if not path.exists():
@@ -43,33 +48,35 @@ def continue_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
                 f"{folder} holds rows and no {FILE}: their settings are unknown; use another --output-dir"
             )
         return manifest
-    before = json.loads(path.read_text(encoding="utf-8"))
-    _refuse(folder, _identity(before | {"recipe": _as_of_now(before, path)}), _identity(manifest))
-    earlier = [*before.get("earlier", []), {name: before[name] for name in ("command", "commit", "dirty", "versions")}]
-    told = [
-        f"Rows of this run were also made by: {one['command'] or 'Python'} (commit {one['commit']}"
-        f"{', with uncommitted changes' if one['dirty'] else ''})."
-        for one in earlier
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    _require_equal(folder, _identity(stored | {"recipe": _stored_recipe(stored, path)}), _identity(manifest))
+    run = {name: stored[name] for name in ("command", "commit", "dirty", "versions")}
+    earlier_runs = [*stored.get("earlier", []), run]
+    sentences = [
+        f"Rows of this run were also made by: {run['command'] or 'Python'} (commit {run['commit']}"
+        f"{', with uncommitted changes' if run['dirty'] else ''})."
+        for run in earlier_runs
     ]
     return manifest | {
-        "started": before["started"],
-        "seconds": before["seconds"],
-        "earlier": earlier,
-        "protocol": [*manifest["protocol"], *dict.fromkeys(told)],
+        "started": stored["started"],
+        "seconds": stored["seconds"],
+        "earlier": earlier_runs,
+        "protocol": [*manifest["protocol"], *dict.fromkeys(sentences)],
     }
 
 
-def _as_of_now(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A recorded recipe with the fields that it had not yet, at what was done without them."""
+def _stored_recipe(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a manifest's recipe, with values for the fields that did not exist when it was written."""
     recipe = copy.deepcopy(manifest["recipe"])
     groups = [group for stage in recipe.values() for group in stage.values() if isinstance(group, dict)]
     for modifier in (group["PromptRecoveryModifier"] for group in groups if "PromptRecoveryModifier" in group):
-        for name, value in BEFORE.items():
+        for name, value in EARLIER_DEFAULTS.items():
             modifier.setdefault(name, value)
     return recipe_to_dict(recipe_from_dict(recipe, f"recipe in {path}"))
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that the rows of a folder must have in common."""
     return {
         **_settings(manifest["recipe"]),
         "model": manifest["model"]["sha256"],
@@ -78,7 +85,7 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
         "calibration": manifest["calibration"]["sha256"],
         "plain text": (manifest["data"].get("text") or {}).get("sha256"),
         "training text": (manifest["data"].get("train_text") or {}).get("sha256"),
-        "teacher": manifest.get("teacher"),  # runs of before it was noted have none
+        "teacher": manifest.get("teacher"),  # missing in the first runs
     }
 
 
@@ -86,8 +93,8 @@ def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "run": {name: value for name, value in recipe["run"].items() if name not in GRID_FIELDS}}
 
 
-def _refuse(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    changes = differences(with_present_names(stored), with_present_names(asked))
+def _require_equal(folder: Path, stored: dict[str, Any], present: dict[str, Any]) -> None:
+    changes = differences(with_present_names(stored), with_present_names(present))
     if changes:
         raise RecipeError(
             f"{folder} was made with other settings: {'; '.join(changes)}; use those settings, or another --output-dir"

@@ -1,4 +1,4 @@
-"""What a bench is made of and how its arms are compared: what its `run.json` begins with."""
+"""The first entries of `run.json`: the inputs of a bench, and sentences on how its arms are compared."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from mopcompress.recipe import PromptRecoveryModifier, Recipe, recipe_to_dict
 
 
 def new_manifest(
-    recipe: Recipe, model: dict[str, Any], documents: EncodedDataset, calibration: dict[str, Any]
+    recipe: Recipe, model: dict[str, Any], dataset: EncodedDataset, calibration: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a run that begins now is made of, machine and command apart."""
+    """Return the manifest of a run that starts now, without machine and command."""
     return {
         "recipe": recipe_to_dict(recipe),
         "model": model,
-        "data": documents.facts,
+        "data": dataset.facts,
         "calibration": calibration,
         "teacher": teacher_hash(recipe.recovery),
-        "protocol": protocol(recipe, documents.tasks),
+        "protocol": protocol(recipe, dataset.tasks),
         "started": now(),
         "finished": None,
         "seconds": None,
@@ -27,7 +27,7 @@ def new_manifest(
 
 
 def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
-    """What a reader must know of how the arms are compared."""
+    """Return what a reader of the results must know about the comparison of arms, one sentence per entry."""
     recovery, repair = recipe.recovery, recipe.repair
     labels = "clusters of the training instructions"
     if recovery.with_arm("mop").domains(tuple(tasks)):
@@ -35,8 +35,8 @@ def protocol(recipe: Recipe, tasks: Sequence[str]) -> list[str]:
     return [
         "Every arm is scored on the same response tokens of the same test rows, each given the instruction alone and "
         "the response before it.",
-        f"Trained arms share rows, their order, and steps ({recovery.steps} of {recovery.train_batch_size} rows). single "
-        "begins with the prompts of mop, all in one group.",
+        f"Trained arms share rows, their order, and steps ({recovery.steps} of {recovery.train_batch_size} rows). "
+        "single begins with the prompts of mop, all in one group.",
         f"The gate of mop is pre-trained on {labels}; it reads instruction tokens alone. Trained parameters count the "
         "gate.",
         _rates(recovery),
@@ -79,8 +79,8 @@ def _rates(recovery: PromptRecoveryModifier) -> str:
             "run.json has them with their losses. The gate's rate was not swept."
         )
     if recovery.learning_rates:
-        given = ", ".join(f"{arm} {rate:g}" for arm, rate in recovery.learning_rates.items())
-        return f"Learning rates are the recipe's ({given}): they were not swept for this run."
+        rates = ", ".join(f"{arm} {rate:g}" for arm, rate in recovery.learning_rates.items())
+        return f"Learning rates are the recipe's ({rates}): they were not swept for this run."
     if recovery.learning_rate is not None:
         return f"All arms have one learning rate, the recipe's {recovery.learning_rate:g}: it was not swept."
     return "Each arm has the learning rate that is its own by default: it was not swept for this run."

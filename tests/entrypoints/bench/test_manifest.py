@@ -36,8 +36,8 @@ def test_a_folder_takes_a_larger_grid(tmp_path: Path) -> None:
     [
         ({"seed": "1"}, "run.seed was 0, is 1"),
         ({"group_size": "32"}, "run.group_size was 64, is 32"),
-        ({"eval_batch_size": "2"}, "run.batch_size was 16, is 2"),
-        ({"max_new_tokens": "5"}, "run.write_tokens was None, is 5"),
+        ({"eval_batch_size": "2"}, "run.eval_batch_size was 16, is 2"),
+        ({"max_new_tokens": "5"}, "run.max_new_tokens was None, is 5"),
         ({"backend_python": "python9"}, "run.backend_python was None, is 'python9'"),
     ],
 )
@@ -58,9 +58,26 @@ def test_an_empty_folder_takes_any_recipe(tmp_path: Path) -> None:
 
 
 def test_the_recipes_of_committed_results_are_read() -> None:
-    """Each differs from the default recipe by settings, and is none that cannot be read."""
-    manifests = sorted(RESULTS.rglob("run.json"))
-    assert len(manifests) > 10
-    for path in manifests:
-        with pytest.raises(RecipeError, match="was made with other settings"):
+    """All but three early ones, whose recipes have a field that is gone."""
+    unreadable = []
+    for path in sorted(RESULTS.rglob("run.json")):
+        try:
             check_settings(load_recipe(None), path.parent)
+        except RecipeError as error:
+            if "was made with other settings" not in str(error):
+                unreadable.append(str(error))
+    assert len(unreadable) == 3
+    assert all("prompt_learning_rate: no such field" in message for message in unreadable)
+
+
+def test_fields_that_are_missing_have_their_earlier_values(tmp_path: Path) -> None:
+    recipe = override_recovery(load_recipe(None), {"grad_clip_percentile": 100, "gate_clipping": "together"})
+    stored = recipe_to_dict(recipe)
+    for stage in stored.values():
+        modifier = stage.get("recovery_modifiers", {}).get("PromptRecoveryModifier", {})
+        for name in ("clip_percentile", "gate_clipping"):
+            modifier.pop(name, None)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": stored}))
+    check_settings(recipe, tmp_path)
+    with pytest.raises(RecipeError, match=r"grad_clip_percentile was 100\.0"):
+        check_settings(load_recipe(None), tmp_path)
