@@ -1,19 +1,26 @@
 """Objects that many tests need, made with as little as possible."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from tiny_models import random_documents
+from tiny_models import random_documents, tiny_model
+from torch import Tensor
 
 from mopcompress.evaluation.hidden_states import HiddenStateDataset
+from mopcompress.evaluation.loss import score_responses
 from mopcompress.models.language_model import LanguageModel
-from mopcompress.models.modules import weight_of
+from mopcompress.models.modules import set_weight, weight_of
 from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.recover.adapter import Adapter, AdapterConfig, AdapterInit, AdapterInputs
 from mopcompress.recover.registry import RECOVERY_METHODS
+from mopcompress.recover.save_and_load import load_adapter, save_adapter
 from mopcompress.recover.training import TrainingConfig
+from mopcompress.storage import artifacts
 
 TASKS = ("add", "sort", "tell")  # of `random_documents`
 
@@ -101,3 +108,55 @@ def perturbed_adapter(
         for parameter in adapter.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return adapter, config
+
+
+def response_nll(
+    model: LanguageModel, states: HiddenStateDataset, adapter: Adapter | None = None, *, compiled: bool = False
+) -> Tensor:
+    """Return the NLL in nats of every response token, document after document, with an adapter or without."""
+    batch = states.batch(range(len(states.documents)))
+    if adapter is None:
+        context: Any = nullcontext()
+    elif compiled:
+        context = adapter.compile_for_inference(model)(batch.instructions)
+    else:
+        context = adapter.active(model, batch.instructions)
+    with context:
+        return score_responses(model, batch, states.layer).nll
+
+
+def saved_and_loaded(
+    adapter: Adapter, config: AdapterConfig, model: LanguageModel, folder: Path
+) -> tuple[Adapter, AdapterConfig]:
+    """Write an adapter to `folder`, and return what is loaded from there."""
+    with artifacts.publish(folder, {}) as scratch:
+        save_adapter(adapter, config, scratch)
+    return load_adapter(folder, model, base_sha256=config.base_sha256)
+
+
+def pairwise(families: Sequence[str], arms: Sequence[str]) -> list[Any]:
+    """Return all pairs of a family and an arm for `parametrize`.
+
+    Every arm on llama, and every family with `mop` and `lora`, run always; the other pairs are marked slow.
+    """
+    return [
+        pytest.param(family, arm, marks=() if family == "llama" or arm in ("mop", "lora") else pytest.mark.slow)
+        for family in families
+        for arm in arms
+    ]
+
+
+def pruned_model(family: str = "llama") -> LanguageModel:
+    """Return a tiny model with a random half of every block's weights at zero."""
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.blocks.modules():
+        if hasattr(module, "weight") and module.weight.ndim == 2:
+            weight = weight_of(module)
+            set_weight(module, weight * (torch.rand(weight.shape, generator=generator) < 0.5), None)
+    return model
+
+
+def slow_except_llama(families: Sequence[str]) -> list[Any]:
+    """Return families for `parametrize` of an arm's tests, all but llama marked slow."""
+    return [pytest.param(family, marks=() if family == "llama" else pytest.mark.slow) for family in families]

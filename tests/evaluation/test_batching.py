@@ -52,7 +52,7 @@ def test_less_than_a_tenth_of_a_training_is_padding():
     assert sum(lengths) > 0.9 * padded
 
 
-@pytest.mark.parametrize("count", [2, 3, 50])
+@pytest.mark.parametrize("count", [2, 3, 8, 50, 65])
 def test_a_derangement_is_one_cycle_and_the_same_every_time(count):
     order = derangement(count)
     cycle = [0]

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import HEAD, KV_HEADS, AttentionLayer, generate_with_prefix
 from tiny_models import config_of, network_of, random_tokens, tiny_model
 from torch.testing import assert_close
 from transformers import DynamicCache
@@ -13,7 +14,7 @@ from mopcompress.models.compat import CACHE
 
 TOKENS = random_tokens(2, 9)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-KV_HEADS, HEAD, PROMPTS = 2, 8, 3
+PROMPTS = 3
 
 
 def to_prefix(log_gate, *, layers=range(1, 4), seed=0, loudness=1.0):
@@ -84,12 +85,6 @@ def attention_by_definition(query, key, value, prefix, layer, scaling):
     return result
 
 
-class Layer(torch.nn.Module):
-    layer_idx = 1
-    num_key_value_groups = 2
-    is_causal = True
-
-
 @pytest.mark.parametrize(("time", "keys"), [(5, 5), (1, 5)])
 def test_gates_scale_the_weight_of_each_prompt(time, keys):
     seeded = torch.Generator().manual_seed(1)
@@ -100,7 +95,7 @@ def test_gates_scale_the_weight_of_each_prompt(time, keys):
     in_fp32 = to_prefix(gates([1.0, 0.25, 3.0], [0.0, 1.0, 1e-3]))
     prefix = Prefix({1: in_fp32.keys[1].double()}, {1: in_fp32.values[1].double()}, in_fp32.log_gate.double())
     with attend_to(prefix):
-        attended, _ = prompted_attention(Layer(), query, key, value, None, scaling=0.3)
+        attended, _ = prompted_attention(AttentionLayer(), query, key, value, None, scaling=0.3)
     assert_close(attended, attention_by_definition(query, key, value, prefix, 1, 0.3), rtol=1e-9, atol=1e-9)
 
 
@@ -170,40 +165,27 @@ def test_padding_does_not_matter(tiny_llama, side):
     assert_close(padded_logits[:, real], logits(tiny_llama, tokens, prefix), **CLOSE)
 
 
-def generated(model, tokens, prefix, **settings):
-    with attend_to(prefix):
-        return model.network.generate(
-            tokens,
-            attention_mask=settings.pop("attention_mask", torch.ones_like(tokens)),
-            max_new_tokens=8,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            **settings,
-        )
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_cache_does_not_change_generation(family):
     model, prefix = tiny_model(family), to_prefix(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
-    cached = generated(model, TOKENS, prefix, use_cache=True)
-    assert torch.equal(cached, generated(model, TOKENS, prefix, use_cache=False))
-    assert not torch.equal(cached, generated(model, TOKENS, to_prefix(torch.full((2, PROMPTS), -1e4))))
+    cached = generate_with_prefix(model, TOKENS, prefix, use_cache=True)
+    assert torch.equal(cached, generate_with_prefix(model, TOKENS, prefix, use_cache=False))
+    assert not torch.equal(cached, generate_with_prefix(model, TOKENS, to_prefix(torch.full((2, PROMPTS), -1e4))))
 
 
 def test_a_static_cache_does_not_change_generation(tiny_llama):
     prefix = to_prefix(gates([1.0, 2.0, 0.1], [0.5, 0.0, 1.0]), loudness=2.0)
-    static = generated(tiny_llama, TOKENS, prefix, cache_implementation="static", disable_compile=True)
-    assert torch.equal(static, generated(tiny_llama, TOKENS, prefix))
+    static = generate_with_prefix(tiny_llama, TOKENS, prefix, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, generate_with_prefix(tiny_llama, TOKENS, prefix))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_example_is_generated_with_its_own_gate(tiny_llama, beams):
     log_gate = gates([5.0, 0.1, 0.1], [0.1, 0.1, 5.0])
-    together = generated(tiny_llama, TOKENS, to_prefix(log_gate, loudness=2.0), num_beams=beams)
+    together = generate_with_prefix(tiny_llama, TOKENS, to_prefix(log_gate, loudness=2.0), num_beams=beams)
     for row in range(2):
         row_prefix = to_prefix(log_gate[row : row + 1], loudness=2.0)
-        alone = generated(tiny_llama, TOKENS[row : row + 1], row_prefix, num_beams=beams)
+        alone = generate_with_prefix(tiny_llama, TOKENS[row : row + 1], row_prefix, num_beams=beams)
         assert torch.equal(together[row : row + 1], alone)
 
 
@@ -213,8 +195,8 @@ def test_a_padded_batch_generates_as_each_alone(tiny_llama):
     padded = torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1), TOKENS[1:]])
     mask = torch.ones_like(padded)
     mask[0, :3] = 0
-    together = generated(tiny_llama, padded, to_prefix(log_gate), attention_mask=mask)
-    alone = generated(tiny_llama, short, to_prefix(log_gate[:1]))
+    together = generate_with_prefix(tiny_llama, padded, to_prefix(log_gate), attention_mask=mask)
+    alone = generate_with_prefix(tiny_llama, short, to_prefix(log_gate[:1]))
     assert torch.equal(together[0, 9:], alone[0, 6:])
 
 
@@ -251,4 +233,4 @@ def test_recorded_keys_and_values_are_those_of_the_cache(tiny_llama):
 def test_unsupported_attention_is_a_data_error(argument):
     query, key = torch.zeros(1, 4, 2, HEAD), torch.zeros(1, KV_HEADS, 2, HEAD)
     with pytest.raises(DataError, match=argument):
-        prompted_attention(Layer(), query, key, key, None, **{argument: torch.ones(())})
+        prompted_attention(AttentionLayer(), query, key, key, None, **{argument: torch.ones(())})

@@ -37,7 +37,9 @@ def initialize(config: AdapterConfig, inputs: AdapterInputs, _init: AdapterInit)
     """
     model, dense_weights = inputs.model, inputs.dense_weights
     if dense_weights is None:
-        raise UsageError(f"arm {config.arm}: made from the dense model's weights, and none are known; give --teacher")
+        raise UsageError(
+            f"arm {config.arm}: made from the dense model's weights, and none are known; give recovery.teacher"
+        )
     adapter = lora.build(model, config)
     patches = adapter.patches_by_name()
     linears = {name: model.network.get_submodule(name) for name in patches}
@@ -111,5 +113,5 @@ def _check_shapes(name: str, dense_weight: Tensor, weight: Tensor) -> None:
     if dense_weight.shape != weight.shape:
         raise DataError(
             f"{name} is {len(weight)} x {weight.shape[1]}, and {len(dense_weight)} x {dense_weight.shape[1]} in the "
-            "dense model, which must have the same widths; use another arm, or name the right --teacher"
+            "dense model, which must have the same widths; use another arm, or name the right recovery.teacher"
         )

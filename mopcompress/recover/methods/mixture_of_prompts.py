@@ -163,8 +163,8 @@ def build(model: LanguageModel, config: AdapterConfig) -> MixtureOfPrompts:
     model.require_prompt_attention()
     if config.arm == "oracle" and not config.tasks:
         raise UsageError(
-            f"arm oracle: {config.experts} experts are not one for each task of the data; leave --experts out, or the "
-            "arm where rows name no tasks"
+            f"arm oracle: {config.experts} experts are not one for each task of the data; leave recovery.experts out, "
+            "or the arm where rows name no tasks"
         )
     prompts = torch.zeros(config.groups, config.prompts_per_expert, config.hidden_size)
     gate = gates.Gate(config.hidden_size, config.experts) if config.arm in GATED else None

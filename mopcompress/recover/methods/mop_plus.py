@@ -219,7 +219,7 @@ def split_budget(
     if room < 0:
         raise DataError(
             f"mop+: rank 1 and a gate of width {min_width} are {least} numbers besides the norms, and the budget of "
-            f"mop leaves {budget}; raise --layer or --prompts-per-expert"
+            f"mop leaves {budget}; raise recovery.layer or recovery.prompts_per_expert"
         )
     scale_neurons = neuron_cost <= room
     room -= neuron_cost if scale_neurons else 0

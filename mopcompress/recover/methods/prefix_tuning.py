@@ -53,7 +53,7 @@ def build(model: LanguageModel, config: AdapterConfig) -> TrainedPrefix:
     if tokens == 0:
         raise DataError(
             f"a prefix of one token has {token_cost} parameters here, and mop with the same settings "
-            f"{budget}; give more --prompts-per-expert"
+            f"{budget}; raise recovery.prompts_per_expert"
         )
     return TrainedPrefix(*zero_prompt_kv(model, 0, tokens)).to(model.device)
 
