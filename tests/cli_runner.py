@@ -1,4 +1,4 @@
-"""Run a command in this process and see what a shell would see."""
+"""Commands run in this process, seen as a shell would see them."""
 
 import io
 import json
@@ -30,7 +30,7 @@ class Outcome:
 
 
 def invoke(*words: object) -> Outcome:
-    """`mopcompress WORDS`."""
+    """Run `mopcompress WORDS`."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
         app([str(word) for word in words], prog_name="mopcompress")
@@ -43,7 +43,7 @@ def set_fields(part: str, **fields: object) -> list[str]:
 
 
 def write_data(folder: Path, *, rows: int = 8) -> Path:
-    """Two tasks in three splits, short enough for a model of 512 tokens."""
+    """Write two tasks in three splits, short enough for a model of 512 tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(("train", "validation", "test")):
         lines = []
@@ -56,7 +56,7 @@ def write_data(folder: Path, *, rows: int = 8) -> Path:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """What could be taken for a finished result, or is rubbish of an unfinished one."""
+    """Return the paths that look like a finished result, or that an incomplete one left."""
     marks = ("manifest.json", "report.html", "report.json", "model.safetensors", "adapter.safetensors", "rows.jsonl")
     return [str(path) for path in folder.rglob("*") if path.name in marks or ".partial-" in path.name]
 

@@ -1,29 +1,23 @@
-"""The command line.
-
-options   what commands share: their options, and how a command is made of them
-commands  prune, quantize, recover, evaluate, bench
-answering generate
-folders   export, export-adapter, verify, report
-output    JSON, lines and tables on stdout
-endings   errors and signals -> one line on stderr and an exit code
-"""
+"""The command line: a typer app, whose commands load torch only after all of a recipe is checked."""
 
 from typing import Annotated
 
 import typer
 
 from mopcompress import __version__
-from mopcompress.cli import folder_commands, generate_command
-from mopcompress.cli.model_commands import app
 
-__all__ = ["app", "folder_commands", "generate_command", "main"]
+from mopcompress.cli import compression_commands, model_commands  # isort: skip  (the order of the help)
+from mopcompress.cli import folder_commands, generate_command  # isort: skip
+from mopcompress.cli.app import app
+
+__all__ = ["app", "compression_commands", "folder_commands", "generate_command", "main", "model_commands"]
 
 
-def _show_version(asked: bool) -> bool:
-    if asked:
+def _show_version(requested: bool) -> bool:
+    if requested:
         typer.echo(f"mopcompress {__version__}")
         raise typer.Exit
-    return asked
+    return requested
 
 
 @app.callback()
@@ -36,5 +30,5 @@ def _root(
 
 
 def main() -> None:
-    """Run the command that `sys.argv` names; ends the process with its exit code."""
+    """Run the command that `sys.argv` names, and end the process with its exit code."""
     app(prog_name="mopcompress")

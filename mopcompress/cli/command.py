@@ -1,4 +1,4 @@
-"""One call of a command: the options that it shares with others, given to it and read."""
+"""Registration of commands: the options that they share, and what one call of a command gives."""
 
 import inspect
 import os
@@ -47,12 +47,12 @@ class Common:
 
     @contextmanager
     def working(self) -> Iterator[Progress]:
-        """Progress on stderr, and libraries that keep quiet unless `--verbose`. torch loads here."""
+        """Yield a progress display on stderr; libraries are silent unless `--verbose`. torch loads here."""
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         with progress_on(sys.stderr, quiet=self.quiet) as progress, warnings.catch_warnings():
             if not self.verbose:
                 warnings.filterwarnings("ignore", module=r"(torch|transformers|datasets|huggingface_hub)\b")
-                _hush()
+                _silence_transformers()
             yield progress
 
 
@@ -95,7 +95,7 @@ def _common(given: dict[str, Any], parts: tuple[str, ...]) -> Common:
     )
 
 
-def _hush() -> None:
+def _silence_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()

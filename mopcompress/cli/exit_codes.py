@@ -1,4 +1,4 @@
-"""How a command ends: one line on stderr and an exit code, whatever happened."""
+"""Exit codes: every end of a command is one line on stderr and a code, whatever happened."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def exit_cleanly() -> Iterator[None]:
-    """Inside the block every error, and a first Ctrl-C or SIGTERM, becomes a line and an exit code."""
+    """Turn every error in the block, and a first Ctrl-C or SIGTERM, into one line and an exit code."""
     with _stoppable():
         try:
             yield
@@ -36,21 +36,21 @@ def exit_cleanly() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
             raise typer.Exit(CLOSED_PIPE) from None
         except KeyboardInterrupt:
-            typer.echo("stopped; run the same command again to go on", err=True)
+            typer.echo("stopped; run the same command again to resume it", err=True)
             raise typer.Exit(StoppedError.exit_code) from None
         except Exception as error:  # noqa: BLE001 (the last resort: a bug leaves a file behind, never a silent end)
-            message, code = _ending(error)
+            message, code = _message_and_code(error)
             print_error(message)
             raise typer.Exit(code) from None
 
 
-def _ending(error: Exception) -> tuple[str, int]:
+def _message_and_code(error: Exception) -> tuple[str, int]:
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MopError):
         return str(error), error.exit_code
     # torch says so by a class or a text of its own, safetensors by a text; neither is imported here
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "t allocate memory" in text:
-        advice = "lower --batch-size, --max-length or --num-calibration-samples, or use a machine with more"
+        advice = "lower --max-length, --num-calibration-samples or run.eval_batch_size, or use a machine with more"
         return f"out of memory ({text or type(error).__name__}); {advice}", OutOfMemoryError.exit_code
     if getattr(error, "errno", None) in FULL or "No space left on device" in text or "File too large" in text:
         return f"writing failed ({text}); free some space and run again", StorageError.exit_code
@@ -59,7 +59,7 @@ def _ending(error: Exception) -> tuple[str, int]:
 
 
 def _crash_file(error: Exception) -> Path | None:
-    """Write the traceback, without the values of variables, here or in the temporary folder."""
+    """Write the traceback, without the values of variables, to this or the temporary folder; return its path."""
     name = f"mopcompress-crash-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}.txt"
     for folder in (Path(), Path(tempfile.gettempdir())):
         try:
@@ -72,19 +72,19 @@ def _crash_file(error: Exception) -> Path | None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """The first signal raises KeyboardInterrupt, so that scratch folders are removed; the second leaves at once."""
+    """Raise KeyboardInterrupt at the first signal, so that scratch folders are removed; exit at once at the second."""
 
-    def leave(_number: int, _frame: FrameType | None) -> None:
+    def exit_now(_number: int, _frame: FrameType | None) -> None:
         os._exit(StoppedError.exit_code)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         for number in SIGNALS:
-            signal.signal(number, leave)
+            signal.signal(number, exit_now)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    handlers = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

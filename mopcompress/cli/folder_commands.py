@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
+from mopcompress.cli.app import app
 from mopcompress.cli.command import Common, command
-from mopcompress.cli.model_commands import app
 from mopcompress.cli.options import DRY_RUN, OUTPUT, VERBOSITY
 from mopcompress.cli.output import print_facts, print_json
 from mopcompress.entrypoints import preflight
 
 
 class Format(StrEnum):
-    """What `export` writes."""
+    """Formats that `export` writes."""
 
     dense = "dense"
     gptq = "gptq"
@@ -32,14 +32,14 @@ def export(
     ],
 ) -> None:
     """Write a model in another format, without rounding anything; read it back and compare all of it."""
-    chosen = common.load().run.output_dir
+    output_dir = common.load().run.output_dir
     name = f"{Path(folder).expanduser().absolute().name}-{format.value}"
-    target = Path(chosen).expanduser() if chosen else Path("runs") / name
+    target = Path(output_dir).expanduser() if output_dir else Path("runs") / name
     preflight.check_model(folder)
     preflight.check_creatable(target)
     if common.dry_run:
-        told = {"folder": folder, "format": format.value, "output": str(target)}
-        (print_json if common.json else print_facts)(told)
+        plan = {"folder": folder, "format": format.value, "output": str(target)}
+        (print_json if common.json else print_facts)(plan)
         return
     with common.working() as progress:
         from mopcompress.entrypoints.export import export as write
@@ -62,19 +62,19 @@ def export_adapter(
         Path, typer.Argument(metavar="ADAPTER", help="What `recover` wrote for input, prefix, lora, eora or ia3.")
     ],
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model it was trained on, if it is no longer there.")
+        str | None, typer.Option(metavar="MODEL", help="The model it was trained on, if that has moved.")
     ] = None,
 ) -> None:
     """Write an adapter as PEFT does, for `PeftModel.from_pretrained` on the same model."""
-    chosen = common.load().run.output_dir
+    output_dir = common.load().run.output_dir
     name = f"{adapter.expanduser().absolute().name}-peft"
-    target = Path(chosen).expanduser() if chosen else Path("runs") / name
+    target = Path(output_dir).expanduser() if output_dir else Path("runs") / name
     preflight.check_creatable(target)
     if model is not None:
         preflight.check_model(model)
     if common.dry_run:
-        told = {"adapter": str(adapter), "format": "peft", "output": str(target)}
-        (print_json if common.json else print_facts)(told)
+        plan = {"adapter": str(adapter), "format": "peft", "output": str(target)}
+        (print_json if common.json else print_facts)(plan)
         return
     with common.working() as progress:
         from mopcompress.entrypoints.export import export_adapter as write
@@ -92,13 +92,15 @@ def verify(
 ) -> None:
     """Compare every file of a finished folder with its hash, and open and decode every tensor."""
     with common.working() as progress:
-        from mopcompress.entrypoints.verify import verify as look
+        from mopcompress.entrypoints.verify import verify as verify_folder
 
-        facts = look(folder.expanduser(), progress=progress)
+        facts = verify_folder(folder.expanduser(), progress=progress)
     if common.json:
         print_json(facts)
     else:
-        typer.echo(f"{folder} is whole: {facts['files']} files and {facts['tensors']} tensors are as they were written")
+        typer.echo(
+            f"{folder} is intact: {facts['files']} files and {facts['tensors']} tensors are as they were written"
+        )
 
 
 def _sizes(before: int, after: int) -> str:
@@ -116,4 +118,4 @@ def report(
     if common.json:
         print_json({"reports": paths})
     else:
-        typer.echo("\n".join(path for written in paths.values() for path in written))
+        typer.echo("\n".join(path for reports in paths.values() for path in reports))

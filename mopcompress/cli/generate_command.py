@@ -1,4 +1,4 @@
-"""`generate`: answers to given instructions, or to those that are typed on a terminal or come through a pipe."""
+"""`generate`: answers to instructions of `--prompt`, of a terminal, or of a pipe."""
 
 import sys
 from contextlib import suppress
@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mopcompress.cli.app import app
 from mopcompress.cli.command import Common, command
-from mopcompress.cli.model_commands import Adapter, app, print_plan
+from mopcompress.cli.model_commands import Adapter
 from mopcompress.cli.options import BATCH, DRY_RUN, MACHINE, MODEL, VERBOSITY
-from mopcompress.cli.output import print_json
+from mopcompress.cli.output import print_json, print_plan
 from mopcompress.entrypoints import preflight
 from mopcompress.errors import UsageError
 
@@ -29,11 +30,13 @@ def generate(
     preflight.check_inputs(recipe.run, data=False, calibration=False)
     chats = not prompt and sys.stdin.isatty()
     prompts = prompt or ([] if chats else _piped())
-    for one in prompts:
+    for instruction in prompts:
         try:
-            one.encode()
+            instruction.encode()
         except UnicodeEncodeError as error:  # bytes that are not UTF-8 come as lone surrogates
-            raise UsageError(f"instruction {one!r}: not text at character {error.start}; give it as UTF-8") from error
+            raise UsageError(
+                f"instruction {instruction!r}: not text at character {error.start}; give it as UTF-8"
+            ) from error
     if common.dry_run:
         print_plan(
             common, recipe, None, False, {"model": preflight.model_facts(recipe.run.model), "prompts": len(prompts)}
@@ -47,24 +50,26 @@ def generate(
     if chats:
         _chat(answering)
     elif common.json:
-        print_json({"answers": [{"prompt": one, "answer": text} for one, text in zip(prompts, answers, strict=True)]})
+        print_json(
+            {"answers": [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, answers, strict=True)]}
+        )
     else:
         typer.echo("\n\n".join(answers))
 
 
 def _piped() -> list[str]:
-    """The lines of stdin that hold something."""
+    """Return the lines of stdin that hold something."""
     try:
         lines = [line.strip() for line in sys.stdin if line.strip()]
     except UnicodeDecodeError as error:
-        raise UsageError(f"stdin: not text at byte {error.start}; pipe instructions as UTF-8, one a line") from error
+        raise UsageError(f"stdin: not text at byte {error.start}; pipe instructions as UTF-8, one per line") from error
     if not lines:
         raise UsageError("--prompt: missing, and nothing comes through stdin; give --prompt 'an instruction'")
     return lines
 
 
 def _chat(answering: "AnswerGenerator") -> None:
-    """Every line by itself: prompts are trained on single instructions, so there is no memory of earlier ones."""
+    """Answer every line by itself: prompts are trained on single instructions, so earlier ones are not remembered."""
     with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (makes `input` a line editor with a history)
 

@@ -17,7 +17,7 @@ Options = Mapping[str, Any]
 
 
 class Resume(StrEnum):
-    """What to do when the output exists already, or does not."""
+    """Ways to treat an output that exists already, or does not."""
 
     auto = "auto"
     required = "required"

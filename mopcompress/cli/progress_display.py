@@ -1,7 +1,7 @@
-"""What a person sees while a command works, on stderr alone: a bar with ETA on a terminal, plain lines elsewhere.
+"""Progress of a command on stderr: a bar with the time left on a terminal, plain lines elsewhere.
 
-Both implement `progress.Progress`. A phase begins with a new description, or when the count falls back; on plain
-lines its begin and its end are told, and between them something at least every half a minute, however long one unit is.
+Both implement `progress.Progress`. A phase begins with a new description, or when the count falls back. Plain lines
+show its start and its end, and between them something at least every half a minute, however long one unit takes.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ HEARTBEAT_SECONDS = 30.0
 
 @runtime_checkable
 class Stream(Protocol):
-    """What is needed of stderr."""
+    """The part of stderr that is used."""
 
     def write(self, text: str, /) -> object: ...
 
@@ -33,7 +33,7 @@ class Stream(Protocol):
 
 @contextmanager
 def progress_on(stream: Stream, *, quiet: bool) -> Iterator[Progress]:
-    """Progress as fits `stream`; nothing at all when `quiet`."""
+    """Yield a display that fits `stream`; nothing is shown when `quiet`."""
     if quiet:
         yield silent
     elif stream.isatty():
@@ -45,14 +45,14 @@ def progress_on(stream: Stream, *, quiet: bool) -> Iterator[Progress]:
 
 
 def print_error(message: str) -> None:
-    """Every line of `message` on stderr as `error: ...`, red on a terminal unless `NO_COLOR` is set."""
+    """Print every line of `message` on stderr as `error: ...`, red on a terminal unless `NO_COLOR` is set."""
     colour = None if os.environ.get("NO_COLOR") else typer.colors.RED
     for line in message.splitlines():
         typer.secho(f"error: {line}", fg=colour, err=True)
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 05 s` or `2 h 04 min`."""
+    """Return seconds as `42 s`, `3 min 05 s` or `2 h 04 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -65,26 +65,26 @@ class Phase:
     """One stretch of work with one description."""
 
     what: str
-    first: int  # units done when it was first heard of
+    first: int  # units done at its first message
     done: int
     total: int
-    began: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def over(self) -> bool:
         return self.done >= self.total
 
-    def same(self, what: str, done: int) -> bool:
-        """Whether a message belongs to this phase: a count that falls back is the next round of the same work."""
+    def includes(self, what: str, done: int) -> bool:
+        """Return True for a message of this phase: a count that falls back is the next round of the same work."""
         return what == self.what and done >= self.done
 
     def end(self) -> str:
-        return f"{self.what}: done, {self.total} in {duration(time.monotonic() - self.began)}"
+        return f"{self.what}: done, {self.total} in {duration(time.monotonic() - self.started)}"
 
-    def standing(self) -> str:
-        elapsed, units = time.monotonic() - self.began, self.done - self.first
-        left = f", about {duration(elapsed * (self.total - self.done) / units)} left" if units else ""
-        return f"{self.what}: {self.done} of {self.total} after {duration(elapsed)}{left}"
+    def status(self) -> str:
+        elapsed, units = time.monotonic() - self.started, self.done - self.first
+        remaining = f", about {duration(elapsed * (self.total - self.done) / units)} left" if units else ""
+        return f"{self.what}: {self.done} of {self.total} after {duration(elapsed)}{remaining}"
 
 
 class Lines:
@@ -93,7 +93,7 @@ class Lines:
     def __init__(self, stream: Stream, *, every: float = HEARTBEAT_SECONDS) -> None:
         self._stream, self._every = stream, every
         self._phase: Phase | None = None
-        self._began = self._spoke = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
 
@@ -107,31 +107,31 @@ class Lines:
 
     def message(self, text: str) -> None:
         with self._lock:
-            self._say(text)
+            self._write(text)
 
     def update(self, what: str, done: int, total: int) -> None:
         with self._lock:
             phase = self._phase
-            if phase is None or not phase.same(what, done):
+            if phase is None or not phase.includes(what, done):
                 phase = self._phase = Phase(what, done, done, total)
-                self._say(phase.end() if phase.over else f"{what}: {done} of {total}")
+                self._write(phase.end() if phase.over else f"{what}: {done} of {total}")
                 return
             was_over, phase.done = phase.over, done
             if phase.over and not was_over:
-                self._say(phase.end())
+                self._write(phase.end())
 
     def _beat(self) -> None:
         wait = self._every
         while not self._ended.wait(wait):
             with self._lock:
-                if time.monotonic() - self._spoke >= self._every:
-                    working = f"working, {duration(time.monotonic() - self._began)} so far"
-                    self._say(self._phase.standing() if self._phase and not self._phase.over else working)
-                wait = max(0.01, self._spoke + self._every - time.monotonic())
+                if time.monotonic() - self._last_line >= self._every:
+                    working = f"working, {duration(time.monotonic() - self._started)} so far"
+                    self._write(self._phase.status() if self._phase and not self._phase.over else working)
+                wait = max(0.01, self._last_line + self._every - time.monotonic())
 
-    def _say(self, line: str) -> None:
-        self._spoke = time.monotonic()
-        with contextlib.suppress(OSError):  # nobody listens any more: the work goes on
+    def _write(self, line: str) -> None:
+        self._last_line = time.monotonic()
+        with contextlib.suppress(OSError):  # the reader has gone: the work goes on
             self._stream.write(line + "\n")
             self._stream.flush()
 
@@ -140,7 +140,7 @@ class Bars:
     """Progress as one live bar; what is over stays above it as a line."""
 
     def __init__(self, stream: Stream) -> None:
-        from rich import progress  # only those who have a terminal pay for it
+        from rich import progress  # imported for a terminal alone: it is slow
         from rich.console import Console
 
         self._terminal = Console(file=cast(IO[str], stream))
@@ -164,11 +164,11 @@ class Bars:
         self._bars.stop()
 
     def message(self, text: str) -> None:
-        self._say(text)
+        self._write(text)
 
     def update(self, what: str, done: int, total: int) -> None:
         phase = self._phase
-        if phase is None or not phase.same(what, done):
+        if phase is None or not phase.includes(what, done):
             self._clear()
             phase = self._phase = Phase(what, done, done, total)
             self._bars.add_task(what, completed=done, total=total)
@@ -183,11 +183,11 @@ class Bars:
 
     def _finish(self, phase: Phase) -> None:
         self._clear()
-        self._say(phase.end())
+        self._write(phase.end())
 
     def _clear(self) -> None:
         for task in list(self._bars.task_ids):
             self._bars.remove_task(task)
 
-    def _say(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         self._terminal.print(line, markup=False, highlight=False, soft_wrap=True)

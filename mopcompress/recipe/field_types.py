@@ -1,4 +1,4 @@
-"""Kinds of recipe fields: shares, names, lists, and fields of other tools that are forgotten or not supported yet."""
+"""Types of recipe fields: shares, names, lists, and fields of other tools that are ignored or not supported yet."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,8 @@ from pydantic_core import PydanticCustomError
 
 from mopcompress.recipe.validation_errors import EACH, ONE
 
-# Recipes that were written before a field had its present name: name -> name in stored recipes. Both are read.
+# Present name -> name in stored recipes, which were written before a field had its present name. Both are read, and
+# the stored one is written.
 STORED_NAMES = {
     "train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulate",
@@ -56,7 +57,7 @@ class Spec(BaseModel):
 
 
 def fault(message: str, hint: str | None = None) -> PydanticCustomError:
-    """A fault whose message and hint reach the user as they are."""
+    """Return an error whose message and hint reach the user as they are."""
     return PydanticCustomError("recipe", "{message}", {"message": message, "hint": hint})
 
 
@@ -94,11 +95,11 @@ def _named(values: Any) -> Any:
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    seen = set()
-    for one in values:
-        if one in seen:
-            raise fault(f"not distinct: {one!r} stands twice")
-        seen.add(one)
+    distinct = set()
+    for value in values:
+        if value in distinct:
+            raise fault(f"not distinct: {value!r} stands twice")
+        distinct.add(value)
     return values
 
 
@@ -110,16 +111,16 @@ def _inside_blocks(target: str) -> str:
 
 def _bits(number: int) -> int:
     if number not in BITS:
-        near = min(BITS, key=lambda known: (abs(known - number), -known))
+        near = min(BITS, key=lambda bits: (abs(bits - number), -bits))
         raise fault("not one of 2, 3, 4, 8: no stock tool stores another width", str(near))
     return number
 
 
 def reject_with(reason: str) -> BeforeValidator:
-    """For a field of another tool that would change a result: only null or false is accepted."""
+    """Return a validator that accepts only null or false, for a field of another tool that would change a result."""
 
-    def refuse(given: Any) -> None:
-        if given not in (None, False):
+    def refuse(value: Any) -> None:
+        if value not in (None, False):
             raise fault(f"{reason}; leave it out")
 
     return BeforeValidator(refuse)
@@ -137,7 +138,7 @@ def _structure(text: str) -> str:
 
 
 def parse_structure(text: str) -> tuple[int, int] | None:
-    """`(n, m)` of "n:m", n zeros of m weights; None unless 0 < n < m."""
+    """Return `(n, m)` of "n:m", n zeros in every m weights; None unless 0 < n < m."""
     match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
     pattern = (int(match[1]), int(match[2])) if match else (0, 0)
     return pattern if 0 < pattern[0] < pattern[1] else None
@@ -146,7 +147,7 @@ def parse_structure(text: str) -> tuple[int, int] | None:
 BITS = (2, 3, 4, 8)
 
 Share = Annotated[float, AfterValidator(_share)]
-OneOrEach = Discriminator(lambda given: EACH if isinstance(given, list | tuple) else ONE)
+OneOrEach = Discriminator(lambda value: EACH if isinstance(value, list | tuple) else ONE)
 Name = Annotated[str, AfterValidator(_name)]
 Target = Annotated[Name, AfterValidator(_target)]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(_named)]
@@ -161,10 +162,10 @@ PartialShare = Annotated[float, Field(gt=0, le=1)]
 Structure = Annotated[str, AfterValidator(_structure)]
 Damping = Annotated[float, Field(gt=0, le=10, validation_alias=AliasChoices("dampening_frac", "percdamp"))]
 BlockSize = Annotated[int, Field(ge=1, le=65536)]
-FilePath = Annotated[Name, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
+FilePath = Annotated[Name, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 
-# Accepted from other tools' recipes but without effect here: forgotten at once, so never in a resolved recipe.
-IgnoredAny = AfterValidator(lambda given: None)
+# Accepted from other tools' recipes without effect here: dropped at once, so never in a written recipe.
+IgnoredAny = AfterValidator(lambda _value: None)
 IgnoredSwitch = Annotated[bool | None, IgnoredAny, Field(exclude=True)]
 IgnoredLayers = Annotated[Targets | None, IgnoredAny, Field(exclude=True)]
 IgnoredTime = Annotated[float | None, IgnoredAny, Field(exclude=True)]

@@ -25,7 +25,7 @@ from mopcompress.recipe.field_types import (
 )
 from mopcompress.recipe.pruning_modifiers import check_share, replace_checked
 from mopcompress.recipe.unsupported import other_scheme
-from mopcompress.recipe.validation_errors import nearest
+from mopcompress.recipe.validation_errors import nearest_name
 
 GROUPED = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 SCHEMES = {
@@ -40,9 +40,9 @@ OBSERVERS = ("minmax", "memoryless_minmax", "static_minmax", "mse", "memoryless_
 
 
 def _known_observer(name: Any) -> None:
-    """Forgotten: whatever a recipe says, scales minimise the squared rounding error weighted by the inputs."""
+    """Drop the observer: scales always minimise the squared rounding error weighted by the inputs."""
     if name is not None and name not in OBSERVERS:
-        raise fault(f"not one of {', '.join(OBSERVERS)}", nearest(name, OBSERVERS))
+        raise fault(f"not one of {', '.join(OBSERVERS)}", nearest_name(name, OBSERVERS))
 
 
 def _whole_numbers(kind: Any) -> Any:
@@ -59,7 +59,7 @@ def _symmetric_only(symmetric: bool) -> bool:
 
 def _known_strategy(strategy: Any) -> Any:
     if strategy in (None, "tensor", "block", "tensor_group", "token"):
-        raise fault("not made here; write channel (one scale a row), or group with a group_size")
+        raise fault("not made here; write channel (one scale per row), or group with a group_size")
     return strategy
 
 
@@ -70,14 +70,14 @@ def _known_order(order: Any) -> Any:
 
 
 class WeightQuantization(Spec):
-    """How weights are rounded: llm-compressor's QuantizationArgs, as far as GPTQ on weights alone goes."""
+    """Rounding of weights: llm-compressor's QuantizationArgs, as far as GPTQ on weights alone goes."""
 
     num_bits: Bits
     type: Annotated[Literal["int"], BeforeValidator(_whole_numbers)] = "int"
     symmetric: Annotated[bool, AfterValidator(_symmetric_only)] = True
     strategy: Annotated[Literal["group", "channel"], BeforeValidator(_known_strategy)]
     group_size: Annotated[int, Field(ge=-1, le=65536)] | None = Field(None, validate_default=True)
-    dynamic: Annotated[Literal[False] | None, Field(exclude=True), AfterValidator(lambda given: None)] = None
+    dynamic: Annotated[Literal[False] | None, Field(exclude=True), AfterValidator(lambda _value: None)] = None
     observer: Annotated[None, BeforeValidator(_known_observer), Field(exclude=True)] = None
     block_structure: Unsupported = None
     scale_dtype: Unsupported = None
@@ -98,7 +98,7 @@ class WeightQuantization(Spec):
         if strategy == "group" and (size is None or size < 2):
             raise fault("strategy: group needs a group_size of 2 or more, such as 64 or 128")
         if strategy == "channel" and size not in {None, -1}:
-            raise fault("strategy: channel has one scale a row: leave group_size out, or write strategy: group")
+            raise fault("strategy: channel has one scale per row: leave group_size out, or write strategy: group")
         return None if size == -1 else size
 
 
@@ -124,7 +124,7 @@ class GPTQModifier(Spec):
     dampening_frac: Damping = 0.01
     actorder: Annotated[Literal["static"] | None, BeforeValidator(_known_order)] = "static"
     mask_structure: Structure = "0:0"
-    sparsity: Share = Field(0.0, validate_default=True)  # removed in the same sweep, as SparseGPT does
+    sparsity: Share = Field(0.0, validate_default=True)  # removed in the same pass over columns, as SparseGPT does
     match_dense: UnitInterval = (
         0.0  # share of the way from the linear's own outputs (0) to those of the dense model (1)
     )
@@ -146,7 +146,7 @@ class GPTQModifier(Spec):
         if isinstance(scheme, str) and (why := other_scheme(scheme)):
             raise fault(why)
         if scheme is not None:
-            raise fault(f"not one of {', '.join(SCHEMES)} (others need config_groups)", nearest(scheme, SCHEMES))
+            raise fault(f"not one of {', '.join(SCHEMES)} (others need config_groups)", nearest_name(scheme, SCHEMES))
         return scheme
 
     @field_validator("sparsity")
@@ -170,12 +170,12 @@ class GPTQModifier(Spec):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The layers to quantise."""
+        """Layers to round."""
         return self._group.targets
 
     @property
     def bits(self) -> int:
-        """Bits of one weight."""
+        """Bits per weight."""
         return self._group.weights.num_bits
 
     @property
@@ -194,14 +194,14 @@ class GPTQModifier(Spec):
         return self._group.weights.symmetric
 
     def with_bits(self, bits: int, group_size: int | None) -> "GPTQModifier":
-        """The same settings at another precision; raises `RecipeError` for impossible ones."""
+        """Return a copy with another precision; raises `RecipeError` when it is impossible."""
         strategy = "channel" if group_size is None else "group"
         weights = {"num_bits": bits, "group_size": group_size, "strategy": strategy}
         return replace_checked(self, config_groups={"group_0": {"targets": self.targets, "weights": weights}})
 
 
 def _spell_out(fields: dict[str, Any]) -> dict[str, Any]:
-    """`scheme` and `targets` -> `config_groups`; what is wrong stays, and its field says so."""
+    """Turn `scheme` and `targets` into `config_groups`; wrong values stay for the checks of their fields."""
     scheme = fields.get("scheme")
     weights = SCHEMES.get(scheme.upper()) if isinstance(scheme, str) else None
     if scheme is not None:
@@ -227,7 +227,7 @@ def _aimed_at(targets: Any, group: Any) -> Any:
 
 
 def _lift_actorder(fields: dict[str, Any]) -> dict[str, Any]:
-    """`weights.actorder` (the older place) -> the modifier's `actorder`."""
+    """Move `weights.actorder` (the older place) to the modifier's `actorder`."""
     groups = fields.get("config_groups")
     if not isinstance(groups, dict):
         return fields

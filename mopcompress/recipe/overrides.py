@@ -10,9 +10,10 @@ from typing import Any
 
 from mopcompress.errors import RecipeError, UsageError
 from mopcompress.recipe.arms import arms_using
-from mopcompress.recipe.field_types import Spec, parse_structure
+from mopcompress.recipe.compression_overrides import Compressing, prune_with, repair_with, round_with
+from mopcompress.recipe.field_types import Spec
 from mopcompress.recipe.gptq_modifier import GPTQModifier
-from mopcompress.recipe.pruning_modifiers import Pruning, StructuredPruningModifier, replace_checked
+from mopcompress.recipe.pruning_modifiers import Pruning, replace_checked
 from mopcompress.recipe.recipe import DEFAULT_STAGES, DEFAULTS, Recipe, recipe_from_dict, recipe_to_dict
 from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
@@ -21,18 +22,11 @@ from mopcompress.recipe.settings import (
     NO_SETTINGS,
     Fields,
     Settings,
-    check_fields_exist,
-    fields_of,
     replace_fields,
 )
 from mopcompress.recipe.stages import Group, Stage
-from mopcompress.recipe.validation_errors import Fault, field_name, nearest
+from mopcompress.recipe.validation_errors import Fault, field_name, nearest_name
 
-Compressing = Pruning | GPTQModifier
-
-PRUNE_FLAGS = {"final_sparsity": "sparsity", "mlp_sparsity": "sparsity", "mask_structure": "pattern"}
-QUANTIZE_FLAGS = {"num_bits": "bits", "group_size": "group_size"}
-REPAIR_FLAGS = {"rank": "repair_rank"}  # recovery has a `--rank` of its own
 GRID_FIELDS: dict[str, dict[str, str]] = {  # what a bench sets itself: field -> what sets it
     "pruning": dict.fromkeys(("sparsity", "final_sparsity", "mlp_sparsity"), "--ratios"),
     "quantization": dict.fromkeys(("scheme", "config_groups"), "--bits and --set run.group_size"),
@@ -61,8 +55,12 @@ def pruning_recipe(
     """
     if method is not None and method not in PRUNING_METHODS:
         names = ", ".join(PRUNING_METHODS)
-        raise UsageError(Fault(("method",), f"not one of {names}", method, nearest(method, PRUNING_METHODS)).in_flags())
-    modifiers: list[Compressing] = [one for one in compressing_modifiers(recipe) if isinstance(one, Pruning)]
+        raise UsageError(
+            Fault(("method",), f"not one of {names}", method, nearest_name(method, PRUNING_METHODS)).in_flags()
+        )
+    modifiers: list[Compressing] = [
+        modifier for modifier in compressing_modifiers(recipe) if isinstance(modifier, Pruning)
+    ]
     if method is not None:
         modifiers = [recipe.modifier_for(method)]
     elif recipe.stages is DEFAULT_STAGES:  # no recipe was given, and a bench's default is SparseGPT, as the paper's
@@ -70,9 +68,9 @@ def pruning_recipe(
     elif not modifiers:
         _refuse_if_it_compresses(recipe, "pruning modifier, such as SparseGPTModifier")
         modifiers = [_default(recipe, "alps")]
-    modifiers = _prune_with(modifiers, settings, sparsity, pattern)
+    modifiers = prune_with(modifiers, settings, sparsity, pattern)
     repair = None if recipe.modifiers(GPTQModifier) else recipe.repair
-    return _oneshot(recipe, modifiers, _repair_with(recipe, repair, modifiers, settings, repair_rank))
+    return _oneshot(recipe, modifiers, repair_with(recipe, repair, modifiers, settings, repair_rank))
 
 
 def quantization_recipe(
@@ -92,8 +90,8 @@ def quantization_recipe(
     if not recipe.modifiers(GPTQModifier):
         _refuse_if_it_compresses(recipe, "GPTQModifier")
         modifiers = [_default(recipe, "gptq")]
-    modifiers = _round_with(_prune_with(modifiers, settings), settings, bits, group_size)
-    return _oneshot(recipe, modifiers, _repair_with(recipe, recipe.repair, modifiers, settings, repair_rank))
+    modifiers = round_with(prune_with(modifiers, settings), settings, bits, group_size)
+    return _oneshot(recipe, modifiers, repair_with(recipe, recipe.repair, modifiers, settings, repair_rank))
 
 
 def bench_recipe(recipe: Recipe, flags: Fields = NO_FIELDS, settings: Settings = NO_SETTINGS) -> Recipe:
@@ -154,9 +152,11 @@ def _override_compression(recipe: Recipe, settings: Settings) -> Recipe:
         *["gptq"] * bool(fields["quantization"] and recipe.run.bits),
     ]
     absent = [method for method in methods if method not in {modifier.method for modifier in modifiers}]
-    modifiers = sorted([*modifiers, *map(recipe.modifier_for, absent)], key=lambda one: isinstance(one, GPTQModifier))
-    modifiers = _round_with(_prune_with(modifiers, settings), settings)
-    compression = _oneshot(recipe, modifiers, _repair_with(recipe, recipe.repair, modifiers, settings))
+    modifiers = sorted(
+        [*modifiers, *map(recipe.modifier_for, absent)], key=lambda modifier: isinstance(modifier, GPTQModifier)
+    )
+    modifiers = round_with(prune_with(modifiers, settings), settings)
+    compression = _oneshot(recipe, modifiers, repair_with(recipe, recipe.repair, modifiers, settings))
     others = _stages_without(recipe, Compressing, LowRankRepairModifier)
     changed = replace(recipe, stages=(*compression.stages, *others))
     recipe_from_dict(recipe_to_dict(changed), "the recipe with --set")  # a report or a resumed run reads it again
@@ -176,88 +176,6 @@ def _default(recipe: Recipe, method: str) -> Compressing:
     if recipe.run.backend == OURS:
         return DEFAULTS[method]
     return replace_checked(DEFAULTS["sparsegpt" if method == "alps" else method], match_dense=0.0)
-
-
-def _prune_with(
-    modifiers: Sequence[Compressing], settings: Settings, sparsity: float | None = None, pattern: str | None = None
-) -> list[Compressing]:
-    """Return the modifiers in order, pruning ones with these values; a setting goes into all that have its field."""
-    fields = settings.get("pruning", NO_FIELDS)
-    kinds = [type(modifier) for modifier in modifiers if isinstance(modifier, Pruning)]
-    if fields and not kinds:
-        raise UsageError(f"--set pruning.{next(iter(fields))}: nothing is pruned here; leave it out")
-    check_fields_exist(kinds, fields, "pruning")
-    return [
-        _pruned(modifier, fields_of(type(modifier), fields), sparsity, pattern)
-        if isinstance(modifier, Pruning)
-        else modifier
-        for modifier in modifiers
-    ]
-
-
-def _pruned(modifier: Pruning, fields: Fields, sparsity: float | None, pattern: str | None) -> Pruning:
-    if isinstance(modifier, StructuredPruningModifier) and pattern is not None:
-        raise UsageError(f"--pattern: {pattern!r} is of single weights, and structured removes whole channels")
-    flags: dict[str, object] = {modifier.share_field: sparsity}
-    if not isinstance(modifier, StructuredPruningModifier):
-        flags["mask_structure"] = pattern
-        structure = parse_structure(str(fields.get("mask_structure", pattern)))
-        if structure and sparsity is None and modifier.share_field not in fields:
-            flags[modifier.share_field] = structure[0] / structure[1]
-    return replace_fields(type(modifier), modifier.model_dump(), flags, fields, "pruning", PRUNE_FLAGS)
-
-
-def _round_with(
-    modifiers: Sequence[Compressing], settings: Settings, bits: int | None = None, group_size: int | None = None
-) -> list[Compressing]:
-    """Return the modifiers in order, those that round with these values."""
-    fields = settings.get("quantization", NO_FIELDS)
-    if fields and not any(isinstance(modifier, GPTQModifier) for modifier in modifiers):
-        raise UsageError(f"--set quantization.{next(iter(fields))}: nothing is rounded here; leave it out")
-    return [
-        _rounded(modifier, fields, bits, group_size) if isinstance(modifier, GPTQModifier) else modifier
-        for modifier in modifiers
-    ]
-
-
-def _rounded(modifier: GPTQModifier, fields: Fields, bits: int | None, group_size: int | None) -> GPTQModifier:
-    present, flags = modifier.model_dump(), {}
-    if bits is not None or group_size is not None:
-        size = modifier.group_size if group_size is None else group_size
-        whole_row = size in {None, -1}
-        weights = {
-            "num_bits": modifier.bits if bits is None else bits,
-            "group_size": None if whole_row else size,
-            "strategy": "channel" if whole_row else "group",
-        }
-        flags = {"config_groups": {"group_0": {"targets": modifier.targets, "weights": weights}}}
-    if "scheme" in fields:  # it spells out the groups
-        if flags:
-            raise UsageError("--set quantization.scheme: says what --bits and --group-size say; leave it or them out")
-        present = {name: old for name, old in present.items() if name != "config_groups"} | {
-            "targets": modifier.targets
-        }
-    return replace_fields(GPTQModifier, present, flags, fields, "quantization", QUANTIZE_FLAGS)
-
-
-def _repair_with(
-    recipe: Recipe,
-    repair: LowRankRepairModifier | None,
-    modifiers: Sequence[Compressing],
-    settings: Settings,
-    rank: int | None = None,
-) -> LowRankRepairModifier | None:
-    fields = settings.get("repair", NO_FIELDS)
-    if fields or rank is not None:
-        present = repair.model_dump() if repair else {}
-        repair = replace_fields(LowRankRepairModifier, present, {"rank": rank}, fields, "repair", REPAIR_FLAGS)
-    if repair:
-        cause = f"--set repair.{next(iter(fields))}" if fields else "--repair-rank"
-        if any(isinstance(modifier, StructuredPruningModifier) for modifier in modifiers):
-            raise UsageError(f"{cause}: structured refits what it keeps, and makes no repair; use another --method")
-        if recipe.run.backend != OURS:
-            raise UsageError(f"{cause}: {recipe.run.backend} makes no repair; leave it or --backend out")
-    return repair
 
 
 def _oneshot(recipe: Recipe, modifiers: Sequence[Spec], repair: LowRankRepairModifier | None) -> Recipe:
@@ -286,7 +204,7 @@ def _stages_without(recipe: Recipe, *kinds: Any) -> list[Stage]:
     stages = []
     for stage in recipe.stages:
         groups = [
-            Group(group.name, tuple(one for one in group.modifiers if not isinstance(one, kinds)))
+            Group(group.name, tuple(modifier for modifier in group.modifiers if not isinstance(modifier, kinds)))
             for group in stage.groups
         ]
         stages.append(replace(stage, groups=tuple(group for group in groups if group.modifiers)))
@@ -294,7 +212,7 @@ def _stages_without(recipe: Recipe, *kinds: Any) -> list[Stage]:
 
 
 def _refuse_if_it_compresses(recipe: Recipe, wanted: str) -> None:
-    """A recipe that only says where to run gets the default modifier; one that compresses otherwise is a mistake."""
+    """Raise `RecipeError` for a recipe that compresses otherwise; one without modifiers gets the default one."""
     compressing = compressing_modifiers(recipe)
     if compressing and recipe.stages != DEFAULT_STAGES:
         names = ", ".join(type(modifier).__name__ for modifier in compressing)

@@ -1,7 +1,7 @@
-"""The modifiers a recipe may name, with the fields and defaults of llm-compressor 0.14 (SparseML's older names too).
+"""Modifiers that prune, with the fields and defaults of llm-compressor 0.14 (SparseML's older names too).
 
-`dampening_frac` is the share of the Gram matrix's mean diagonal that is added to its diagonal. Fields of kind Switch,
-Layers, Time, Schedule or Unsupported are there for recipes of other tools only (see `fields`).
+`dampening_frac` is the share of the Gram matrix's mean diagonal that is added to its diagonal. Fields of a type
+`Ignored...` or `Unsupported` are for recipes of other tools only (see `field_types`).
 """
 
 import math
@@ -31,19 +31,19 @@ from mopcompress.recipe.field_types import (
     fault,
     parse_structure,
 )
-from mopcompress.recipe.validation_errors import faults_of, lines
+from mopcompress.recipe.validation_errors import join_lines, list_faults
 
 AnyModifier = TypeVar("AnyModifier", bound=Spec)
 AnyPruning = TypeVar("AnyPruning", bound="PruningModifier")
 
 
 def replace_checked(modifier: AnyModifier, **changes: object) -> AnyModifier:
-    """A checked copy; raises `RecipeError` when a recipe with these values would be refused too."""
+    """Return a checked copy; raises `RecipeError` for values that are wrong in a recipe too."""
     kind = type(modifier)
     try:
         return kind.model_validate(modifier.model_dump() | changes)
     except ValidationError as error:
-        raise RecipeError(lines(found.in_recipe(kind.__name__) for found in faults_of(error, kind))) from error
+        raise RecipeError(join_lines(found.in_recipe(kind.__name__) for found in list_faults(error, kind))) from error
 
 
 def check_share(share: float, structure: str) -> None:
@@ -55,7 +55,7 @@ def check_share(share: float, structure: str) -> None:
 
 
 class PruningModifier(Spec):
-    """What the pruning modifiers have in common; from `refit_steps` on, fields are ours."""
+    """Fields of all modifiers that prune single weights; from `refit_steps` on, they are ours."""
 
     method: ClassVar[str]
     share_field: ClassVar[str] = "sparsity"
@@ -72,7 +72,7 @@ class PruningModifier(Spec):
     owl_m: Annotated[float, Field(gt=0, le=1e6)] = 5.0  # an outlier has this many times the mean score of its block
     allocation_spread: Annotated[
         float, Field(ge=0, le=1, validation_alias=AliasChoices("allocation_spread", "owl_lmbda"))
-    ] = 0.08  # how far a linear's share may lie from the one asked for, about
+    ] = 0.08  # how far a linear's sparsity may lie from the requested one, about
 
     @model_validator(mode="before")
     @classmethod
@@ -91,16 +91,18 @@ class PruningModifier(Spec):
     def _one_way_to_share(self: AnyPruning) -> AnyPruning:
         if self.allocation == "uniform":
             if (self.owl_m, self.allocation_spread) != (5.0, 0.08):
-                raise fault("owl_m and allocation_spread say nothing without an allocation; add it, or take them out")
+                raise fault(
+                    "owl_m and allocation_spread have no effect without an allocation; add it, or take them out"
+                )
             return self
         if self.owl_m != 5.0 and self.allocation not in {"owl", "best"}:
-            raise fault(f"owl_m says nothing with allocation: {self.allocation}; take it out, or choose owl or best")
-        taken = {
+            raise fault(f"owl_m has no effect with allocation: {self.allocation}; take it out, or choose owl or best")
+        others = {
             "a list of sparsity": isinstance(getattr(self, "sparsity", None), tuple),
             "mask_structure": bool(self.pattern),
             "apply_globally": getattr(self, "apply_globally", False),
         }
-        other = next((what for what, there in taken.items() if there), None)
+        other = next((name for name, is_set in others.items() if is_set), None)
         if other:
             raise fault(f"allocation: {self.allocation} and {other} both say what each layer loses; keep one of them")
         return self
@@ -113,7 +115,7 @@ class PruningModifier(Spec):
             check_share(share, info.data.get("mask_structure", ""))
         targets = info.data.get("targets", ())
         if isinstance(sparsity, tuple) and targets and len(sparsity) != len(targets):
-            raise fault(f"a list has one share a target, and there are {len(targets)} targets")
+            raise fault(f"a list has one share per target, and there are {len(targets)} targets")
         return sparsity
 
     @property
@@ -122,7 +124,7 @@ class PruningModifier(Spec):
         return parse_structure(self.mask_structure)
 
     def with_sparsity(self: AnyPruning, ratio: float) -> AnyPruning:
-        """The same settings at another share; raises `RecipeError` when an N:M structure contradicts it."""
+        """Return a copy with another share; raises `RecipeError` when an N:M structure contradicts it."""
         return replace_checked(self, **{self.share_field: ratio})
 
 
@@ -131,7 +133,7 @@ class SparseGPTModifier(PruningModifier):
 
     method: ClassVar[str] = "sparsegpt"
 
-    sparsity: Shares  # a list has one share a target; a linear of several targets has that of the first
+    sparsity: Shares  # a list has one share per target; a linear of several targets has that of the first
     ignore: Targets = ()
     block_size: BlockSize = 128
     dampening_frac: Damping = 0.01
@@ -165,7 +167,7 @@ class ALPSModifier(PruningModifier):
     iterations: Annotated[int, Field(ge=1, le=1000)] = 12
     refit_steps: Steps = 6
     match_dense: UnitInterval = 1.0
-    match_samples: PartialShare = 0.5  # what half of them tell of the drift is nearly all
+    match_samples: PartialShare = 0.5  # half of the samples show nearly all of the drift
     preserve_sparsity_mask: bool = False
 
 
@@ -214,7 +216,7 @@ class MagnitudePruningModifier(PruningModifier):
 
 
 class StructuredPruningModifier(Spec):
-    """Remove whole MLP channels and heads, equally many of every block, and refit what reads the others.
+    """Remove whole MLP channels and heads, equally many from every block, and refit the linears that read the others.
 
     The matrices get smaller, so plain code gets faster, and `config.json` says so.
     """
@@ -225,16 +227,16 @@ class StructuredPruningModifier(Spec):
 
     mlp_sparsity: Share  # of the channels of every MLP
     head_sparsity: Share = 0.0  # of the key-value heads, each with its query heads
-    score: Literal["error", "norm"] = "error"  # what goes: what costs least after the refit, or what is smallest
+    score: Literal["error", "norm"] = "error"  # remove what costs least after the refit, or what is smallest
     dampening_frac: Damping = 0.01
 
     @property
     def sparsity(self) -> float:
-        """What a ratio of a bench means here."""
+        """The share that a ratio of a bench sets."""
         return self.mlp_sparsity
 
     def with_sparsity(self, ratio: float) -> "StructuredPruningModifier":
-        """The same settings at another share of channels."""
+        """Return a copy with another share of channels."""
         return replace_checked(self, mlp_sparsity=ratio)
 
 

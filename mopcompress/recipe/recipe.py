@@ -26,10 +26,10 @@ from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier
 from mopcompress.recipe.run_spec import RunSpec, check_flags
 from mopcompress.recipe.stages import MODIFIERS, Group, Stage, check_order, read_stage, unknown_key
-from mopcompress.recipe.validation_errors import Fault, faults_of, field_name, lines
+from mopcompress.recipe.validation_errors import Fault, field_name, join_lines, list_faults
 from mopcompress.recipe.yaml_loader import PlainDumper, read_document
 
-FOREIGN = ("args", "metadata", "version")  # of other tools, at the top: they say nothing about what to do
+FOREIGN = ("args", "metadata", "version")  # of other tools, at the top: they change nothing here
 NO_FLAGS: Mapping[str, object] = MappingProxyType({})
 
 Kind = TypeVar("Kind", bound=Spec)
@@ -43,14 +43,14 @@ class Recipe:
     run: RunSpec
 
     def modifiers(self, *kinds: type[Kind]) -> tuple[Kind, ...]:
-        """The modifiers of these kinds, in the order of the recipe; `Spec` is every kind."""
-        everything = [one for stage in self.stages for group in stage.groups for one in group.modifiers]
-        return tuple(one for one in everything if isinstance(one, kinds))
+        """Return the modifiers of these kinds, in the order of the recipe; `Spec` is every kind."""
+        modifiers = (modifier for stage in self.stages for group in stage.groups for modifier in group.modifiers)
+        return tuple(modifier for modifier in modifiers if isinstance(modifier, kinds))
 
     def modifier_for(self, method: str) -> Pruning | GPTQModifier:
-        """The recipe's first modifier of this method, else one with our defaults."""
-        own = [one for one in self.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
-        return next((one for one in own if one.method == method), DEFAULTS[method])
+        """Return the recipe's first modifier of this method, else one with our defaults."""
+        modifiers = (modifier for modifier in self.modifiers(Spec) if isinstance(modifier, Pruning | GPTQModifier))
+        return next((modifier for modifier in modifiers if modifier.method == method), DEFAULTS[method])
 
     @property
     def repair(self) -> LowRankRepairModifier | None:
@@ -126,22 +126,24 @@ def recipe_from_dict(
             faults.append(unknown_key(name, content))
     check_order(stages, faults)
     if faults:
-        raise RecipeError(lines(found.in_recipe(name_of_file) for found in faults))
+        raise RecipeError(join_lines(fault.in_recipe(name_of_file) for fault in faults))
     recipe = Recipe(tuple(stages), RunSpec())
     return Recipe(recipe.stages, RunSpec.model_validate(check_flags(flags, settings, _own_grid(recipe) | run)))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML of plain scalars, maps and lists that `yaml.safe_load` reads, and `load_recipe` reads to an equal recipe."""
+    """Return YAML of plain scalars, maps and lists, which `load_recipe` reads to an equal recipe."""
     return yaml.dump(recipe_to_dict(recipe), Dumper=PlainDumper, sort_keys=False)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with every default written out, as data that JSON can hold."""
+    """Return the recipe with every default written out, under stored names, as data that JSON can hold."""
     stages: dict[str, Any] = {}
     for stage in recipe.stages:
         groups = {
-            group.name: {type(one).__name__: one.model_dump(mode="json", by_alias=True) for one in group.modifiers}
+            group.name: {
+                type(modifier).__name__: modifier.model_dump(mode="json", by_alias=True) for modifier in group.modifiers
+            }
             for group in stage.groups
         }
         stages[stage.name] = {"run_type": stage.run_type, **groups}
@@ -171,20 +173,19 @@ def _renamed(kind: type[Spec] | None, fields: Any) -> Any:
 
 
 def _own_grid(recipe: Recipe) -> dict[str, Any]:
-    """Methods, ratios, bits and group size that the stages name; nothing when they do not compress.
+    """Return methods, ratios, bits and group size that the stages name; nothing when they do not compress.
 
-    Pruning and rounding in one recipe are measured together. Several pruning modifiers are settings of their own each.
+    Pruning and rounding in one recipe are measured together. Of several pruning modifiers each is a setting of its own.
     """
-    pruning = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning)]
+    pruning = [modifier for modifier in recipe.modifiers(Spec) if isinstance(modifier, Pruning)]
+    shares = [modifier.sparsity for modifier in pruning]
     rounding = recipe.modifiers(GPTQModifier)
     if not pruning and not rounding:
         return {}
     grid: dict[str, Any] = {
-        "methods": tuple(dict.fromkeys(one.method for one in pruning)),
-        "ratios": tuple(
-            dict.fromkeys(one.sparsity for one in pruning if isinstance(one.sparsity, float) and one.sparsity)
-        ),
-        "bits": tuple(dict.fromkeys(one.bits for one in rounding)),
+        "methods": tuple(dict.fromkeys(modifier.method for modifier in pruning)),
+        "ratios": tuple(dict.fromkeys(share for share in shares if isinstance(share, float) and share)),
+        "bits": tuple(dict.fromkeys(modifier.bits for modifier in rounding)),
         "prune_then_quantize": bool(pruning and rounding),
     }
     return grid | ({"group_size": rounding[0].group_size} if rounding else {})
@@ -197,6 +198,6 @@ def _checked_run(content: Any, faults: list[Fault]) -> dict[str, Any]:
     try:
         run = RunSpec.model_validate(content)
     except ValidationError as error:
-        faults += faults_of(error, RunSpec, ("run",))
+        faults += list_faults(error, RunSpec, ("run",))
         return {}
     return {name: getattr(run, name) for name in run.model_fields_set}

@@ -1,4 +1,4 @@
-"""Modifiers that train, or that mean nothing where weights are not trained."""
+"""Modifiers that train; and one that has no effect where weights are not trained."""
 
 from typing import Annotated, Literal
 
@@ -12,11 +12,11 @@ from mopcompress.recipe.pruning_modifiers import replace_checked
 TrainedArm = Annotated[str, AfterValidator(trained_arm)]
 UNLABELLED = 7  # experts for rows that name no task, as in Dun et al. (2310.02842)
 Rate = Annotated[float, Field(gt=0, le=1000)]
-SWEPT = (-1, 0, 1)  # what a sweep begins with: powers of a factor on the recipe's rate
+SWEPT = (-1, 0, 1)  # rates that a sweep tries first: powers of a factor on the recipe's rate
 
 
 class ConstantPruningModifier(Spec):
-    """Keep zeros while training. Always so here: recovery never touches a weight."""
+    """Keep zeros while training, as recovery always does: it never changes a weight."""
 
     targets: Targets = ("__ALL__",)
     start: IgnoredTime = None
@@ -25,56 +25,63 @@ class ConstantPruningModifier(Spec):
 
 
 class PromptRecoveryModifier(Spec):
-    """Train an adapter on a frozen compressed model: one prompt, or a mixture chosen by a gate, or a rival."""
+    """Train an adapter on a frozen compressed model: a prompt, a mixture of prompts with a gate, or another arm."""
 
     arm: TrainedArm = "mop"
-    experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one a task of the data, or 7 that are found
+    experts: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: one per task of the data, or 7 found by k-means
     prompts_per_expert: Annotated[int, Field(ge=1, le=1024)] = 10  # tokens
     layer: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: round(10 / 32 x the model's blocks)
     per_layer_prompts: bool = (
-        False  # single and mop: train keys and values in every layer from `layer` up, many more parameters
+        False  # single, mop and its controls: train keys and values in every layer from `layer` up
     )
-    rank: Annotated[int, Field(ge=1, le=65536)] | None = None  # of lora, masklora, eora; None: no more numbers than mop
-    adapter_targets: Targets | None = None  # linears that they change, by the ends of their names; None: the writers
+    rank: Annotated[int, Field(ge=1, le=65536)] | None = (
+        None  # of lora, masklora, eora; None: no more parameters than mop
+    )
+    adapter_targets: Targets | None = None  # linears of these, by the ends of their names; None: all that write
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
-    train_batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows a step
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = (
-        1  # parts that a step's rows run in, to save memory
-    )
+    train_batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows per step
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1  # parts of a step's rows, to save memory
     learning_rate: Rate | None = None  # of all but the gate; None: the arm's own
-    learning_rates: dict[TrainedArm, Rate] = Field(default_factory=dict)  # of arms by name: goes before learning_rate
+    learning_rates: dict[TrainedArm, Rate] = Field(default_factory=dict)  # of arms by name: wins over learning_rate
     gate_learning_rate: Annotated[float, Field(ge=0, le=10)] = 1e-3  # 0: frozen
     gate_pretraining_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     gate_logit_scale: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
     gate_labels: Literal["tasks", "clusters"] = "tasks"  # experts' domains: the rows' tasks, or k-means on instructions
-    gate_clipping: Literal["apart", "together"] = "apart"  # its gradient by itself, or with that of what it weighs
-    gate_mode: Literal["renormalised", "values", "separate"] = "renormalised"  # what a weight does in attention
-    shared_expert: bool = False  # one more group of prompts: it weighs 1 for every row; of idp and smop a choice more
-    top_k: Annotated[int, Field(ge=1, le=1024)] | None = None  # experts that act in inference; None: all
-    prompt_log_weight: Annotated[float, Field(ge=-30, le=30)] = -3.0  # where the log weight of every prompt begins
+    gate_clipping: Literal["apart", "together"] = (
+        "apart"  # clip the gate's gradient apart from that of what it weighs, or together
+    )
+    gate_mode: Literal["renormalised", "values", "separate"] = (
+        "renormalised"  # what an expert's weight does in attention
+    )
+    shared_expert: bool = (
+        False  # one more group of prompts, of weight 1 for every row; in idp and smop a further choice
+    )
+    top_k: Annotated[int, Field(ge=1, le=1024)] | None = None  # experts that are active in inference; None: all
+    prompt_log_weight: Annotated[float, Field(ge=-30, le=30)] = -3.0  # initial log weight of every prompt
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # share of the steps
     max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    grad_clip_percentile: Annotated[float, Field(ge=0, le=100)] = (
-        50.0  # of the norms so far, where that is less; 100: none
+    # clip to this percentile of the non-zero gradient norms so far too (AutoClip), where it is less; 100 disables it
+    grad_clip_percentile: Annotated[float, Field(ge=0, le=100)] = 50.0
+    distill: Annotated[float, Field(ge=0, le=1)] = (
+        0.0  # share of the loss that follows the dense model's distributions, not the text
     )
-    distill: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is the dense model's, not the text's
     distill_temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # of both distributions
     squarehead: Annotated[float, Field(ge=0, le=1000)] = 0.0  # weight of a loss on hidden states, the dense model's
     teacher: FilePath | None = None  # None: the dense model that the compressed one was made from
     sweep: bool = (
-        False  # try a third, one and three times the learning rate first, and on past an edge; the best trains
+        False  # first try a third, one and three times the learning rate, and on past an edge; the best trains
     )
-    sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None  # of each rate tried; None: as many as steps
+    sweep_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None  # of each trial; None: as many as steps
 
     @property
     def rate(self) -> float | None:
-        """The learning rate: the recipe's, or the arm's own; None where the arm takes no steps."""
+        """Learning rate: the recipe's, or the arm's own; None where the arm takes no steps."""
         settings = ARM_DEFAULTS[self.arm]
         if settings.learning_rate is None:
             return None
-        given = self.learning_rates.get(self.arm, self.learning_rate)
-        if given is not None:
-            return given
+        recipe_rate = self.learning_rates.get(self.arm, self.learning_rate)
+        if recipe_rate is not None:
+            return recipe_rate
         return (
             settings.deep_learning_rate
             if self.per_layer_prompts and settings.deep_learning_rate
@@ -83,34 +90,39 @@ class PromptRecoveryModifier(Spec):
 
     @property
     def sweeps(self) -> bool:
-        """Whether a sweep was asked for, and there is a rate to find."""
+        """True when a sweep is requested and there is a rate to find."""
         return self.sweep and self.rate is not None
 
     @property
     def least_steps(self) -> int:
-        """Steps of one training and of what a sweep for it tries first; the best of those is it, if as long."""
+        """Optimizer steps of the training and of the first trials of its sweep.
+
+        If a trial is as long as the training, the best trial is the training.
+        """
         if not self.sweeps:
             return 0 if self.rate is None else self.steps
         trial = self.sweep_steps or self.steps
         return len(SWEPT) * trial + (0 if trial == self.steps else self.steps)
 
     def domains(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        """The task of each expert, one to one; empty when experts are found by clustering, or stand for nothing."""
+        """Return the task of each expert; nothing when k-means finds the experts, or when they have no domains."""
         settings = ARM_DEFAULTS[self.arm]
-        labelled = settings.needs_tasks or ("gate_labels" in settings.own and self.gate_labels == "tasks")
+        labelled = settings.needs_tasks or ("gate_labels" in settings.relevant_fields and self.gate_labels == "tasks")
         return tasks if labelled and self.experts in (None, len(tasks)) else ()
 
     def count_experts(self, tasks: tuple[str, ...]) -> int:
-        """How many experts there are: one a task unless told otherwise. Raises `UsageError` when more are to act."""
+        """Return the number of experts: one per task by default. Raises `UsageError` when `top_k` is more."""
         experts = self.experts or len(tasks) or UNLABELLED
         if self.top_k is not None and self.top_k > experts:
-            raise UsageError(f"recovery.top_k: {self.top_k} of {experts} experts cannot act; give at most {experts}")
+            raise UsageError(
+                f"recovery.top_k: {self.top_k} of {experts} experts cannot be active; give at most {experts}"
+            )
         return experts
 
     def at_rate(self, rate: float) -> "PromptRecoveryModifier":
-        """The same with a rate that a sweep tries or found: it may lie beyond what a recipe may ask for."""
+        """Return a copy with a rate that a sweep tries or found: it may lie beyond the limits of a recipe."""
         return self.model_copy(update={"learning_rate": rate, "learning_rates": {}})
 
     def with_arm(self, arm: str) -> "PromptRecoveryModifier":
-        """The same settings for another arm: equal prompts in all, steps and data."""
+        """Return a copy for another arm, with equal prompts in total, steps and data."""
         return replace_checked(self, arm=arm)

@@ -1,4 +1,4 @@
-"""What stands beside the weights that other modifiers compressed."""
+"""Modifier of the low-rank repair of what other modifiers compressed."""
 
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
@@ -17,35 +17,35 @@ Path = tuple[str, ...]
 class LowRankRepairModifier(Spec):
     """A matrix of low rank beside each compressed linear, in closed form from its inputs (arXiv 2410.21271).
 
-    Ours. The weights stay as they were compressed; what is added is stored beside them.
+    Ours. The weights stay as they were compressed; the added matrix is stored apart from them.
     """
 
     method: ClassVar[str] = "eora"
 
     rank: Rank
-    targets: BlockTargets = ("Linear",)  # of those linears that a modifier before it compresses
+    targets: BlockTargets = ("Linear",)  # of the linears that an earlier modifier compresses
     ignore: Targets = ()
 
 
 def misplaced_repairs(placed: Sequence[tuple[Path, Spec]]) -> list[Fault]:
-    """There is one repair, of all that compresses, so it comes last. `placed`: the modifiers in order, with paths."""
-    faults, before, repair = [], False, ""
-    for path, one in placed:
-        if isinstance(one, LowRankRepairModifier):
+    """Return a fault for each repair but a single last one. `placed` has the modifiers in order, with their paths."""
+    faults, compressed, repair = [], False, ""
+    for path, modifier in placed:
+        if isinstance(modifier, LowRankRepairModifier):
             if repair:
                 faults.append(
                     Fault(path, f"a linear has one repair, and {repair} makes it; keep one, of the rank of both")
                 )
-            elif not before:
+            elif not compressed:
                 faults.append(
                     Fault(path, "repairs what modifiers before it compressed, and there is none; put it last")
                 )
             repair = repair or path[0]
-        elif isinstance(one, Pruning | GPTQModifier):
+        elif isinstance(modifier, Pruning | GPTQModifier):
             if repair:
                 what = (
                     f"would change weights that the LowRankRepairModifier of {repair} has repaired; put it before that"
                 )
                 faults.append(Fault(path, what))
-            before = True
+            compressed = True
     return faults

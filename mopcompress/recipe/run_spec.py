@@ -16,7 +16,7 @@ from mopcompress.errors import UsageError
 from mopcompress.recipe.arms import ARM_DEFAULTS, known_arm
 from mopcompress.recipe.field_types import STORED_NAMES, Bits, Distinct, FilePath, Listed, Name, Share, Spec, fault
 from mopcompress.recipe.pruning_modifiers import PRUNING_MODIFIERS
-from mopcompress.recipe.validation_errors import Fault, faults_of, field_name, lines, nearest
+from mopcompress.recipe.validation_errors import Fault, field_name, join_lines, list_faults, nearest_name
 
 PRUNING_METHODS: tuple[str, ...] = tuple(modifier.method for modifier in PRUNING_MODIFIERS)
 OURS = "mopcompress"
@@ -46,7 +46,7 @@ NOTHING, CELLS, BENCH = Affects("nothing"), Affects("cells"), Affects("bench")
 
 def _method(name: str) -> str:
     if name not in PRUNING_METHODS:
-        hint = "--bits" if name == "gptq" else nearest(name, PRUNING_METHODS)
+        hint = "--bits" if name == "gptq" else nearest_name(name, PRUNING_METHODS)
         raise fault(f"not one of {', '.join(PRUNING_METHODS)}", hint)
     return name
 
@@ -58,19 +58,19 @@ def _not_dense(ratio: float) -> float:
 
 
 def _whole_row(size: Any) -> Any:
-    """Weights of a row that share a scale; None, also written -1, is all of them."""
+    """Return the number of weights of a row that share a scale; None for -1, which is the whole row."""
     return None if size == -1 else size
 
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name):
-        raise fault("not one of auto, cpu, cuda, cuda:N, mps", nearest(name, ("auto", "cpu", "cuda", "mps")))
+        raise fault("not one of auto, cpu, cuda, cuda:N, mps", nearest_name(name, ("auto", "cpu", "cuda", "mps")))
     return name
 
 
 def _backend(name: str) -> str:
     if name not in BACKENDS:
-        raise fault(f"not one of {', '.join(BACKENDS)}", nearest(name, BACKENDS))
+        raise fault(f"not one of {', '.join(BACKENDS)}", nearest_name(name, BACKENDS))
     return name
 
 
@@ -80,7 +80,7 @@ GroupSize = Annotated[Annotated[int, Field(ge=2, le=65536)] | None, BeforeValida
 
 
 class RunSpec(Spec):
-    """What to run on; the defaults are those of `recipes/default.yaml`."""
+    """Model, data, grid and machine of a run; the defaults are those of `recipes/default.yaml`."""
 
     model: FilePath = "smollm2"
     data: FilePath = "skills"
@@ -90,18 +90,18 @@ class RunSpec(Spec):
     test_rows: Rows | None = 144
     max_length: Length = 512  # tokens of a row; longer rows are dropped, a response alone over it is an error
     skip_rows_longer_than: Length | None = None  # a choice of rows: only those of at most so many tokens take part
-    eval_text: FilePath | None = None  # plain text that no arm is trained on, scored besides the test rows
+    eval_text: FilePath | None = None  # plain text that no arm is trained on, to be scored too
     eval_text_samples: Rows = 24  # windows of it
-    train_text: FilePath | None = None  # plain text among the training rows, a task of its own
-    train_text_samples: Rows = 96  # windows of it, besides the training rows
-    max_new_tokens: Annotated[Tokens | None, BENCH] = None  # test rows are answered too, with so many tokens at most
+    train_text: FilePath | None = None  # plain text to train on too, as a task of its own
+    train_text_samples: Rows = 96  # windows of it, added to the training rows
+    max_new_tokens: Annotated[Tokens | None, BENCH] = None  # also answer the test rows, with at most so many tokens
     calibration: FilePath = "self"  # text that the model writes itself, or a text file
     num_calibration_samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     max_seq_length: Length = 512  # tokens of a calibration sample
     ratios: Annotated[tuple[Ratio, ...], Listed, Distinct, CELLS] = (0.5, 0.85, 0.95)
     methods: Annotated[tuple[Method, ...], Listed, Distinct, CELLS] = ("sparsegpt",)
     bits: Annotated[tuple[Bits, ...], Listed, Distinct, CELLS] = ()
-    prune_then_quantize: Annotated[bool, CELLS] = False  # with bits: round what pruning left, not the dense model
+    prune_then_quantize: Annotated[bool, CELLS] = False  # with bits: round the pruned models, not the dense one
     group_size: Annotated[GroupSize, BENCH] = 64  # weights of a row that share a scale
     arms: Annotated[Arms, Field(min_length=1), CELLS] = ("none", "single", "mop")
     dense_arms: Annotated[Arms, CELLS] = ("none",)  # of the dense model: tells recovery from adaptation to the data
@@ -126,12 +126,12 @@ class RunSpec(Spec):
 
     @property
     def trained_arms(self) -> tuple[str, ...]:
-        """The arms of the grid that begin as an adapter, each once."""
+        """Arms of the grid that have an adapter, each once."""
         return tuple(dict.fromkeys(arm for arm in (*self.arms, *self.dense_arms) if arm != "none"))
 
     @property
     def computed_arms(self) -> tuple[str, ...]:
-        """Those of them that have a closed form: the dense model's weights say all, and no seed is drawn from."""
+        """Arms among them that have a closed form: they come from the dense model's weights, without a seed."""
         return tuple(arm for arm in self.trained_arms if ARM_DEFAULTS[arm].learning_rate is None)
 
 
@@ -182,10 +182,10 @@ def check_flags(
     try:
         checked = RunSpec.model_validate({name: old for name, old in run.items() if name not in changed} | changes)
     except ValidationError as error:
-        faults += faults_of(error, RunSpec)
+        faults += list_faults(error, RunSpec)
     if faults:
         raise UsageError(
-            lines(
+            join_lines(
                 fault.in_setting("run") if fault.path and fault.path[0] in settings else fault.in_flags()
                 for fault in faults
             )
@@ -208,7 +208,7 @@ def _parsed(field: str, name: str, flag: object, faults: list[Fault]) -> object:
 
 
 def _number(flag: object) -> object:
-    """Text from a command line as the number it looks like; anything else as it is, to be refused by name."""
+    """Return text of a command line as the number that it looks like; anything else as it is."""
     if not isinstance(flag, str):
         return flag
     for kind in (int, float):

@@ -19,13 +19,13 @@ from mopcompress.recipe.repair_modifier import LowRankRepairModifier
 from mopcompress.recipe.run_spec import RunSpec
 from mopcompress.recipe.validation_errors import (
     Fault,
-    dotted,
-    faults_of,
+    dotted_path,
     field_name,
-    lines,
-    nearest,
+    join_lines,
+    list_faults,
+    nearest_name,
     own_fields,
-    value,
+    short_repr,
 )
 from mopcompress.recipe.yaml_loader import read_value
 
@@ -53,7 +53,7 @@ def parse_settings(words: Sequence[str], parts: Sequence[str]) -> Settings:
         key, sign, text = word.partition("=")
         part, _, field = key.strip().partition(".")
         if not sign:
-            raise UsageError(f"--set {value(word)}: no value; write --set {key or 'KEY'}=VALUE")
+            raise UsageError(f"--set {short_repr(word)}: no value; write --set {key or 'KEY'}=VALUE")
         if part not in parts or not field:
             raise _unknown_key(key.strip(), parts)
         fields = settings.setdefault(part, {})
@@ -62,7 +62,7 @@ def parse_settings(words: Sequence[str], parts: Sequence[str]) -> Settings:
         try:
             fields[field] = read_value(text)
         except ValueError as error:
-            raise UsageError(f"--set {part}.{field}: {value(text)} is not a YAML value ({error})") from error
+            raise UsageError(f"--set {part}.{field}: {short_repr(text)} is not a YAML value ({error})") from error
     return settings
 
 
@@ -87,7 +87,7 @@ def replace_fields(
         return kind.model_validate({name: old for name, old in present.items() if name not in replaced} | changes)
     except ValidationError as error:
         raise UsageError(
-            lines(_described(fault, given, settings, part, flag_names) for fault in faults_of(error, kind))
+            join_lines(_described(fault, given, settings, part, flag_names) for fault in list_faults(error, kind))
         ) from error
 
 
@@ -112,7 +112,7 @@ def check_fields_exist(kinds: Sequence[type[Spec]], fields: Fields, part: str) -
     for name in fields:
         if not any(fields_of(kind, {name: None}) for kind in kinds):
             names = [known for kind in kinds for known in own_fields(kind)]
-            raise UsageError(Fault((name,), "no such field", hint=nearest(name, names)).in_setting(part))
+            raise UsageError(Fault((name,), "no such field", hint=nearest_name(name, names)).in_setting(part))
 
 
 def fields_of(kind: type[Spec], fields: Fields) -> Fields:
@@ -137,12 +137,12 @@ def _unknown_key(key: str, parts: Sequence[str]) -> UsageError:
     part, _, field = key.partition(".")
     keys = " or ".join(f"{name}.FIELD" for name in parts)
     if part in PARTS and field:
-        return UsageError(f"--set {dotted((key,))}: has no effect here; a key is {keys}")
+        return UsageError(f"--set {dotted_path((key,))}: has no effect here; a key is {keys}")
     if field:
-        hint = nearest(part, parts)
+        hint = nearest_name(part, parts)
         hint = repr(f"{hint[1:-1]}.{field}") if hint else None
     else:
         named = [f"{name}.{known}" for name in parts for kind in PARTS[name] for known in own_fields(kind)]
         ends = [name for name in named if name.rpartition(".")[2] in {_present(name, part) for name in parts}]
-        hint = repr(ends[0]) if ends else nearest(part, named)
-    return UsageError(f"--set {dotted((key,))}: a key is {keys}{f'; did you mean {hint}?' if hint else ''}")
+        hint = repr(ends[0]) if ends else nearest_name(part, named)
+    return UsageError(f"--set {dotted_path((key,))}: a key is {keys}{f'; did you mean {hint}?' if hint else ''}")

@@ -1,4 +1,4 @@
-"""One `<name>_stage` of a recipe file -> checked modifiers, in order."""
+"""Stages of a recipe file: a `<name>_stage` map becomes checked modifiers, in order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mopcompress.recipe.pruning_modifiers import (
 from mopcompress.recipe.recovery_modifier import ConstantPruningModifier, PromptRecoveryModifier
 from mopcompress.recipe.repair_modifier import LowRankRepairModifier, misplaced_repairs
 from mopcompress.recipe.unsupported import other_modifier
-from mopcompress.recipe.validation_errors import Fault, faults_of, nearest
+from mopcompress.recipe.validation_errors import Fault, list_faults, nearest_name
 
 MODIFIERS: dict[str, type[Spec]] = {
     kind.__name__: kind
@@ -34,7 +34,7 @@ AT_ONCE = ("oneshot", "post_train")  # the second: llm-compressor 0.4
 
 @dataclass(frozen=True)
 class Group:
-    """Modifiers that stand under one `<name>_modifiers`, in order."""
+    """Modifiers of one `<name>_modifiers` map, in order."""
 
     name: str
     modifiers: tuple[Spec, ...]
@@ -50,7 +50,7 @@ class Stage:
 
 
 def read_stage(name: str, content: Any, faults: list[Fault]) -> Stage:
-    """Check one stage; what is wrong is added to `faults`."""
+    """Return a checked stage; its faults are added to `faults`."""
     if not isinstance(content, dict):
         faults.append(Fault((name,), "not a map with groups of modifiers", content))
         return Stage(name, "oneshot", ())
@@ -61,11 +61,11 @@ def read_stage(name: str, content: Any, faults: list[Fault]) -> Stage:
         elif key in MODIFIERS:
             faults.append(Fault((name, key), "modifiers stand in a group; indent it under sparsity_modifiers:"))
         elif key not in {"run_type", "args"}:
-            faults.append(Fault((name, key), "no such field", hint=nearest(key, ("run_type", "modifiers"))))
-    trains = any(isinstance(one, PromptRecoveryModifier) for group in groups for one in group.modifiers)
+            faults.append(Fault((name, key), "no such field", hint=nearest_name(key, ("run_type", "modifiers"))))
+    trains = any(isinstance(modifier, PromptRecoveryModifier) for group in groups for modifier in group.modifiers)
     run_type = content.get("run_type") or ("train" if trains else "oneshot")
     if run_type not in (*AT_ONCE, "train"):
-        hint = nearest(run_type, ("oneshot", "train"))
+        hint = nearest_name(run_type, ("oneshot", "train"))
         faults.append(Fault((name, "run_type"), "not oneshot or train", run_type, hint))
     if not groups and not MODIFIERS.keys() & content.keys():
         faults.append(Fault((name,), "no modifiers; write <name>_modifiers: with at least one"))
@@ -75,44 +75,45 @@ def read_stage(name: str, content: Any, faults: list[Fault]) -> Stage:
 
 
 def check_order(stages: Sequence[Stage], faults: list[Fault]) -> None:
-    """Pruning comes before rounding, which it would undo, and one threshold for all layers before all else.
+    """Add a fault for every modifier in a wrong place.
 
-    Structured pruning stands alone: it makes another model, which a second command may compress. A repair comes last,
-    and there is one recovery.
+    Pruning comes before rounding, which it would undo, and a threshold for all layers before all else. Structured
+    pruning is alone: it makes another model, which a second command may compress. A repair comes last, and a recipe has
+    one recovery.
     """
     placed = [
-        ((stage.name, group.name, type(one).__name__), one)
+        ((stage.name, group.name, type(modifier).__name__), modifier)
         for stage in stages
         for group in stage.groups
-        for one in group.modifiers
-        if isinstance(one, Pruning | GPTQModifier | LowRankRepairModifier)
+        for modifier in group.modifiers
+        if isinstance(modifier, Pruning | GPTQModifier | LowRankRepairModifier)
     ]
     rounded = pruned = None
-    for path, one in placed:
-        if isinstance(one, StructuredPruningModifier) and len(placed) > 1:
+    for path, modifier in placed:
+        if isinstance(modifier, StructuredPruningModifier) and len(placed) > 1:
             what = "makes a smaller model, and compresses it no further; leave it alone here, then compress its folder"
             faults.append(Fault(path, what))
-        if rounded and isinstance(one, Pruning):
+        if rounded and isinstance(modifier, Pruning):
             what = f"would change weights that the GPTQModifier of {rounded} has rounded; put it before that"
             faults.append(Fault(path, what))
-        if pruned and isinstance(one, MagnitudePruningModifier) and one.apply_globally:
+        if pruned and isinstance(modifier, MagnitudePruningModifier) and modifier.apply_globally:
             what = f"its threshold is that of the given weights, and {pruned} changes them; put it first"
             faults.append(Fault((*path, "apply_globally"), what))
-        rounded = rounded or (path[0] if isinstance(one, GPTQModifier) else None)
-        pruned = pruned or (path[0] if isinstance(one, Pruning) else None)
+        rounded = rounded or (path[0] if isinstance(modifier, GPTQModifier) else None)
+        pruned = pruned or (path[0] if isinstance(modifier, Pruning) else None)
     faults += misplaced_repairs(placed)
     trained = [
-        (stage.name, group.name, type(one).__name__)
+        (stage.name, group.name, type(modifier).__name__)
         for stage in stages
         for group in stage.groups
-        for one in group.modifiers
-        if isinstance(one, PromptRecoveryModifier)
+        for modifier in group.modifiers
+        if isinstance(modifier, PromptRecoveryModifier)
     ]
     faults += [Fault(path, f"{trained[0][0]} has one already, and a recipe has one recovery") for path in trained[1:]]
 
 
 def unknown_key(name: str, content: Any) -> Fault:
-    """The fault of a name at the top of a recipe that is neither a stage nor ours."""
+    """Return the fault of a name at the top of a recipe that is neither a stage nor ours."""
     if isinstance(content, list) and name.endswith("modifiers"):
         return Fault(
             (name,),
@@ -121,19 +122,19 @@ def unknown_key(name: str, content: Any) -> Fault:
     if name.endswith(("modifiers", "Modifier")):
         return Fault((name,), "stands outside a stage; indent it under <name>_stage:")
     return Fault(
-        (name,), "neither run: nor a <name>_stage:", hint=nearest(name, ("run", f"{name.removesuffix('s')}_stage"))
+        (name,), "neither run: nor a <name>_stage:", hint=nearest_name(name, ("run", f"{name.removesuffix('s')}_stage"))
     )
 
 
 def _misplaced(stage: Stage, run_type: object) -> list[Fault]:
     found = []
     for group in stage.groups:
-        for one in group.modifiers:
-            path = (stage.name, group.name, type(one).__name__)
-            if run_type == "train" and isinstance(one, Pruning | GPTQModifier | LowRankRepairModifier):
+        for modifier in group.modifiers:
+            path = (stage.name, group.name, type(modifier).__name__)
+            if run_type == "train" and isinstance(modifier, Pruning | GPTQModifier | LowRankRepairModifier):
                 advice = "compresses at once, never while training; put it in a stage with run_type: oneshot"
                 found.append(Fault(path, advice))
-            if run_type in AT_ONCE and isinstance(one, PromptRecoveryModifier):
+            if run_type in AT_ONCE and isinstance(modifier, PromptRecoveryModifier):
                 found.append(Fault(path, "trains; put it in a stage with run_type: train"))
     return found
 
@@ -151,5 +152,5 @@ def _group(stage: str, name: str, content: Any, faults: list[Fault]) -> Group:
         try:
             modifiers.append(kind.model_validate({} if fields is None else fields))
         except ValidationError as error:
-            faults += faults_of(error, kind, (stage, name, word))
+            faults += list_faults(error, kind, (stage, name, word))
     return Group(name, tuple(modifiers))

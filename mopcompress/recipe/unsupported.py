@@ -1,6 +1,6 @@
-"""Modifiers and schemes of SparseML and llm-compressor that ask for what is not done here; what to write instead."""
+"""Modifiers and schemes of SparseML and llm-compressor that are not supported, and what to write instead."""
 
-from mopcompress.recipe.validation_errors import Fault, nearest
+from mopcompress.recipe.validation_errors import Fault, nearest_name
 
 _SMOOTHS = "prepares the rounding of activations, and here only weights are rounded; take it out"
 _ROTATES = "rotates weights, which undoes zeros and needs kernels of its own; take it out"
@@ -33,7 +33,7 @@ INSTEAD = {
 
 
 def other_scheme(name: str) -> str | None:
-    """Why a preset of llm-compressor cannot be had here, and what comes nearest; None when it is not one of theirs."""
+    """Return why a preset of llm-compressor is not made here, and the nearest that is; None for other names."""
     word = name.upper()
     if word.startswith(("FP8", "NVFP", "MXFP")) or word.endswith("FP8"):
         return "has a floating-point grid, and grids are whole numbers here; W8A16 and W4A16 are"
@@ -47,7 +47,7 @@ def other_scheme(name: str) -> str | None:
 
 
 def other_modifier(path: tuple[str, ...], known: tuple[str, ...]) -> Fault:
-    """The fault of a modifier that is not one of `known`."""
+    """Return the fault of a modifier that is not one of `known`."""
     if path[-1] in INSTEAD:
         return Fault(path, f"not done here: {INSTEAD[path[-1]]}")
-    return Fault(path, f"no such modifier here ({', '.join(known)})", hint=nearest(path[-1], known))
+    return Fault(path, f"no such modifier here ({', '.join(known)})", hint=nearest_name(path[-1], known))

@@ -1,4 +1,4 @@
-"""Faults in a recipe or in flags, in the user's words: where, what, found which value, nearest right name."""
+"""Faults of a recipe, a flag or a setting in the user's words: where, what, which value, and the nearest right name."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PLAIN = {  # pydantic's kinds of error, without Python's names for types
 }
 
 
-ONE, EACH = "|one", "|each"  # pydantic's tags for a value that may be one or a list: they stand in its paths
+ONE, EACH = "|one", "|each"  # pydantic's tags for a value that may be single or a list: parts of its paths
 
 
 class Absent:
@@ -35,73 +35,73 @@ ABSENT = Absent()
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong at one place."""
+    """A wrong field, with its place."""
 
     path: tuple[str | int, ...]
     message: str
-    found: object = ABSENT
+    value: object = ABSENT
     hint: str | None = None  # ready to print: quoted when it is a name
 
     def in_recipe(self, file: str) -> str:
-        """`file: stage.group.Modifier.key: message, found VALUE; did you mean 'x'?`"""
-        place = f"{printable(file)}: {dotted(self.path)}" if self.path else printable(file)
-        return f"{place}: {self._complaint()}"
+        """Return `file: stage.group.Modifier.key: message, found VALUE; did you mean 'x'?`."""
+        place = f"{printable(file)}: {dotted_path(self.path)}" if self.path else printable(file)
+        return f"{place}: {self._description()}"
 
     def in_setting(self, part: str) -> str:
-        """`--set part.key: message, found VALUE; did you mean 'x'?`"""
-        return f"--set {dotted((part, *self.path))}: {self._complaint()}"
+        """Return `--set part.key: message, found VALUE; did you mean 'x'?`."""
+        return f"--set {dotted_path((part, *self.path))}: {self._description()}"
 
     def in_flags(self) -> str:
-        """`--flag: VALUE is not ...; did you mean x?`"""
+        """Return `--flag: VALUE is not ...; did you mean x?`."""
         if not self.path:
-            return self._complaint()
+            return self._description()
         flag = "--" + str(self.path[0]).replace("_", "-")
-        if self.message.startswith("not ") and self.found is not ABSENT:
-            return f"{flag}: {value(self.found)} is {self.message}{self._question()}"
-        return f"{flag}: {self._complaint()}"
+        if self.message.startswith("not ") and self.value is not ABSENT:
+            return f"{flag}: {short_repr(self.value)} is {self.message}{self._suggestion()}"
+        return f"{flag}: {self._description()}"
 
-    def _complaint(self) -> str:
-        found = "" if self.found is ABSENT else f", found {value(self.found)}"
-        return f"{self.message}{found}{self._question()}"
+    def _description(self) -> str:
+        value = "" if self.value is ABSENT else f", found {short_repr(self.value)}"
+        return f"{self.message}{value}{self._suggestion()}"
 
-    def _question(self) -> str:
+    def _suggestion(self) -> str:
         return f"; did you mean {self.hint}?" if self.hint else ""
 
 
 def printable(text: str) -> str:
-    """The text itself, or its escaped form when it would break the line."""
+    """Return the text itself, or its escaped form when it would break the line."""
     return text if text.isprintable() else ascii(text)
 
 
-def dotted(path: Sequence[str | int]) -> str:
-    """`stage.group.Modifier.targets[0]`."""
+def dotted_path(path: Sequence[str | int]) -> str:
+    """Return a path as `stage.group.Modifier.targets[0]`."""
     words = ""
     for part in path:
         words += f"[{part}]" if isinstance(part, int) else f".{printable(part[:LONGEST_VALUE])}"
     return words.removeprefix(".")
 
 
-def value(found: object) -> str:
-    """A wrong value in one short line."""
-    text = ascii(found) if isinstance(found, str) and not found.isprintable() else repr(found)
+def short_repr(value: object) -> str:
+    """Return a wrong value in one short line."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
-def nearest(word: object, names: Iterable[str]) -> str | None:
-    """The known name most like `word`, quoted; None when nothing is near."""
+def nearest_name(word: object, names: Iterable[str]) -> str | None:
+    """Return the name most like `word`, quoted; None when nothing is near."""
     near = get_close_matches(str(word)[:LONGEST_VALUE], list(names), n=1, cutoff=0.6)
     return repr(near[0]) if near else None
 
 
-def lines(rendered: Iterable[str]) -> str:
-    """One line a fault, the first ones only when there are very many."""
+def join_lines(rendered: Iterable[str]) -> str:
+    """Join one line per fault, the first ones only when there are very many."""
     shown = list(rendered)
     more = [f"... and {len(shown) - MOST_FAULTS} faults more"] if len(shown) > MOST_FAULTS else []
     return "\n".join(shown[:MOST_FAULTS] + more)
 
 
-def faults_of(error: ValidationError, model: type[BaseModel], path: tuple[str | int, ...] = ()) -> list[Fault]:
-    """Every fault pydantic saw, each at the path the user typed."""
+def list_faults(error: ValidationError, model: type[BaseModel], path: tuple[str | int, ...] = ()) -> list[Fault]:
+    """Return every fault that pydantic saw, each at the path that the user typed."""
     return [_fault(details, model, path) for details in error.errors(include_url=False)]
 
 
@@ -111,7 +111,7 @@ def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int,
         twin = _present_name(model, place[-1])
         if twin is not None:
             return Fault(place, f"the same field as {twin}, and both are given; keep {twin}")
-        return Fault(place, "no such field", hint=nearest(place[-1], suggested_fields(model)))
+        return Fault(place, "no such field", hint=nearest_name(place[-1], suggested_fields(model)))
     if details["type"] == "missing":
         return Fault(place, "required, but missing")
     if isinstance(details["input"], str) and details["input"].startswith("eval("):
@@ -119,12 +119,12 @@ def _fault(details: ErrorDetails, model: type[BaseModel], path: tuple[str | int,
     context = details.get("ctx", {})
     hint = context.get("hint")
     if details["type"] == "literal_error":
-        hint = nearest(
+        hint = nearest_name(
             details["input"], [name.strip("'") for name in context["expected"].replace(" or ", ", ").split(", ")]
         )
     message = PLAIN.get(details["type"], details["msg"].replace("Input should be", "not"))
-    found = ABSENT if place == path and isinstance(details["input"], dict) else details["input"]
-    return Fault(place, message, found, hint)
+    value = ABSENT if place == path and isinstance(details["input"], dict) else details["input"]
+    return Fault(place, message, value, hint)
 
 
 def field_name(model: type[BaseModel], name: str) -> str:

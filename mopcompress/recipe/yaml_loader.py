@@ -1,4 +1,4 @@
-"""A recipe file -> plain data: text, numbers, lists and maps, nothing that could run or explode.
+"""Reading of recipe files: plain data of text, numbers, lists and maps, nothing that could run or explode.
 
 Scalars follow YAML 1.2: `1e-3` is a number and `2:4` is text (YAML 1.1 reads text and the sexagesimal 124).
 """
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mopcompress.errors import InputNotFoundError, RecipeError
-from mopcompress.recipe.validation_errors import printable, value
+from mopcompress.recipe.validation_errors import printable, short_repr
 
 LARGEST_FILE = 1_000_000  # bytes
 DEEPEST = 20  # nested maps and lists; a recipe needs 6
@@ -30,19 +30,19 @@ class PlainLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  (the name PyYAML reads)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The map of `node`; raises `ConstructorError` for a key that is not text or stands twice."""
-        seen = set()
+        """Return the map of `node`; raises `ConstructorError` for a key that is not text or stands twice."""
+        names = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
             if not isinstance(name, str):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {value(name)} is not text", key.start_mark
+                    None, None, f"the key {short_repr(name)} is not text", key.start_mark
                 )
-            if name in seen:
+            if name in names:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {value(name)} stands twice", key.start_mark
+                    None, None, f"the key {short_repr(name)} stands twice", key.start_mark
                 )
-            seen.add(name)
+            names.add(name)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -56,7 +56,7 @@ class PlainDumper(yaml.SafeDumper):
     """Writes text in quotes when YAML 1.1 or 1.2 would read it as something else; repeats instead of aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Always: a recipe that is written back has no aliases."""
+        """Return True: a recipe that is written back has no aliases."""
         return True
 
 
@@ -71,7 +71,7 @@ def read_document(path: Path) -> dict[str, Any]:
     shown = printable(str(path))
     if path.suffix.lower() not in SUFFIXES:
         raise RecipeError(
-            f"{shown}: a recipe ends in {', '.join(SUFFIXES)}, found {value(path.suffix)}; rename the file"
+            f"{shown}: a recipe ends in {', '.join(SUFFIXES)}, found {short_repr(path.suffix)}; rename the file"
         )
     text = _text(path, shown)
     try:
@@ -139,7 +139,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, field in pairs:
         if name in fields:
-            raise ValueError(f"the key {value(name)} stands twice")
+            raise ValueError(f"the key {short_repr(name)} stands twice")
         fields[name] = field
     return fields
 
@@ -155,7 +155,7 @@ def _yaml(text: str) -> Any:
 
 
 def _refuse_tricks(text: str) -> None:
-    """Look at the events alone, before anything is built: tags, aliases and depth."""
+    """Raise an error for tags, aliases or depth; the events alone are read, before anything is built."""
     open_anchors: list[str | None] = []
     aliases = 0
     for event in yaml.parse(text, Loader=PlainLoader):
@@ -164,7 +164,7 @@ def _refuse_tricks(text: str) -> None:
             continue
         tag = getattr(event, "tag", None)
         if tag:
-            _refuse(f"YAML tags are not accepted, found {value(tag.replace(TAG, '!!'))}; {_advice(tag)}", event)
+            _refuse(f"YAML tags are not accepted, found {short_repr(tag.replace(TAG, '!!'))}; {_advice(tag)}", event)
         if isinstance(event, yaml.AliasEvent):
             aliases += 1
             if event.anchor in open_anchors:

@@ -1,6 +1,6 @@
-"""What SparseML and llm-compressor publish as examples and test recipes, in minimal equivalents of the same structure.
+"""Recipes that SparseML and llm-compressor publish as examples and tests, in minimal equivalents of the same structure.
 
-Each either runs and gives the zeros and levels that it asks for, or names what one cannot do here and what to do.
+Each either runs and gives the zeros and levels that it asks for, or names what is not supported and what to do.
 """
 
 import re
@@ -231,7 +231,7 @@ GPTQ = "quant_stage.quant_modifiers.GPTQModifier"
 GROUP = f"{GPTQ}.config_groups.group_0"
 WHOLE_8 = "num_bits: 8, type: int, symmetric: true, strategy: channel"
 
-# text, and for each fault the place and what is said of it
+# text, and for each fault its place and its message
 REFUSED = {
     # llm-compressor examples/quantization_w8a8_int8
     "w8a8": (
@@ -254,7 +254,7 @@ REFUSED = {
     "one scale a matrix": (
         rounded("num_bits: 8", "input_activations: {num_bits: 8}"),
         [
-            (f"{GROUP}.weights.strategy", "write channel (one scale a row)"),
+            (f"{GROUP}.weights.strategy", "write channel (one scale per row)"),
             (f"{GROUP}.input_activations", "leave it out"),
         ],
     ),
@@ -425,13 +425,13 @@ def test_a_published_recipe_runs_and_gives_what_it_asks_for(title, write, dense)
     text, expected = RUNS[title]
     recipe = load_recipe(write(text))
     model = tiny_model(**SHAPE)
-    compressing = [one for one in recipe.modifiers(Spec) if isinstance(one, Pruning | GPTQModifier)]
-    compress_model(model, TOKENS, [method_config(one) for one in compressing])
+    compressing = [modifier for modifier in recipe.modifiers(Spec) if isinstance(modifier, Pruning | GPTQModifier)]
+    compress_model(model, TOKENS, [method_config(modifier) for modifier in compressing])
     touched = 0
     for name, weight in weights(model):
-        wanted = [want for pattern, want in expected.items() if re.match(pattern, name)]
-        if wanted:
-            check(name, weight, *wanted[0])
+        matches = [outcome for pattern, outcome in expected.items() if re.match(pattern, name)]
+        if matches:
+            check(name, weight, *matches[0])
             touched += 1
         else:
             assert torch.equal(weight, dense[name]), name
@@ -439,13 +439,13 @@ def test_a_published_recipe_runs_and_gives_what_it_asks_for(title, write, dense)
 
 
 @pytest.mark.parametrize("title", REFUSED)
-def test_what_cannot_be_done_here_is_named_with_what_to_do(title, write):
+def test_what_is_not_supported_is_named_with_what_to_do(title, write):
     text, expected = REFUSED[title]
     path = write(text)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    found = str(caught.value).splitlines()
-    assert len(found) == len(expected), found
-    for line, (place, said) in zip(found, expected, strict=True):
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(expected), lines
+    for line, (place, message) in zip(lines, expected, strict=True):
         assert re.match(rf".*r\.yaml: {re.escape(place)}[:,]", line), line
-        assert said in line, line
+        assert message in line, line

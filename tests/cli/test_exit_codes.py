@@ -36,7 +36,7 @@ def test_a_first_signal_stops_with_one_line(
 
     stage_that(monkeypatch, kill_self)
     outcome = invoke("prune", stories, "--quiet")
-    assert (outcome.code, outcome.err) == (75, "stopped; run the same command again to go on\n")
+    assert (outcome.code, outcome.err) == (75, "stopped; run the same command again to resume it\n")
     assert signal.getsignal(number) is before
 
 

@@ -35,7 +35,7 @@ def terminal(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 def read_until(terminal: int, end: str, *, seconds: float = 60) -> str:
-    """What is shown up to `end`."""
+    """Return what the terminal shows up to `end`."""
     shown, deadline = "", time.monotonic() + seconds
     while not shown.endswith(end):
         if not select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0]:

@@ -12,7 +12,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def modifiers(outcome: Outcome) -> list[tuple[str, dict[str, Any]]]:
-    """What a plan is going to run, in order."""
+    """Return the modifiers that a plan runs, in order."""
     assert outcome.code == 0, outcome.err
     stages = [stage for name, stage in outcome.json["recipe"].items() if name != "run"]
     groups = [group for stage in stages for name, group in stage.items() if name != "run_type"]

@@ -1,4 +1,4 @@
-"""What a person sees of a long run."""
+"""Progress on a terminal and in a log."""
 
 import io
 import time
@@ -13,7 +13,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_phase_is_told_when_it_begins_and_when_it_ends() -> None:
+def test_a_phase_shows_its_start_and_its_end() -> None:
     stream = io.StringIO()
     with Lines(stream) as progress:
         for done in (1, 2, 3, 4, 4, 4):
@@ -21,7 +21,7 @@ def test_a_phase_is_told_when_it_begins_and_when_it_ends() -> None:
     assert stream.getvalue().splitlines() == ["pruning: 1 of 4", "pruning: done, 4 in 0 s"]
 
 
-def test_the_same_work_begun_again_is_a_new_phase() -> None:
+def test_the_same_work_started_again_is_a_new_phase() -> None:
     stream = io.StringIO()
     with Lines(stream) as progress:
         for done in (1, 2, 1, 2):
@@ -36,7 +36,7 @@ def test_a_bare_message_is_a_line() -> None:
     assert stream.getvalue() == "converting [model]\n"
 
 
-def test_a_long_unit_does_not_stop_the_heart() -> None:
+def test_a_long_unit_does_not_stop_the_lines() -> None:
     stream = io.StringIO()
     with Lines(stream, every=0.02) as progress:
         time.sleep(0.2)
@@ -48,7 +48,7 @@ def test_a_long_unit_does_not_stop_the_heart() -> None:
     assert any(line.startswith("training: 3 of 10 after 0 s, about ") and line.endswith("left") for line in lines)
 
 
-def test_a_reader_that_has_gone_does_not_stop_the_work() -> None:
+def test_a_closed_stream_does_not_stop_the_work() -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError
@@ -57,7 +57,7 @@ def test_a_reader_that_has_gone_does_not_stop_the_work() -> None:
         progress.update("training", 1, 10)
 
 
-def test_a_terminal_gets_a_bar_and_keeps_a_line_of_what_is_over() -> None:
+def test_a_terminal_shows_a_bar_and_lines_of_ended_phases() -> None:
     stream = Terminal()
     with progress_on(stream, quiet=False) as progress:
         assert isinstance(progress, Bars)
@@ -70,7 +70,7 @@ def test_a_terminal_gets_a_bar_and_keeps_a_line_of_what_is_over() -> None:
         assert line in shown
 
 
-def test_quiet_says_nothing() -> None:
+def test_quiet_shows_nothing() -> None:
     stream = io.StringIO()
     with progress_on(stream, quiet=True) as progress:
         progress.update("training", 1, 10)
