@@ -87,6 +87,15 @@ def test_preserved_zeros_stay_and_count(zeros):
     assert int((solved == 0).sum()) == round(max(zeros, 0.5) * weight.numel())
 
 
+def test_preserved_zeros_stay_under_a_pattern():
+    weight, inputs = random_layer()
+    weight[0, 8:11] = 0  # more zeros than the pattern requires
+    solved = alps(weight, gram_of(inputs), sparsity=0.5, pattern=(2, 4), keep_zeros=True).weight
+    zeros = (solved == 0).reshape(6, -1, 4).sum(-1)
+    assert zeros[0, 2] == 3
+    assert zeros.sum() == 2 * 60 + 1
+
+
 def test_weights_of_an_input_that_never_fires_go_first():
     weight, inputs = random_layer()
     inputs[:, 3] = 0

@@ -2,15 +2,21 @@ import pytest
 import torch
 from compression_cases import (
     CALIBRATION_TOKENS,
+    TIGHT,
+    gram_of,
     linear_inputs,
     linears,
     method_configs,
+    random_layer,
     repair_config,
 )
+from reference import damped, masked_least_squares
 from tiny_models import hooks, tiny_model
 from torch.testing import assert_close
 
 from mopcompress.algorithms import METHODS
+from mopcompress.algorithms.dense_targets import DenseActivations
+from mopcompress.compress.plan import MethodConfig, PlannedMethod, apply_methods
 from mopcompress.compress.sequential import compress_model
 from mopcompress.errors import DataError
 from mopcompress.models.targets import select_targets
@@ -143,6 +149,37 @@ def test_a_refit_keeps_the_mask_and_lowers_the_error(method):
     assert torch.equal(pruned == 0, fitted == 0)
     inputs = linear_inputs(model, linears(model)[name]).flatten(0, -2)
     assert (inputs @ (dense - fitted).T).norm() < 0.95 * (inputs @ (dense - pruned).T).norm()
+
+
+# --- linears that share their inputs
+
+
+def planned(**settings):
+    return PlannedMethod(MethodConfig(method="sparsegpt", **settings), {"layer": 0})
+
+
+def test_the_escalations_of_all_methods_add_up():
+    inputs = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))  # too few tokens for no damping
+    method = planned(options={"sparsity": 0.5, "damping": 0.0})
+    assert apply_methods({"layer": torch.ones(3, 40)}, inputs, None, [method, method])["layer"].escalations == 2
+
+
+def test_a_refit_has_the_damping_of_its_method():
+    weight, inputs = random_layer()
+    method = planned(options={"sparsity": 0.5, "damping": 1.0}, refit_steps=100)
+    refitted = apply_methods({"layer": weight}, inputs, None, [method])["layer"].weight
+    assert_close(refitted, masked_least_squares(weight, damped(gram_of(inputs), 1.0), refitted == 0), **TIGHT)
+
+
+def test_the_dense_target_preserves_zeros_for_a_method_that_does():
+    weight, inputs = random_layer()
+    weight[:, ::2] = 0
+    dense = DenseActivations(inputs * 2, are_outputs=False)
+    for keep_zeros in (True, False):
+        method = planned(options={"sparsity": 0.0, "keep_zeros": keep_zeros}, match_dense=1.0)
+        matched = apply_methods({"layer": weight}, inputs + inputs.roll(1, 0), dense, [method])["layer"].weight
+        assert not torch.equal(matched, weight)
+        assert bool((matched[weight == 0] == 0).all()) == keep_zeros
 
 
 # --- repairs

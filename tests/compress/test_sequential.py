@@ -14,7 +14,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from mopcompress.algorithms import METHODS
-from mopcompress.compress.sequential import compress_model, linears_of
+from mopcompress.algorithms.dense_targets import DenseActivations
+from mopcompress.compress.plan import PlannedMethod
+from mopcompress.compress.sequential import compress_model, compress_on_input, linears_of
 from mopcompress.errors import DataError, NumericalError
 
 
@@ -141,3 +143,17 @@ def test_an_error_names_a_linear_that_no_token_reaches():
     model.blocks[1].mlp.spare = nn.Linear(32, 32)
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.spare: no calibration token"):
         compress_model(model, CALIBRATION_TOKENS, method_configs())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [20, 30])
+def test_dense_activations_are_used_only_when_all_tokens_arrive(tokens):
+    linear, inputs = nn.Linear(8, 8, bias=False), torch.randn(20, 8)
+    weight = linear.weight.clone()
+    activations = {linear: DenseActivations(inputs.roll(1, 0)[:10], are_outputs=False)}
+    methods = [PlannedMethod(method_configs("magnitude", options={"sparsity": 0.0}, match_dense=1.0)[0], {"layer": 0})]
+    with compress_on_input({linear: "layer"}, [[linear]], activations, methods, tokens=tokens, dtype=None) as solved:
+        linear(inputs)
+    assert [result.linear for result in solved] == [linear]
+    assert torch.equal(linear.weight, weight) == (tokens == 30)
+    assert activations == {}
