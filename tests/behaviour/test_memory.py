@@ -32,7 +32,7 @@ recipe = load_recipe(None, {{"device": "cpu", "model": "unused"}})
 prune = SparseGPTModifier(sparsity=0.5)
 calibration = CalibrationSet(random_tokens({samples}, {length}), METADATA)
 compress_folder(Path({small!r}), Path({small!r} + "-out"), recipe, modifiers=[prune], calibration=calibration)
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: importing has a higher one
+Path("/proc/self/clear_refs").write_text("5")  # reset the peak: importing has a higher one
 before = resident("VmRSS")
 compress_folder(Path({large!r}), Path({large!r} + "-out"), recipe, modifiers=[prune], calibration=calibration)
 print(json.dumps([before, resident("VmHWM")]))
@@ -41,7 +41,7 @@ print(json.dumps([before, resident("VmHWM")]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux alone")
-def test_the_peak_is_a_blocks_working_set_whatever_the_number_of_blocks(tmp_path):
+def test_peak_memory_is_that_of_one_block(tmp_path):
     small, large = saved(tiny_model(), tmp_path / "small"), tmp_path / "large"
     shape = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": BLOCKS, "num_attention_heads": 6}
     network = network_of(LlamaConfig(**TOKENS | shape | {"max_position_embeddings": LENGTH}))

@@ -1,89 +1,52 @@
-"""Settings of a recipe become the configs of adapters and of their training."""
+"""Every field of a pruning or quantization modifier reaches its method."""
+
+import inspect
 
 import pytest
-from factories import TASKS
-from tiny_models import HIDDEN, tiny_model
 
-from mopcompress.entrypoints.from_recipe import adapter_config, adapter_init, first_layer, training_config
-from mopcompress.errors import UsageError
-from mopcompress.recipe.recovery_modifier import PromptRecoveryModifier
-from mopcompress.recover.adapter import AdapterConfig, AdapterInit
-from mopcompress.recover.training import TrainingConfig
+from mopcompress.algorithms import METHODS
+from mopcompress.entrypoints.from_recipe import method_config
+from mopcompress.recipe.field_types import Spec
+from mopcompress.recipe.recipe import DEFAULTS
 
-# no value is the default
-SETTINGS = {
-    "arm": "mop",
-    "experts": 5,
-    "prompts_per_expert": 4,
-    "layer": 3,
-    "per_layer_prompts": True,
-    "rank": 6,
-    "adapter_targets": ("v_proj",),
-    "steps": 7,
-    "train_batch_size": 3,
-    "gradient_accumulation_steps": 3,
-    "gate_learning_rate": 0.02,
-    "gate_clipping": "together",
-    "gate_pretraining_steps": 11,
-    "gate_logit_scale": 0.7,
-    "gate_mode": "values",
-    "shared_expert": True,
-    "top_k": 2,
-    "prompt_log_weight": -1.5,
-    "warmup_fraction": 0.4,
-    "max_grad_norm": 0.6,
-    "grad_clip_percentile": 30.0,
+OTHER_VALUES = {  # another valid value of every field that decides a result
+    "sparsity": 0.25,
+    "final_sparsity": 0.25,
+    "mask_structure": "2:4",
+    "targets": ("re:.*mlp",),
+    "ignore": ("re:.*q_proj",),
+    "block_size": 64,
+    "dampening_frac": 0.1,
+    "preserve_sparsity_mask": True,
+    "iterations": 7,
+    "refit_steps": 3,
+    "match_dense": 0.5,
+    "match_samples": 0.25,
+    "config_groups": {"group_0": {"weights": {"num_bits": 3, "group_size": 32}}},
+    "actorder": None,
 }
+TOGETHER = {"sparsity": {"actorder": None}, "mask_structure": {"actorder": None, "sparsity": 0.5}}  # for GPTQ
+MASKING = [method for method in DEFAULTS if method != "structured"]  # see test_compress_structured
+BY_THE_MODEL = {"apply_globally", "allocation", "owl_m", "allocation_spread"}  # see `allocate_sparsity`
 
 
-def test_a_recipe_sets_all_of_the_training():
-    modifier = PromptRecoveryModifier(**SETTINGS)
-    assert all(getattr(modifier, name) != getattr(PromptRecoveryModifier(), name) for name in SETTINGS if name != "arm")
-    assert training_config(modifier, 0.25, seed=8) == TrainingConfig(
-        steps=7,
-        batch_size=3,
-        gradient_accumulation_steps=3,
-        learning_rate=0.25,
-        gate_learning_rate=0.02,
-        warmup_fraction=0.4,
-        max_grad_norm=0.6,
-        grad_clip_percentile=30.0,
-        clip_gate_separately=False,
-        seed=8,
-    )
-    assert training_config(PromptRecoveryModifier(), 0.25, seed=8).clip_gate_separately
+@pytest.mark.parametrize("method", MASKING)
+def test_no_field_of_a_modifier_is_ignored(method: str) -> None:
+    modifier = DEFAULTS[method]
+    names = {name for name, field in type(modifier).model_fields.items() if not field.exclude}
+    for name in names - BY_THE_MODEL:
+        required = TOGETHER.get(name, {}) if method == "gptq" else {}
+        changed = type(modifier).model_validate(modifier.model_dump() | required | {name: OTHER_VALUES[name]})
+        default = {name: getattr(modifier, name)} if name != "mask_structure" else {name: "0:0"}
+        unchanged = type(modifier).model_validate(modifier.model_dump() | required | default)
+        assert method_config(changed) != method_config(unchanged), name
 
 
-def test_a_recipe_sets_all_of_the_initialization():
-    init = AdapterInit(gate_pretraining_steps=11, gate_logit_scale=0.7, prompt_log_weight=-1.5, seed=8)
-    assert adapter_init(PromptRecoveryModifier(**SETTINGS), 8) == init
-
-
-def test_a_recipe_sets_all_of_the_adapter(tiny_llama):
-    assert adapter_config(PromptRecoveryModifier(**SETTINGS), tiny_llama, TASKS, "base") == AdapterConfig(
-        arm="mop",
-        experts=5,
-        prompts_per_expert=4,
-        layer=3,
-        per_layer_prompts=True,
-        rank=6,
-        targets=("v_proj",),
-        hidden_size=HIDDEN,
-        base_sha256="base",
-        tasks=(),
-        gate_mode="values",
-        shared_expert=True,
-        top_k=2,
-    )
-
-
-@pytest.mark.parametrize(("blocks", "layer"), [(32, 10), (30, 9), (2, 1)])
-def test_an_arm_acts_from_10_in_32_layers_in_proportion(blocks, layer):
-    assert first_layer("mop", None, tiny_model(num_hidden_layers=blocks)) == layer
-
-
-def test_a_model_of_one_block_has_no_middle():
-    with pytest.raises(UsageError, match="the model has one in all"):
-        first_layer("mop", None, tiny_model(num_hidden_layers=1))
-    for arm in ("input", "lora", "none"):
-        assert first_layer(arm, None, tiny_model(num_hidden_layers=1)) == 0
+@pytest.mark.parametrize("method", MASKING)
+def test_options_are_the_keywords_of_the_function(method: str) -> None:
+    modifier: Spec = DEFAULTS[method]
+    parameters = inspect.signature(METHODS[method].solve).parameters.values()
+    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY} - {"row_groups"}
+    options = method_config(modifier).options
+    assert keywords >= options.keys()
+    assert keywords - options.keys() <= {"refit_steps"}

@@ -18,26 +18,26 @@ def gptq(group_size, **changes):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gpt2", "gpt_neox"])
-def test_the_files_tell_what_the_loaded_model_tells(family, tmp_path):
+def test_shapes_on_disk_are_those_of_the_loaded_model(family, tmp_path):
     model = tiny_model(family)
     loaded = _linear_shapes(model)
     assert len(loaded) == sum(len(linears_of(model, index)) for index in range(len(model.blocks)))
     assert shapes_on_disk(saved(model, tmp_path / "model")) == loaded
 
 
-def test_experts_are_not_told_by_the_files(tmp_path):
+def test_shapes_of_experts_are_left_out(tmp_path):
     on_disk = shapes_on_disk(saved(tiny_model("mixtral"), tmp_path / "model"))
     assert on_disk
     assert not any("expert" in name for name in on_disk)
 
 
-def test_a_folder_that_cannot_be_read_tells_nothing(tmp_path):
+def test_an_unreadable_folder_has_no_shapes(tmp_path):
     assert shapes_on_disk(tmp_path) == {}
     (tmp_path / "config.json").write_text("[]")
     assert shapes_on_disk(tmp_path) == {}
 
 
-def test_groups_that_do_not_fit_are_told_with_those_that_do():
+def test_an_unsuitable_group_size_is_an_error_with_others():
     for size in (32, 64, None):
         check_shapes(SHAPES, [gptq(size)])
     with pytest.raises(RecipeError) as caught:
@@ -50,18 +50,18 @@ def test_groups_that_do_not_fit_are_told_with_those_that_do():
         check_shapes(SHAPES | {"model.layers.1.q": (576, 10)}, [gptq(64)])
 
 
-def test_what_is_ignored_need_not_fit():
+def test_ignored_linears_need_not_fit():
     check_shapes(SHAPES, [gptq(128, ignore=("re:.*q$",))])
     check_shapes(SHAPES, [SparseGPTModifier(sparsity=0.6, mask_structure="3:5", targets=("nothing",))])
 
 
-def test_a_structure_that_does_not_fit_is_told():
+def test_an_unsuitable_structure_is_an_error():
     check_shapes(SHAPES, [SparseGPTModifier(sparsity=0.5, mask_structure="2:4")])
     with pytest.raises(RecipeError, match=r"3:5 does not divide the 576 inputs of .* \(and of 2 more\)"):
         check_shapes(SHAPES, [SparseGPTModifier(sparsity=0.6, mask_structure="3:5")])
 
 
-def test_a_plan_says_so_before_anything_is_loaded(stories, tmp_path):
+def test_unsuitable_shapes_fail_a_dry_run(stories, tmp_path):
     words = ("--output-dir", tmp_path / "out", "--dry-run")
     for name, flags in (("quantize", "--group-size 32"), ("bench", "--bits 4 --set run.group_size=32")):
         outcome = invoke(name, stories, *flags.split(), *words)

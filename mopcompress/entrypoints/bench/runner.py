@@ -79,14 +79,25 @@ def bench(recipe: Recipe, folder: Path, *, command: str = "", progress: Progress
         QualityGateError: Too many matrices needed more damping than asked for.
 
     Example:
-        Prune the built-in model to half of its weights, and compare a Mixture of Prompts with no recovery:
+        Prune a tiny random model to half of its weights, and repair it with EoRA:
 
+        >>> import tempfile
         >>> from pathlib import Path
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         >>> from mopcompress import bench, load_recipe
-        >>> recipe = load_recipe(None, {"ratios": "0.5", "arms": "none,mop", "output_dir": "runs/half"})
-        >>> rows = bench(recipe, Path("runs/half"))  # doctest: +SKIP
-        >>> [(row.setting, row.arm, round(row.perplexity, 2)) for row in rows]  # doctest: +SKIP
-        [('dense', 'none', 21.81), ('sparsegpt 50%', 'none', 33.75), ('sparsegpt 50%', 'mop', 13.11)]
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        >>> LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **sizes)).save_pretrained(folder / "model")
+        >>> words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(64)}, unk_token="w0"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1")
+        >>> _ = tokenizer.save_pretrained(folder / "model")
+        >>> flags = {"model": str(folder / "model"), "ratios": "0.5", "arms": "none,eora", "device": "cpu"}
+        >>> recipe = load_recipe(None, flags | {"train_rows": "24", "test_rows": "12", "max_seq_length": "64"})
+        >>> rows = bench(recipe, folder / "run")
+        >>> [(row.setting, row.arm, row.sparsity) for row in rows]
+        [('dense', 'none', 0.0), ('sparsegpt 50%', 'none', 0.5), ('sparsegpt 50%', 'eora', 0.5)]
     """
     with artifacts.locked(folder):
         for scratch in (*folder.glob("models/.*.partial-*"), *folder.glob("adapters/.*.partial-*")):

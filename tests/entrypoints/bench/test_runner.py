@@ -204,7 +204,7 @@ def test_a_manifest_without_a_new_field_has_its_default(finished, recipe_of, tmp
     assert [row.cell for row in bench(recipe_of(), folder)] == CELLS
     manifest["recipe"]["recovery_stage"]["recovery_modifiers"]["PromptRecoveryModifier"]["log_opening"] = -1.0
     (folder / "run.json").write_text(json.dumps(manifest))
-    with pytest.raises(RecipeError, match="log_opening was -1"):
+    with pytest.raises(RecipeError, match="prompt_log_weight was -1"):
         bench(recipe_of(), folder)
 
 
@@ -216,7 +216,7 @@ def test_a_manifest_without_clipping_fields_means_old_values(finished, recipe_of
     assert (recovery.pop("clip_percentile"), recovery.pop("gate_clipping")) == (50, "apart")
     (folder / "run.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        RecipeError, match=r"clip_percentile was 100\.0, is 50\.0; .*clipping was 'together', is 'apart'; use"
+        RecipeError, match=r"gate_clipping was 'together', is 'apart'; .*clip_percentile was 100\.0, is 50\.0; use"
     ):
         bench(recipe_of(), folder)
     before = {"grad_clip_percentile": 100, "gate_clipping": "together"}
