@@ -1,6 +1,6 @@
-"""How likely continuations of contexts are, and what a model goes on with: what evaluation harnesses ask for.
+"""Likelihoods of given continuations, and generated continuations, as evaluation harnesses ask for them.
 
-A recovered model reads the context alone, never what it is asked the likelihood of.
+A recovered model reads the context alone, never the continuation that is scored.
 """
 
 from collections.abc import Sequence
@@ -21,94 +21,97 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one continuation, given everything before each of its tokens."""
+    """The likelihood of a continuation, given everything before each of its tokens."""
 
     log_likelihood: float  # natural, summed over its tokens
-    greedy: bool  # each of them is the most likely one
+    greedy: bool  # whether each of them is the most likely token
 
 
 @torch.inference_mode()
 def score_continuations(
-    model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size: int, longest: int
+    model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size: int, max_length: int
 ) -> list[Likelihood]:
-    """One entry a pair. Contexts lose their beginning where a pair is longer than `longest` tokens.
+    """Return the likelihood of each pair's continuation.
 
-    Raises `DataError` when a continuation leaves its context no token.
+    In pairs longer than `max_length` tokens the context loses its beginning. Raises `DataError` when a continuation
+    leaves its context no token.
     """
     scores: list[Likelihood | None] = [None] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda place: sum(map(len, pairs[place])))
+    order = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])))
     for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        some = [_shortened(pairs[place], longest) for place in places]
-        for place, score in zip(places, _scores(model, some), strict=True):
-            scores[place] = score
+        indices = order[start : start + batch_size]
+        batch = [_shortened(pairs[index], max_length) for index in indices]
+        for index, score in zip(indices, _score_batch(model, batch), strict=True):
+            scores[index] = score
     return [score for score in scores if score is not None]
 
 
-def _scores(model: PreTrainedModel, pairs: Sequence[Pair]) -> list[Likelihood]:
-    # padding stands on the left, so that what is scored stands together at the end, where alone the head has to look
-    tokens, mask = left_padded([[*context, *rest][:-1] for context, rest in pairs], 0, model.device)
-    inputs: dict[str, Any] = {"logits_to_keep": max(1, *(len(rest) for _, rest in pairs))}
+def _score_batch(model: PreTrainedModel, pairs: Sequence[Pair]) -> list[Likelihood]:
+    # padding is on the left, so that all scored positions are at the end, and the head runs on those alone
+    tokens, mask = left_padded([[*context, *continuation][:-1] for context, continuation in pairs], 0, model.device)
+    inputs: dict[str, Any] = {"logits_to_keep": max(1, *(len(continuation) for _, continuation in pairs))}
     if isinstance(model, MopForCausalLM):
-        scored = torch.tensor([max(0, len(rest) - 1) for _, rest in pairs], device=model.device)
-        before = torch.arange(tokens.shape[1], device=model.device) < tokens.shape[1] - scored[:, None]
-        inputs["instruction_mask"] = mask & before
+        scored = torch.tensor([max(0, len(continuation) - 1) for _, continuation in pairs], device=model.device)
+        in_context = torch.arange(tokens.shape[1], device=model.device) < tokens.shape[1] - scored[:, None]
+        inputs["instruction_mask"] = mask & in_context
     logits = model(input_ids=tokens, attention_mask=mask.long(), position_ids=positions(mask), **inputs).logits
     scores = []
-    for row, (_, rest) in zip(logits, pairs, strict=True):
-        said = row[len(row) - len(rest) :].float().log_softmax(-1)
-        target = torch.tensor(rest, dtype=torch.long, device=model.device)
-        log_likelihood = said.gather(1, target[:, None]).cpu().double().sum()
-        scores.append(Likelihood(float(log_likelihood), bool((said.argmax(-1) == target).all())))
+    for row, (_, continuation) in zip(logits, pairs, strict=True):
+        log_probs = row[len(row) - len(continuation) :].float().log_softmax(-1)
+        target = torch.tensor(continuation, dtype=torch.long, device=model.device)
+        log_likelihood = log_probs.gather(1, target[:, None]).cpu().double().sum()
+        scores.append(Likelihood(float(log_likelihood), bool((log_probs.argmax(-1) == target).all())))
     return scores
 
 
 @torch.inference_mode()
-def write_continuations(
+def generate_continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     contexts: Sequence[Sequence[int]],
     *,
     until: Sequence[str],
     max_new_tokens: int,
-    longest: int,
+    max_length: int,
     **settings: Any,
 ) -> list[str]:
-    """What the model writes after each context, up to the first of the texts in `until`; `settings` are generation's.
+    """Generate a continuation of each context, up to the first of the texts in `until`.
 
-    Contexts lose their beginning where there would be no room for the answer.
+    `settings` are those of transformers' `generate`. Contexts lose their beginning if the answer needs the room. Raises
+    `DataError` when the answer leaves no room for a context.
     """
-    room = longest - max_new_tokens
+    room = max_length - max_new_tokens
     if room < 1:
-        raise DataError(f"{max_new_tokens} new tokens leave no room in a model of {longest}; ask for fewer")
+        raise DataError(f"{max_new_tokens} new tokens leave no room in a model of {max_length}; ask for fewer")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens, mask = left_padded([context[-room:] for context in contexts], padding or 0, model.device)
-    first = tokens.shape[1]
+    prompt_tokens = tokens.shape[1]
 
-    def texts(written: Tensor) -> list[str]:
-        return [str(text) for text in tokenizer.batch_decode(written[:, first:], skip_special_tokens=True)]
+    def decode(sequences: Tensor) -> list[str]:
+        texts = tokenizer.batch_decode(sequences[:, prompt_tokens:], skip_special_tokens=True)
+        return [str(text) for text in texts]
 
-    def stopped(written: Tensor, _logits: object, **_settings: Any) -> Tensor:
+    def has_stopped(sequences: Tensor, _logits: object, **_settings: Any) -> Tensor:
         # transformers' own stop strings need a tokenizer whose tokens can be told apart in text
-        found = [any(stop in text for stop in until) for text in texts(written)]
-        return torch.tensor(found, device=written.device)
+        stopped = [any(stop in text for stop in until) for text in decode(sequences)]
+        return torch.tensor(stopped, device=sequences.device)
 
-    asked = {"max_new_tokens": max_new_tokens, "pad_token_id": padding or 0, "do_sample": False, **settings}
-    criteria = StoppingCriteriaList([stopped] if until else [])
-    written = model.generate(input_ids=tokens, attention_mask=mask.long(), stopping_criteria=criteria, **asked)  # type: ignore[operator]
-    return [_cut(text, until) for text in texts(written)]
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": padding or 0, "do_sample": False, **settings}
+    criteria = StoppingCriteriaList([has_stopped] if until else [])
+    sequences = model.generate(input_ids=tokens, attention_mask=mask.long(), stopping_criteria=criteria, **settings)  # type: ignore[operator]
+    return [_cut(text, until) for text in decode(sequences)]
 
 
-def _shortened(pair: Pair, longest: int) -> Pair:
-    context, rest = pair
-    room = longest + 1 - len(rest)  # the last token is predicted, not read
+def _shortened(pair: Pair, max_length: int) -> Pair:
+    context, continuation = pair
+    room = max_length + 1 - len(continuation)  # the last token is predicted, not read
     if room < 1 or not context:
         raise DataError(
-            f"a continuation of {len(rest)} tokens after a context of {len(context)}: the model has {longest}, and at "
-            "least one must be the context's; leave the text out"
+            f"a continuation of {len(continuation)} tokens after a context of {len(context)}: the model has "
+            f"{max_length}, and at least one must be the context's; leave the text out"
         )
-    return context[-room:], rest
+    return context[-room:], continuation
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
-    return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]
+    return text[: min((index for stop in until if (index := text.find(stop)) >= 0), default=len(text))]

@@ -69,7 +69,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         if config.text_config is None or config.adapter is None:
-            raise DataError("a MopConfig without text_config and adapter says nothing; give both")
+            raise DataError("a MopConfig needs text_config and adapter; give both")
         self.network = make_network(config.text_config) if network is None else network
         self.language_model = LanguageModel(self.network)
         adapter = adapter or build_adapter(self.language_model, config_from_disk(config.adapter))
@@ -78,7 +78,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = self.network.generation_config
         self._runner = AdapterRunner(self.language_model, adapter)
         self._repairs: RepairsByName = {}
-        self.register_load_state_dict_pre_hook(rename_from_disk)
+        self.register_load_state_dict_pre_hook(rename_from_disk)  # type: ignore[no-untyped-call]
         self.post_init()  # type: ignore[no-untyped-call]
         self.train(False)
 
@@ -216,7 +216,7 @@ class MopForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         labels: Int[Tensor, "batch time"] | None = None,
         instruction_mask: Bool[Tensor, "batch instruction"] | None = None,
-        logits_to_keep: Int[Tensor, " kept"] | int = 0,
+        logits_to_keep: Int[Tensor, " positions"] | int = 0,
         cache: Cache | None = None,
         **inputs: Any,
     ) -> ModelOutput:

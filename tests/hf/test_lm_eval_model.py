@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import invoke
-from hf.test_model import folders_of
+from recovered_models import save_base_and_adapter
 from tiny_models import random_tokens, tiny_model, word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -54,7 +54,7 @@ def tasks(tmp_path: Path) -> Path:
 def add_task(
     tmp_path: Path, name: str, rows: list[dict[str, Any]], kind: str, *, target: str, metrics: str, more: str = ""
 ) -> Path:
-    """A task over `rows`; gives the folder of all tasks."""
+    """Write a task over `rows`, and return the folder of all tasks."""
     data = tmp_path / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = TASK.format(name=name, data=data, kind=kind, target=target, more=more, metrics=metrics)
@@ -62,84 +62,86 @@ def add_task(
     return tmp_path / "tasks"
 
 
-def test_without_the_harness_it_says_what_to_install(
+def test_without_the_harness_the_error_names_the_extra(
     tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    base, _ = folders_of("mop", tmp_path)
+    base, _ = save_base_and_adapter("mop", tmp_path)
     outcome = invoke("evaluate", base, "--lm-eval", "tiny_choice", "--lm-eval-path", tasks)
     assert outcome.code == 69
     assert "pip install 'mopcompress[lm-eval]'" in outcome.err
 
 
-def need_harness() -> None:
-    """It is in the extra `dev`: in CI its absence is a failure."""
+def require_harness() -> None:
+    """Skip without the harness, which is in the extra `dev`; fail in CI."""
     if importlib.util.find_spec("lm_eval") is None:
         missing = pytest.fail if os.environ.get("CI") else pytest.skip
         missing("lm_eval is not installed")
 
 
 @pytest.mark.filterwarnings("ignore")  # of the harness and its data sets
-def test_a_task_of_the_harness_is_scored_with_and_without_the_adapter(tasks: Path, tmp_path: Path) -> None:
-    need_harness()
-    base, adapter = folders_of("mop", tmp_path)
+def test_a_task_is_scored_with_and_without_the_adapter(tasks: Path, tmp_path: Path) -> None:
+    require_harness()
+    base, adapter = save_base_and_adapter("mop", tmp_path)
     words = ("evaluate", base, "--lm-eval", "tiny_choice", "--lm-eval-path", tasks, "--device", "cpu", "--json")
     model = MopForCausalLM.from_pretrained(base, adapter)
     tokenizer = word_tokenizer()
     for network, more in ((model.network, ()), (model, ("--adapter", adapter))):
         outcome = invoke(*words, *more)
         assert outcome.code == 0, outcome.err
-        right = 0
+        correct = 0
         for row in ROWS:
             context = tokenizer(row["question"])["input_ids"]
             pairs = [(context, tokenizer(choice)["input_ids"]) for choice in row["choices"]]
-            scores = score_continuations(network, pairs, batch_size=2, longest=64)
-            chosen = torch.tensor([score.log_likelihood for score in scores]).argmax()
-            right += int(chosen) == row["label"]
-        assert outcome.json["results"]["tiny_choice"]["acc,none"] == pytest.approx(right / len(ROWS))
+            scores = score_continuations(network, pairs, batch_size=2, max_length=64)
+            choice = torch.tensor([score.log_likelihood for score in scores]).argmax()
+            correct += int(choice) == row["label"]
+        assert outcome.json["results"]["tiny_choice"]["acc,none"] == pytest.approx(correct / len(ROWS))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_text_without_a_context_is_scored_whole(tasks: Path, tmp_path: Path) -> None:
-    need_harness()
-    base, adapter = folders_of("mop", tmp_path)
+    require_harness()
+    base, adapter = save_base_and_adapter("mop", tmp_path)
     metric = "  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}"
     add_task(tmp_path, "tiny_text", ROWS, "loglikelihood_rolling", target='"{{question}}"', metrics=metric)
     words = ("evaluate", base, "--lm-eval", "tiny_text", "--lm-eval-path", tasks, "--device", "cpu", "--json")
     model, tokenizer = MopForCausalLM.from_pretrained(base, adapter).eval(), word_tokenizer()
-    found = []
+    perplexities = []
     for network, more in ((model.network, ()), (model, ("--adapter", adapter))):
-        nats = 0.0
+        nll = 0.0
         for row in ROWS:
             text = tokenizer(row["question"])["input_ids"]
             tokens = torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id, *text]])
-            # all that stands before a text is what it begins with, so that is what a gate reads
-            read = {"instruction_mask": torch.arange(tokens.shape[1])[None] == 0} if more else {}
+            # the text's first token is all of its context, so a gate reads that
+            mask = {"instruction_mask": torch.arange(tokens.shape[1])[None] == 0} if more else {}
             with torch.no_grad():
-                logits = network(tokens, **read).logits[0, :-1]
-            nats += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+                logits = network(tokens, **mask).logits[0, :-1]
+            nll += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
         outcome = invoke(*words, *more)
         assert outcome.code == 0, outcome.err
-        found.append(outcome.json["results"]["tiny_text"]["word_perplexity,none"])
+        perplexities.append(outcome.json["results"]["tiny_text"]["word_perplexity,none"])
         words_in_all = sum(len(row["question"].split()) for row in ROWS)
-        assert found[-1] == pytest.approx(math.exp(nats / words_in_all), rel=1e-4)
-    assert found[0] != found[1]
+        assert perplexities[-1] == pytest.approx(math.exp(nll / words_in_all), rel=1e-4)
+    assert perplexities[0] != perplexities[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_a_task_asks_for_is_written_greedily(tasks: Path, tmp_path: Path) -> None:
-    need_harness()
-    base, adapter = folders_of("mop", tmp_path)
+def test_answers_of_a_task_are_generated_greedily(tasks: Path, tmp_path: Path) -> None:
+    require_harness()
+    base, adapter = save_base_and_adapter("mop", tmp_path)
     model, tokenizer = MopForCausalLM.from_pretrained(base, adapter).eval(), word_tokenizer()
-    written = []
+    answers = []
     for row in ROWS:
         tokens = torch.tensor([tokenizer(row["question"])["input_ids"]])
         answer = model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, tokens.shape[1] :]
-        written.append(tokenizer.decode(answer, skip_special_tokens=True))
-    # every third is another, so that a share is known
+        answers.append(tokenizer.decode(answer, skip_special_tokens=True))
+    # every third answer is changed, so that the fraction of matches is known
     rows = [
-        {**row, "answer": "another" if place % 3 == 0 else text}
-        for place, (row, text) in enumerate(zip(ROWS, written, strict=True))
+        {**row, "answer": "another" if index % 3 == 0 else text}
+        for index, (row, text) in enumerate(zip(ROWS, answers, strict=True))
     ]
     metric = "  - {metric: exact_match, aggregation: mean, higher_is_better: true}"
     settings = "generation_kwargs: {do_sample: false, max_gen_toks: 4, until: []}"
@@ -150,14 +152,15 @@ def test_what_a_task_asks_for_is_written_greedily(tasks: Path, tmp_path: Path) -
     assert outcome.json["results"]["tiny_answer"]["exact_match,none"] == pytest.approx(4 / 6)
 
 
-def test_an_unknown_task_is_refused(tasks: Path, tmp_path: Path) -> None:
-    need_harness()
-    base, _ = folders_of("mop", tmp_path)
+@pytest.mark.slow
+def test_an_unknown_task_raises(tasks: Path, tmp_path: Path) -> None:
+    require_harness()
+    base, _ = save_base_and_adapter("mop", tmp_path)
     assert invoke("evaluate", base, "--lm-eval", "no_such_task", "--lm-eval-path", tasks).code == 2
 
 
-def test_special_tokens_are_put_as_the_harness_own_models_put_them() -> None:
-    need_harness()
+def test_special_tokens_are_those_of_the_harness() -> None:
+    require_harness()
     from mopcompress.hf.lm_eval_model import HarnessModel
 
     tokenizer = word_tokenizer()

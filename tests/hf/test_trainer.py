@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf.test_model import batch_of, begun
+from factories import perturbed_adapter
+from recovered_models import LAYER, labelled_batch
 from tiny_models import random_documents, tiny_model
 from transformers import Trainer, TrainingArguments
 
@@ -13,17 +14,17 @@ from mopcompress.errors import DataError
 from mopcompress.hf import MopForCausalLM
 
 DOCUMENTS = random_documents(16)
-RATES = {"mop": 0.1, "smop": 0.1, "lora": 0.03, "mop+": 0.03}
+LEARNING_RATES = {"mop": 0.1, "smop": 0.1, "lora": 0.03, "mop+": 0.03}
 
 
-def fresh(arm: str) -> MopForCausalLM:
+def untrained_model(arm: str) -> MopForCausalLM:
     model = tiny_model()
-    return MopForCausalLM.from_parts(model, *begun(model, arm, ""))
+    return MopForCausalLM.from_parts(model, *perturbed_adapter(arm, model, layer=LAYER))
 
 
 def trainer_of(arm: str, folder: Path, *, side: str = "left", **changes: Any) -> Trainer:
     settings: dict[str, Any] = {
-        "learning_rate": RATES[arm],
+        "learning_rate": LEARNING_RATES[arm],
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "report_to": [],
@@ -33,10 +34,10 @@ def trainer_of(arm: str, folder: Path, *, side: str = "left", **changes: Any) ->
         "dataloader_pin_memory": False,
     }
     return Trainer(
-        model=fresh(arm),
+        model=untrained_model(arm),
         args=TrainingArguments(output_dir=str(folder), **settings | changes),
         train_dataset=list(DOCUMENTS),
-        data_collator=lambda documents: batch_of(documents, side=side),
+        data_collator=lambda documents: labelled_batch(documents, side=side),
     )
 
 
@@ -44,24 +45,25 @@ def losses_of(trainer: Trainer) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize(("side", "arm"), [("right", "mop"), *(("left", arm) for arm in RATES)])
+@pytest.mark.parametrize(("side", "arm"), [("right", "mop"), *(("left", arm) for arm in LEARNING_RATES)])
 def test_trainer_trains_the_adapter_alone(side: str, arm: str, tmp_path: Path) -> None:
     trainer = trainer_of(arm, tmp_path, side=side, max_steps=20, per_device_train_batch_size=8)
     model = trainer.model
-    before = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer.train()
     losses = losses_of(trainer)
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    optimised = {id(one) for group in trainer.optimizer.param_groups for one in group["params"]}
-    assert optimised == {id(one) for one in model.adapter.parameters()}
-    changed = {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
+    optimized = {id(weight) for group in trainer.optimizer.param_groups for weight in group["params"]}
+    assert optimized == {id(weight) for weight in model.adapter.parameters()}
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {f"adapter.{name}" for name, _ in model.adapter.named_parameters()}
-    assert all(torch.equal(one, before[f"network.{name}"]) for name, one in model.network.state_dict().items())
+    network = model.network.state_dict()
+    assert all(torch.equal(weight, before[f"network.{name}"]) for name, weight in network.items())
     assert not model.network.training
 
 
 @pytest.mark.parametrize("arm", ["mop", "lora", "mop+"])  # not smop, which draws noise in each part
-def test_parts_of_a_step_learn_what_the_whole_learns(arm: str, tmp_path: Path) -> None:
+def test_accumulated_gradients_are_those_of_a_whole_batch(arm: str, tmp_path: Path) -> None:
     whole = trainer_of(arm, tmp_path, max_steps=3, per_device_train_batch_size=8)
     parts = trainer_of(arm, tmp_path, max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     for trainer in (whole, parts):
@@ -69,23 +71,31 @@ def test_parts_of_a_step_learn_what_the_whole_learns(arm: str, tmp_path: Path) -
     assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("arm", RATES)
-def test_a_training_that_resumes_from_a_checkpoint_ends_at_the_same_weights(arm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arm", "shard"), [("mop", "20KB"), *((arm, "5GB") for arm in LEARNING_RATES)])
+def test_a_resumed_training_ends_at_the_same_weights(
+    arm: str, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one file of weights, and from several."""
+    save = MopForCausalLM.save_pretrained
+    monkeypatch.setattr(
+        MopForCausalLM, "save_pretrained", lambda *args, **kwargs: save(*args, **kwargs, max_shard_size=shard)
+    )
     settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     whole = trainer_of(arm, tmp_path, save_strategy="steps", save_steps=2, **settings)
     whole.train()
+    assert len(list((tmp_path / "checkpoint-2").glob("model*.safetensors"))) > (shard == "20KB")
     again = trainer_of(arm, tmp_path / "again", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(losses_of(again)) == 4
-    expected, found = whole.model.state_dict(), again.model.state_dict()
-    assert expected.keys() == found.keys()
-    for name, one in expected.items():
-        assert torch.equal(found[name], one), name
+    expected, resumed = whole.model.state_dict(), again.model.state_dict()
+    assert expected.keys() == resumed.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(resumed[name], tensor), name
     last = MopForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
-    assert all(torch.equal(last[name], one) for name, one in expected.items())
+    assert all(torch.equal(last[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_trainer_that_takes_the_labels_away_is_refused(tmp_path: Path) -> None:
+def test_a_trainer_that_removes_the_labels_raises(tmp_path: Path) -> None:
     """Without them the gate would read the response."""
     with pytest.raises(DataError, match="label smoothing"):
         trainer_of("mop", tmp_path, max_steps=1, label_smoothing_factor=0.1).train()

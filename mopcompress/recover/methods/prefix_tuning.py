@@ -30,7 +30,8 @@ class TrainedPrefix(nn.Module):
 
     def active(self, model: LanguageModel, instructions: InstructionStates) -> AbstractContextManager[None]:
         """Let text attend to the prefix inside the `with` block, with gradients to the prefix."""
-        return attend_to(ungated_prefix(*self.prefix(), instructions))
+        keys, values = self.prefix()
+        return attend_to(ungated_prefix(keys, values, instructions))
 
     def compile_for_inference(self, model: LanguageModel) -> ApplyAdapter:
         """Return `active` itself: keys and values are constants already."""

@@ -252,7 +252,7 @@ def test_recover_and_bench_take_no_step_and_sweep_nothing(stories, tmp_path, mon
         "--json",
     ]
     refused = invoke("recover", pruned_folder, "--data", data, *again, "--distill", 1)
-    assert (refused.code, refused.errors[0].split(",")[0]) == (2, "error: --distill: says nothing to eora")
+    assert (refused.code, refused.errors[0].split(",")[0]) == (2, "error: --distill: has no effect on eora")
     assert invoke("recover", pruned_folder, "--data", data, *again, "--dry-run").json["steps"] == 0
     assert invoke("bench", "--arms", "none,eora", "--ratios", 0.5, "--dry-run", "--json").json["steps"] == 0
     (tmp_path / "taught.yaml").write_text("r_stage: {r_modifiers: {PromptRecoveryModifier: {distill: 1.0}}}")

@@ -57,7 +57,7 @@ def test_targets_choose_the_patched_linears(tiny_llama):
 # --- the budget
 
 
-def test_the_default_rank_is_the_largest_within_the_budget_of_mop(tiny_llama):
+def test_the_default_rank_is_the_largest_within_the_budget(tiny_llama):
     budget = trained_parameters(built(tiny_llama, "mop"))
     for arm in ("lora", "masklora"):
         trained = {  # with these targets the budget decides, not the smallest linear

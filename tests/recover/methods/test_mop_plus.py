@@ -118,7 +118,7 @@ def test_paths_differ_per_example_and_norms_are_shared(family):
         for key, norm in adapter.norms.items():
             merged.network.get_submodule(key.replace("/", ".")).load_state_dict(norm.state_dict())
         expected.append(score_responses(merged, states.batch([row]), LAYER).nll)
-    nll = response_nll(model, states, adapter)
+    nll = response_nll(model, states, adapter).detach()
     assert_close(nll, torch.cat(expected), rtol=1e-4, atol=1e-4)
     for row, alone in zip(ALL, expected, strict=True):
         batch = states.batch([row])
@@ -161,10 +161,10 @@ def test_without_scales_and_shifts_the_gate_does_nothing(tiny_llama, states):
 
 def test_the_experts_make_examples_differ(tiny_llama, states):
     adapter = perturbed(tiny_llama, states)
-    before = response_nll(tiny_llama, states, adapter)
+    before = response_nll(tiny_llama, states, adapter).detach()
     with torch.no_grad():
         adapter.gate.outer.bias.copy_(torch.tensor([9.0, -9.0, 0.0]))
-    assert float((response_nll(tiny_llama, states, adapter) - before).abs().min()) > 1e-4
+    assert float((response_nll(tiny_llama, states, adapter).detach() - before).abs().min()) > 1e-4
 
 
 def test_the_beams_of_an_example_share_its_gate(tiny_llama, states):
