@@ -1,4 +1,4 @@
-"""Rows out of files, folders and the hub, each with the place it came from."""
+"""Rows from files, folders and the hub, each with its origin."""
 
 import csv
 import io
@@ -16,46 +16,46 @@ TABLE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Row:
-    """The columns of one row, and where it stands: `train.jsonl: line 3`."""
+    """The columns of one row, and its origin for messages: `train.jsonl: line 3`."""
 
     where: str
     fields: Mapping[str, object]
 
 
 def read_splits(data: str) -> dict[str, list[Row]]:
-    """Rows by split: `train`, `validation` and `test` as far as they are there, or a single split of any name.
+    """Read rows by split: those of `train`, `validation` and `test` that exist, or a single split of any name.
 
     Raises `DataError`, `InputNotFoundError` or `UnavailableError`.
     """
     path = local_path(data)
     if path is None:
-        return _named(short_name(data), hub_splits(data))
+        return _name_splits(short_name(data), hub_splits(data))
     if path.is_dir():
-        return {split: read_rows(file) for split, file in _folder(path).items()}
+        return {split: read_rows(file) for split, file in _split_files(path).items()}
     return {"all": read_rows(path)}
 
 
 def local_path(source: str) -> Path | None:
-    """The file or folder `source` names, or None when it can only be a hub id.
+    """Return the file or folder that `source` names, or None when it can only be a hub id.
 
-    Raises `InputNotFoundError` when nothing is there and the name can only be meant as a path.
+    Raises `InputNotFoundError` when the name can only be a path and nothing exists there.
     """
     path = Path(source).expanduser()
     if path.exists():
         return path
-    name = source.partition(":")[0]  # after the colon stands a configuration or file patterns of a hub data set
+    name = source.partition(":")[0]  # a configuration or file patterns of a hub data set follow the colon
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (*TABLE_SUFFIXES, ".txt")
     if not is_path:
         return None
     folder = path.parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    near = get_close_matches(path.name, names, n=1)
-    hint = f"did you mean '{folder / near[0]}'?" if near else "check the path"
+    nearest = get_close_matches(path.name, names, n=1)
+    hint = f"did you mean '{folder / nearest[0]}'?" if nearest else "check the path"
     raise InputNotFoundError(f"{source}: no such file or folder; {hint}")
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl, .json, .csv or .parquet file, at least one. Raises `DataError` naming the line."""
+    """Read the rows of a .jsonl, .json, .csv or .parquet file, at least one. Raises `DataError` naming the line."""
     readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(f"{path}: cannot read '{path.suffix}' files as rows; use one of {', '.join(TABLE_SUFFIXES)}")
@@ -66,7 +66,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_utf8(path: Path) -> str:
-    """The whole text, a byte-order mark removed and line ends as they are. Raises `DataError` naming the line."""
+    """Read a whole text without its byte-order mark, line ends unchanged. Raises `DataError` naming the line."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -92,7 +92,7 @@ def hub_splits(source: str) -> dict[str, Iterable[Mapping[str, object]]]:
     `id:configuration` chooses a configuration, `id:pattern,pattern` the files that match, as one split. Raises
     `UnavailableError` when the hub does not give it.
     """
-    import datasets  # a second to import: only those who ask the hub pay
+    import datasets  # takes a second to import
 
     name, _, part = source.partition(":")
     patterns = [pattern.strip() for pattern in part.split(",")] if "/" in part else None
@@ -108,27 +108,29 @@ def hub_splits(source: str) -> dict[str, Iterable[Mapping[str, object]]]:
         ) from error
 
 
-def _named(source: str, splits: Mapping[str, Iterable[Mapping[str, object]]]) -> dict[str, list[Row]]:
-    """Hub splits under our names, with rows that know where they are."""
-    known = {SPLIT_NAMES[split]: split for split in splits if split in SPLIT_NAMES}
+def _name_splits(source: str, splits: Mapping[str, Iterable[Mapping[str, object]]]) -> dict[str, list[Row]]:
+    """Return hub splits under our names, with the origin of each row."""
+    hub_names = {SPLIT_NAMES[split]: split for split in splits if split in SPLIT_NAMES}
     if len(splits) == 1:
-        known = {split: split for split in splits}
-    elif "train" not in known:
+        hub_names = {split: split for split in splits}
+    elif "train" not in hub_names:
         raise DataError(
             f"{source}: no split is called train; the splits are {', '.join(splits) or 'none'}; "
             "download the one you want and give its path"
         )
     rows = {
-        ours: [Row(f"{source}: {theirs} row {number}", row) for number, row in enumerate(splits[theirs], start=1)]
-        for ours, theirs in known.items()
+        split: [Row(f"{source}: {hub_name} row {number}", row) for number, row in enumerate(splits[hub_name], start=1)]
+        for split, hub_name in hub_names.items()
     }
-    for ours, found in rows.items():
-        if not found:
-            raise DataError(f"{source}: split {known[ours]} holds no rows; give data with at least one row a split")
+    for split, split_rows in rows.items():
+        if not split_rows:
+            raise DataError(
+                f"{source}: split {hub_names[split]} holds no rows; give data with at least one row per split"
+            )
     return rows
 
 
-def _folder(folder: Path) -> dict[str, Path]:
+def _split_files(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         split = SPLIT_NAMES.get(path.stem)
@@ -138,23 +140,23 @@ def _folder(folder: Path) -> dict[str, Path]:
             raise DataError(f"{folder}: {files[split].name} and {path.name} are both the {split} split; keep one")
         files[split] = path
     if not files or (len(files) > 1 and "train" not in files):
-        found = ", ".join(path.name for path in files.values()) or "none of them"
+        names = ", ".join(path.name for path in files.values()) or "none of them"
         raise DataError(
-            f"{folder}: needs files called train, validation and test ({' '.join(TABLE_SUFFIXES)}), found {found}; "
+            f"{folder}: needs files called train, validation and test ({' '.join(TABLE_SUFFIXES)}), found {names}; "
             "add or rename them, or name one file"
         )
     return files
 
 
-def _object(where: str, value: object) -> Row:
+def _row_from(where: str, value: object) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}, not an object with columns; mend or remove it")
+        raise DataError(f"{where} is a {type(value).__name__}, not an object with columns; correct or remove it")
     return Row(where, value)
 
 
 def _read_lines(path: Path) -> list[Row]:
     rows = []
-    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
+    # not splitlines(): U+2028 and similar characters may be unescaped inside a JSON string
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -162,21 +164,21 @@ def _read_lines(path: Path) -> list[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON ({error}); mend or remove it") from error
-        rows.append(_object(where, value))
+            raise DataError(f"{where} is not JSON ({error}); correct or remove it") from error
+        rows.append(_row_from(where, value))
     return rows
 
 
 def _read_json(path: Path) -> list[Row]:
-    """A list of objects; many files called .json hold one object a line instead, and are read as such."""
+    """Read a list of objects. Many files called .json hold one object per line instead, and are read that way."""
     text = read_utf8(path)
     if not text.lstrip().startswith("["):
         return _read_lines(path)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); mend it") from error
-    return [_object(f"{path}: row {number}", value) for number, value in enumerate(values, start=1)]
+        raise DataError(f"{path}: not JSON ({error}); correct it") from error
+    return [_row_from(f"{path}: row {number}", value) for number, value in enumerate(values, start=1)]
 
 
 def _read_csv(path: Path) -> list[Row]:
@@ -184,25 +186,25 @@ def _read_csv(path: Path) -> list[Row]:
     rows: list[Row] = []
     try:
         header = next(reader, [])
-        doubled = sorted({column for column in header if header.count(column) > 1})
-        if doubled:
-            raise DataError(f"{path}: line 1 names the column '{doubled[0]}' twice; rename one")
-        last = reader.line_num
+        repeated = sorted({column for column in header if header.count(column) > 1})
+        if repeated:
+            raise DataError(f"{path}: line 1 names the column '{repeated[0]}' twice; rename one")
+        last_line = reader.line_num  # a quoted cell can span lines
         for cells in reader:
-            where, last = f"{path}: line {last + 1}", reader.line_num
+            where, last_line = f"{path}: line {last_line + 1}", reader.line_num
             if cells and len(cells) != len(header):
                 raise DataError(
-                    f"{where} has {len(cells)} cells, the header has {len(header)}; quote commas, or mend it"
+                    f"{where} has {len(cells)} cells, the header has {len(header)}; quote commas, or correct it"
                 )
             if cells:
                 rows.append(Row(where, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); mend it") from error
+        raise DataError(f"{path}: line {reader.line_num} is not CSV ({error}); correct it") from error
     return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow  # type: ignore[import-untyped]  # half a second to import
+    import pyarrow  # type: ignore[import-untyped]  # takes half a second to import
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:

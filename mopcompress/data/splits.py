@@ -1,4 +1,4 @@
-"""Examples and their splits: dividing, thinning and hashing by content, never by position or a global stream."""
+"""Examples and their splits. They are divided, thinned and hashed by content, never by position or a global stream."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ from itertools import chain, combinations, zip_longest
 
 from mopcompress.errors import DataError
 
-PASSAGE_CHARACTERS = 200  # an input this long is a text of its own: questions about it stay in one split
+PASSAGE_CHARACTERS = 200  # an input this long is a text of its own, and questions about it stay in one split
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: what is asked (`instruction`, and perhaps an `input`) and what is answered.
+    """One row: an instruction, perhaps an input (empty if none), and the reference output.
 
-    `where` is for messages only (`data.jsonl: line 2`; empty for generated rows): it is no part of the content, so
-    equality, hashes and SHA-256 leave it out.
+    `where` is the origin for messages (`data.jsonl: line 2`; empty for generated rows). It is not part of the content:
+    equality, hashes and SHA-256 ignore it.
     """
 
     task: str
@@ -28,13 +28,13 @@ class Example:
 
     @property
     def content(self) -> tuple[str, str, str, str]:
-        """Everything but the place: task, instruction, input, output."""
+        """The row without its origin: task, instruction, input, output."""
         return self.task, self.instruction, self.input, self.output
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set, ready. `composed` is empty except in the built-in skills."""
+    """The examples of a data set by split. `composed` is empty except in the built-in skills."""
 
     name: str
     train: tuple[Example, ...]
@@ -52,21 +52,21 @@ def assemble(
     test: Sequence[Example],
     composed: Sequence[Example] = (),
 ) -> Splits:
-    """Put the splits together with the SHA-256 of their content (rows in order; the name does not count)."""
+    """Join the splits with the SHA-256 of their content: all rows in order, without the name."""
     parts = {"train": tuple(train), "validation": tuple(validation), "test": tuple(test), "composed": tuple(composed)}
     canonical = json.dumps([[row.content for row in part] for part in parts.values()], separators=(",", ":"))
     return Splits(name=name, sha256=hashlib.sha256(canonical.encode()).hexdigest(), **parts)
 
 
 def content_key(seed: int, *parts: str) -> bytes:
-    """Keyed hash of `parts`: a shuffle that depends on nothing but the seed and the content."""
+    """Return a keyed hash of `parts`. Sorting by it is a shuffle that depends on the seed and the content alone."""
     return hashlib.blake2b(json.dumps(parts).encode(), key=str(seed).encode(), digest_size=16).digest()
 
 
 def subset(examples: Sequence[Example], count: int | None, *, seed: int) -> tuple[Example, ...]:
-    """`count` examples, balanced over tasks: round robin over seeded shuffles, one a task.
+    """Choose `count` examples, balanced over tasks: round robin over seeded shuffles, one shuffle per task.
 
-    A larger count extends a smaller one. `None` keeps all, in their own order.
+    A larger count extends a smaller one. `None` returns all, in their own order.
     """
     if count is None:
         return tuple(examples)
@@ -80,13 +80,13 @@ def subset(examples: Sequence[Example], count: int | None, *, seed: int) -> tupl
     return tuple(example for example in turns if example is not None)[:count]
 
 
-def complete(name: str, given: Mapping[str, Sequence[Example]], *, seed: int) -> Splits:
-    """Splits from what was given: all three, `train` and one other, or a single split under any name.
+def complete_splits(name: str, examples: Mapping[str, Sequence[Example]], *, seed: int) -> Splits:
+    """Make all three splits from examples by split: all three, `train` and one other, or a single one of any name.
 
-    A single split is divided 80/10/10; a held-out split that is missing is a tenth of `train`.
-    Raises `DataError` when a prompt stands in two splits, or when there are too few prompts to divide.
+    A single split is divided 80/10/10. A missing held-out split is a tenth of `train`. Raises `DataError` when a prompt
+    is in two splits, or when there are too few prompts to divide.
     """
-    parts = dict(given)
+    parts = dict(examples)
     if len(parts) == 1:
         (only,) = parts.values()
         parts = dict(zip(("train", "validation", "test"), divide(only, (8, 1, 1), seed=seed, name=name), strict=True))
@@ -97,26 +97,26 @@ def complete(name: str, given: Mapping[str, Sequence[Example]], *, seed: int) ->
     return assemble(name, **parts)
 
 
-def divide(examples: Sequence[Example], shares: Sequence[int], *, seed: int, name: str) -> list[tuple[Example, ...]]:
-    """Divide by a keyed hash of the content into tuples in the proportion of `shares`, the order of rows kept.
+def divide(examples: Sequence[Example], parts: Sequence[int], *, seed: int, name: str) -> list[tuple[Example, ...]]:
+    """Divide by a keyed hash of the content into tuples in the proportions of `parts`; rows stay in order.
 
-    Rows with one prompt, or one long input, stay together; every part but the first has `round(share)` such groups, at
-    least one. Raises `DataError` when there are fewer groups than parts.
+    Rows with the same prompt, or the same long input, form a group that stays together. Every tuple but the first has
+    the rounded number of groups, at least one. Raises `DataError` when there are fewer groups than parts.
     """
     keys = [_group_key(example, seed) for example in examples]
     order = sorted(set(keys))
-    if len(order) < len(shares):
+    if len(order) < len(parts):
         raise DataError(
-            f"{name}: {len(order)} distinct prompt(s) cannot be divided into {len(shares)} splits; "
+            f"{name}: {len(order)} distinct prompt(s) cannot be divided into {len(parts)} splits; "
             "give more rows, or a folder with train, validation and test files"
         )
-    part_of: dict[bytes, int] = {}
-    for part, share in reversed(list(enumerate(shares))):
-        size = max(1, round(share / sum(shares) * len(order))) if part else len(order)
-        part_of |= {key: part for key in order[len(part_of) :][:size]}
+    part_of_key: dict[bytes, int] = {}
+    for index, part in reversed(list(enumerate(parts))):
+        size = max(1, round(part / sum(parts) * len(order))) if index else len(order)
+        part_of_key |= {key: index for key in order[len(part_of_key) :][:size]}
     return [
-        tuple(example for example, key in zip(examples, keys, strict=True) if part_of[key] == part)
-        for part in range(len(shares))
+        tuple(example for example, key in zip(examples, keys, strict=True) if part_of_key[key] == index)
+        for index in range(len(parts))
     ]
 
 
@@ -132,6 +132,6 @@ def _check_disjoint(name: str, parts: Mapping[str, Sequence[Example]]) -> None:
         shared = [number for number, row in enumerate(others, start=1) if (row.instruction, row.input) in prompts]
         if shared:
             raise DataError(
-                f"{name}: {len(shared)} of {len(others)} prompts of {second} also stand in {first} "
+                f"{name}: {len(shared)} of {len(others)} prompts of {second} are in {first} too "
                 f"(the first is row {shared[0]} of {second}); remove them, or give one file to be divided"
             )

@@ -1,4 +1,4 @@
-"""Which rows take part in a run, and what compression is calibrated on."""
+"""The rows of a run after filtering, and the tokens that compression is calibrated on."""
 
 import json
 import re
@@ -46,16 +46,16 @@ def test_rows_that_are_too_long_are_passed_over_and_counted() -> None:
     assert encode_splits(splits(train=mixed), limited, word_tokenizer()).facts["dropped_rows"] == 10
 
 
-def test_rows_that_name_no_task_have_none_and_texts_beside_them_are_told_apart(tmp_path: Path) -> None:
-    """A column of one task names one: that is what somebody said of the rows."""
+def test_rows_without_tasks_and_texts_are_different_tasks(tmp_path: Path) -> None:
+    """A column with the same task in every row names a task; no column names none."""
     run = RunSpec(train_rows=8, validation_rows=2, test_rows=3)
     parts = {"train": rows(20, task="all"), "validation": [], "test": rows(6, words=6, task="all")}
     unlabelled = encode_splits(splits(**parts), run, word_tokenizer())
     assert (unlabelled.tasks, unlabelled.facts["tasks"]) == ((), ["all"])
     assert encode_splits(splits(), run, word_tokenizer()).tasks == ("add",)
     (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 200)
-    beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
-    assert encode_splits(splits(**parts), beside, word_tokenizer()).tasks == ("all", "plain text")
+    run_with_text = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
+    assert encode_splits(splits(**parts), run_with_text, word_tokenizer()).tasks == ("all", "plain text")
 
 
 def test_a_task_of_the_rows_is_not_that_of_plain_text(tmp_path: Path) -> None:
@@ -63,13 +63,13 @@ def test_a_task_of_the_rows_is_not_that_of_plain_text(tmp_path: Path) -> None:
     named = {"train": rows(8, task="plain text"), "validation": [], "test": rows(3, task="plain text")}
     run = RunSpec(train_rows=8, test_rows=3)
     assert encode_splits(splits(**named), run, word_tokenizer()).tasks == ("plain text",)
-    beside = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
-    with pytest.raises(DataError, match=r"rows have the task 'plain text', that of the windows of run.train_text"):
-        encode_splits(splits(**named), beside, word_tokenizer())
+    run_with_text = RunSpec(train_rows=8, test_rows=3, train_text=str(tmp_path / "text.txt"), train_text_samples=2)
+    with pytest.raises(DataError, match=r"rows have the task 'plain text', which is that of the windows"):
+        encode_splits(splits(**named), run_with_text, word_tokenizer())
 
 
 @pytest.mark.parametrize(
-    ("field", "said"),
+    ("field", "message"),
     [
         ({}, "rows.jsonl: a row of 71 tokens exceeds the model's context of 64 tokens; lower --max-length"),
         (
@@ -78,15 +78,15 @@ def test_a_task_of_the_rows_is_not_that_of_plain_text(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_exceeds_learned_positions_is_refused(field: dict[str, Any], said: str, tmp_path: Path) -> None:
-    """Where positions are rotary, the perplexity says what the model makes of it."""
+def test_rows_beyond_learned_positions_are_refused(field: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Rotary positions have no end, so the same rows load there."""
     lines = [{"instruction": " ".join(["w5"] * words), "output": f"w{4 + words % 7}"} for words in [*range(6, 30), 68]]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     if "text" in field:
         (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 600)
         field = field | {"text": str(tmp_path / "text.txt"), "text_samples": 2}
     run = RunSpec(data=str(tmp_path / "rows.jsonl"), train_rows=None, test_rows=None, validation_rows=None, **field)
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(message)):
         load_dataset_for(tiny_model("gpt2"), run)
     assert load_dataset_for(tiny_model(), run).train
 
@@ -110,13 +110,13 @@ def test_calibration_text_beyond_learned_positions_is_refused(modifier: Any, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_answers_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_answers_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:
     lines = [{"instruction": " ".join(["w5"] * words), "output": f"w{4 + words % 7}"} for words in range(6, 30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    asked = {"data": str(tmp_path / "rows.jsonl"), "train_rows": None, "test_rows": None, "validation_rows": None}
-    assert load_dataset_for(tiny_model(), RunSpec(**asked, max_new_tokens=20)).test
+    fields = {"data": str(tmp_path / "rows.jsonl"), "train_rows": None, "test_rows": None, "validation_rows": None}
+    assert load_dataset_for(tiny_model(), RunSpec(**fields, max_new_tokens=20)).test
     with pytest.raises(DataError, match="an answer of 60 exceed the model's context of 64"):
-        load_dataset_for(tiny_model(), RunSpec(**asked, max_new_tokens=60))
+        load_dataset_for(tiny_model(), RunSpec(**fields, max_new_tokens=60))
 
 
 def test_nothing_short_enough_is_an_error() -> None:
@@ -133,7 +133,7 @@ def test_more_rows_extend_fewer() -> None:
     assert many.test == few.test
 
 
-def test_the_facts_are_counted_on_what_takes_part() -> None:
+def test_the_facts_count_the_documents_of_the_run() -> None:
     documents = encode_splits(splits(), RunSpec(train_rows=5, validation_rows=2, test_rows=3), word_tokenizer())
     scored = sum(len(document.tokens) - document.context_tokens for document in documents.test)
     assert documents.facts["scored_tokens"] == scored > 0
@@ -184,9 +184,9 @@ def test_own_text_follows_the_models_distribution() -> None:
     with torch.no_grad():
         logits = model.network(input_ids=tokens).logits[:, :-1]
     logits[..., model.tokenizer.all_special_ids] = -torch.inf  # never drawn
-    shares = logits.log_softmax(-1)
-    drawn = shares.gather(-1, tokens[:, 1:, None]).mean()
-    entropy = -torch.special.xlogy(shares.exp(), shares.exp()).sum(-1).mean()
+    log_probs = logits.log_softmax(-1)
+    drawn = log_probs.gather(-1, tokens[:, 1:, None]).mean()
+    entropy = -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1).mean()
     assert abs(float(drawn + entropy)) < 0.1
     assert float(entropy) < 4.1  # and it is not the uniform distribution
 
@@ -207,8 +207,6 @@ def test_training_rows_and_text_files_calibrate(source: Path, tmp_path: Path) ->
     assert tokens[0].tolist() == list(first.tokens[:8])
 
 
-# --- plain text that is trained on
-
 WORDS = " ".join(f"w{3 + number % 60}" for number in range(400))
 
 
@@ -218,27 +216,27 @@ def with_text(tmp_path: Path, **fields: object) -> RunSpec:
     return RunSpec.model_validate({**limits, "train_text": str(tmp_path / "text.txt"), **fields})
 
 
-def test_windows_of_plain_text_are_training_rows_of_one_more_task(tmp_path: Path) -> None:
+def test_windows_of_text_are_training_rows_of_another_task(tmp_path: Path) -> None:
     without = encode_splits(splits(), with_text(tmp_path, train_text=None), word_tokenizer())
     documents = encode_splits(splits(), with_text(tmp_path, train_text_samples=4), word_tokenizer())
     assert documents.tasks == (*without.tasks, "plain text")
     assert documents.train[: len(without.train)] == without.train
     windows = documents.train[len(without.train) :]
     whole = tuple(word_tokenizer()(WORDS, add_special_tokens=False)["input_ids"])
-    assert [one.tokens for one in windows] == [whole[start : start + 40] for start in (0, 40, 80, 120)]
-    assert {(one.task, one.context_tokens) for one in windows} == {("plain text", 20)}
+    assert [window.tokens for window in windows] == [whole[start : start + 40] for start in (0, 40, 80, 120)]
+    assert {(window.task, window.context_tokens) for window in windows} == {("plain text", 20)}
     assert (documents.validation, documents.test, documents.text) == (without.validation, without.test, ())
     assert documents.facts["train_text"]["windows"] == 4
     assert "train_text" not in without.facts
 
 
-def test_a_text_that_is_too_short_is_told_by_its_flag(tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_is_named_by_its_field(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"text of run.train_text has 10 window\(s\) .* lower run.train_text_samples"):
         encode_splits(splits(), with_text(tmp_path, train_text_samples=11), word_tokenizer())
-    with pytest.raises(DataError, match=r"text of --text has 1 window\(s\) .* lower --text-samples"):
+    with pytest.raises(DataError, match=r"text of run.eval_text has 1 window\(s\) .* lower run.eval_text_samples"):
         encode_splits(splits(), with_text(tmp_path, train_text=None, text=str(tmp_path / "text.txt")), word_tokenizer())
 
 
 def test_text_that_is_scored_is_not_trained_on(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train_text: the same as text"):
+    with pytest.raises(ValueError, match="train_text: the same as eval_text"):
         with_text(tmp_path, text=str(tmp_path / "text.txt"))

@@ -1,3 +1,5 @@
+"""Examples as tokens: templates, ends of responses, lengths."""
+
 import json
 
 import pytest
@@ -18,7 +20,7 @@ CHAT = (
 def byte_tokenizer(
     chat_template: str | None = CHAT, *, adds_bos: bool = True, **special: str
 ) -> PreTrainedTokenizerFast:
-    """One token a byte, so that every expectation can be written down; BOS is put before plain text."""
+    """Return a tokenizer with one token per byte, so that expectations are readable; plain text begins with BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
@@ -35,7 +37,7 @@ def byte_tokenizer(
 
 
 def parts(split: EncodedSplit, tokenizer) -> tuple[str, str]:
-    """The text of the context and of the response of the only document."""
+    """Return the text of the context and of the response of the only document."""
     (document,) = split.documents
     tokens, context = list(document.tokens), document.context_tokens
     return tokenizer.decode(tokens[:context]), tokenizer.decode(tokens[context:])
@@ -54,7 +56,7 @@ def test_the_prompt_ends_where_the_response_begins():
     assert split.documents[0].task == "adding"
 
 
-def test_tokens_are_those_of_apply_chat_template_up_to_the_end_of_the_turn():
+def test_tokens_are_those_of_apply_chat_template():
     tokenizer = byte_tokenizer()
     user, assistant = {"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}
     (document,) = encode([ADD], tokenizer, max_length=100).documents
@@ -127,14 +129,14 @@ def test_a_template_that_rewrites_the_prompt_is_refused_by_name():
     tokenizer.name_or_path = "tiny"
     with pytest.raises(
         DataError,
-        match=r"row 1 \('Add\.'\): the chat template of 'tiny' does not .*they part at token 0 of 10",
+        match=r"row 1 \('Add\.'\): the chat template of 'tiny' does not .*they differ from token 0 of 10",
     ):
         encode([ADD], tokenizer, max_length=100)
 
 
 def test_a_conversation_that_ends_within_the_prompt_is_refused():
     tokenizer = byte_tokenizer("{{ messages[0].content }}{% if add_generation_prompt %}<assistant>{% endif %}")
-    with pytest.raises(DataError, match="they part at token 9 of 10"):
+    with pytest.raises(DataError, match="they differ from token 9 of 10"):
         encode([ADD], tokenizer, max_length=100)
 
 
@@ -171,7 +173,7 @@ def test_the_plain_template_is_as_documented():
     )
 
 
-def test_bos_stands_first_only_if_the_tokenizer_puts_it_and_only_once():
+def test_bos_is_first_only_if_the_tokenizer_adds_it():
     without = byte_tokenizer(None, adds_bos=False)
     assert parts(encode([ADD], without, max_length=100), without)[0] == "Add.\n1 2\nAnswer:"
     tokenizer = byte_tokenizer(None)
@@ -195,7 +197,7 @@ def test_the_template_is_named():
 # --- lengths
 
 
-def test_longer_rows_are_dropped_and_counted_and_the_limit_itself_fits():
+def test_longer_rows_are_dropped_and_counted():
     tokenizer = byte_tokenizer()
     rows = [Example("t", "x" * n, "", "ok") for n in (5, 9, 1, 20)]
     exact = len(encode(rows[:1], tokenizer, max_length=100).documents[0].tokens)
@@ -207,7 +209,7 @@ def test_longer_rows_are_dropped_and_counted_and_the_limit_itself_fits():
     )
 
 
-def test_a_response_over_the_limit_is_refused_with_its_row_and_its_tokens():
+def test_a_response_over_the_limit_is_refused_with_its_row():
     tokenizer = byte_tokenizer()
     rows = [ADD, Example("t", "Count.", "", "x" * 30)]
     with pytest.raises(
@@ -217,7 +219,7 @@ def test_a_response_over_the_limit_is_refused_with_its_row_and_its_tokens():
     assert encode(rows, tokenizer, max_length=31).dropped == 1
 
 
-def test_a_response_over_the_limit_is_refused_with_its_file_and_line(tmp_path):
+def test_a_response_over_the_limit_is_refused_with_its_line(tmp_path):
     rows = [{"instruction": f"Count to {n}.", "output": "x" * (30 if n == 2 else 3)} for n in range(1, 10)]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))

@@ -24,30 +24,30 @@ from mopcompress.data.splits import Example, Splits
 
 SPLITS = ("train", "validation", "test")
 NAMES = [skill.name for skill in SKILLS]
-made = cache(generate)
+generate_cached = cache(generate)
 
 
 @pytest.fixture(scope="module", params=(0, 1))
 def splits(request: pytest.FixtureRequest) -> Splits:
-    return made(request.param)
+    return generate_cached(request.param)
 
 
 def fits(first: Skill, second: Skill) -> bool:
-    """Whether some answer of `first` is one that `second` can go on from."""
+    """True when `second` can continue from some answer of `first`."""
     return first is not second and any(kind in second.follow_ups for kind in first.kinds)
 
 
 # The slow definitions: task -> answer from (instruction, input).
 
 
-def found(pattern: str, text: str) -> tuple[str, ...]:
+def groups(pattern: str, text: str) -> tuple[str, ...]:
     match = re.search(pattern, text)
     assert match, f"{pattern!r} is not in {text!r}"
     return match.groups()
 
 
 def number_in(word: str) -> int:
-    """Digits, or words such as forty-two: sum of the parts."""
+    """Read digits, or words such as forty-two as the sum of their parts."""
     if word.isdigit():
         return int(word)
     small = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
@@ -59,15 +59,15 @@ def number_in(word: str) -> int:
 
 def arithmetic(instruction: str, text: str) -> str:
     if "buys" in text:
-        first, second = map(number_in, found(r"has (\S+) .* buys (\S+) more", text))
+        first, second = map(number_in, groups(r"has (\S+) .* buys (\S+) more", text))
         return str(first + second)
     if "gives away" in text:
-        first, second = map(number_in, found(r"has (\S+) .* gives away (\S+)\.", text))
+        first, second = map(number_in, groups(r"has (\S+) .* gives away (\S+)\.", text))
         return str(first - second)
     if "boxes" in text:
-        first, second = map(number_in, found(r"has (\S+) boxes with (\S+) ", text))
+        first, second = map(number_in, groups(r"has (\S+) boxes with (\S+) ", text))
         return str(sum(second for _ in range(first)))
-    first, second = map(number_in, found(r"shares (\S+) .* among (\S+) people", text))
+    first, second = map(number_in, groups(r"shares (\S+) .* among (\S+) people", text))
     assert first % second == 0
     return str(first // second)
 
@@ -85,7 +85,7 @@ def dates(instruction: str, text: str) -> str:
         first, second = map(day_in, text.split(" and "))
         assert "from the first date to the second" in instruction
         return str((second - first).days)
-    count, unit, direction = found(r"(\d+) (day|week)s? (after|before) this one", instruction)
+    count, unit, direction = groups(r"(\d+) (day|week)s? (after|before) this one", instruction)
     step = timedelta(days=int(count) * {"day": 1, "week": 7}[unit]) * {"after": 1, "before": -1}[direction]
     if "weekday" in instruction:
         monday = datetime(2024, 1, 1)
@@ -125,7 +125,7 @@ DIRECTION = r"(from A to Z|from Z to A|from smallest to largest|from largest to 
 
 
 def sorting(instruction: str, text: str) -> str:
-    return ", ".join(ordered(text.split(", "), *found(DIRECTION, instruction)))
+    return ", ".join(ordered(text.split(", "), *groups(DIRECTION, instruction)))
 
 
 CONDITIONS: dict[str, Callable[[str, str], bool]] = {
@@ -143,13 +143,13 @@ CONDITIONS: dict[str, Callable[[str, str], bool]] = {
 
 def selecting(instruction: str, text: str) -> str:
     (pattern,) = (pattern for pattern in CONDITIONS if re.search(pattern, instruction))
-    kept = [item for item in text.split(", ") if CONDITIONS[pattern](item, *found(pattern, instruction))]
-    return str(len(kept)) if "count the" in instruction else ", ".join(kept)
+    matching = [item for item in text.split(", ") if CONDITIONS[pattern](item, *groups(pattern, instruction))]
+    return str(len(matching)) if "count the" in instruction else ", ".join(matching)
 
 
 def strings(instruction: str, text: str) -> str:
     if "replace every" in instruction:
-        old, new = found(r"replace every (\w) with (\w)", instruction)
+        old, new = groups(r"replace every (\w) with (\w)", instruction)
         return "".join(new if letter == old else letter for letter in text)
     first, _, second = text.partition(" ")
     answers = {
@@ -178,9 +178,9 @@ def records(instruction: str, text: str) -> str:
         return fields[wanted]
     rows = [row.split(", ") for row in text.split("; ")]
     if "of the people in" in instruction:
-        column, place = found(r"the (names|ages) of the people in (\w+)", instruction)
+        column, place = groups(r"the (names|ages) of the people in (\w+)", instruction)
         return ", ".join(row[("names", "ages").index(column)] for row in rows if row[2] == place)
-    column, key = found(r"the (name|age|job) of (?:the )?(\w+)", instruction)
+    column, key = groups(r"the (name|age|job) of (?:the )?(\w+)", instruction)
     (row,) = (row for row in rows if key in row)
     return row[("name", "age", "job").index(column)]
 
@@ -219,7 +219,7 @@ def reshaping(instruction: str, text: str) -> str:
 def code(instruction: str, text: str) -> str:
     scope: dict[str, object] = {}
     exec(text, scope)
-    return str(scope[found(r"the final value of (\w+)", instruction)[0]])
+    return str(scope[groups(r"the final value of (\w+)", instruction)[0]])
 
 
 def rewriting_(instruction: str, text: str) -> str:
@@ -227,9 +227,9 @@ def rewriting_(instruction: str, text: str) -> str:
     if "could you please" in instruction:
         return f"Could you please {text[0].lower()}{text[1:-1]}?"
     if "active voice" in instruction:
-        thing, participle, person = found(r"^The (\w+) was (\w+) by (\w+)\.$", text)
+        thing, participle, person = groups(r"^The (\w+) was (\w+) by (\w+)\.$", text)
         return f"{person} {of_form[participle][2]} the {thing}."
-    person, form, thing = found(r"^(\w+) (\w+) the (\w+)\.$", text)
+    person, form, thing = groups(r"^(\w+) (\w+) the (\w+)\.$", text)
     base, third, past, participle = of_form[form]
     assert form == (third if "simple past" in instruction else past)
     answers = {
@@ -267,7 +267,7 @@ def reading(instruction: str, text: str) -> str:
         (r"Which city did (\w+) travel to", trip, 0, 3),
     ]
     ((pattern, rows, key, wanted),) = (entry for entry in tables if re.search(entry[0], instruction))
-    (answer,) = (row[wanted] for row in rows if row[key] == found(pattern, instruction)[0])
+    (answer,) = (row[wanted] for row in rows if row[key] == groups(pattern, instruction)[0])
     return answer
 
 
@@ -279,27 +279,27 @@ SOLVERS: dict[str, Callable[[str, str], str]] = {
 
 
 def follow_up(task: str, ask: str, answer: str) -> str:
-    """The second task of a composed example, on the answer to the first."""
+    """Apply the second task of a composed example to the answer of the first."""
     items = answer.split(", ")
     match task:
         case "arithmetic":
             if "numbers up" in ask:
                 return str(sum(int(item) for item in items))
             if "more than" in ask:
-                return {True: "yes", False: "no"}[int(answer) > int(found(r"more than (\d+)", ask)[0])]
-            verb, amount = found(r"(add|subtract) (\d+)", ask)
+                return {True: "yes", False: "no"}[int(answer) > int(groups(r"more than (\d+)", ask)[0])]
+            verb, amount = groups(r"(add|subtract) (\d+)", ask)
             return str(int(answer) + int(amount) * {"add": 1, "subtract": -1}[verb])
         case "units":
-            before, after = found(r"read the result as (\w+) and convert it to (\w+)", ask)
+            before, after = groups(r"read the result as (\w+) and convert it to (\w+)", ask)
             return str(int(answer) * SIZES[before] // SIZES[after])
         case "dates" if "that many days" in ask:
-            return written(day_in(*found(r"after (\d+ \w+ \d+)", ask)) + timedelta(days=int(answer)))
+            return written(day_in(*groups(r"after (\d+ \w+ \d+)", ask)) + timedelta(days=int(answer)))
         case "dates":
-            return written(day_in(answer) + timedelta(days=int(*found(r"the date (\d+) days after that one", ask))))
+            return written(day_in(answer) + timedelta(days=int(*groups(r"the date (\d+) days after that one", ask))))
         case "code":
-            return str(eval(*found(r"expression (.*) with x set", ask), {"x": int(answer), "max": max}))
+            return str(eval(*groups(r"expression (.*) with x set", ask), {"x": int(answer), "max": max}))
         case "sorting":
-            return ", ".join(ordered(items, *found(DIRECTION, ask)))
+            return ", ".join(ordered(items, *groups(DIRECTION, ask)))
         case "selecting":
             return str(len(answer.split())) if "of the new sentence" in ask else selecting(ask, answer)
         case "reshaping":
@@ -328,8 +328,8 @@ def test_answers_follow_from_the_prompt_alone(splits: Splits, split: str, name: 
         assert example.output == SOLVERS[name](example.instruction, example.input), example
 
 
-def taken_apart(example: Example) -> tuple[str, str, str]:
-    """The second family, what it is asked to do, and the answer it starts from."""
+def split_composed(example: Example) -> tuple[str, str, str]:
+    """Return the second family, its instruction, and the answer that it starts from."""
     first, second = example.task.split("+")
     joins = "|".join(join.split("{}")[0] for join in JOINS)
     task, ask = re.split(f" (?:{joins})", example.instruction)
@@ -338,20 +338,20 @@ def taken_apart(example: Example) -> tuple[str, str, str]:
 
 @pytest.fixture(scope="module")
 def many_composed() -> list[Example]:
-    """Every pair of families often, so that each way of going on is met."""
+    """Every pair of families often, so that each follow-up occurs."""
     draw = Draw("test", Random(0))
     pairs = [pair for pair in product(SKILLS, SKILLS) if fits(*pair)]
     return [composed(first, second, draw) for first, second in pairs for _ in range(50)]
 
 
-def test_composed_answers_are_the_second_task_on_the_first_answer(splits: Splits, many_composed: list[Example]) -> None:
+def test_composed_answers_apply_the_second_task_to_the_first(splits: Splits, many_composed: list[Example]) -> None:
     for example in (*splits.composed, *many_composed):
-        assert example.output == follow_up(*taken_apart(example)), example
+        assert example.output == follow_up(*split_composed(example)), example
 
 
-def test_it_does_not_matter_whether_a_capital_counts_as_the_letter(many_composed: list[Example]) -> None:
+def test_capitals_and_small_letters_give_the_same_answer(many_composed: list[Example]) -> None:
     for example in many_composed:
-        second, ask, between = taken_apart(example)
+        second, ask, between = split_composed(example)
         if second == "selecting":
             assert follow_up(second, ask, between.lower()) == example.output
 
@@ -359,7 +359,7 @@ def test_it_does_not_matter_whether_a_capital_counts_as_the_letter(many_composed
 def test_sums_and_conversions_stay_plain(many_composed: list[Example]) -> None:
     """Nothing is subtracted below zero, and only a plain amount is read as metres or as days."""
     for example in many_composed:
-        second, ask, between = taken_apart(example)
+        second, ask, between = split_composed(example)
         if "subtract" in ask:
             assert int(example.output) > 0
         if second == "units" or "that many days" in ask:
@@ -376,7 +376,7 @@ def test_sums_and_conversions_stay_plain(many_composed: list[Example]) -> None:
         ("selecting", "numbers", "9"),
     ],
 )
-def test_an_answer_that_does_not_suit_is_not_gone_on_from(name: str, kind: str, answer: str) -> None:
+def test_no_skill_continues_from_an_unsuitable_answer(name: str, kind: str, answer: str) -> None:
     (skill,) = (skill for skill in SKILLS if skill.name == name)
     assert all(skill.follow_ups[kind](Draw("test", Random(seed)), answer) is None for seed in range(20))
 
@@ -411,12 +411,12 @@ def test_no_prompt_occurs_twice(splits: Splits) -> None:
 def test_a_split_asks_no_question_twice_in_other_words() -> None:
     for skill in SKILLS:
         phrasings = [re.escape(phrasing).replace(r"\{\}", "(.*)") for phrasing in skill.phrasings.train]
-        rows = [example for example in made(0).train if example.task == skill.name]
-        asked = [
+        rows = [example for example in generate_cached(0).train if example.task == skill.name]
+        questions = [
             min((match[1] for pattern in phrasings if (match := re.match(pattern, row.instruction))), key=len)
             for row in rows
         ]
-        bare = Counter((row.input, ask) for row, ask in zip(rows, asked, strict=True))
+        bare = Counter((row.input, question) for row, question in zip(rows, questions, strict=True))
         assert max(bare.values()) == 1, skill.name
 
 
@@ -443,7 +443,7 @@ def test_every_phrasing_has_one_hole_and_there_are_enough() -> None:
 
 
 def test_every_phrasing_is_used() -> None:
-    instructions = [row.instruction for row in made(0).train]
+    instructions = [row.instruction for row in generate_cached(0).train]
     for skill in SKILLS:
         for phrasing in skill.phrasings.train:
             head = phrasing.split("{}")[0]
@@ -517,13 +517,13 @@ def test_a_family_is_made_without_the_others() -> None:
     """So that a change to one family leaves the rows of all others as they were."""
     for skill in SKILLS:
         alone = family_rows(skill, Draw("test", Random(f"0/{skill.name}/test")))
-        assert alone == [row for row in made(0).test if row.task == skill.name]
+        assert alone == [row for row in generate_cached(0).test if row.task == skill.name]
 
 
 def test_the_same_words_are_drawn_for_every_seed() -> None:
     """A model trained with one seed may be tested with another: no prompt of one is in the other's test split."""
-    train = {(row.instruction, row.input) for row in made(0).train}
-    assert not train & {(row.instruction, row.input) for row in made(1).test}
+    train = {(row.instruction, row.input) for row in generate_cached(0).train}
+    assert not train & {(row.instruction, row.input) for row in generate_cached(1).test}
 
 
 # Composition.
@@ -593,7 +593,7 @@ def test_number_words_count_up() -> None:
 
 
 def test_a_seed_decides_everything() -> None:
-    first, second = made(0), made(1)
+    first, second = generate_cached(0), generate_cached(1)
     assert generate(0) == first
     assert first.sha256 != second.sha256
     for part in (*SPLITS, "composed"):
@@ -617,9 +617,9 @@ print([name for name in ("torch", "numpy", "datasets", "transformers") if name i
 """
 
 
-def test_a_fresh_process_makes_the_same_data_quickly_from_the_standard_library() -> None:
+def test_a_fresh_process_makes_the_same_data_quickly() -> None:
     """Strings hash differently there, and the type checks of the test run neither slow it nor draw random numbers."""
     run = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True)
     seconds, sha256, untouched, heavy = run.stdout.splitlines()
     assert float(seconds) < 0.5
-    assert (sha256, untouched, heavy) == (made(0).sha256, "True", "[]")
+    assert (sha256, untouched, heavy) == (generate_cached(0).sha256, "True", "[]")

@@ -1,3 +1,5 @@
+"""Windows of tokens, and the texts that they are cut from."""
+
 import json
 
 import datasets
@@ -17,9 +19,6 @@ def stories(stories):
     return AutoTokenizer.from_pretrained(stories)
 
 
-# --- windows
-
-
 def test_windows_are_the_text_in_order_without_special_tokens(stories):
     tokens = stories(STORY * 4, add_special_tokens=False)["input_ids"]
     windows = text_windows(STORY * 4, stories, samples=5, length=7)
@@ -36,30 +35,27 @@ def test_windows_do_not_depend_on_how_much_text_follows(stories):
         assert windows.flatten().tolist() == whole[: 10 * samples]
 
 
-def test_a_text_of_few_tokens_a_character_is_still_read_to_its_end(stories, monkeypatch):
-    monkeypatch.setattr("mopcompress.data.text_windows.CHARACTERS_A_TOKEN", 1)
+def test_a_text_of_many_tokens_is_read_to_its_end(stories, monkeypatch):
+    monkeypatch.setattr("mopcompress.data.text_windows.CHARACTERS_PER_TOKEN", 1)
     whole = stories(STORY * 4, add_special_tokens=False)["input_ids"]
     windows = text_windows(STORY * 4, stories, samples=10, length=8)
     assert windows.flatten().tolist() == whole[:80]
 
 
-def test_exactly_enough_text_is_enough_and_one_token_less_is_not(stories):
+def test_exactly_enough_text_is_enough(stories):
     count = len(stories(STORY, add_special_tokens=False)["input_ids"])
     assert text_windows(STORY, stories, samples=1, length=count).shape == (1, count)
-    with pytest.raises(DataError, match=rf"has 0 window\(s\) of {count + 1} tokens \({count} tokens\), 1 are wanted"):
+    with pytest.raises(DataError, match=rf"has 0 window\(s\) of {count + 1} tokens \({count} tokens\), 1 are needed"):
         text_windows(STORY, stories, samples=1, length=count + 1)
 
 
-def test_document_windows_are_prompts_and_responses_with_nothing_between():
+def test_document_windows_join_prompts_and_responses():
     documents = [Document("t", tuple(range(10 * n, 10 * n + 5)), 3) for n in range(4)]
     tokens = [token for document in documents for token in document.tokens]
     assert document_windows(documents, samples=3, length=6).tolist() == [tokens[:6], tokens[6:12], tokens[12:18]]
     assert document_windows(documents, samples=1, length=20).tolist() == [tokens]
-    with pytest.raises(DataError, match=r"has 3 window\(s\) of 6 tokens \(20 tokens\), 4 are wanted"):
+    with pytest.raises(DataError, match=r"has 3 window\(s\) of 6 tokens \(20 tokens\), 4 are needed"):
         document_windows(documents, samples=4, length=6)
-
-
-# --- text
 
 
 def test_a_text_file_is_read_as_it_is(tmp_path):
@@ -74,17 +70,17 @@ def test_texts_of_a_table_are_joined_by_blank_lines(tmp_path):
     assert read_text(str(path)) == "one\n\n\n\ntwo\n"
 
 
-def test_a_hub_data_set_is_its_train_split(monkeypatch):
-    asked = []
+def test_a_hub_data_set_gives_its_train_split(monkeypatch):
+    calls = []
 
     def load_dataset(*arguments):
-        asked.append(arguments)
+        calls.append(arguments)
         parts = {"test": ["no"], "train": ["one", "two"]}
         return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_text("somebody/wikitext:raw") == "one\n\ntwo"
-    assert asked == [("somebody/wikitext", "raw")]
+    assert calls == [("somebody/wikitext", "raw")]
 
 
 @pytest.mark.parametrize(
@@ -96,13 +92,13 @@ def test_a_hub_data_set_is_its_train_split(monkeypatch):
     ],
 )
 def test_unfit_hub_data_are_refused(monkeypatch, parts, claim):
-    made = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": part}) for name, part in parts.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
     with pytest.raises(DataError, match=claim):
         read_text("somebody/something")
 
 
-def test_what_cannot_be_had_says_so(tmp_path, monkeypatch):
+def test_missing_texts_are_refused_with_advice(tmp_path, monkeypatch):
     def load_dataset(*_):
         raise ConnectionError("offline")
 

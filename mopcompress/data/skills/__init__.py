@@ -1,9 +1,9 @@
 """Instruction data made on the spot: twelve families of short tasks, each item with one computed answer.
 
-draw        what one split may draw; no word or number list is shared between splits
+draw        the words and numbers of one split; splits share none
 words       the words that several families use
-skill       what a family is: phrasings, a question, follow-ups
-forms       how an answer of each kind is asked for
+skill       the parts of a family: phrasings, questions, follow-ups
+forms       phrases that ask for each kind of answer
 generation  all of it phrased, split and composed
 
 One family each: arithmetic, dates, units, sorting, selecting, strings, records, classification, reshaping, code,

@@ -1,4 +1,4 @@
-"""Random choices that stay inside one split: no word and no number is drawn for training and for testing.
+"""Random choices that stay inside one split: no word or number is drawn for both training and testing.
 
 One rule decides: the k-th word of a list, and the number k, belong to the split ``TURNS[k % 11]``. It does not depend
 on the seed, so a model trained with one seed can be tested with another. 11 shares no factor with 7, 10 or 12, so no

@@ -1,4 +1,4 @@
-"""How each kind of answer is asked for, and how a second task is joined to a first."""
+"""Phrases that ask for each kind of answer, and phrases that join a second task to a first."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
-"""All families phrased, split, and composed two by two. This is the only place that puts a prompt together.
+"""All families phrased, split, and composed two by two. No other module composes prompts.
 
-Every sequence of random numbers is keyed by what it is for (`0/sorting/train`), so a change to one family leaves the
-others as they were.
+Every sequence of random numbers is keyed by its purpose (`0/sorting/train`), so a change of one family does not change
+the others.
 """
 
 from itertools import cycle, product

@@ -1,4 +1,4 @@
-"""The same data in another notation: CSV, JSON, key=value pairs, lists."""
+"""Data rewritten in another notation: CSV, JSON, key=value pairs, lists."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a family of instructions is: phrasings, a way to make a question, and ways to go on from another answer."""
+"""The parts of a family of instructions: phrasings, questions, and follow-ups to the answer of another family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
