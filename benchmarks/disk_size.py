@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mopcompress.entrypoints.export import export
 from mopcompress.environment import provenance
-from mopcompress.formats.model_reader import header_of, open_model
+from mopcompress.formats.model_reader import open_model, read_header
 from mopcompress.models.meta_model import load_meta_model
 from mopcompress.models.model_loading import copy_other_files, resolve_model
 from mopcompress.models.quantization_grid import FILE, read_grid, write_grid
@@ -87,7 +87,7 @@ def row_of(folder: Path, scratch: Path) -> dict[str, Any]:
     target = scratch / "exported"
     facts = export(str(folder), "sparse", target)
     stored = open_model(target)
-    headers = [json.loads(one) for path in stored.files for name, one in header_of(path).items() if "." in name]
+    headers = [json.loads(one) for path in stored.files for name, one in read_header(path).items() if "." in name]
     grid = read_grid(folder)
     shutil.rmtree(target)
     return {
