@@ -26,9 +26,10 @@ class MopError(Exception):
     line ends with; every child has its own.
 
     Example:
+        >>> from pathlib import Path
         >>> import mopcompress
         >>> try:
-        ...     mopcompress.load_recipe("missing.yaml")
+        ...     mopcompress.load_recipe(Path("missing.yaml"))
         ... except mopcompress.MopError as error:
         ...     print(type(error).__name__, error.exit_code)
         InputNotFoundError 66

@@ -101,8 +101,16 @@ def compress_model(
         NumericalError: A linear's calibration cannot be used; the message names the linear.
 
     Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from mopcompress import compress_model, load_model
+        >>> from mopcompress.compress.plan import MethodConfig
+        >>> model = load_model(Path("runs/model"), device=torch.device("cpu"))
+        >>> tokens = torch.randint(5, 60, (4, 16))  # better: windows of text, by `text_windows`
         >>> prune = MethodConfig(method="sparsegpt", options={"sparsity": 0.5})
         >>> rows = compress_model(model, tokens, [prune])
+        >>> rows[0].zeros / rows[0].weights
+        0.5
     """
     methods = plan_methods(model, configs)
     rows: list[LayerRow] = []

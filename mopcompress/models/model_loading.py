@@ -74,10 +74,28 @@ def resolve_model(
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Load a folder's model, with its repair if it has one, ready to be taken apart and prompted.
+    """Load the model of a folder, with its tokenizer, and with its low-rank repair if it has one.
 
-    Raises `RefusedError` for pickled weights and remote code, and `DataError` for a folder that holds no causal
-    language model, or an incomplete one.
+    Args:
+        folder: A folder in the layout of Hugging Face, with safetensors: what `prune` and `quantize` write, or a
+            download. `resolve_model` turns a name such as `smollm2` into its folder.
+        device: The device of the weights.
+        dtype: The dtype of the weights.
+
+    Returns:
+        The model in evaluation mode, whose blocks can be run one by one and whose attention accepts prompts.
+
+    Raises:
+        RefusedError: The weights are pickled, or the model needs code of its own.
+        DataError: The folder holds no causal language model, or an incomplete one.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> import mopcompress
+        >>> model = mopcompress.load_model(Path("runs/model"), device=torch.device("cpu"))
+        >>> len(model.blocks)
+        4
     """
     check_folder(folder)
     try:
