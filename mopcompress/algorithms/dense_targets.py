@@ -1,4 +1,4 @@
-"""Targets from the dense model: a compressed linear reproduces the dense model's outputs, or its own.
+"""Dense targets: fit each compressed linear to the dense model's outputs (GPTAQ).
 
 A linear behind compressed ones sees inputs x that differ from the dense model's. Its target is W x, or W x_dense as in
 GPTAQ (Li et al., https://arxiv.org/abs/2504.02692), which does this for the rounding of GPTQ. The second target is the

@@ -1,4 +1,4 @@
-"""Profiles of the dense model's linears before pruning, and a trial of each sparsity allocation."""
+"""Statistics of the dense model per linear, for OWL and other allocations, and the error of each allocation."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""Recovered models as transformers has models: `from_pretrained`, `generate`, `pipeline`, `Trainer`."""
+"""Recovered models as transformers classes: `from_pretrained`, `generate`, `pipeline`, `Trainer`."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The linears that `targets` and `ignore` of a recipe select: `Linear` for all, exact dotted names, or `re:` patterns.
+"""Selection of linears by the `targets` and `ignore` of a recipe.
 
 A pattern is matched from the start of a name. It selects the linears whose name it matches; if there are none, those
 whose weight's name it matches (`re:.*q_proj.weight`); else all in modules whose name it matches (`model.layers.0`).
