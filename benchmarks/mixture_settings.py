@@ -20,16 +20,15 @@ import numpy as np
 from mopcompress.cli.progress_display import progress_on
 from mopcompress.data.dataset import load_dataset
 from mopcompress.entrypoints.evaluate import score
-from mopcompress.entrypoints.from_recipe import first_layer
-from mopcompress.entrypoints.train_adapter import train_adapter
+from mopcompress.entrypoints.inputs import SplitStates
+from mopcompress.entrypoints.train_adapter import TrainingSetup, train_adapter
 from mopcompress.environment import choose_device
 from mopcompress.evaluation.perplexity import macro_perplexity, micro_average
-from mopcompress.evaluation.state_cache import TRAINING_DTYPE, load_or_compute_states
-from mopcompress.models.model_loading import load_model, resolve_model, weights_hash
+from mopcompress.models.model_loading import open_model
 from mopcompress.progress import Progress
 from mopcompress.recipe import load_recipe
 from mopcompress.recipe.pruning_modifiers import replace_checked
-from mopcompress.recover.adapter import AdapterInputs, trained_parameters
+from mopcompress.recover.adapter import trained_parameters
 from mopcompress.report.bootstrap import PairedBootstrap
 from mopcompress.report.number_format import change_with_interval
 
@@ -76,30 +75,23 @@ def measured(
     rows = {"train_rows": BATCH * steps, "validation_rows": ROWS, "test_rows": 10}
     recipe = load_recipe(recipe_file, {"model": model_name, "data": data, **rows})
     modifier = replace_checked(recipe.recovery, **{"steps": STEPS, "batch_size": BATCH, **changes})
-    base = resolve_model(recipe.run.model)
-    model = load_model(base, device=choose_device(recipe.run.device))
-    sha256, size = weights_hash(base), recipe.run.eval_batch_size
-    documents = load_dataset(recipe.run, model.tokenizer)
-    layer = first_layer(modifier.arm, modifier.layer, model)
-    states = load_or_compute_states(
-        model, sha256, documents.train, layer, size, "training rows", progress, dtype=TRAINING_DTYPE
-    )
-    validation = load_or_compute_states(model, sha256, documents.validation, layer, size, "validation rows", progress)
-    material = AdapterInputs(model, states, documents.tasks)
-    recovered = train_adapter(modifier, material, sha256, seed=recipe.run.seed, progress=progress)
-    scores = score(model, validation, recovered.adapter, size, progress)
+    base = open_model(recipe.run.model, device=choose_device(recipe.run.device))
+    states = SplitStates(base, load_dataset(recipe.run, base.model.tokenizer), recipe.run.eval_batch_size, progress)
+    trained = train_adapter(modifier, TrainingSetup(states=states, seed=recipe.run.seed, progress=progress))
+    validation = states.validation(trained.config.layer)
+    scores = score(base.model, validation, trained.adapter, recipe.run.eval_batch_size, progress)
     return {
         "name": name,
         "changes": changes,
         "perplexity": micro_average(scores).perplexity,
         "perplexity_macro": macro_perplexity(scores),
-        "trained_parameters": trained_parameters(recovered.adapter),
+        "trained_parameters": trained_parameters(trained.adapter),
         "learning_rate": modifier.rate,
         "rows": len(scores.nats),
         "tasks": list(scores.tasks),
         "scored_tokens": list(scores.scored_tokens),
         "nats": list(scores.nats),
-        "model": sha256,
+        "model": base.sha256,
     }
 
 

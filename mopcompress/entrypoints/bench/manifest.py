@@ -2,13 +2,16 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mopcompress.errors import RecipeError
+from mopcompress.errors import DataError, RecipeError
 from mopcompress.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from mopcompress.recipe.arms import revision_of
 from mopcompress.recipe.recipe import with_present_names
 from mopcompress.recipe.run_spec import CELLS, NOTHING, stored_names_of_fields
+from mopcompress.results import Cell, check_comparable, read_rows
 from mopcompress.storage import artifacts
 from mopcompress.storage.artifacts import differences
 
@@ -63,6 +66,20 @@ def continue_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
         "earlier": earlier_runs,
         "protocol": [*manifest["protocol"], *dict.fromkeys(sentences)],
     }
+
+
+def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
+    """Raise `DataError` when rows of `folder` cannot be compared with each other, or with those still missing."""
+    path = folder / "rows.jsonl"
+    rows = read_rows(path)
+    check_comparable(rows, path)
+    missing_arms = {cell.arm for cell in {*cells} - {row.cell for row in rows}}
+    for row in rows:
+        if row.arm in missing_arms and row.revision != revision_of(row.arm):
+            raise DataError(
+                f"{path}: {row.arm} has changed since (revision {row.revision}, now {revision_of(row.arm)}), so that "
+                "its other cells would be of another arm; use another --output-dir"
+            )
 
 
 def _stored_recipe(manifest: dict[str, Any], path: Path) -> dict[str, Any]:

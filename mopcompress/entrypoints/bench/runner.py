@@ -14,7 +14,7 @@ from typing import Any
 
 from mopcompress.data.dataset import EncodedDataset
 from mopcompress.entrypoints.bench.cell import adapter_folder, record_cell
-from mopcompress.entrypoints.bench.manifest import continue_manifest, write_manifest
+from mopcompress.entrypoints.bench.manifest import check_rows, continue_manifest, write_manifest
 from mopcompress.entrypoints.bench.protocol import new_manifest
 from mopcompress.entrypoints.compress import compress_into
 from mopcompress.entrypoints.evaluate import measure
@@ -30,7 +30,6 @@ from mopcompress.models.model_loading import OpenedModel, open_model
 from mopcompress.models.smollm2 import NOTE
 from mopcompress.progress import Progress, silent
 from mopcompress.recipe import PromptRecoveryModifier, Recipe
-from mopcompress.recipe.arms import revision_of
 from mopcompress.recipe.pruning_modifiers import replace_checked
 from mopcompress.recover.checkpoint import CheckpointFolder, resumable_training
 from mopcompress.recover.distillation import Distillation
@@ -41,7 +40,6 @@ from mopcompress.results import (
     BenchRow,
     Cell,
     append_row,
-    check_comparable,
     folder_name,
     read_rows,
     read_sweeps,
@@ -269,17 +267,3 @@ def _check_arms(
         config = adapter_config(modifier, source.model, dataset.tasks, source.sha256)
         adapter = RECOVERY_METHODS[modifier.arm].build(source.model, config)
         check_dense_shapes(adapter, source.model, load_dense_weights(modifier, source))
-
-
-def check_rows(folder: Path, cells: Sequence[Cell]) -> None:
-    """Raise `DataError` when rows of `folder` cannot be compared with each other, or with those still missing."""
-    path = folder / ROWS
-    rows = read_rows(path)
-    check_comparable(rows, path)
-    missing_arms = {cell.arm for cell in {*cells} - {row.cell for row in rows}}
-    for row in rows:
-        if row.arm in missing_arms and row.revision != revision_of(row.arm):
-            raise DataError(
-                f"{path}: {row.arm} has changed since (revision {row.revision}, now {revision_of(row.arm)}), so that "
-                "its other cells would be of another arm; use another --output-dir"
-            )
