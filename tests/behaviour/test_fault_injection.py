@@ -71,7 +71,7 @@ def test_impossible_flags_of_bench(flag: str, found: str, says: str) -> None:
         ("--sparsity", "nan", "nan"),
         ("--method", "sparsgpt", "did you mean 'sparsegpt'?"),
         ("--pattern", "4:2", "not N:M"),
-        ("--max-fallback", "2", "2"),
+        ("--set", "run.max_fallback_fraction=2", "run.max_fallback_fraction: not less than or equal to 1, found 2"),
     ],
 )
 def test_impossible_flags_of_prune(flag: str, found: str, says: str) -> None:

@@ -117,6 +117,8 @@ def test_a_setting_of_the_run_wins_over_the_recipe() -> None:
     assert run.columns == {"q": "input"}
     recipe = recipe_from_dict({"run": {"write_tokens": 5, "text": "a"}}, "r", {"seed": 1}, {"max_new_tokens": 7})
     assert (recipe.run.max_new_tokens, recipe.run.eval_text, recipe.run.seed) == (7, "a", 1)
+    recipe = recipe_from_dict({"run": {"write_tokens": 5, "text": "a"}}, "r", {"text": "b"}, {"write_tokens": 7})
+    assert (recipe.run.max_new_tokens, recipe.run.eval_text) == (7, "b")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,12 @@ def test_settings_of_repair_add_one() -> None:
             "--sparsity: given twice, by --set pruning.sparsity too",
         ),
         (pruned, ("pruning.mask_structure=2:4",), {"pattern": "2:4"}, "--pattern: given twice, by --set"),
+        (
+            pruned,
+            ("pruning.mask_structure=2:4",),
+            {"sparsity": 0.6},
+            "--sparsity: mask_structure 2:4 removes a share of",
+        ),
         (pruned, ("pruning.final_sparsity=0.6",), {"method": "magnitude", "sparsity": 0.5}, "--sparsity: given twice"),
         (pruned, ("pruning.head_sparsity=0.5",), {}, "--set pruning.head_sparsity: no such field"),
         (pruned, ("pruning.refit_steps=2",), {"sparsity": 50.0}, "--sparsity: 50.0 is not a share of weights"),
