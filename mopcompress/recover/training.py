@@ -169,7 +169,9 @@ def _clip_gradient(
 def _check_finite(value: float, name: str, step: int, training: TrainingConfig) -> None:
     if not math.isfinite(value):
         rate = f"{training.learning_rate:g}"
-        raise NumericalError(f"training step {step}: the {name} is {value} with --learning-rate {rate}; lower it")
+        raise NumericalError(
+            f"training step {step}: the {name} is {value} with recovery.learning_rate {rate}; lower it"
+        )
 
 
 def _trainable_groups(adapter: Adapter, rates: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:
