@@ -5,7 +5,7 @@
 ENV is an environment with llm-compressor (`pip install 'llmcompressor==0.14.*'`). For every setting (unstructured 50,
 70 and 85 %, 2:4, GPTQ with 3 bits in groups of 64) three commands compress the same folder, one after the other, each
 in a process of its own: theirs, ours with the same method, and ours with the words of `--default`. Then this process
-scores all of them in float32. Everything is at its default: their GPTQ takes scales from minimum and maximum (their
+scores all of them in float32. Everything else has its default: their GPTQ takes scales from minimum and maximum (their
 `observer: mse` would look for better ones), ours those of the least squared error.
 
 Seconds are of compression alone, without imports, loading and saving; process seconds are of the whole process that
@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from sparsegpt_reference import perplexity, untokenised
+from sparsegpt_reference import detokenized, perplexity
 
 from mopcompress.data.text_windows import text_windows
 from mopcompress.environment import now, provenance
@@ -49,7 +49,7 @@ SAME_GPTQ = """gptq_stage:
 
 @dataclass(frozen=True)
 class Run:
-    """One compression: a setting, who does it, and the words of the command but for paths."""
+    """One compression: a setting, the arm that does it, and the words of the command without paths."""
 
     setting: str
     arm: str
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def key(self) -> list[object]:
-        """The same on every machine: paths are told apart by their last part."""
+        """The identity of the run, the same on every machine: of a path, the last part counts."""
         words = [Path(word).name if "/" in word else word for word in shlex.split(self.words)]
         return [self.setting, self.arm, self.repeat, shlex.join(words)]
 
@@ -69,7 +69,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = resolve_model(arguments.model)
     text = folder / "calibration.txt"
-    text.write_text(untokenised(arguments.data / "wikitext2_tokens_valid.txt"), encoding="utf-8")
+    text.write_text(detokenized(arguments.data / "wikitext2_tokens_valid.txt"), encoding="utf-8")
     (folder / "gptq.yaml").write_text(SAME_GPTQ, encoding="utf-8")
     rows = read_rows(folder)
     finished = [row["key"] for row in rows]
@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
 
 
 def runs_of(arguments: argparse.Namespace) -> list[Run]:
-    """Arm after arm in every setting, so that a machine that gets slower does so for all."""
+    """List all runs, arm after arm in every setting, so that a machine that gets slower does so for all arms."""
     python = shlex.quote(str(arguments.their_python))
     backend = f"--backend llmcompressor --backend-python {python} --set run.max_fallback_fraction=1"
     runs = []
@@ -131,7 +131,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def compressed(run: Run, source: Path, text: Path, target: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the command; what it took, as its manifest and the operating system tell it."""
+    """Run the command, and return its costs from its manifest and from the operating system."""
     words = [*shlex.split(run.words), source, "--calibration", text, "--output-dir", target, "--json"]
     size = ["--num-calibration-samples", arguments.samples, "--max-seq-length", arguments.length, "--device", "cpu"]
     command = [sys.executable, "-m", "mopcompress", *map(str, words + size)]
@@ -156,14 +156,14 @@ def compressed(run: Run, source: Path, text: Path, target: Path, arguments: argp
 
 def score(folder: Path, arguments: argparse.Namespace) -> float:
     model = load_model(folder, device=torch.device("cpu"))
-    text = untokenised(arguments.data / "wikitext2_tokens_test.txt")
+    text = detokenized(arguments.data / "wikitext2_tokens_test.txt")
     return perplexity(
         model, text_windows(text, model.tokenizer, samples=arguments.test_samples, length=arguments.length)
     )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a setting and arm; medians over repeats, and ratios to theirs."""
+    """Return one line per setting and arm: medians over repeats, and ratios to theirs."""
     lines = [
         "| setting | who | perplexity | x theirs | seconds | x theirs | process s | x theirs | peak GB | x theirs |",
         "|---|---|" + "--:|" * 8,
@@ -181,14 +181,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     made_by = sorted({f"{row['commit']}{' (changed)' if row['dirty'] else ''}" for row in rows})
     theirs = next((row["their_versions"] for row in rows if row["their_versions"]), {})
-    told = ", ".join(f"{name} {version}" for name, version in theirs.items())
+    versions = ", ".join(f"{name} {version}" for name, version in theirs.items())
     threads = sorted({row["compressing_threads"] for row in rows})
-    return "\n".join([*lines, "", f"Commit {', '.join(made_by)}; theirs: {told}; threads {threads}.", ""])
+    return "\n".join([*lines, "", f"Commit {', '.join(made_by)}; theirs: {versions}; threads {threads}.", ""])
 
 
 def middle(rows: list[dict[str, Any]], setting: str, arm: str, name: str) -> float:
-    found = [row[name] for row in rows if (row["setting"], row["arm"]) == (setting, arm)]
-    return median(found) if found else 0.0
+    values = [row[name] for row in rows if (row["setting"], row["arm"]) == (setting, arm)]
+    return median(values) if values else 0.0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How much of this machine's GEMM peak our compression reaches: FLOPs needed over FLOPs that there was time for.
+"""The fraction of this machine's GEMM peak that our compression reaches: FLOPs needed over FLOPs possible in its time.
 
     python benchmarks/compression_speed.py [--calibration TEXT] [--method alps] [--sparsity 0.5]
 
-Needed is what the method asks for when nothing is computed twice: every linear and the causal half of attention once,
+FLOPs needed are those of the method when nothing is computed twice: every linear and the causal half of attention once,
 the lower half of each Gram matrix (one for linears that share their input), its Cholesky factor and the inverse of
 that, and the sweep or the solver's steps; where the dense model is matched, its pass, the product of its inputs (or
 outputs, where fewer) with the inputs, and the target too. Norms, rotary embeddings, softmax, the choice of masks and
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from sparsegpt_reference import untokenised
+from sparsegpt_reference import detokenized
 from torch import Tensor
 
 from mopcompress.algorithms.alps import _STEPS_PER_PENALTY as STEPS_PER_PENALTY
@@ -43,21 +43,23 @@ def main() -> None:
     arguments = parse()
     device = torch.device("cpu")
     recipe = pruning_recipe(load_recipe(arguments.recipe), method=arguments.method, sparsity=arguments.sparsity)
-    modifiers = [one for one in recipe.modifiers(Spec) if isinstance(one, Masking)]
+    modifiers = [modifier for modifier in recipe.modifiers(Spec) if isinstance(modifier, Masking)]
     model = load_model(resolve_model(arguments.model), device=device)
-    text = untokenised(arguments.calibration)
+    text = detokenized(arguments.calibration)
     tokens = text_windows(text, model.tokenizer, samples=arguments.samples, length=arguments.length)
-    compressions = [method_config(one) for one in modifiers]
-    flops = needed(model, tokens, compressions)
+    configs = [method_config(modifier) for modifier in modifiers]
+    flops = needed_flops(model, tokens, configs)
     before = gemm_peak()
     start = time.perf_counter()
-    shared = [allocate_sparsity(one, how, model, tokens) for one, how in zip(compressions, modifiers, strict=True)]
-    rows = compress_model(model, tokens, shared)
+    allocated = [
+        allocate_sparsity(config, modifier, model, tokens) for config, modifier in zip(configs, modifiers, strict=True)
+    ]
+    rows = compress_model(model, tokens, allocated)
     seconds = time.perf_counter() - start
     peak = max(before, gemm_peak())
     total = sum(flops.values())
     result = {
-        "methods": [one.method for one in compressions],
+        "methods": [config.method for config in configs],
         "sparsity": sum(row.zeros for row in rows) / sum(row.weights for row in rows),
         "tokens": list(tokens.shape),
         "seconds": seconds,
@@ -84,13 +86,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[MethodConfig]) -> Counter[str]:
-    """FLOPs by kind of work; a multiply-add is two. Grouped by the inputs that linears share."""
+def needed_flops(model: LanguageModel, tokens: Tensor, configs: Sequence[MethodConfig]) -> Counter[str]:
+    """Count FLOPs by kind of work; a multiply-add is two. Linears with the same inputs share a Gram matrix."""
     samples, length = tokens.shape
     flops: Counter[str] = Counter()
     config = model.config
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    seen = max(one.dense_samples(samples) for one in compressions)  # by the dense model
+    dense_samples = max(config.dense_samples(samples) for config in configs)  # that the dense model runs on
     with torch.inference_mode():
         for index in range(len(model.blocks)):
             with record_inputs(linears_of(model, index)) as inputs:
@@ -99,36 +101,38 @@ def needed(model: LanguageModel, tokens: Tensor, compressions: Sequence[MethodCo
             rows_of: Counter[int] = Counter()
             for linear, value in inputs.items():
                 rows_of[id(value)] += linear.weight.numel() // value.shape[-1]
-            flops["attention"] += 2 * (samples + seen) * length * length * width
-            flops["linears"] += 2 * (samples + seen) * length * sum(linear.weight.numel() for linear in inputs)
+            flops["attention"] += 2 * (samples + dense_samples) * length * length * width
+            flops["linears"] += 2 * (samples + dense_samples) * length * sum(linear.weight.numel() for linear in inputs)
             for key, size in size_of.items():
                 flops["grams"] += tokens.numel() * size * (size + 1)
-                flops["grams"] += 2 * seen * length * size * min(size, 2 * rows_of[key])  # by inputs or by outputs
-                flops["solvers"] += sum(solver_flops(one, rows_of[key], size) for one in compressions)
-                flops["solvers"] += (size**3 // 3 + 4 * rows_of[key] * size**2) * bool(seen)
+                flops["grams"] += (
+                    2 * dense_samples * length * size * min(size, 2 * rows_of[key])
+                )  # by inputs or by outputs
+                flops["solvers"] += sum(solver_flops(config, rows_of[key], size) for config in configs)
+                flops["solvers"] += (size**3 // 3 + 4 * rows_of[key] * size**2) * bool(dense_samples)
     return flops
 
 
-def solver_flops(compression: MethodConfig, rows: int, size: int) -> int:
-    """Of one stack of linears with the same inputs, beyond their Gram matrix and their target."""
-    options = compression.options
+def solver_flops(config: MethodConfig, rows: int, size: int) -> int:
+    """Count the FLOPs of the linears with the same inputs, without those of their Gram matrix and their target."""
+    options = config.options
     factor, product = 2 * size**3 // 3, 2 * rows * size**2
-    flops = compression.refit_steps * product
-    if compression.method in {"sparsegpt", "gptq"}:
+    flops = config.refit_steps * product
+    if config.method in {"sparsegpt", "gptq"}:
         flops += factor + product // 2
-    if compression.method == "alps":
+    if config.method == "alps":
         steps, refit_steps = int(str(options["steps"])), int(str(options["refit_steps"]))
         flops += (steps + 1 + refit_steps) * product + -(-steps // STEPS_PER_PENALTY) * size**3
     return flops
 
 
 def gemm_peak(size: int = 2048, repeats: int = 8) -> float:
-    """FLOPs a second of the best float32 product, with the threads that compression has."""
-    left, right, into = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
+    """Return the FLOPs per second of the fastest float32 product, with the threads that compression has."""
+    left, right, product = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        torch.mm(left, right, out=into)
+        torch.mm(left, right, out=product)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

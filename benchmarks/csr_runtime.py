@@ -1,11 +1,11 @@
-"""Tokens a second on a CPU: linears dense in fp32, against `torch.sparse_csr` linears of their survivors.
+"""Tokens per second on a CPU: linears dense in fp32, against `torch.sparse_csr` linears of their survivors.
 
     python benchmarks/csr_runtime.py [--rounds 7] [--new-tokens 32] [--ratios 0.5,0.85,0.95]
 
 SmolLM2, its linears pruned by magnitude; the head and the embeddings stay dense in both. Generation is greedy with a
-key-value cache, batch 1, from a prompt of 32 tokens, its own time left out; prefill is one forward of 1 x 32 and 1 x
-256 tokens. Both networks are in this process and take turns, after one turn each that is not counted. Prints one JSON
-object, medians with the least and greatest, and on stderr a table; a ratio below 1 is a loss.
+key-value cache, batch 1, from a prompt of 32 tokens, whose time is not counted; prefill is one forward of 1 x 32 and
+1 x 256 tokens. Both networks are in this process and take turns, after one turn each that is not counted. Prints one
+JSON object, medians with the least and greatest, and on stderr a table; a ratio below 1 is a loss.
 """
 
 import argparse
@@ -33,17 +33,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--ratios", default="0.5,0.85,0.95")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     source = resolve_model("smollm2")
     rows = []
     with torch.inference_mode():
-        for ratio in map(float, asked.ratios.split(",")):
+        for ratio in map(float, arguments.ratios.split(",")):
             dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
             prune(dense, ratio)
             sparse = copy.deepcopy(dense)
             replaced = use_sparse_linears(sparse, sparsity=0.9 * ratio)
-            rows += [row | {"replaced": replaced} for row in measure(dense, sparse, ratio, asked)]
-    print(json.dumps({"rows": rows, "rounds": asked.rounds, **provenance(torch.device("cpu"))}, indent=1))
+            rows += [row | {"replaced": replaced} for row in measure(dense, sparse, ratio, arguments)]
+    print(json.dumps({"rows": rows, "rounds": arguments.rounds, **provenance(torch.device("cpu"))}, indent=1))
 
 
 def prune(network: PreTrainedModel, ratio: float) -> None:
@@ -54,21 +54,21 @@ def prune(network: PreTrainedModel, ratio: float) -> None:
 
 
 def measure(
-    dense: PreTrainedModel, sparse: PreTrainedModel, ratio: float, asked: argparse.Namespace
+    dense: PreTrainedModel, sparse: PreTrainedModel, ratio: float, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     tasks: dict[str, tuple[int, Callable[[PreTrainedModel], float]]] = {
-        f"prefill {length}": (length, lambda network, length=length: prefill_seconds(network, tokens_of(length)))
+        f"prefill {length}": (length, lambda network, length=length: prefill_seconds(network, random_tokens(length)))
         for length in PREFILLS
     }
-    tasks["generation"] = (asked.new_tokens, lambda network: generation_seconds(network, asked.new_tokens))
+    tasks["generation"] = (arguments.new_tokens, lambda network: generation_seconds(network, arguments.new_tokens))
     rows = []
     for task, (tokens, seconds) in tasks.items():
         taken: dict[str, list[float]] = {"dense": [], "csr": []}
-        for round_number in range(asked.rounds + 1):
+        for round_number in range(arguments.rounds + 1):
             for name, network in (("dense", dense), ("csr", sparse)):
-                one = seconds(network)
+                elapsed = seconds(network)
                 if round_number:
-                    taken[name].append(tokens / one)
+                    taken[name].append(tokens / elapsed)
         row: dict[str, Any] = {"sparsity": ratio, "task": task}
         for name, speeds in taken.items():
             row |= {f"{name}_tokens_per_second": statistics.median(speeds), f"{name}_range": [min(speeds), max(speeds)]}
@@ -86,15 +86,16 @@ def prefill_seconds(network: PreTrainedModel, tokens: Tensor) -> float:
 
 
 def generation_seconds(network: PreTrainedModel, new_tokens: int) -> float:
-    """Greedy, token by token, after a prompt whose time is not counted."""
-    left = network(input_ids=tokens_of(32), use_cache=True, logits_to_keep=1)
+    """Time greedy generation, token by token, after a prompt whose time is not counted."""
+    output = network(input_ids=random_tokens(32), use_cache=True, logits_to_keep=1)
     start = time.perf_counter()
     for _ in range(new_tokens):
-        left = network(input_ids=left.logits[:, -1:].argmax(-1), past_key_values=left.past_key_values, use_cache=True)
+        tokens = output.logits[:, -1:].argmax(-1)
+        output = network(input_ids=tokens, past_key_values=output.past_key_values, use_cache=True)
     return time.perf_counter() - start
 
 
-def tokens_of(length: int) -> Tensor:
+def random_tokens(length: int) -> Tensor:
     return torch.randint(100, 40_000, (1, length), generator=torch.Generator().manual_seed(length))
 
 

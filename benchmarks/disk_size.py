@@ -3,7 +3,7 @@
     python benchmarks/disk_size.py [FOLDER...]
 
 FOLDERs are models that `prune` and `quantize` made. Without any, SmolLM2's linears are pruned by magnitude, each
-matrix to 50, 85 and 95 %, and kept in fp16 or rounded to 4 bits with a scale for every 64, 96 or 192 inputs (128 does
+matrix to 50, 85 and 95 %, and stored in fp16 or rounded to 4 bits with a scale for every 64, 96 or 192 inputs (128 does
 not divide its 576): real masks, no calibration, useless models. Sizes are those of files and tensors that were
 written, read back and compared. A bitmask's size is the same for every mask of a ratio; gaps take less where zeros
 lie in runs, so methods that empty whole inputs come out smaller. Prints one JSON object and, on stderr, a table.
@@ -39,14 +39,16 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
     folders = parser.parse_args().folders
     with tempfile.TemporaryDirectory() as scratch:
-        rows = [row_of(folder, Path(scratch)) for folder in folders] if folders else magnitude(Path(scratch))
+        rows = (
+            [measure_folder(folder, Path(scratch)) for folder in folders] if folders else measure_pruned(Path(scratch))
+        )
     print(json.dumps({"rows": rows, **provenance(torch.device("cpu"))}, indent=1))
     for row in rows:
         line = f"{row['name']:32} linears {row['linears_ratio']:6.2f} x   folder {row['folder_ratio']:5.2f} x"
         print(line, row["places"], file=sys.stderr)
 
 
-def magnitude(scratch: Path) -> list[dict[str, Any]]:
+def measure_pruned(scratch: Path) -> list[dict[str, Any]]:
     source = resolve_model("smollm2")
     linears = [name for name in load_meta_model(source).linears if name != "lm_head"]
     rows = []
@@ -55,7 +57,7 @@ def magnitude(scratch: Path) -> list[dict[str, Any]]:
             name = f"magnitude {100 * ratio:g} % {'fp16' if group_size is None else f'int4 g{group_size}'}"
             folder = scratch / name
             write_compressed(source, folder, linears, ratio, group_size)
-            rows.append(row_of(folder, scratch))
+            rows.append(measure_folder(folder, scratch))
             shutil.rmtree(folder)
     return rows
 
@@ -68,26 +70,26 @@ def write_compressed(source: Path, folder: Path, linears: list[str], ratio: floa
         weight = weights[f"{name}.weight"].float()
         weight.view(-1)[weight.abs().flatten().argsort(stable=True)[: round(ratio * weight.numel())]] = 0.0
         if group_size is not None:
-            weight, scales[name] = rounded(weight, group_size)
+            weight, scales[name] = round_weight(weight, group_size)
         weights[f"{name}.weight"] = weight.half()
     save_file(weights, folder / SINGLE, {"format": "pt"})
     if scales:
         write_grid(folder / FILE, scales, bits=4, group_size=group_size)
 
 
-def rounded(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """The nearest of 16 levels; the scale just reaches the largest weight of the group."""
+def round_weight(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Round to the nearest of 16 levels; the scale just reaches the largest weight of the group."""
     groups = weight.view(len(weight), -1, group_size)
     scales = (groups.abs().amax(-1) / 7.5).half().clamp_min(2.0**-24)
     spread = scales.float()[..., None]
     return ((groups / spread).round().clamp(-8, 7).to(torch.int8) * spread).view_as(weight), scales
 
 
-def row_of(folder: Path, scratch: Path) -> dict[str, Any]:
+def measure_folder(folder: Path, scratch: Path) -> dict[str, Any]:
     target = scratch / "exported"
     facts = export(str(folder), "sparse", target)
     stored = open_model(target)
-    headers = [json.loads(one) for path in stored.files for name, one in read_header(path).items() if "." in name]
+    headers = [json.loads(text) for path in stored.files for name, text in read_header(path).items() if "." in name]
     grid = read_grid(folder)
     shutil.rmtree(target)
     return {
@@ -98,7 +100,7 @@ def row_of(folder: Path, scratch: Path) -> dict[str, Any]:
         "linears_bytes": facts["matrices_bytes"],
         "linears_ratio": facts["matrices_dense_bytes"] / facts["matrices_bytes"],
         "folder_ratio": facts["source_bytes"] / facts["model_bytes"],
-        "places": dict(Counter(f"{one['places']} {one.get('gap_bits', '')}".strip() for one in headers)),
+        "places": dict(Counter(f"{header['places']} {header.get('gap_bits', '')}".strip() for header in headers)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Tokens a second of generation: a bare network against the same one with adapters, greedy with a cache.
+"""Tokens per second of generation: a bare network against the same one with adapters, greedy with a cache.
 
     python benchmarks/generation_cost.py [MODEL] [--adapters FOLDER ... | --arm mop --experts 12] [--new-tokens 128]
         [--batches 1,8] [--rounds 5]
@@ -6,8 +6,8 @@
 A model folder (SmolLM2-135M if not given) in fp32 and adapters that `recover` wrote for it, or one of random values
 (they do not change the time), prompts of 64 random tokens. All take turns in one process, after a turn each that is
 not counted; every turn is one `generate` of the same prompt and exactly so many tokens. Prints one JSON object: medians
-with the least and greatest of the new tokens a second, and of each adapter's share of the time of the bare network,
-turn by turn. Prefill, the gate's reading with it, is in the time.
+with the least and greatest of the new tokens per second, and of each adapter's time relative to the bare network, turn
+by turn. The time includes the prefill, in which the gate reads the prompt.
 """
 
 import argparse
@@ -35,39 +35,39 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    asked = parse()
-    folder = resolve_model(asked.model)
+    arguments = parse()
+    folder = resolve_model(arguments.model)
     model = load_model(folder, device=CPU)
-    if asked.adapters:
+    if arguments.adapters:
         sha256 = weights_hash(folder)
-        adapters = {one.name: load_adapter(one, model, base_sha256=sha256) for one in asked.adapters}
+        adapters = {path.name: load_adapter(path, model, base_sha256=sha256) for path in arguments.adapters}
     else:
-        adapters = {asked.arm: random_adapter(model, asked.arm, asked.experts)}
+        adapters = {arguments.arm: random_adapter(model, arguments.arm, arguments.experts)}
     adapted = {name: MopForCausalLM.from_parts(model, *adapter) for name, adapter in adapters.items()}
     models = {"bare": model.network, **adapted}
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for batch in map(int, asked.batches.split(",")):
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for batch in map(int, arguments.batches.split(",")):
         generator = torch.Generator().manual_seed(batch)
         tokens = torch.randint(100, model.config.vocab_size, (batch, 64), generator=generator)
         turns = [
-            {name: seconds(one, tokens, asked.new_tokens) for name, one in models.items()}
-            for _ in range(asked.rounds + 1)
+            {name: generation_seconds(network, tokens, arguments.new_tokens) for name, network in models.items()}
+            for _ in range(arguments.rounds + 1)
         ][1:]
-        written = batch * asked.new_tokens
-        found[f"batch {batch}"] = {
-            **{f"{name}, tokens/s": spread([written / turn[name] for turn in turns]) for name in models},
+        new_tokens = batch * arguments.new_tokens
+        results[f"batch {batch}"] = {
+            **{f"{name}, tokens/s": spread([new_tokens / turn[name] for turn in turns]) for name in models},
             **{f"{name}, time against bare": spread([turn[name] / turn["bare"] for turn in turns]) for name in adapted},
         }
-        for what, values in found[f"batch {batch}"].items():
-            sys.stderr.write(f"batch {batch}: {what}: {values}\n")
-    described = {name: asdict(config) for name, (_, config) in adapters.items()}
+        for quantity, values in results[f"batch {batch}"].items():
+            sys.stderr.write(f"batch {batch}: {quantity}: {values}\n")
+    configs = {name: asdict(config) for name, (_, config) in adapters.items()}
     names = {"model": folder.name, "adapters": list(adapters)}  # a path says nothing on another machine
-    facts = {"asked": vars(asked) | names, "described": described, "found": found, **provenance(CPU)}
+    facts = {"asked": vars(arguments) | names, "described": configs, "found": results, **provenance(CPU)}
     print(json.dumps(facts, indent=1, default=str))
 
 
 def random_adapter(model: LanguageModel, arm: str, experts: int) -> tuple[Adapter, AdapterConfig]:
-    described = AdapterConfig(
+    config = AdapterConfig(
         arm=arm,
         experts=experts,
         prompts_per_expert=10,
@@ -76,19 +76,19 @@ def random_adapter(model: LanguageModel, arm: str, experts: int) -> tuple[Adapte
         base_sha256="",
         tasks=(),
     )
-    adapter = RECOVERY_METHODS[arm].build(model, described)
+    adapter = RECOVERY_METHODS[arm].build(model, config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for group in adapter.parameter_groups().values():
             for parameter in group:
                 parameter.normal_(std=0.1, generator=generator)
-    return adapter, described
+    return adapter, config
 
 
-def seconds(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> float:
-    """The time of one generation of exactly `count` tokens a row."""
+def generation_seconds(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> float:
+    """Time one generation of exactly `count` tokens per row."""
     start = time.perf_counter()
-    written = model.generate(
+    output = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
@@ -96,7 +96,7 @@ def seconds(model: PreTrainedModel, tokens: torch.Tensor, count: int) -> float:
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert written.shape[1] == tokens.shape[1] + count
+    assert output.shape[1] == tokens.shape[1] + count
     return time.perf_counter() - start
 
 

@@ -1,11 +1,12 @@
-"""In which of its settings a mixture beats one prompt: each is trained once and scored on validation rows.
+"""Settings of a mixture against one prompt: each is trained once and scored on validation rows.
 
     python benchmarks/mixture_settings.py MODEL --data FOLDER --output FILE.jsonl [--only NAMES]
 
-Rows and steps are those of `recovery.py`, rates the arms' own, with 300 validation rows and no test row: what is chosen
-here is then measured there. All have as many prompt tokens, a few more or less where they do not divide. A line a
-setting, at once; settings that are in FILE already are not trained again. Prints each against the single prompt (of its
-own kind: a deep mixture against a deep prompt) with the interval of a paired bootstrap over rows.
+Rows and steps are those of `recovery.py` and rates are the arms' own, with 300 validation rows and no test row: a
+choice that is made here is measured there. All settings have the same number of prompt tokens, or a few more or less
+where they do not divide. Each setting writes one line when it is done; settings that are in FILE already are not
+trained again. Prints each against the single prompt (of its own kind: a deep mixture against a deep prompt) with the
+interval of a paired bootstrap over rows.
 """
 
 import argparse
@@ -40,11 +41,11 @@ CANDIDATES: dict[str, dict[str, object]] = {
     "2 clusters": {"arm": "mop", "experts": 2, "prompts_per_expert": 40, "gate_labels": "clusters"},
     "3 clusters": {"arm": "mop", "experts": 3, "prompts_per_expert": 27, "gate_labels": "clusters"},
     "shared expert": {"arm": "mop", "shared_expert": True, "prompts_per_expert": 9},
-    "gate begins at zero": {"arm": "mop", "gate_temper": 0.0},
+    "gate begins at zero": {"arm": "mop", "gate_logit_scale": 0.0},
     "frozen gate": {"arm": "mop", "gate_learning_rate": 0.0},
-    "separate softmax": {"arm": "mop", "gate_reading": "separate"},
-    "deep single": {"arm": "single", "deep": True},
-    "deep": {"arm": "mop", "deep": True},
+    "separate softmax": {"arm": "mop", "gate_mode": "separate"},
+    "deep single": {"arm": "single", "per_layer_prompts": True},
+    "deep": {"arm": "mop", "per_layer_prompts": True},
     "single of 4 times the steps": {"arm": "single", "steps": 4 * STEPS},
     "4 times the steps": {"arm": "mop", "steps": 4 * STEPS},
 }
@@ -52,34 +53,34 @@ BASELINES = {"deep": "deep single", "4 times the steps": "single of 4 times the 
 
 
 def main() -> None:
-    asked = parse()
-    done = read(asked.output)
+    arguments = parse()
+    results = read(arguments.output)
     with progress_on(sys.stderr, quiet=False) as progress:
-        for name in asked.only or CANDIDATES:
-            if name not in done:
-                done[name] = measured(name, CANDIDATES[name], asked.model, asked.recipe, asked.data, progress)
-                with asked.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done[name]) + "\n")
-    for name, row in done.items():
-        baseline = done.get(BASELINES.get(name, "single"))
+        for name in arguments.only or CANDIDATES:
+            if name not in results:
+                results[name] = measure(name, arguments, progress)
+                with arguments.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(results[name]) + "\n")
+    for name, row in results.items():
+        baseline = results.get(BASELINES.get(name, "single"))
         against = f", {change(row, baseline)} against {baseline['name']}" if baseline and baseline != row else ""
         print(f"{name}: perplexity {row['perplexity']:.4g} (macro {row['perplexity_macro']:.4g}){against}")
 
 
-def measured(
-    name: str, changes: Mapping[str, object], model_name: str, recipe_file: Path, data: str, progress: Progress
-) -> dict[str, Any]:
+def measure(name: str, arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Train one setting with the arm's own rate, and score the validation rows."""
+    changes = CANDIDATES[name]
     steps = changes.get("steps", STEPS)
     assert isinstance(steps, int)
     rows = {"train_rows": BATCH * steps, "validation_rows": ROWS, "test_rows": 10}
-    recipe = load_recipe(recipe_file, {"model": model_name, "data": data, **rows})
-    modifier = replace_checked(recipe.recovery, **{"steps": STEPS, "batch_size": BATCH, **changes})
-    base = open_model(recipe.run.model, device=choose_device(recipe.run.device))
-    states = SplitStates(base, load_dataset(recipe.run, base.model.tokenizer), recipe.run.eval_batch_size, progress)
-    trained = train_adapter(modifier, TrainingSetup(states=states, seed=recipe.run.seed, progress=progress))
+    recipe = load_recipe(arguments.recipe, {"model": arguments.model, "data": arguments.data, **rows})
+    modifier = replace_checked(recipe.recovery, **{"steps": STEPS, "train_batch_size": BATCH, **changes})
+    run = recipe.run
+    base = open_model(run.model, device=choose_device(run.device))
+    states = SplitStates(base, load_dataset(run, base.model.tokenizer), run.eval_batch_size, progress)
+    trained = train_adapter(modifier, TrainingSetup(states=states, seed=run.seed, progress=progress))
     validation = states.validation(trained.config.layer)
-    scores = score(base.model, validation, trained.adapter, recipe.run.eval_batch_size, progress)
+    scores = score(base.model, validation, trained.adapter, run.eval_batch_size, progress)
     return {
         "name": name,
         "changes": changes,
@@ -96,12 +97,12 @@ def measured(
 
 
 def change(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """The change of perplexity with its interval. The rows must be the same."""
+    """Return the change of perplexity with its interval. The rows must be the same."""
     assert row["scored_tokens"] == baseline["scored_tokens"], "scored on other rows"
     assert row["model"] == baseline["model"], "trained on another model"
     bootstrap = PairedBootstrap(row["tasks"], row["scored_tokens"])
-    found = bootstrap.micro(np.asarray(row["nats"]), np.asarray(baseline["nats"]))
-    return change_with_interval(found.estimate, found.low, found.high)
+    interval = bootstrap.micro(np.asarray(row["nats"]), np.asarray(baseline["nats"]))
+    return change_with_interval(interval.estimate, interval.low, interval.high)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -123,7 +124,7 @@ def parse() -> argparse.Namespace:
 
 
 def candidates(text: str) -> tuple[str, ...]:
-    """Names of settings; another one is an error of the command line."""
+    """Split names of settings; an unknown name is an error of the command line."""
     if unknown := {*text.split(",")} - {*CANDIDATES}:
         raise argparse.ArgumentTypeError(f"no setting {min(unknown)!r}; there are {', '.join(CANDIDATES)}")
     return tuple(text.split(","))

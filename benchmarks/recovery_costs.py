@@ -1,10 +1,10 @@
-"""What each arm of a recovery study costs, as one Markdown table: parameters, bytes, seconds, tokens/s of generation.
+"""A Markdown table of the costs of each arm of a recovery study: parameters, bytes, seconds, tokens/s of generation.
 
     python benchmarks/recovery_costs.py STUDY COST [--timed sni]
 
-STUDY is what `recovery.py` wrote into, COST the JSON of `generation_cost.py` for adapters of its folder `--timed`:
-names of adapters are the same in every folder, the adapters are not. Reads what is there and measures nothing; numbers
-are means over the seeds that are there. Seconds of a sweep are those of all its trials.
+STUDY is the output folder of `recovery.py`, COST the JSON of `generation_cost.py` for the adapters of its folder
+`--timed`: adapters of other folders have the same names, but are others. Measures nothing; numbers are means over the
+seeds that have rows. Seconds of a sweep are those of all its trials.
 """
 
 import argparse
@@ -24,12 +24,12 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("cost", type=Path)
     parser.add_argument("--timed", default="sni")
-    asked = parser.parse_args()
-    print("\n".join(table(asked.study, json.loads(asked.cost.read_text(encoding="utf-8")), asked.timed)))
+    arguments = parser.parse_args()
+    print("\n".join(table(arguments.study, json.loads(arguments.cost.read_text(encoding="utf-8")), arguments.timed)))
 
 
 def table(study: Path, cost: Mapping[str, Any], timed: str) -> Iterator[str]:
-    """A line for each arm and setting of each folder that has rows."""
+    """Yield a line for each arm and setting of each folder that has rows."""
     batches = list(cost["found"])
     speeds = [f"tokens/s, {batch}" for batch in batches]
     seconds = ["train, s", "sweep, s", "evaluate, s"]
@@ -42,13 +42,17 @@ def table(study: Path, cost: Mapping[str, Any], timed: str) -> Iterator[str]:
         for row in read_rows(path):
             cells[row.setting, row.arm].append(row)
         for (setting, arm), rows in cells.items():
-            found = [speed(cost, batch, setting, arm) if folder == timed else ABSENT for batch in batches]
-            costs = [*trained(rows), swept(sweeps, setting, arm), f"{fmean(row.evaluate_seconds for row in rows):.0f}"]
-            yield f"| {' | '.join([folder, setting, arm, str(len(rows)), *costs, *found])} |"
+            speed_texts = [speed(cost, batch, setting, arm) if folder == timed else ABSENT for batch in batches]
+            costs = [
+                *training_costs(rows),
+                sweep_seconds(sweeps, setting, arm),
+                f"{fmean(row.evaluate_seconds for row in rows):.0f}",
+            ]
+            yield f"| {' | '.join([folder, setting, arm, str(len(rows)), *costs, *speed_texts])} |"
 
 
-def trained(rows: Sequence[BenchRow]) -> list[str]:
-    """Parameters, bytes and seconds of an arm's training."""
+def training_costs(rows: Sequence[BenchRow]) -> list[str]:
+    """Return parameters, bytes and seconds of an arm's training."""
     return [
         f"{fmean(row.trained_parameters for row in rows):,.0f}",
         size_in_bytes(fmean(row.adapter_bytes for row in rows)),
@@ -56,20 +60,20 @@ def trained(rows: Sequence[BenchRow]) -> list[str]:
     ]
 
 
-def swept(sweeps: Mapping[str, Sweep], setting: str, arm: str) -> str:
-    """Seconds of an arm's sweep, if there was one here."""
-    found = sweeps.get(sweep_name(setting, arm))
-    return f"{found.seconds:.0f}" if found else ABSENT
+def sweep_seconds(sweeps: Mapping[str, Sweep], setting: str, arm: str) -> str:
+    """Return the seconds of an arm's sweep, if there was one in this folder."""
+    sweep = sweeps.get(sweep_name(setting, arm))
+    return f"{sweep.seconds:.0f}" if sweep else ABSENT
 
 
 def speed(cost: Mapping[str, Any], batch: str, setting: str, arm: str) -> str:
-    """The median tokens a second of generation; without an arm, of the bare model that was timed."""
+    """Return the median tokens per second of generation; without an arm, those of the bare model."""
     model = folder_name(setting)
     if model != cost["asked"]["model"]:
         return ABSENT
     name = "bare" if arm == "none" else f"{model}-{arm}-0"
-    found = cost["found"][batch].get(f"{name}, tokens/s")
-    return f"{found['median']:.1f}" if found else ABSENT
+    spread = cost["found"][batch].get(f"{name}, tokens/s")
+    return f"{spread['median']:.1f}" if spread else ABSENT
 
 
 if __name__ == "__main__":

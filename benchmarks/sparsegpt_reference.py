@@ -32,8 +32,8 @@ def main() -> None:
     source = resolve_model("smollm2")
     device = torch.device("cpu")
     model = load_model(source, device=device)
-    tokens = text_windows(untokenised(arguments.calibration), model.tokenizer, samples=24, length=512)
-    test = text_windows(untokenised(arguments.test), model.tokenizer, samples=12, length=512)
+    tokens = text_windows(detokenized(arguments.calibration), model.tokenizer, samples=24, length=512)
+    test = text_windows(detokenized(arguments.test), model.tokenizer, samples=12, length=512)
     result = {"ratio": arguments.ratio, "dense_perplexity": perplexity(model, test), **provenance(device)}
     for name, compress in (("ours", ours), ("reference", reference)):
         model = load_model(source, device=device)
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def untokenised(path: Path) -> str:
+def detokenized(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     for mark in "-,.":
         text = text.replace(f" @{mark}@ ", mark)
@@ -65,8 +65,8 @@ def untokenised(path: Path) -> str:
 @torch.inference_mode()
 def perplexity(model: LanguageModel, windows: Tensor) -> float:
     nats = [
-        nn.functional.cross_entropy(model.network(input_ids=some).logits[:, :-1].flatten(0, 1), some[:, 1:].flatten())
-        for some in windows.split(4)
+        nn.functional.cross_entropy(model.network(input_ids=batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        for batch in windows.split(4)
     ]
     return float(torch.stack(nats).mean().exp())
 
@@ -80,7 +80,7 @@ def reference(model: LanguageModel, tokens: Tensor, ratio: float) -> None:
     for index, block in enumerate(model.blocks):
         grams: dict[nn.Linear, Tensor] = {}
         handles = [
-            linear.register_forward_pre_hook(partial(note_gram, grams))
+            linear.register_forward_pre_hook(partial(record_gram, grams))
             for linear in block.modules()
             if isinstance(linear, nn.Linear)
         ]
@@ -92,11 +92,11 @@ def reference(model: LanguageModel, tokens: Tensor, ratio: float) -> None:
         hidden = model.run_block(tokens, hidden, index)
 
 
-def note_gram(grams: dict[nn.Linear, Tensor], linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-    grams[linear] = gram_of(inputs[0])
+def record_gram(grams: dict[nn.Linear, Tensor], linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+    grams[linear] = input_gram(inputs[0])
 
 
-def gram_of(inputs: Tensor) -> Tensor:
+def input_gram(inputs: Tensor) -> Tensor:
     rows = inputs.flatten(0, -2)
     return rows.T @ rows * (2 / len(inputs))
 
@@ -117,10 +117,10 @@ def prune(weight: Tensor, hessian: Tensor, ratio: float, block: int = 128) -> Te
         scores = weight[:, first:last] ** 2 / inverse.diagonal()[first:last] ** 2
         mask = scores <= scores.flatten().sort().values[int(scores.numel() * ratio)]
         for column in range(first, last):
-            kept = weight[:, column].masked_fill(mask[:, column - first], 0)
-            error = (weight[:, column] - kept) / inverse[column, column]
+            pruned = weight[:, column].masked_fill(mask[:, column - first], 0)
+            error = (weight[:, column] - pruned) / inverse[column, column]
             weight[:, column:last] -= error[:, None] * inverse[column, column:last]
-            weight[:, column] = kept
+            weight[:, column] = pruned
             errors[:, column - first] = error
         weight[:, last:] -= errors @ inverse[first:last, last:]
     return weight

@@ -1,4 +1,4 @@
-"""What we write, loaded by the tools that others use: the greatest difference of a logit from the dense folder's.
+"""Exported models in the loaders of other tools: the largest difference of a logit from the dense folder.
 
     GPTQMODEL_CPU_WORKERS=2 python benchmarks/stock_loaders.py RESULT.json [FOLDER...]
 
@@ -34,12 +34,12 @@ PACKAGES = ("gptqmodel", "optimum", "compressed-tensors")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)  # gptqmodel talks on stdout
+    parser.add_argument("result", type=Path)  # gptqmodel prints on stdout
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        sources = asked.folders or [
+        sources = arguments.folders or [
             compressed(Path(folder) / f"{bits} bits, groups of {group_size}", bits, group_size)
             for bits in (2, 3, 4, 8)
             for group_size in (64, None)
@@ -48,7 +48,7 @@ def main() -> None:
             rows += measure(source, Path(folder) / "exports" / source.name)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     content = {"rows": rows, **provenance(torch.device("cpu")), "loaders": versions}
-    asked.result.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    arguments.result.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(dense: Path, targets: Path) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def measure(dense: Path, targets: Path) -> list[dict[str, Any]]:
 
 
 def compressed(folder: Path, bits: int, group_size: int | None) -> Path:
-    """Half of the weights are zero, the others on a grid that our solver chose."""
+    """Write a model with half of its weights at zero and the others on a grid that our solver chose."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
     scales = {}

@@ -1,4 +1,4 @@
-"""What scripts in `benchmarks` make of rows that are there."""
+"""Tables that the scripts in `benchmarks` make of rows."""
 
 import argparse
 import importlib.util
@@ -18,10 +18,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def script(name, monkeypatch):
-    found = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(found)
+    """Import a script."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look
-    found.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -35,13 +36,13 @@ def script(name, monkeypatch):
     ],
     ids=["micro alone", "macro alone", "macro too small", "neither, and too few documents"],
 )
-def test_a_claim_has_a_verdict_over_tokens_and_one_over_tasks(micro, macro, least, shown, monkeypatch):
+def test_a_claim_has_a_verdict_for_micro_and_for_macro(micro, macro, least, shown, monkeypatch):
     verdicts = script("recovery", monkeypatch)._verdicts(Interval(*micro), Interval(*macro), least)
     assert verdicts.count(" | ") == 3
     assert verdicts.endswith(f" | {shown}")
 
 
-def test_every_setting_of_a_mixture_can_be_asked_for_by_its_name(monkeypatch):
+def test_every_mixture_setting_can_be_named(monkeypatch):
     settings = script("mixture_settings", monkeypatch)
     assert settings.candidates(",".join(settings.CANDIDATES)) == tuple(settings.CANDIDATES)
     assert {*settings.BASELINES, *settings.BASELINES.values()} <= {*settings.CANDIDATES}
@@ -49,8 +50,8 @@ def test_every_setting_of_a_mixture_can_be_asked_for_by_its_name(monkeypatch):
         settings.candidates("single,other")
 
 
-def test_costs_of_a_study_are_joined_with_the_speed_of_its_own_adapters(tmp_path, monkeypatch):
-    """Means over seeds; an arm that was not swept or not timed has a dash, and so has a folder of other adapters."""
+def test_costs_of_a_study_have_the_speed_of_its_adapters(tmp_path, monkeypatch):
+    """They are means over seeds. An arm that was not swept or not timed has a dash, and so has another folder."""
     costs = {"trained_parameters": 63361, "adapter_bytes": 253588, "evaluate_seconds": 38.2}
     for folder in ("sni", "other"):
         (tmp_path / folder / "sweeps").mkdir(parents=True)
@@ -61,8 +62,8 @@ def test_costs_of_a_study_are_joined_with_the_speed_of_its_own_adapters(tmp_path
     text = json.dumps(sweep | {"trials": [trial, trial], "seconds": 1008.7})
     (tmp_path / "sni" / "sweeps" / "wanda-50-mop.json").write_text(text)
     spread = {"median": 15.62, "least": 15.0, "greatest": 16.0}
-    found = {"batch 1": {"bare, tokens/s": spread, "wanda-50-mop-0, tokens/s": spread | {"median": 14.88}}}
-    cost = {"asked": {"model": "wanda-50"}, "found": found}
+    speeds = {"batch 1": {"bare, tokens/s": spread, "wanda-50-mop-0, tokens/s": spread | {"median": 14.88}}}
+    cost = {"asked": {"model": "wanda-50"}, "found": speeds}
     lines = list(script("recovery_costs", monkeypatch).table(tmp_path, cost, "sni"))
     numbers = [[cell.strip().replace("\N{NO-BREAK SPACE}", " ") for cell in line.split("|")[1:-1]] for line in lines]
     assert [len(line) for line in numbers] == [10] * 8
@@ -80,6 +81,7 @@ def test_costs_of_a_study_are_joined_with_the_speed_of_its_own_adapters(tmp_path
 
 
 def write_row(folder, **fields):
+    """Append a row that is complete but for `fields`."""
     row = {
         **{"ratio": 0.5, "bits": None, "method": "wanda", "data": "skills", "sparsity": 0.5, "weights": 1},
         **{"perplexity": 2.0, "perplexity_macro": 2.0, "exact_match": 0.0, "documents": 1, "scored_tokens": 1},
@@ -89,18 +91,25 @@ def write_row(folder, **fields):
     append_row(BenchRow(**row | fields), folder / "rows.jsonl")
 
 
-def test_where_the_rate_of_every_arm_comes_from_is_told():
-    """The arms' own rates, and those of the deep forms, stand in the table that the recipe points to."""
-    told = {}
+def test_the_rate_of_every_arm_is_documented():
+    """The table that the recipe points to has the rate of each arm, and that of its form with prompts per layer."""
+    documented = {}
     for line in (BENCHMARKS / "README.md").read_text().split("## Where each arm's")[1].splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) == 5:
             plain, _, deep = cells[1].partition("with `--deep`")
-            told |= {(arm, form): cells[2] for form, named in ((False, plain), (True, deep)) for arm in ticked(named)}
-    rates = {(arm, False): settings.learning_rate for arm, settings in ARM_DEFAULTS.items()}
-    rates |= {(arm, True): one.deep_learning_rate for arm, one in ARM_DEFAULTS.items() if one.deep_learning_rate}
-    assert told == {which: "" if rate is None else f"{rate:g}" for which, rate in rates.items()}
+            documented |= {
+                (arm, form): cells[2] for form, named in ((False, plain), (True, deep)) for arm in ticked(named)
+            }
+    rates = {(arm, False): defaults.learning_rate for arm, defaults in ARM_DEFAULTS.items()}
+    rates |= {
+        (arm, True): defaults.deep_learning_rate
+        for arm, defaults in ARM_DEFAULTS.items()
+        if defaults.deep_learning_rate
+    }
+    assert documented == {form: "" if rate is None else f"{rate:g}" for form, rate in rates.items()}
 
 
 def ticked(text):
+    """Return the words in backticks."""
     return re.findall(r"`([^`]+)`", text)
