@@ -1,4 +1,4 @@
-"""Rows: the contract between running and reporting. Plain data, JSON lines, no torch.
+"""Result rows, stored as JSON lines: `bench` writes them and `report` reads them, and nothing else joins the two.
 
 The dataclasses are stored field by field, so their names are the keys of the files. Names end in their unit where it is
 seconds, bytes or nats. Requests (`ratio`, `bits`) and counts (`sparsity`) are separate fields.
@@ -72,9 +72,7 @@ class GateStatistics:
     """Expert weights on the test split, summarized: accuracy, entropy and load."""
 
     tasks: Sequence[str]
-    weights: Sequence[
-        Sequence[float]
-    ]  # [task][expert], mean over documents; 1 = as in a plain prompt
+    weights: Sequence[Sequence[float]]  # [task][expert], mean over documents; 1 = as in a plain prompt
     accuracy: float | None  # fraction of documents whose strongest expert is that of their task; None: no such map
     entropy_nats: float  # mean over documents; log(experts) for equal weights
     confusion: Sequence[Sequence[int]] = ()  # [task][expert], number of documents whose strongest expert this is
@@ -109,9 +107,7 @@ class Sweep:
 class BenchRow:
     """One finished cell of the grid: the scores and costs of one arm in one setting with one seed."""
 
-    ratio: (
-        float | None
-    )  # requested fraction of weights (structured: of channels) to remove; None: only quantized
+    ratio: float | None  # requested fraction of weights (structured: of channels) to remove; None: only quantized
     bits: int | None  # requested bits per weight; None when the weights are only pruned, or dense
     method: str  # dense, a pruning method, gptq, or both joined: sparsegpt+gptq
     arm: str  # none, single, mop, ...

@@ -121,7 +121,7 @@ def _compress(common: Common, recipe: Recipe, default: Path) -> None:
             from mopcompress.entrypoints.compress import compress
         else:
             from mopcompress.entrypoints.compress_external import compress_external as compress
-        from mopcompress.entrypoints.finished_inputs import verify_finished
+        from mopcompress.entrypoints.unchanged_inputs import verify_finished
 
         facts = (
             verify_finished(target, recipe, progress)

@@ -80,8 +80,8 @@ def recover(
         print_plan(common, recipe, target, done, {**run, "steps": recipe.recovery.least_steps})
         return
     with common.working() as progress:
-        from mopcompress.entrypoints.finished_inputs import verify_finished
         from mopcompress.entrypoints.recover import recover as train
+        from mopcompress.entrypoints.unchanged_inputs import verify_finished
 
         facts = (
             verify_finished(target, recipe, progress)

@@ -1,4 +1,4 @@
-"""Flags that a command does not have, since `--set` gives their fields: the error for one names its replacement."""
+"""Errors for flags that `--set` took the place of; each names the setting to use."""
 
 import shlex
 from collections.abc import Mapping

@@ -46,7 +46,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class PlannedMethod:
-    """A method and the linears of one model that it goes to, each with the index of the target that it matches."""
+    """A method and the linears assigned to it, each with the index of the matching entry of `targets`."""
 
     config: MethodConfig
     target_index: Mapping[str, int]
@@ -98,11 +98,11 @@ def apply_methods(
     dense: DenseActivations | None,
     methods: Sequence[PlannedMethod],
 ) -> dict[str, Solution]:
-    """Compress linears that share `inputs`, each by those methods that go to it, one after the other.
+    """Compress linears that share `inputs`; apply a linear's methods in order. Returns a solution per name.
 
     Each statistic of the inputs is computed once for all linears and methods. If any method asks to match the dense
-    model, the weight is first replaced by its dense target, for the largest `match_dense`, and every method compresses
-    that. A low-rank repair is fitted to the same target: fitted to the original weight, it would undo the matching.
+    model, the weight is first replaced by its dense target (the largest `match_dense` wins), and later methods compress
+    the target. A low-rank repair is fitted to the same target: fitted to the original weight, it would undo the matching.
     """
     statistics = _Statistics(inputs)
     solutions = {name: Solution(weight) for name, weight in linears.items()}

@@ -38,7 +38,7 @@ class Document:
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """The documents that fit, in their order, and the number of examples that did not."""
+    """Documents of at most `max_length` tokens, in the order of their examples; `dropped` counts longer examples."""
 
     documents: tuple[Document, ...]
     dropped: int

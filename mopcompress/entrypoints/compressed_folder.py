@@ -72,7 +72,7 @@ def publish_model(target: Path, metadata: dict[str, Any], rows: Sequence[LayerRo
 
 
 def write_scales(folder: Path, scales: Mapping[str, Tensor], modifiers: Sequence[Pruning | GPTQModifier]) -> None:
-    """Write the scales of quantized weights, unless they are on several grids: such a model cannot be exported."""
+    """Write the scales of quantized weights; a model on several grids (bits, group size) gets none, nor an export."""
     grids = {(modifier.bits, modifier.group_size) for modifier in modifiers if isinstance(modifier, GPTQModifier)}
     if len(grids) == 1 and scales:
         [(bits, group_size)] = grids

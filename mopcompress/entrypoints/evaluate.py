@@ -27,10 +27,10 @@ class Measurement:
     """Scores of one model, with or without an adapter, on the test rows of a dataset."""
 
     scores: DocumentScores
-    text_perplexity: float | None  # on plain text; None without text, and for an arm that needs to know the task
+    text_perplexity: float | None  # on plain text; None without a text or for arms that need a task label
     samples: tuple[AnswerSample, ...]  # of generated answers
     gate: GateStatistics | None
-    seconds: float  # for the scores of the test rows, generation not counted
+    seconds: float  # wall time of scoring the test rows, without generation
 
     def summary(self) -> dict[str, Any]:
         """Return the fields that the rows of a bench and the output of `evaluate` have in common."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from mopcompress.entrypoints.finished import confirm_finished, read_finished
+from mopcompress.entrypoints.resume_policy import confirm_finished, read_finished
 from mopcompress.environment import provenance
 from mopcompress.errors import DataError, InputNotFoundError, StorageError, UsageError
 from mopcompress.formats import FORMATS

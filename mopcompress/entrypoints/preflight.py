@@ -8,7 +8,7 @@ from typing import Any
 
 from mopcompress.data.sources import local_path
 from mopcompress.entrypoints.bench.manifest import check_settings
-from mopcompress.entrypoints.finished import read_finished
+from mopcompress.entrypoints.resume_policy import read_finished
 from mopcompress.entrypoints.shape_checks import check_not_repaired, check_shapes, shapes_on_disk
 from mopcompress.errors import InputNotFoundError, OutputError
 from mopcompress.grid import cells_of, modifiers_of, settings_of

@@ -1,4 +1,4 @@
-"""Hidden states from the user's cache, so that another run, arm or seed on the same model and rows need not run."""
+"""Cache of hidden states on disk, shared by runs, arms and seeds on the same model and rows."""
 
 import hashlib
 import json

@@ -61,7 +61,7 @@ class PrunableGroups:
 
 
 def find_mlp(model: LanguageModel, index: int) -> PrunableGroups:
-    """Return the MLP of a block, a group per channel. Raises `DataError` when the block has none of a known form."""
+    """Return the MLP of block `index`, a prunable group per channel. Raises `DataError` for unknown layouts."""
     name, writers, reader = _find_part(model.blocks_prefix(), index, model.blocks[index], MLPS, "MLP")
     width = weight_of(reader).shape[1]
     rows = [len(weight_of(writer)) for writer in writers]

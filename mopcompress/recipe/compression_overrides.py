@@ -1,4 +1,4 @@
-"""Flags and settings put into the modifiers that prune, round and repair.
+"""Flags and `--set` values over pruning, quantization and repair modifiers.
 
 A flag that is None was not given. All functions raise `UsageError` naming the flag or setting whose value is
 impossible.

@@ -1,4 +1,4 @@
-"""Recipes for single commands: the modifiers that a command runs, with its flags and settings put in.
+"""The recipe of one command, from a file, its flags and its `--set` values.
 
 A flag that is None was not given; `settings` are the fields of `--set`, by part of the recipe. All functions raise
 `UsageError` naming the flag or setting whose value is impossible.

@@ -1,4 +1,4 @@
-"""Modifiers that train; and one that has no effect where weights are not trained."""
+"""The prompt-recovery modifier; `ConstantPruningModifier` is accepted without effect, since weights stay frozen."""
 
 from typing import Annotated, Literal
 

@@ -116,7 +116,7 @@ def check_fields_exist(kinds: Sequence[type[Spec]], fields: Fields, part: str) -
 
 
 def fields_of(kind: type[Spec], fields: Fields) -> Fields:
-    """Return those of `fields` that this kind of modifier has."""
+    """Return the part of `fields` that modifier class `kind` defines, stored names included."""
     return {name: setting for name, setting in fields.items() if field_name(kind, name) in kind.model_fields}
 
 

@@ -1,4 +1,4 @@
-"""Adapters, small trained modules that act on a frozen network, and all that describes, builds and trains them."""
+"""The adapter interface: module, configuration, initial values, and the `RecoveryMethod` that builds it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -88,7 +88,7 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """All that an adapter's first values may be computed from."""
+    """Data from which an adapter's initial values are computed."""
 
     model: LanguageModel
     states: HiddenStateDataset  # of the training documents, at the adapter's layer

@@ -46,7 +46,7 @@ def publish(target: Path, metadata: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def being_built(folder: Path) -> bool:
-    """Return True for the scratch folder of a process that is still alive on this machine."""
+    """Return True for a scratch folder whose process still runs here; on Windows for every scratch folder."""
     _, partial, process = folder.name.rpartition(".partial-")
     if not partial or not process.isdecimal():
         return False

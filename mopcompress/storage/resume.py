@@ -21,11 +21,11 @@ MOST_DIFFERENCES = 6  # differences of two jobs that a message names; it counts 
 def resumable_job(
     target: Path, job: Mapping[str, Any], log: Callable[[str], None], *, restart_on_mismatch: bool
 ) -> Iterator[Path]:
-    """Yield the folder `.NAME.unfinished` of the work that is to become `target`, with this job's work or none.
+    """Yield the folder `.NAME.unfinished` next to `target`: empty, or with earlier work of the same `job`.
 
-    The folder is removed when the block ends, and after an error that would come again. Raises `OutputError` when
-    another process works in it. Work of another job raises `OutputError` too, unless `restart_on_mismatch` asks to
-    delete it and start again.
+    `job` holds the settings that the result depends on. The folder is deleted on success and after a `DataError`,
+    `NumericalError` or `UsageError`; any other interruption leaves it for the next call. Raises `OutputError` when
+    another process holds its lock, or when it belongs to another job and `restart_on_mismatch` is False.
     """
     folder = artifacts.job_folder(target)
     with artifacts.locked(folder):

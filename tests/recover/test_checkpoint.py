@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mopcompress.entrypoints.bench.runner import bench
-from mopcompress.entrypoints.finished_inputs import verify_finished
 from mopcompress.entrypoints.recover import recover
+from mopcompress.entrypoints.unchanged_inputs import verify_finished
 from mopcompress.environment import provenance
 from mopcompress.errors import NumericalError, OutputError, StorageError, UsageError
 from mopcompress.progress import silent

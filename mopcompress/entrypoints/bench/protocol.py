@@ -1,4 +1,4 @@
-"""The first entries of `run.json`: the inputs of a bench, and sentences on how its arms are compared."""
+"""Initial contents of a bench's `run.json`: its inputs, and the comparison protocol in words."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

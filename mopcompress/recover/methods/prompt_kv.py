@@ -17,7 +17,7 @@ TensorsByLayer = dict[int, Tensor]  # [kv_heads, prompts, head], of which only p
 
 
 class LearnedKeyValues(nn.Module):
-    """Keys and values that text attends to, trained layer by layer; keys as they are after position encoding."""
+    """Trained keys and values per layer, [kv_heads, prompts, head] each; keys are already position-encoded."""
 
     def __init__(self, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ def require_prefix_support(model: LanguageModel) -> None:
 def prefix_kv(
     model: LanguageModel, groups: Float[Tensor, "groups prompts hidden"]
 ) -> tuple[TensorsByLayer, TensorsByLayer]:
-    """Return keys and values of embedded prompts, each group as if it alone came directly before the text."""
+    """Run each group of prompts alone at positions -P to -1; return its keys and values per layer."""
     return record_prompt_kv(model, groups, 0, first_position=-groups.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Inputs of a finished output: a check that they are still those that it was made from."""
+"""A check that the model, the teacher and the data of a finished output are still those that it was made from."""
 
 from pathlib import Path
 from typing import Any

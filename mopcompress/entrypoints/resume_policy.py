@@ -1,4 +1,4 @@
-"""An output that is there already when a command is asked for it: one policy of `--resume` for all commands."""
+"""The `--resume` policy: what every command does when its output, or a part of it, exists already."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mopcompress.entrypoints.finished import confirm_finished, read_finished
 from mopcompress.entrypoints.preflight import IRRELEVANT_FIELDS, completed_by_same_recipe
+from mopcompress.entrypoints.resume_policy import confirm_finished, read_finished
 from mopcompress.errors import DataError, InputNotFoundError, OutputError
 from mopcompress.recipe import load_recipe, recipe_to_dict
 from mopcompress.storage import artifacts
