@@ -101,8 +101,9 @@ def apply_methods(
     """Compress linears that share `inputs`; apply a linear's methods in order. Returns a solution per name.
 
     Each statistic of the inputs is computed once for all linears and methods. If any method asks to match the dense
-    model, the weight is first replaced by its dense target (the largest `match_dense` wins), and later methods compress
-    the target. A low-rank repair is fitted to the same target: fitted to the original weight, it would undo the matching.
+    model, the weight is first replaced by its dense target (the largest `match_dense` wins), and later methods
+    compress the target. A low-rank repair is fitted to the same target: fitted to the original weight, it would undo
+    the matching.
     """
     statistics = _Statistics(inputs)
     solutions = {name: Solution(weight) for name, weight in linears.items()}

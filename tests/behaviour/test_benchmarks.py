@@ -1,4 +1,4 @@
-"""Tables that the scripts in `benchmarks` make of rows."""
+"""The scripts in `benchmarks`: they load, and tabulate rows that exist."""
 
 import argparse
 import importlib.util
@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import saved, tiny_model
 
+from mopcompress.progress import silent
 from mopcompress.recipe.arms import ARM_DEFAULTS
 from mopcompress.report.bootstrap import Interval
 from mopcompress.results import BenchRow, append_row
@@ -18,12 +20,53 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def script(name, monkeypatch):
-    """Import a script."""
+    """Import a script, which may import others of its folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_loads_and_describes_itself(name, monkeypatch, capsys):
+    if name == "training_speed":
+        pytest.importorskip("peft")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    module = script(name, monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    assert f"usage: {name}.py" in capsys.readouterr().out
+
+
+def test_the_recovery_study_has_a_recipe_for_every_part(tmp_path, monkeypatch):
+    """Their fields exist, and their grids have the arms of the part."""
+    study = script("recovery", monkeypatch)
+    monkeypatch.setattr(study, "swept_rates", lambda folder: {"mop": 0.5})
+    for part in study.PARTS:
+        recipe = study.recipe_of(part, tmp_path)
+        assert recipe.run.arms == part.grid["arms"]
+        assert recipe.recovery.train_batch_size == study.BATCH
+        assert recipe.recovery.steps == part.steps
+        assert recipe.run.max_new_tokens == (32 if part.folder in study.ANSWERED else None)
+
+
+def test_a_mixture_setting_is_trained_and_scored(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
+    study = script("mixture_settings", monkeypatch)
+    monkeypatch.setattr(study, "STEPS", 2)
+    monkeypatch.setattr(study, "ROWS", 4)
+    (tmp_path / "tiny.yaml").write_text("run: {device: cpu, skip_rows_longer_than: 128}\n")
+    model = saved(tiny_model(), tmp_path / "model")
+    arguments = argparse.Namespace(model=str(model), recipe=tmp_path / "tiny.yaml", data="skills")
+    rows = {name: study.measure(name, arguments, silent) for name in ("single", "gate begins at zero")}
+    assert rows["single"]["rows"] == 4
+    assert rows["single"]["perplexity"] > 1
+    assert rows["gate begins at zero"]["changes"] == {"arm": "mop", "gate_logit_scale": 0.0}
+    assert rows["gate begins at zero"]["trained_parameters"] > rows["single"]["trained_parameters"]
+    assert "%" in study.change(rows["gate begins at zero"], rows["single"])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +140,7 @@ def test_the_rate_of_every_arm_is_documented():
     for line in (BENCHMARKS / "README.md").read_text().split("## Where each arm's")[1].splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) == 5:
-            plain, _, deep = cells[1].partition("with `--deep`")
+            plain, _, deep = cells[1].partition("with `per_layer_prompts`")
             documented |= {
                 (arm, form): cells[2] for form, named in ((False, plain), (True, deep)) for arm in ticked(named)
             }
