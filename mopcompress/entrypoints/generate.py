@@ -1,4 +1,4 @@
-"""`generate` and `chat`: answers of a model, with or without an adapter, to prompts."""
+"""`generate`: answers of a model, with or without an adapter, to prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
