@@ -13,11 +13,13 @@ from typing import Any
 import typer
 
 from mopcompress.cli.exit_codes import exit_cleanly
-from mopcompress.cli.options import RECIPE, RECOVERY, Options, Resume, setting_option
+from mopcompress.cli.options import GRID, RECIPE, RECOVERY, Options, Resume, setting_option
 from mopcompress.cli.progress_display import progress_on
 from mopcompress.cli.replaced_flags import RecipeCommand
+from mopcompress.errors import UsageError
 from mopcompress.progress import Progress
 from mopcompress.recipe import Recipe, RunSpec, load_recipe
+from mopcompress.recipe.run_spec import CELLS
 from mopcompress.recipe.settings import Settings, parse_settings
 from mopcompress.recipe.validation_errors import field_name
 
@@ -85,14 +87,26 @@ def command(app: typer.Typer, *groups: Options, parts: tuple[str, ...] = ()) -> 
 
 
 def _common(given: dict[str, Any], parts: tuple[str, ...]) -> Common:
+    settings = parse_settings(given.get(SETTINGS) or (), parts)
+    if not GRID.keys() <= given.keys():
+        _refuse_grid_fields(settings)
     return Common(
         run={name: value for name, value in given.items() if field_name(RunSpec, name) in RunSpec.model_fields},
         recovery={name: value for name, value in given.items() if name in RECOVERY},
-        settings=parse_settings(given.get(SETTINGS) or (), parts),
+        settings=settings,
         recipe=given.get("recipe"),
         resume=given.get("resume", Resume.auto).value,
         **{name: given.get(name, False) for name in ("json", "dry_run", "verbose", "quiet")},
     )
+
+
+def _refuse_grid_fields(settings: Settings) -> None:
+    """Raise `UsageError` for a setting of the grid, which only a bench has."""
+    for name in settings.get("run", {}):
+        field = field_name(RunSpec, name)
+        if field == "group_size" or (field in RunSpec.model_fields and CELLS in RunSpec.model_fields[field].metadata):
+            flag = ", or give --group-size to quantize" if field == "group_size" else ""
+            raise UsageError(f"--set run.{name}: has no effect here, only in a bench; leave it out{flag}")
 
 
 def _silence_transformers() -> None:
