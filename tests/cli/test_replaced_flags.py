@@ -119,3 +119,10 @@ def test_an_unknown_flag_keeps_its_usual_error(words: tuple[object, ...], messag
     outcome = invoke(*words)
     assert outcome.code == 2
     assert message in " ".join(outcome.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("word", ["run.arms=[mop]", "run.joint=true", "run.group_size=32"])
+def test_only_a_bench_has_settings_of_the_grid(word: str) -> None:
+    outcome = invoke("quantize", "--set", word, "--dry-run")
+    assert outcome.code == 2
+    assert f"--set {word.partition('=')[0]}: has no effect here, only in a bench" in outcome.err
