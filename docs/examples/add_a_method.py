@@ -1,7 +1,8 @@
 """Add a recovery method of your own: train a bias for every linear that writes to the residual stream.
 
-Run it with `python docs/examples/add_a_method.py MODEL OUTPUT_FOLDER`. A method that stays goes into a file of
-`mopcompress/recover/methods/`, with a line in `recover/registry.py` and in `recipe/arms.py`; see CONTRIBUTING.md.
+Run it with `python docs/examples/add_a_method.py MODEL OUTPUT_FOLDER`. A method that
+stays goes into a file of `mopcompress/recover/methods/`, with a line in
+`recover/registry.py` and in `recipe/arms.py`; see CONTRIBUTING.md.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Use a compressed model and its adapter in a transformers pipeline, and save the two as one model.
 
-Run it with `python docs/examples/transformers_pipeline.py BASE ADAPTER OUTPUT_FOLDER`, where `mopcompress prune` wrote
-BASE and `mopcompress recover` wrote ADAPTER.
+Run it with `python docs/examples/transformers_pipeline.py BASE ADAPTER OUTPUT_FOLDER`,
+where `mopcompress prune` wrote BASE and `mopcompress recover` wrote ADAPTER.
 """
 
 import sys
