@@ -36,6 +36,7 @@ MEANINGS = {  # of fields that have no comment in the code, since their names sa
     "steps": "optimizer steps",
     "gate_pretraining_steps": "steps that teach the gate the experts' domains",
     "max_grad_norm": "largest norm of a gradient",
+    "grad_clip_percentile": "clip to this percentile of the norms so far, where it is less (AutoClip); 100 for none",
     "model": "Hugging Face folder, hub id, or smollm2",
     "data": "file, folder, hub id, or skills",
     "train_rows": "rows to train on; all if not given",

@@ -37,7 +37,7 @@ class PromptRecoveryModifier(Spec):
     rank: Annotated[int, Field(ge=1, le=65536)] | None = (
         None  # of lora, masklora, eora; None: no more parameters than mop
     )
-    adapter_targets: Targets | None = None  # linears of these, by the ends of their names; None: all that write
+    adapter_targets: Targets | None = None  # ends of linears' names; None: o_proj, down_proj and their like
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 40
     train_batch_size: Annotated[int, Field(ge=1, le=65536)] = 8  # rows per step
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = 1  # parts of a step's rows, to save memory
@@ -48,7 +48,7 @@ class PromptRecoveryModifier(Spec):
     gate_logit_scale: Annotated[float, Field(ge=0, le=10)] = 0.3  # factor on the pre-trained gate's logits
     gate_labels: Literal["tasks", "clusters"] = "tasks"  # experts' domains: the rows' tasks, or k-means on instructions
     gate_clipping: Literal["apart", "together"] = (
-        "apart"  # clip the gate's gradient apart from that of what it weighs, or together
+        "apart"  # clip the gradients of the gate and of all else apart, or by one norm
     )
     gate_mode: Literal["renormalised", "values", "separate"] = (
         "renormalised"  # what an expert's weight does in attention
