@@ -23,7 +23,7 @@ from mopcompress.models.sampling import sample_text
 from mopcompress.progress import Progress
 from mopcompress.recipe import RunSpec
 from mopcompress.storage import artifacts
-from mopcompress.storage.cache import cache_folder
+from mopcompress.storage.cache import cached
 
 FILE = "tokens.safetensors"
 
@@ -72,20 +72,25 @@ def _sampled_text(run: RunSpec, source: Path, model_sha256: str, progress: Progr
         "seed": run.seed,
         "torch": torch.__version__,
     }
-    folder = cache_folder() / "calibration" / artifacts.fingerprint(key)
-    if not (folder / artifacts.MANIFEST).exists():
+
+    def sample() -> Int[Tensor, "samples length"]:
         what = "sampling calibration text from the dense model (once)"
-        tokens = sample_text(
+        return sample_text(
             load_model(source, device=choose_device(run.device)),
             samples=run.num_calibration_samples,
             length=run.max_seq_length,
             seed=run.seed,
             progress=lambda done: progress.update(what, done, run.max_seq_length),
         )
-        with artifacts.publish(folder, key) as scratch:
-            save_file({"tokens": tokens.cpu()}, scratch / FILE)
-    artifacts.verify(folder)
-    return load_file(folder / FILE)["tokens"]
+
+    def write(folder: Path, _manifest: dict[str, Any]) -> None:
+        save_file({"tokens": sample().cpu()}, folder / FILE)
+
+    def read(folder: Path) -> Int[Tensor, "samples length"]:
+        return load_file(folder / FILE)["tokens"]
+
+    size = run.num_calibration_samples * run.max_seq_length * torch.int64.itemsize
+    return cached(key, folder="calibration", size=size, write=write, read=read, compute=sample)
 
 
 def load_dataset_for(model: LanguageModel, run: RunSpec) -> EncodedDataset:

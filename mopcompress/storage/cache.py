@@ -24,29 +24,30 @@ T = TypeVar("T")
 def cached(
     key: Mapping[str, Any],
     *,
+    folder: str = "states",
     size: int,
     write: Callable[[Path, dict[str, Any]], None],
     read: Callable[[Path], T],
     compute: Callable[[], T],
 ) -> T:
-    """Return the entry of `key`: read from its folder, which is written first when there is none.
+    """Return the entry of `key`: read from a folder of its own in `folder`, which is written first when there is none.
 
-    `write(folder, manifest)` fills the folder with about `size` bytes, and may add to the manifest. `compute()` gives
+    `write(path, manifest)` fills that with about `size` bytes, and may add to the manifest. `compute()` gives
     the same result without a folder; it runs when the folder cannot be written, or is removed before it is read.
     """
-    folder = cache_folder() / "states" / artifacts.fingerprint(key)
-    if not is_intact(folder):
+    entry = cache_folder() / folder / artifacts.fingerprint(key)
+    if not is_intact(entry):
         try:
-            _evict(folder.parent, size)
+            _evict(entry.parent, size)
             manifest = dict(key)
-            with artifacts.publish(folder, manifest) as scratch:
+            with artifacts.publish(entry, manifest) as scratch:
                 write(scratch, manifest)
         except (OSError, OutputError, StorageError, SafetensorError):
-            if not is_intact(folder):  # another process may have been faster
+            if not is_intact(entry):  # another process may have been faster
                 return compute()
     try:
-        os.utime(folder, ns=(time.time_ns(),) * 2)  # the file system's own clock is too coarse to order two uses
-        return read(folder)
+        os.utime(entry, ns=(time.time_ns(),) * 2)  # the file system's own clock is too coarse to order two uses
+        return read(entry)
     except OSError:  # another process removed it to make room
         return compute()
 
