@@ -53,6 +53,13 @@ def tiny_flags(model: Path) -> list[str]:
     return [str(model), "--device", "cpu", *pairs]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOPCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def chat_model(stories, tmp_path_factory) -> Path:
     """The tiny model with a chat template, as the default model has."""
@@ -156,17 +163,20 @@ def run_example(*words: object, **environment: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_example_prunes_and_recovers(stories, tmp_path):
     out = run_example(EXAMPLES / "prune_and_recover.py", stories, tmp_path / "run")
     assert "mop" in out
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_example_answers_in_a_pipeline(made, tmp_path):
     out = run_example(EXAMPLES / "transformers_pipeline.py", made["model"], made["adapter"], tmp_path / "whole")
     assert "MopForCausalLM loaded from" in out
 
 
+@pytest.mark.slow
 def test_example_adds_a_method(stories, tmp_path):
     out = run_example(EXAMPLES / "add_a_method.py", stories, tmp_path / "run")
     assert "biases" in out

@@ -39,6 +39,7 @@ print(len(names))
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_the_modules_that_windows_lacks():
     imported = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, cwd=ROOT)
     assert imported.returncode == 0, imported.stderr

@@ -79,6 +79,7 @@ def require_harness() -> None:
         missing("lm_eval is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the harness and its data sets
 def test_a_task_is_scored_with_and_without_the_adapter(tasks: Path, tmp_path: Path) -> None:
     require_harness()
