@@ -13,13 +13,12 @@ from typing import Any
 import typer
 
 from mopcompress.cli.exit_codes import exit_cleanly
-from mopcompress.cli.options import GRID, RECIPE, RECOVERY, Options, Resume, setting_option
+from mopcompress.cli.options import GRID_FIELDS, RECIPE, RECOVERY, Options, Resume, setting_option
 from mopcompress.cli.progress_display import progress_on
 from mopcompress.cli.replaced_flags import RecipeCommand
 from mopcompress.errors import UsageError
 from mopcompress.progress import Progress
 from mopcompress.recipe import Recipe, RunSpec, load_recipe
-from mopcompress.recipe.run_spec import CELLS
 from mopcompress.recipe.settings import Settings, parse_settings
 from mopcompress.recipe.validation_errors import field_name
 
@@ -58,10 +57,13 @@ class Common:
             yield progress
 
 
-def command(app: typer.Typer, *groups: Options, parts: tuple[str, ...] = ()) -> Callable[[Body], Body]:
+def command(
+    app: typer.Typer, *groups: Options, parts: tuple[str, ...] = (), unused: frozenset[str] = frozenset()
+) -> Callable[[Body], Body]:
     """Register `body(common, **its own options)` as a command that has the options of `groups` too.
 
-    A command that uses `parts` of a recipe has `--recipe` and `--set`.
+    A command that uses `parts` of a recipe has `--recipe` and `--set`. Of `run:` it does not use the `unused` fields: a
+    recipe may have them, for other commands, but `--set` may not.
     """
     of_recipe = {**RECIPE, SETTINGS: setting_option(parts)} if parts else {}
     shared = {name: option for group in (*groups[:1], of_recipe, *groups[1:]) for name, option in group.items()}
@@ -69,7 +71,7 @@ def command(app: typer.Typer, *groups: Options, parts: tuple[str, ...] = ()) -> 
     def register(body: Body) -> Body:
         def call(**given: Any) -> None:
             with exit_cleanly():
-                common = _common({name: given.pop(name) for name in shared}, parts)
+                common = _common({name: given.pop(name) for name in shared}, parts, unused)
                 body(common, **given)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -81,15 +83,16 @@ def command(app: typer.Typer, *groups: Options, parts: tuple[str, ...] = ()) -> 
         call.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         call.__annotations__ = {option.name: option.annotation for option in (*own, *added)}
         call.__name__, call.__doc__ = body.__name__, body.__doc__
-        return app.command(cls=type("RecipeCommand", (RecipeCommand,), {"parts": parts}) if parts else None)(call)
+        return app.command(
+            cls=type("RecipeCommand", (RecipeCommand,), {"parts": parts, "unused": unused}) if parts else None
+        )(call)
 
     return register
 
 
-def _common(given: dict[str, Any], parts: tuple[str, ...]) -> Common:
+def _common(given: dict[str, Any], parts: tuple[str, ...], unused: frozenset[str]) -> Common:
     settings = parse_settings(given.get(SETTINGS) or (), parts)
-    if not GRID.keys() <= given.keys():
-        _refuse_grid_fields(settings)
+    _refuse_unused(settings, unused)
     return Common(
         run={name: value for name, value in given.items() if field_name(RunSpec, name) in RunSpec.model_fields},
         recovery={name: value for name, value in given.items() if name in RECOVERY},
@@ -100,13 +103,14 @@ def _common(given: dict[str, Any], parts: tuple[str, ...]) -> Common:
     )
 
 
-def _refuse_grid_fields(settings: Settings) -> None:
-    """Raise `UsageError` for a setting of the grid, which only a bench has."""
+def _refuse_unused(settings: Settings, unused: frozenset[str]) -> None:
+    """Raise `UsageError` for a setting that the command would ignore."""
     for name in settings.get("run", {}):
         field = field_name(RunSpec, name)
-        if field == "group_size" or (field in RunSpec.model_fields and CELLS in RunSpec.model_fields[field].metadata):
+        if field in unused:
+            where = ", only in a bench" if field in GRID_FIELDS else ""
             flag = ", or give --group-size to quantize" if field == "group_size" else ""
-            raise UsageError(f"--set run.{name}: has no effect here, only in a bench; leave it out{flag}")
+            raise UsageError(f"--set run.{name}: has no effect here{where}; leave it out{flag}")
 
 
 def _silence_transformers() -> None:

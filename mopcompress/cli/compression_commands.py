@@ -17,6 +17,7 @@ from mopcompress.cli.options import (
     DRY_RUN,
     MACHINE,
     MODEL,
+    NOT_FOR_COMPRESSION,
     OUTPUT,
     TRAINING_DATA,
     VERBOSITY,
@@ -51,6 +52,7 @@ STRUCTURED_FACTS = ("channels", "kv_groups", "parameters")  # of structured prun
     DRY_RUN,
     VERBOSITY,
     parts=("run", "pruning", "repair"),
+    unused=NOT_FOR_COMPRESSION,
 )
 def prune(
     common: Common,
@@ -87,6 +89,7 @@ def prune(
     DRY_RUN,
     VERBOSITY,
     parts=("run", "pruning", "quantization", "repair"),
+    unused=NOT_FOR_COMPRESSION,
 )
 def quantize(
     common: Common,

@@ -9,7 +9,7 @@ import typer
 from mopcompress.cli.app import app
 from mopcompress.cli.command import Common, command
 from mopcompress.cli.model_commands import Adapter
-from mopcompress.cli.options import BATCH, DRY_RUN, MACHINE, MODEL, VERBOSITY
+from mopcompress.cli.options import BATCH, DRY_RUN, MACHINE, MODEL, NOT_FOR_GENERATION, VERBOSITY
 from mopcompress.cli.output import print_json, print_plan
 from mopcompress.entrypoints import preflight
 from mopcompress.errors import UsageError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mopcompress.entrypoints.generate import AnswerGenerator
 
 
-@command(app, MODEL, MACHINE, BATCH, DRY_RUN, VERBOSITY, parts=("run",))
+@command(app, MODEL, MACHINE, BATCH, DRY_RUN, VERBOSITY, parts=("run",), unused=NOT_FOR_GENERATION)
 def generate(
     common: Common,
     adapter: Adapter = None,

@@ -24,6 +24,7 @@ from mopcompress.cli.options import (
     GRID,
     MACHINE,
     MODEL,
+    NOT_FOR_ADAPTERS,
     OUTPUT,
     RECOVERY,
     STEPS,
@@ -64,7 +65,19 @@ ROW_FIELDS = {  # that only matter where rows of the data are scored
 }
 
 
-@command(app, MODEL, MACHINE, BATCH, RECOVERY, TRAINING_DATA, OUTPUT, DRY_RUN, VERBOSITY, parts=("run", "recovery"))
+@command(
+    app,
+    MODEL,
+    MACHINE,
+    BATCH,
+    RECOVERY,
+    TRAINING_DATA,
+    OUTPUT,
+    DRY_RUN,
+    VERBOSITY,
+    parts=("run", "recovery"),
+    unused=NOT_FOR_ADAPTERS,
+)
 def recover(
     common: Common,
     arm: Annotated[str | None, typer.Option(metavar="NAME", help=f"{', '.join(ARM_DEFAULTS)} (default mop)")] = None,
@@ -94,7 +107,7 @@ def recover(
     print_result(common, target, facts, shown)
 
 
-@command(app, MODEL, MACHINE, BATCH, DATA, GENERATION, DRY_RUN, VERBOSITY, parts=("run",))
+@command(app, MODEL, MACHINE, BATCH, DATA, GENERATION, DRY_RUN, VERBOSITY, parts=("run",), unused=NOT_FOR_ADAPTERS)
 def evaluate(
     common: Common,
     adapter: Adapter = None,

@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from mopcompress.recipe import PromptRecoveryModifier, RunSpec
 from mopcompress.recipe.arms import ARM_NAMES
-from mopcompress.recipe.run_spec import BACKENDS, PRUNING_METHODS
+from mopcompress.recipe.run_spec import BACKENDS, CELLS, PRUNING_METHODS
 from mopcompress.recipe.validation_errors import field_name
 
 Options = Mapping[str, Any]
@@ -138,3 +138,15 @@ VERBOSITY: Options = {
     "quiet": _switch("--quiet", "-q", help="Errors only"),
 }
 DRY_RUN: Options = {"dry_run": _switch("--dry-run", help="Check, print the plan, and stop")}
+
+# Fields of `run:` that commands do not use.
+GRID_FIELDS = frozenset(
+    {"group_size", *(name for name, field in RunSpec.model_fields.items() if CELLS in field.metadata)}
+)
+COMPRESSION_FIELDS = frozenset(
+    {"calibration", "num_calibration_samples", "max_seq_length", "max_fallback_fraction", "backend", "backend_python"}
+)
+GENERATION_FIELDS = frozenset({"model", "device", "seed", "eval_batch_size"})
+NOT_FOR_COMPRESSION = GRID_FIELDS | {"max_new_tokens", "eval_text", "eval_text_samples"}
+NOT_FOR_ADAPTERS = GRID_FIELDS | COMPRESSION_FIELDS
+NOT_FOR_GENERATION = frozenset(RunSpec.model_fields) - GENERATION_FIELDS

@@ -30,6 +30,7 @@ class RecipeCommand(TyperCommand):
     """A command that says what replaces a flag that it does not have."""
 
     parts: tuple[str, ...] = ()  # of a recipe, that its `--set` takes
+    unused: frozenset[str] = frozenset()  # fields of `run:` that it does not take
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse as typer does; an unknown flag that has a replacement ends the command with an error that names it."""
@@ -53,9 +54,10 @@ class RecipeCommand(TyperCommand):
         if flag == "--model":
             return f"--model: no such flag; give the model as an argument: {shlex.quote(value)}"
         key = REPLACED_FLAGS.get(flag.replace("--no-", "--"))
-        if key is None or key.partition(".")[0] not in self.parts:
+        part, _, field = (key or "").partition(".")
+        if key is None or part not in self.parts or (part == "run" and field in self.unused):
             return None
-        present = f"--{key.partition('.')[2].replace('_', '-')}"
+        present = f"--{field.replace('_', '-')}"
         if self._has(present):
             return f"{flag}: no such flag; use {present} {shlex.quote(value)}"
         return f"{flag}: no such flag; use --set {shlex.quote(f'{key}={_in_yaml(key, flag, value)}')}"

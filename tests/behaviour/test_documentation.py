@@ -47,8 +47,12 @@ PYTHON = [
 ]
 
 
-def tiny_flags(model: Path) -> list[str]:
+def tiny_flags(model: Path, *, calibrates: bool = True) -> list[str]:
     small = {name: value for name, value in TINY_RUN.items() if name != "device"}
+    if not calibrates:
+        small = {
+            name: value for name, value in small.items() if name not in ("num_calibration_samples", "max_seq_length")
+        }
     pairs = [f"--set=run.{name}={value}" for name, value in small.items()]
     return [str(model), "--device", "cpu", *pairs]
 
@@ -85,7 +89,7 @@ def made(chat_model, tmp_path_factory) -> dict[str, Path]:
     for kind, words in runs.items():
         outcome = invoke(*words, "--output-dir", folder / kind)
         assert outcome.code == 0, outcome.err
-    pruned = tiny_flags(folder / "model")
+    pruned = tiny_flags(folder / "model", calibrates=False)
     for kind, arm in (("adapter", "mop"), ("lora", "lora")):
         outcome = invoke("recover", "--arm", arm, *steps, *pruned, "--output-dir", folder / kind)
         assert outcome.code == 0, outcome.err

@@ -48,7 +48,7 @@ def singly(folder: Path) -> list[str]:
     return [invoke("generate", folder, *WORDS, "--prompt", prompt).out for prompt in ASKED]
 
 
-@pytest.mark.parametrize("end", ["\x04", "\n"], ids=["ctrl-d", "an empty line"])
+@pytest.mark.parametrize("end", [pytest.param("\x04", marks=pytest.mark.slow), "\n"], ids=["ctrl-d", "an empty line"])
 def test_several_turns_on_a_terminal_until_the_end(stories: Path, end: str) -> None:
     with terminal(stories) as (child, screen):
         read_until(screen, "> ")

@@ -43,9 +43,14 @@ def options(command: str) -> set[str]:
 
 def commands_without(flag: str, part: str) -> list[str]:
     """The commands that use the part of a recipe, without this flag, those without a flag of the field's name first."""
-    field = f"--{REPLACED_FLAGS[flag].partition('.')[2].replace('_', '-')}"
-    names = [name for name, command in COMMANDS.items() if part in command.parts and flag not in options(name)]
-    return sorted(names, key=lambda name: field in options(name))
+    field = REPLACED_FLAGS[flag].partition(".")[2]
+    names = [name for name in COMMANDS if uses(name, part, field) and flag not in options(name)]
+    return sorted(names, key=lambda name: f"--{field.replace('_', '-')}" in options(name))
+
+
+def uses(name: str, part: str, field: str) -> bool:
+    command = COMMANDS[name]
+    return part in command.parts and not (part == "run" and field in command.unused)
 
 
 def changed_field(key: str, word: str) -> tuple[Any, Any]:
@@ -73,6 +78,10 @@ def test_a_replaced_flag_names_the_setting_that_works(flag: str) -> None:
     assert outcome.code == 2
     [error] = outcome.errors
     option, word = shlex.split(re.fullmatch(rf"error: {flag}: no such flag; use (.*)", error)[1])
+    present = f"--{field.replace('_', '-')}"
+    if present in options(command):  # every command that uses the field has a flag of its name
+        assert (option, word) == (present, VALUES.get(field, "9"))
+        return
     assert option == "--set"
     assert word.startswith(f"{key}=")
     changed, default = changed_field(key, word)
@@ -83,8 +92,8 @@ def test_a_flag_without_a_replacement_is_everywhere() -> None:
     others = [flag for flag in REPLACED_FLAGS if flag not in REPLACED]
     assert others
     for flag in others:
-        part = REPLACED_FLAGS[flag].partition(".")[0]
-        assert all(flag in options(name) for name, command in COMMANDS.items() if part in command.parts)
+        part, _, field = REPLACED_FLAGS[flag].partition(".")
+        assert all(flag in options(name) for name in COMMANDS if uses(name, part, field))
 
 
 @pytest.mark.parametrize(
@@ -126,3 +135,23 @@ def test_only_a_bench_has_settings_of_the_grid(word: str) -> None:
     outcome = invoke("quantize", "--set", word, "--dry-run")
     assert outcome.code == 2
     assert f"--set {word.partition('=')[0]}: has no effect here, only in a bench" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("generate", "run.max_new_tokens=5"),
+        ("generate", "run.text=my.txt"),
+        ("recover", "run.calibration=data"),
+        ("evaluate", "run.max_seq_length=64"),
+        ("prune", "run.write_tokens=5"),
+    ],
+)
+def test_a_setting_that_a_command_would_ignore_is_an_error(command: str, word: str) -> None:
+    outcome = invoke(command, "--set", word, "--dry-run")
+    assert outcome.code == 2
+    assert f"--set {word.partition('=')[0]}: has no effect here; leave it out" in outcome.err
+
+
+def test_a_flag_of_the_grid_is_unknown_outside_of_a_bench() -> None:
+    assert "No such option" in invoke("recover", "--ratios", "0.5").err

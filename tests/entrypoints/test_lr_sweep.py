@@ -260,6 +260,7 @@ def test_a_swept_adapter_equals_one_trained_at_its_rate(stories, tmp_path, monke
     assert all(torch.equal(swept[name], alone[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_a_bench_sweeps_each_arm_once_for_all_seeds(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("MOPCOMPRESS_CACHE", str(tmp_path / "cache"))
     calls = []

@@ -338,6 +338,7 @@ def test_plain_text_and_arms_of_the_dense_model_are_scored(recipe_of, tmp_path, 
     assert "plain text" in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_training_text_is_a_task_of_the_gate(recipe_of, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little dog who liked to run in the park. " * 60)
@@ -351,6 +352,7 @@ def test_training_text_is_a_task_of_the_gate(recipe_of, tmp_path):
         bench(recipe, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_rows_without_tasks_have_seven_experts_by_default(recipe_of, tmp_path):
     """As many prompt tokens in each, a gate that knows no right expert, and a line that says so, once."""
     data = write_data(tmp_path / "data", rows=12)
@@ -384,6 +386,7 @@ def test_rows_without_tasks_have_seven_experts_by_default(recipe_of, tmp_path):
     assert sum("2 experts are not one for each of the" in line for line in messages) == 1
 
 
+@pytest.mark.slow
 def test_controls_of_the_gate_are_cells_too(recipe_of, tmp_path):
     """The oracle cannot score text of no task; a gate of clusters has no tasks to be right about."""
     text = tmp_path / "text.txt"
