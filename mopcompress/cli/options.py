@@ -55,7 +55,7 @@ def _with_default(kind: type[RunSpec | PromptRecoveryModifier], flag: str, text:
 
 
 def setting_option(parts: tuple[str, ...]) -> Any:
-    """Return `--set` for a command that uses these parts of a recipe."""
+    """Return the `--set` option of a command that takes these parts of a recipe, such as `run` or `recovery`."""
     keys = ", ".join(f"{part}.FIELD" for part in parts)
     text = f"Set a field of the recipe, as often as needed; VALUE is YAML, KEY is {keys}"
     option = typer.Option("--set", metavar="KEY=VALUE", help=text, rich_help_panel="Recipe and machine")

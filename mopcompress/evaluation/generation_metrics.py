@@ -33,7 +33,7 @@ def score_generation(
     batch_size: int,
     progress: Progress,
 ) -> DocumentScores:
-    """Return `scores` with those of generated answers, ROUGE-L and exact match, added.
+    """Generate an answer per document; return `scores` with its ROUGE-L (0 to 1) and exact match added.
 
     Raises `DataError` when an instruction and its answer exceed the model's context.
     """

@@ -121,7 +121,7 @@ def repairs_to_tensors(repairs: RepairsByName) -> dict[str, Tensor]:
 
 
 def repairs_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, LowRankFactors]:
-    """Return the repairs of a file's tensors. Raises `ValueError` when they are not pairs of fitting matrices."""
+    """Return the repair of each linear, by dotted name. Raises `ValueError` for matrices without a fitting partner."""
     names = sorted({name[: -len(".B")] for name in tensors})
     if {f"{name}.{part}" for name in names for part in "AB"} != tensors.keys():
         raise ValueError("not a B and an A for each linear")

@@ -101,9 +101,9 @@ def bench_recipe(recipe: Recipe, flags: Fields = NO_FIELDS, settings: Settings =
 
 
 def recovery_recipe(recipe: Recipe, flags: Fields, settings: Fields = NO_FIELDS) -> Recipe:
-    """Return the recipe's prompt recovery alone; `flags` and `settings` are fields of it.
+    """Return `recipe` with its recovery stage alone, with `flags` and `settings` applied.
 
-    Raises `UsageError` for a field that would change nothing, too.
+    Raises `UsageError` for a field that has no effect on its arm.
     """
     modifier = _recovery_with(recipe, flags, settings)
     shown = {name: f"--{name.replace('_', '-')}" for name in flags} | {
